@@ -1,0 +1,118 @@
+"""`ov2 caption`: captions of pictures, on the terminal and as a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from open_clip_ov2.commands.options import (
+    Parser,
+    add_device,
+    add_generation,
+    existing,
+    generation_options,
+    values_checked,
+)
+from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
+from open_clip_ov2.data.samples import decode_image
+from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
+from open_clip_ov2.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+BATCH_SIZE = 32
+
+
+@dataclass
+class Picture:
+    name: str
+    image: Image.Image
+    captions: tuple[str, ...] = ()
+
+
+def main(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
+    from open_clip_ov2.seam.run_folder import load_run
+
+    run = load_run(args.checkpoint, args.device)
+    keys = parse_caption_keys(args.caption_keys)
+    pictures = islice(_pictures(args.images, keys, args.every), args.limit)
+    cells: list[Captioned] = []
+    while batch := list(islice(pictures, BATCH_SIZE)):
+        with values_checked():
+            texts = _caption(run, batch, args)
+        for picture, text in zip(batch, texts, strict=True):
+            print(f"{picture.name}\t{text}", flush=True)
+            if args.out:
+                true = text if text in picture.captions else next(iter(picture.captions), None)
+                cells.append(Captioned(picture.image, text, true))
+    if args.out and cells:
+        contact_sheet(cells).save(args.out)
+        print(f"contact sheet: {args.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ov2 caption", description="Caption pictures with a trained model.", allow_abbrev=False)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture, folder of pictures, or tar of a dataset")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="a run's folder or a .pt of it"
+    )
+    parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a tar, every Nth picture")
+    parser.add_argument("--caption-keys", default="txt", help="true captions of a tar, for the sheet (default: txt)")
+    add_device(parser)
+    add_generation(parser)
+    return parser
+
+
+def _caption(run, batch: list[Picture], args: argparse.Namespace) -> list[str]:
+    import torch
+
+    from open_clip_ov2.core import CaptionModel
+    from open_clip_ov2.seam.evaluate import generate_captions
+    from open_clip_ov2.seam.step import StepSettings
+
+    if not isinstance(run.model, CaptionModel):
+        raise UserError(f"{run.folder}: not an ov2 model, which is what `ov2 caption` knows")
+    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1, 1.0, run.model.text_config.eos_id)
+    images = torch.stack([run.preprocess(picture.image) for picture in batch])
+    names = [picture.name for picture in batch]
+    return generate_captions(run.model, images, names, run.tokenizer, settings, **generation_options(args))
+
+
+def _pictures(paths: Sequence[str], keys: tuple[CaptionKey, ...], every: int) -> Iterator[Picture]:
+    for path in paths:
+        if path.endswith(".tar"):
+            yield from _from_tar(path, keys, every)
+            continue
+        found = existing(Path(path))
+        files = sorted(f for f in found.rglob("*") if f.suffix.lower() in SUFFIXES) if found.is_dir() else [found]
+        if not files:
+            raise UserError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
+        for file in files:
+            try:
+                yield Picture(str(file), decode_image(file.read_bytes()))
+            except SkipSample as error:
+                raise UserError(f"{file}: {error.cause} ({error.detail})") from error
+
+
+def _from_tar(path: str, keys: tuple[CaptionKey, ...], every: int) -> Iterator[Picture]:
+    urls, _ = expand_shards(path)
+    source = WebDatasetSource(urls=urls, weights=None, resampled=False)
+    for index, raw in enumerate(source.in_order()):
+        if index % every:
+            continue
+        data = next((raw[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in raw), None)
+        if data is None:
+            continue
+        try:
+            yield Picture(raw["__key__"], decode_image(data), tuple(all_captions(raw, keys)))
+        except SkipSample as error:
+            raise UserError(f"{path}: sample {raw['__key__']}: {error.cause} ({error.detail})") from error

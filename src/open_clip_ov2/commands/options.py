@@ -1,0 +1,59 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_clip_ov2.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, not a page of usage."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{self.prog}: {message} (`{self.prog} --help` lists the flags)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: %(default)s")
+    parser.add_argument("--keep-ratio", type=float, metavar="R", help="default: the model's at evaluation")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Flags of CaptionModel.generate."""
+    from open_clip_ov2.core.generate import GENERATION_TYPES
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--generation-type", choices=GENERATION_TYPES, default="greedy", help="default: %(default)s")
+    group.add_argument("--num-beams", type=int, default=4, help="for beam_search (default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=50, help="for top_k (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=0.9, help="for top_p (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=1.0, help="for top_k and top_p (default: %(default)s)")
+    group.add_argument("--seq-len", type=int, help="longest caption in tokens (default: the context length)")
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len", "keep_ratio")
+    return {name: getattr(args, name) for name in names}
+
+
+@contextlib.contextmanager
+def values_checked() -> Iterator[None]:
+    """The model's own ValueErrors (a flag out of range) as one-line errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def existing(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    return path

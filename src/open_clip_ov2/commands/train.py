@@ -1,0 +1,16 @@
+"""`ov2 train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    if set(argv) & {"-h", "--help"}:
+        from open_clip_ov2.seam.arguments import help_text
+
+        print(help_text())
+        return
+    from open_clip_ov2.seam.runner import train
+
+    train(argv)

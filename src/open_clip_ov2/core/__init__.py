@@ -1,0 +1,31 @@
+"""The model itself. Imports torch and nothing else of this project or of OpenCLIP.
+
+Shape legend of every module here:
+
+    B  batch                 N  image (patch) tokens      K  kept image tokens
+    L  caption tokens        S  sequence, K + L           D  width of the tower at hand
+    V  vocabulary            H  heads
+"""
+
+from open_clip_ov2.core.decoder import FUSIONS, DecoderConfig, TextDecoder
+from open_clip_ov2.core.loss import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.core.model import CaptionModel, TextConfig
+from open_clip_ov2.core.positions import sincos_2d
+from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, gather_tokens, num_kept, sample_kept_indices
+
+__all__ = [
+    "FUSIONS",
+    "IGNORE_INDEX",
+    "CaptionLoss",
+    "CaptionModel",
+    "DecoderConfig",
+    "KeepRatio",
+    "TextConfig",
+    "TextDecoder",
+    "TokenDrop",
+    "caption_targets",
+    "gather_tokens",
+    "num_kept",
+    "sample_kept_indices",
+    "sincos_2d",
+]

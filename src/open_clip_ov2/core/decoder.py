@@ -1,0 +1,162 @@
+"""The text decoder over [image tokens ; caption tokens].
+
+Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary.
+Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVision's prefix-LM).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from open_clip_ov2.core.blocks import CrossBlock, KeyValue, LayerNorm, SelfBlock
+
+Fusion = Literal["prefix", "causal", "cross_attn"]
+FUSIONS: tuple[str, ...] = get_args(Fusion)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the text decoder. `width` in channels, `layers` counts self- and cross-attention blocks alike."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    fusion: Fusion = "prefix"
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {self.fusion!r}; it is one of {', '.join(FUSIONS)}")
+        if self.width % self.heads:
+            raise ValueError(f"decoder width {self.width} is not divisible by its {self.heads} heads")
+        if self.fusion == "cross_attn" and self.layers % 2:
+            raise ValueError(f"fusion cross_attn takes an even number of layers, got {self.layers}")
+
+
+@dataclass
+class DecoderCache:
+    """What generation keeps between tokens: one entry a block, and the number of cached positions."""
+
+    entries: list[KeyValue] = field(default_factory=list)
+
+    def reorder(self, rows: Tensor) -> DecoderCache:
+        """The cache of the given rows of the batch, `(B',)` int64."""
+        return DecoderCache([entry.reorder(rows) for entry in self.entries])
+
+
+def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> Tensor:
+    """`(S, S)` boolean, True where allowed: all see the whole prefix, the rest also what came before."""
+    mask_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    mask_SS[:, :prefix] = True
+    return mask_SS
+
+
+class TextDecoder(nn.Module):
+    """Image tokens and caption ids in, hidden states out; `lm_head` turns those into logits.
+
+    No position embedding for text; attention is what orders it (`prefix`: image tokens see all image tokens,
+    caption tokens the image and the captions before them; `causal`: lower triangle over the whole sequence;
+    `cross_attn`: causal self-attention over text and cross-attention to the image, block by block in turn).
+    """
+
+    def __init__(self, config: DecoderConfig, image_width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        self.image_projection = nn.Linear(image_width, config.width, bias=False)
+        sizes = (config.width, config.heads, config.mlp_width)
+        crosses = config.fusion == "cross_attn"
+        self.blocks = nn.ModuleList(
+            CrossBlock(*sizes) if crosses and index % 2 else SelfBlock(*sizes) for index in range(config.layers)
+        )
+        self.ln_final = LayerNorm(config.width)
+        self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+        self.init_parameters()
+
+    @torch.no_grad()
+    def init_parameters(self) -> None:
+        """Standard deviations of the reference (text_decoder_v2.py); biases are zero, norms are one."""
+        width, layers = self.config.width, self.config.layers
+        if self.config.fusion == "cross_attn":
+            layers //= 2  # the reference counts pairs there
+        attn_std, fc_std, proj_std = width**-0.5, (2 * width) ** -0.5, width**-0.5 * (2 * layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.image_projection.weight, std=self.image_projection.in_features**-0.5)
+        nn.init.normal_(self.lm_head.weight, std=width**-0.5)
+        for module in self.blocks:
+            block = cast(SelfBlock, module)
+            nn.init.normal_(block.attn.in_proj_weight, std=attn_std)
+            nn.init.normal_(block.attn.out_proj.weight, std=proj_std)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            c_fc, c_proj = cast(nn.Linear, block.mlp.c_fc), cast(nn.Linear, block.mlp.c_proj)
+            nn.init.normal_(c_fc.weight, std=fc_std)
+            nn.init.normal_(c_proj.weight, std=proj_std)
+            nn.init.zeros_(c_fc.bias)
+            nn.init.zeros_(c_proj.bias)
+
+    def forward(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> Tensor:
+        """`(B, K, image width)`, `(B, L)` int64 -> hidden states of the caption positions `(B, L, D)`, normed."""
+        image_BKD = self.image_projection(image_tokens_BKD)
+        text_BLD = self._embed(ids_BL, image_BKD)
+        if self.config.fusion == "cross_attn":
+            return self.ln_final(self._run_cross(text_BLD, image_BKD))
+        num_image = image_BKD.shape[1]
+        x_BSD = torch.cat([image_BKD, text_BLD], dim=1)
+        causal = self.config.fusion == "causal"
+        mask_SS = None if causal else prefix_mask(num_image, x_BSD.shape[1], x_BSD.device)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x_BSD, _ = checkpoint(block, x_BSD, mask_SS, causal, use_reentrant=False)
+            else:
+                x_BSD, _ = block(x_BSD, mask_SS, causal)
+        return self.ln_final(x_BSD[:, num_image:])
+
+    def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:
+        return self.token_embedding(ids_BL).to(like.dtype)
+
+    def _run_cross(self, x_BLD: Tensor, image_BKD: Tensor) -> Tensor:
+        for block in self.blocks:
+            arguments = (x_BLD, image_BKD) if isinstance(block, CrossBlock) else (x_BLD, None, True)
+            if self.grad_checkpointing and self.training:
+                out = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                out = block(*arguments)
+            x_BLD = out if isinstance(block, CrossBlock) else out[0]
+        return x_BLD
+
+    def prefill(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> tuple[Tensor, DecoderCache]:
+        """Start a generation: hidden state of the LAST caption position `(B, D)`, and the cache."""
+        image_BKD = self.image_projection(image_tokens_BKD)
+        x = self._embed(ids_BL, image_BKD)
+        fusion, num_image = self.config.fusion, image_BKD.shape[1]
+        if fusion != "cross_attn":
+            x = torch.cat([image_BKD, x], dim=1)
+        causal = fusion != "prefix"
+        mask_SS = None if causal else prefix_mask(num_image, x.shape[1], x.device)
+        cache = DecoderCache()
+        for block in self.blocks:
+            if isinstance(block, CrossBlock):
+                kv = block.project_context(image_BKD)
+                x = block(x, kv=kv)
+            else:
+                x, kv = block(x, mask_SS, causal)
+            cache.entries.append(kv)
+        return self.ln_final(x[:, -1]), cache
+
+    def decode_next(self, ids_B: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+        """One more token for each row, `(B,)` int64 -> hidden state `(B, D)`, and the grown cache."""
+        x_B1D = self._embed(ids_B[:, None], self.image_projection.weight)
+        grown = DecoderCache()
+        for block, entry in zip(self.blocks, cache.entries, strict=True):
+            if isinstance(block, CrossBlock):
+                x_B1D, kv = block(x_B1D, kv=entry), entry
+            else:
+                x_B1D, kv = block(x_B1D, past=entry)
+            grown.entries.append(kv)
+        return self.ln_final(x_B1D[:, 0]), grown

@@ -1,0 +1,174 @@
+"""Caption generation with a key-value cache: greedy, top-k, top-p, beam.
+
+Shapes: B batch, W beams, T generated length so far (bos included), V vocabulary.
+Every function takes a `CaptionStream`, which hides the decoder and its cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.core.decoder import DecoderCache, TextDecoder
+
+GenerationType = Literal["greedy", "top_k", "top_p", "beam_search"]
+GENERATION_TYPES: tuple[str, ...] = get_args(GenerationType)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate. `seq_len` and `min_seq_len` count tokens, bos and eos included."""
+
+    seq_len: int
+    eos_id: int
+    pad_id: int
+    generation_type: GenerationType = "greedy"
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.9
+    num_beams: int = 4
+    length_penalty: float = 1.0  # a finished beam's log probability is divided by its length to this power
+    min_seq_len: int = 0
+    repetition_penalty: float = 1.0  # CTRL, arXiv 1909.05858, section 4.1
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"generation_type is one of {', '.join(GENERATION_TYPES)}": self.generation_type in GENERATION_TYPES,
+            "temperature must be > 0": self.temperature > 0,
+            "top_k must be at least 1": self.top_k >= 1,
+            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
+            "num_beams must be at least 1": self.num_beams >= 1,
+            "seq_len must be at least 2": self.seq_len >= 2,
+            "min_seq_len must not exceed seq_len": self.min_seq_len <= self.seq_len,
+            "repetition_penalty must be > 0": self.repetition_penalty > 0,
+        }
+        for message, fine in checks.items():
+            if not fine:
+                raise ValueError(f"{message}; got {self}")
+
+
+class CaptionStream:
+    """The decoder at work on one batch: last logits, and how to go on."""
+
+    def __init__(self, decoder: TextDecoder, image_tokens_BKD: Tensor, ids_BT: Tensor) -> None:
+        self._decoder = decoder
+        self._cache: DecoderCache
+        hidden_BD, self._cache = decoder.prefill(image_tokens_BKD, ids_BT)
+        self.logits_BV = decoder.lm_head(hidden_BD).float()
+
+    def advance(self, ids_B: Tensor) -> None:
+        hidden_BD, self._cache = self._decoder.decode_next(ids_B, self._cache)
+        self.logits_BV = self._decoder.lm_head(hidden_BD).float()
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, `(B',)` int64, of the batch."""
+        self._cache = self._cache.reorder(rows)
+        self.logits_BV = self.logits_BV.index_select(0, rows)
+
+
+def generate(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
+    """Continue `ids_BT` (int64, no padding) to at most `config.seq_len` tokens: `(B, T)`, pad after eos."""
+    if config.generation_type == "beam_search":
+        return _beam_search(stream, ids_BT, config)
+    finished_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+    while ids_BT.shape[1] < config.seq_len:
+        next_B = _pick(_adjust(stream.logits_BV, ids_BT, config), config)
+        next_B = next_B.masked_fill(finished_B, config.pad_id)
+        ids_BT = torch.cat([ids_BT, next_B[:, None]], dim=1)
+        finished_B = finished_B | (next_B == config.eos_id)
+        if ids_BT.shape[1] == config.seq_len or bool(finished_B.all()):
+            break
+        stream.advance(next_B)
+    return ids_BT
+
+
+def _adjust(logits_BV: Tensor, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
+    """Repetition penalty, and no end of text before `min_seq_len`."""
+    logits_BV = logits_BV.clone()
+    if config.repetition_penalty != 1.0:
+        seen = logits_BV.gather(1, ids_BT)
+        penalised = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
+        logits_BV.scatter_(1, ids_BT, penalised)
+    if ids_BT.shape[1] + 1 < config.min_seq_len:
+        logits_BV[:, config.eos_id] = -torch.inf
+    return logits_BV
+
+
+def _pick(logits_BV: Tensor, config: GenerationConfig) -> Tensor:
+    if config.generation_type == "greedy":
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV / config.temperature
+    if config.generation_type == "top_k":
+        values, ids = logits_BV.topk(min(config.top_k, logits_BV.shape[1]), dim=-1)
+    else:
+        values, ids = logits_BV.sort(dim=-1, descending=True)
+        probabilities = values.softmax(dim=-1)
+        # Keep the smallest set whose mass reaches top_p: drop what starts beyond it.
+        values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= config.top_p, -torch.inf)
+    choice = torch.multinomial(values.softmax(dim=-1), 1, generator=config.generator)
+    return ids.gather(1, choice)[:, 0]
+
+
+@dataclass
+class _Pool:
+    """The best finished hypotheses of each example: scores `(B, W)`, ids `(B, W, seq_len)`."""
+
+    scores_BW: Tensor
+    ids: Tensor
+
+    def add(self, scores: Tensor, ids: Tensor) -> None:
+        """Merge candidates, `(B, n)` scores (-inf: not one) and `(B, n, seq_len)` ids."""
+        width = self.scores_BW.shape[1]
+        all_scores, all_ids = torch.cat([self.scores_BW, scores], 1), torch.cat([self.ids, ids], 1)
+        self.scores_BW, best = all_scores.topk(width, dim=1)
+        self.ids = all_ids.gather(1, best[..., None].expand(-1, -1, all_ids.shape[-1]))
+
+
+def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
+    batch, prompt = ids_BT.shape
+    width, device = config.num_beams, ids_BT.device
+    rows = torch.arange(batch, device=device).repeat_interleave(width)
+    stream.select(rows)
+    ids = torch.full((batch, width, config.seq_len), config.pad_id, dtype=torch.long, device=device)
+    ids[:, :, :prompt] = ids_BT[:, None]
+    # All beams start equal: only the first of each example may branch at the first step.
+    alive = torch.full((batch, width), -torch.inf, device=device)
+    alive[:, 0] = 0.0
+    pool = _Pool(torch.full_like(alive, -torch.inf), ids.clone())
+    for length in range(prompt, config.seq_len):
+        scores, beams, tokens = _expand(stream, ids[:, :, :length], alive, config)
+        grown = ids.gather(1, beams[..., None].expand(-1, -1, config.seq_len)).clone()
+        grown[:, :, length] = tokens
+        ended = tokens == config.eos_id
+        divisor = float(length + 1 - prompt) ** config.length_penalty
+        pool.add((scores / divisor).masked_fill(~ended, -torch.inf), grown)
+        alive, keep = scores.masked_fill(ended, -torch.inf).topk(width, dim=1)
+        ids = grown.gather(1, keep[..., None].expand(-1, -1, config.seq_len))
+        if length + 1 == config.seq_len:
+            pool.add(alive / divisor, ids)
+            break
+        if bool((pool.scores_BW.min(dim=1).values >= alive.max(dim=1).values / divisor).all()):
+            break
+        offset = torch.arange(batch, device=device)[:, None] * width
+        stream.select((offset + beams.gather(1, keep)).flatten())
+        stream.advance(ids[:, :, length].flatten())
+    best = pool.ids[:, 0]
+    is_eos = best == config.eos_id
+    lengths = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, config.seq_len)
+    return best[:, : int(lengths.max())]
+
+
+def _expand(
+    stream: CaptionStream, ids: Tensor, alive: Tensor, config: GenerationConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The 2W best continuations of each example: scores, beam and token of each, `(B, 2W)`."""
+    batch, width, length = ids.shape
+    logits_BV = _adjust(stream.logits_BV, ids.reshape(batch * width, length), config)
+    totals = alive[..., None] + logits_BV.log_softmax(dim=-1).unflatten(0, (batch, width))
+    vocab = totals.shape[-1]
+    scores, flat = totals.flatten(1).topk(min(2 * width, width * vocab), dim=1)
+    return scores, flat // vocab, flat % vocab

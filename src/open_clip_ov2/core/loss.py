@@ -1,0 +1,85 @@
+"""Caption loss: sum of the nll of the real target tokens over their number in the GLOBAL batch.
+
+Shapes: B batch, L caption tokens, D decoder width, V vocabulary, T = B x L, R real targets among T.
+Source: docs/reference.md, "Loss": loss = sum(nll * mask) / sum(mask), mask = targets that are not padding, the
+end-of-text token included.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100  # torch's own; stands for every padded target
+
+
+def caption_targets(ids_BL: Tensor, eos_id: int) -> Tensor:
+    """Targets of next-token prediction, `(B, L - 1)` int64, IGNORE_INDEX after the first end of text.
+
+    `ids_BL` is [bos] caption [eos] padding; what the padding's id is does not matter (OpenCLIP's tokenizer pads
+    with 0, which is also "!"). A row without an end of text has no padding.
+    """
+    is_eos_BL = ids_BL == eos_id
+    after_eos_BL = (is_eos_BL.cumsum(dim=1) - is_eos_BL.long()) > 0
+    return ids_BL[:, 1:].masked_fill(after_eos_BL[:, 1:], IGNORE_INDEX)
+
+
+class CaptionLossSums(NamedTuple):
+    """What one (micro-)batch adds to the loss; scalars, float32 and int64."""
+
+    nll: Tensor  # sum over real targets, nats
+    objective: Tensor  # the same with label smoothing and z-loss where asked for
+    num_targets: Tensor
+
+
+class CaptionLoss(nn.Module):
+    """Sums over the real targets. The division is by the count of the global batch, which only the trainer knows.
+
+    `label_smoothing` in [0, 1) and `z_loss` >= 0 (its weight times the squared log partition function,
+    PaLM, arXiv 2204.02311, section 5) are off by default, as in the reference.
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if not 0.0 <= z_loss < float("inf"):
+            raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+
+    def forward(self, logits: Tensor, labels: Tensor) -> CaptionLossSums:
+        """`(..., V)` any float dtype, `(...)` int64 with IGNORE_INDEX. Computed in float32."""
+        logits_TV, labels_T = logits.flatten(0, -2).float(), labels.flatten()
+        nll = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+        objective = nll
+        if self.label_smoothing:
+            objective = F.cross_entropy(
+                logits_TV,
+                labels_T,
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+        real_T = labels_T != IGNORE_INDEX
+        if self.z_loss:
+            objective = objective + self.z_loss * (logits_TV.logsumexp(-1).square() * real_T).sum()
+        return CaptionLossSums(nll, objective, real_T.sum())
+
+    def from_hidden(
+        self, hidden_BLD: Tensor, lm_head: nn.Linear, labels_BL: Tensor, num_targets: int | None = None
+    ) -> CaptionLossSums:
+        """From the decoder's hidden states; only real targets reach the head.
+
+        `num_targets`, their number, lets the selection run without asking the device for it.
+        """
+        labels_T = labels_BL.flatten()
+        real_T = labels_T != IGNORE_INDEX
+        if num_targets is None:
+            index_R = real_T.nonzero()[:, 0]
+        else:
+            index_R = real_T.nonzero_static(size=num_targets)[:, 0]
+        hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, index_R)
+        return self(lm_head(hidden_RD), labels_T.index_select(0, index_R))

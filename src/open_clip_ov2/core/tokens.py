@@ -1,0 +1,136 @@
+"""Visual-token dropping: the decoder sees a random subset of the patch tokens.
+
+Shapes: B batch, N image tokens, K kept image tokens, D width (core/__init__.py).
+Source: OpenVision 2 (arXiv 2509.01644), section 3; reference openvision2_model.py:118-133. It acts AFTER the
+encoder; OpenCLIP's `--force-patch-dropout` (FLIP) drops at the encoder's input and is a separate knob.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """The fraction of patch tokens kept: one number (`low == high`), or a range drawn from at each step."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and 0.0 < self.low <= self.high <= 1.0):
+            raise ValueError(
+                f"keep_ratio must lie in (0, 1], as one number (0.35) or a range low:high (0.25:1.0), got {self}"
+            )
+
+    @classmethod
+    def of(cls, value: KeepRatio | float | str | list[float] | tuple[float, float]) -> KeepRatio:
+        """`0.35`, `"0.35"`, `"0.25:1.0"` or `(0.25, 1.0)`. Raises ValueError, also outside (0, 1]."""
+        if isinstance(value, KeepRatio):
+            return value
+        if isinstance(value, str):
+            parts: list[float] = []
+            for part in value.split(":"):
+                try:
+                    parts.append(float(part))
+                except ValueError:
+                    raise ValueError(
+                        f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}"
+                    ) from None
+        elif isinstance(value, (list, tuple)):
+            parts = [float(part) for part in value]
+        else:
+            parts = [float(value)]
+        if len(parts) not in (1, 2):
+            raise ValueError(f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}")
+        return cls(parts[0], parts[-1])
+
+    @property
+    def is_range(self) -> bool:
+        return self.low < self.high
+
+    def draw(self) -> float:
+        """The ratio of one step. A range is drawn from the CPU's default generator: no device is asked."""
+        if not self.is_range:
+            return self.low
+        return self.low + (self.high - self.low) * float(torch.rand(()))
+
+    def __str__(self) -> str:
+        return f"{self.low:g}:{self.high:g}" if self.is_range else f"{self.low:g}"
+
+
+def num_kept(num_tokens: int, keep_ratio: float) -> int:
+    """K = int(N * keep_ratio): 36 -> 12, 256 -> 89, 576 -> 201 at 0.35 (docs/reference.md).
+
+    Raises ValueError if no token would be left.
+    """
+    kept = int(num_tokens * keep_ratio)
+    if kept < 1:
+        raise ValueError(
+            f"keep_ratio {keep_ratio:g} keeps none of {num_tokens} image tokens; "
+            f"it must be at least {1 / num_tokens:.3g} at this resolution"
+        )
+    return kept
+
+
+def sample_kept_indices(
+    batch_size: int,
+    num_tokens: int,
+    kept: int,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Indices of `kept` tokens for each example, without replacement, unsorted: `(B, K)` int64 on `device`.
+
+    Uses the device's default generator unless one is given. No host synchronisation.
+    """
+    noise_BN = torch.rand(batch_size, num_tokens, device=device, generator=generator)
+    return noise_BN.topk(kept, dim=1, sorted=False).indices
+
+
+def gather_tokens(tokens_BND: Tensor, kept_idx_BK: Tensor) -> Tensor:
+    """`(B, N, D)`, `(B, K)` int64 -> `(B, K, D)`."""
+    return tokens_BND.gather(1, kept_idx_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
+
+
+class TokenDrop(nn.Module):
+    """Keeps a random subset of the image tokens of each example.
+
+    In training the ratio is `keep_ratio`; in evaluation `eval_keep_ratio`, which is the training ratio unless
+    set (the high end of a range): a decoder trained at one ratio is badly off at another (docs/reference.md).
+    """
+
+    def __init__(self, keep_ratio: KeepRatio, eval_keep_ratio: float | None = None) -> None:
+        super().__init__()
+        self.keep_ratio = keep_ratio
+        self.eval_keep_ratio = KeepRatio.of(eval_keep_ratio).high if eval_keep_ratio is not None else keep_ratio.high
+
+    def forward(
+        self,
+        tokens_BND: Tensor,
+        *,
+        kept_idx: Tensor | None = None,
+        keep_ratio: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`(B, N, D)` -> `(B, K, D)`. `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
+        if kept_idx is not None:
+            return gather_tokens(tokens_BND, kept_idx)
+        ratio = keep_ratio if keep_ratio is not None else self.current_ratio()
+        batch_size, num_tokens, _ = tokens_BND.shape
+        kept = num_kept(num_tokens, ratio)
+        if kept == num_tokens:  # nothing to drop, and the decoder does not see the order
+            return tokens_BND
+        idx_BK = sample_kept_indices(batch_size, num_tokens, kept, device=tokens_BND.device, generator=generator)
+        return gather_tokens(tokens_BND, idx_BK)
+
+    def current_ratio(self) -> float:
+        return self.keep_ratio.draw() if self.training else self.eval_keep_ratio
+
+    def extra_repr(self) -> str:
+        return f"keep_ratio={self.keep_ratio}, eval_keep_ratio={self.eval_keep_ratio:g}"

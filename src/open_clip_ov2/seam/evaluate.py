@@ -1,0 +1,105 @@
+"""Exact caption loss over a whole set, the same on any number of processes, and captions to look at.
+
+Shapes: B batch, N image tokens, K kept image tokens, L caption tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, num_kept
+from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets
+from open_clip_ov2.seam.tokenizer import decode_caption
+
+EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DDP."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "module", model)
+
+
+def kept_by_key(keys: Sequence[str], num_tokens: int, kept: int) -> Tensor:
+    """Token dropping of evaluation, `(B, K)` int64: a function of each sample's key, so that neither the
+    batch size nor the number of processes changes the result."""
+    rows = [np.random.default_rng((EVAL_SEED, zlib.crc32(key.encode()))).permutation(num_tokens)[:kept] for key in keys]
+    return torch.from_numpy(np.stack(rows))
+
+
+def eval_kept_idx(model: CaptionModel, keys: Sequence[str], keep_ratio: float | None = None) -> Tensor | None:
+    """`kept_by_key` at the model's evaluation ratio or the one given; None where all tokens are kept."""
+    rows, columns = model.visual.grid_size
+    num_tokens = rows * columns
+    kept = num_kept(num_tokens, model.token_drop.eval_keep_ratio if keep_ratio is None else keep_ratio)
+    device = model.visual.positional_embedding.device
+    return None if kept == num_tokens else kept_by_key(keys, num_tokens, kept).to(device)
+
+
+@torch.no_grad()
+def caption_loss(
+    model: nn.Module, batches: Iterable[Batch], settings: StepSettings, keep_ratio: float | None = None
+) -> dict[str, float]:
+    """Caption loss (nats a token) and perplexity over this process's batches and everybody else's."""
+    model = unwrap(model)
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)  # nll, targets, samples
+    for batch in batches:
+        images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
+        with settings.autocast():
+            nll = _batch_nll(model, images, texts, batch, settings, keep_ratio)
+        sums += torch.tensor(
+            [float(nll), count_targets(batch.texts_BL, settings.eos_id), len(batch.keys)], dtype=torch.float64
+        )
+    nll_sum, targets, samples = all_reduced(sums.to(settings.device), settings).tolist()
+    loss = nll_sum / max(targets, 1.0)
+    return {"caption_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_samples": samples}
+
+
+def _batch_nll(
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    batch: Batch,
+    settings: StepSettings,
+    keep_ratio: float | None,
+) -> Tensor:
+    if isinstance(model, CaptionModel):
+        kept_idx = eval_kept_idx(model, batch.keys, keep_ratio)
+        return model(images, texts, kept_idx=kept_idx, caption_loss=CaptionLoss()).nll
+    logits = model(images, texts)["logits"]  # CoCa: aligned with text[:, 1:]
+    labels = caption_targets(texts, settings.eos_id)
+    assert logits.shape[:2] == labels.shape, (logits.shape, labels.shape, IGNORE_INDEX)
+    return CaptionLoss()(logits, labels).nll
+
+
+@torch.no_grad()
+def generate_captions(
+    model: CaptionModel,
+    images: Tensor,
+    keys: Sequence[str],
+    tokenizer: Any,
+    settings: StepSettings,
+    **options: Any,
+) -> list[str]:
+    """Captions of normalised images `(B, 3, H, W)`, token dropping by key. Options: CaptionModel.generate's."""
+    images, _ = settings.to_device(images, torch.empty(0))
+    keep_ratio = options.pop("keep_ratio", None)
+    with settings.autocast():
+        ids_BT = model.generate(images, kept_idx=eval_kept_idx(model, keys, keep_ratio), **options)
+    ids = model.text_config
+    return [decode_caption(tokenizer, row, ids.bos_id, ids.eos_id) for row in ids_BT.cpu()]
+
+
+def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised float `(B, 3, H, W)` -> uint8, for looking at."""
+    mean_C11, std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    return ((images.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)

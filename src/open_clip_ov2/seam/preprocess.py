@@ -1,0 +1,110 @@
+"""Image preprocessing of the family: ImageNet mean/std, bilinear; in training an inception crop.
+
+Source: docs/reference.md, "Recipe": area 40% to 100%, bilinear with antialias, then colour jitter and grey at strength
+0.4 (off unless asked for: `--color-jitter`); at evaluation the short side to the resolution and a centre crop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transform import AugmentationCfg, PreprocessCfg
+from torch import nn
+from torchvision import transforms as T
+
+from open_clip_ov2.core import CaptionModel
+
+logger = logging.getLogger(__name__)
+
+CROP_AREA = (0.4, 1.0)  # docs/reference.md: inception crop, area 40% to 100%
+# SimCLR's jitter (arXiv 2002.05709, appendix A) at strength 0.4, each with its probability.
+JITTER = (0.32, 0.32, 0.32, 0.08)
+JITTER_PROBABILITY, GREY_PROBABILITY = 0.8, 0.2
+
+
+class FamilyBilinear(str):
+    """The interpolation of an ov2 model, "bilinear"; its type tells OpenCLIP's transforms whose crop to use.
+
+    It travels in `preprocess_cfg`, so the right crop comes out however the model was made.
+    """
+
+
+_STOCK = asdict(PreprocessCfg())
+
+
+def family_preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
+    """`cfg` with OpenCLIP's stock values replaced by ours; values that somebody chose stay."""
+    ours = dict(cfg)
+    if (tuple(cfg["mean"]), tuple(cfg["std"])) == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD):
+        ours |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    interpolation = cfg["interpolation"]
+    ours["interpolation"] = FamilyBilinear("bilinear") if interpolation in ("bicubic", "bilinear") else interpolation
+    return ours
+
+
+def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: AugmentationCfg | None = None) -> T.Compose:
+    """PIL image -> normalised float32 `(3, H, W)`, cropped at random from torch's default generator."""
+    aug = aug or AugmentationCfg(scale=CROP_AREA)
+    scale = CROP_AREA if tuple(aug.scale) == tuple(AugmentationCfg().scale) else tuple(aug.scale)
+    ratio = tuple(aug.ratio) if aug.ratio else (3 / 4, 4 / 3)
+    steps: list[Any] = [
+        T.Lambda(_to_rgb),
+        T.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
+    ]
+    if aug.color_jitter:
+        jitter = aug.color_jitter
+        amounts = (jitter,) * 3 if isinstance(jitter, (int, float)) else tuple(jitter)
+        steps.append(T.RandomApply([T.ColorJitter(*amounts)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
+    if aug.gray_scale_prob:
+        steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean=mean, std=std)])
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def color_jitter_cfg() -> dict[str, Any]:
+    """The `aug_cfg` of `--color-jitter`."""
+    return {
+        "color_jitter": JITTER,
+        "color_jitter_prob": JITTER_PROBABILITY,
+        "gray_scale_prob": GREY_PROBABILITY,
+    }
+
+
+# --- what patches.py puts into open_clip.factory -------------------------------------------------------
+
+
+def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
+    def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
+        if isinstance(model, CaptionModel):
+            preprocess_cfg = family_preprocess(preprocess_cfg)
+            logger.info("image preprocessing of the ov2 family: %s", preprocess_cfg)
+        original(model, preprocess_cfg)
+
+    return set_model_preprocess_cfg
+
+
+def use_family_crop(original: Callable[..., Any]) -> Callable[..., Any]:
+    def image_transform_v2(cfg: PreprocessCfg, is_train: bool, aug_cfg: Any = None) -> Any:
+        uses_timm = isinstance(aug_cfg, dict) and aug_cfg.get("use_timm")
+        if not is_train or uses_timm or not isinstance(cfg.interpolation, FamilyBilinear):
+            return original(cfg, is_train, aug_cfg)
+        aug = None
+        if aug_cfg:
+            known = {field.name for field in fields(AugmentationCfg)}
+            if isinstance(aug_cfg, dict):
+                unknown = set(aug_cfg) - known
+                if unknown:
+                    raise ValueError(f"unknown augmentation {sorted(unknown)} (known: {', '.join(sorted(known))})")
+                aug = AugmentationCfg(**aug_cfg)
+            else:
+                aug = aug_cfg
+        return train_transform(cfg.size, cfg.mean, cfg.std, aug)
+
+    return image_transform_v2

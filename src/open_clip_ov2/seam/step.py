@@ -1,0 +1,188 @@
+"""One epoch of a caption model: our step in OpenCLIP's loop.
+
+Shapes: B batch, L caption tokens. Upstream's step caches features and runs the forward twice to accumulate, which
+a contrastive loss needs and a caption loss must not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.runlog.monitor import RunMonitor
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs to know. `loss_weight`: the reference's 2, OpenCLIP's --coca-caption-loss-weight."""
+
+    device: torch.device
+    precision: str
+    world_size: int
+    accum_freq: int
+    grad_clip_norm: float | None
+    log_every_n_steps: int
+    loss_weight: float
+    eos_id: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return get_autocast(self.precision, device_type=self.device.type)()
+
+    def to_device(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = get_input_dtype(self.precision)
+        return (
+            images.to(self.device, dtype=dtype, non_blocking=True),
+            texts.to(self.device, non_blocking=True),
+        )
+
+
+@dataclass
+class StepResult:
+    """Sums over the global batch, on the device; nothing here has been waited for."""
+
+    nll: Tensor
+    objective: Tensor
+    num_targets: Tensor
+    grad_norm: Tensor | None
+
+    def losses(self, weight: float) -> dict[str, Tensor]:
+        """`caption_loss`: nats per real target token. `loss`: what was minimised."""
+        return {
+            "caption_loss": self.nll / self.num_targets,
+            "loss": weight * self.objective / self.num_targets,
+        }
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups of `size` batches, one optimizer step each; an incomplete last group is left out."""
+    iterator = iter(batches)
+    while len(window := list(islice(iterator, size))) == size:
+        yield window
+
+
+def optimizer_step(
+    model: nn.Module,
+    window: list[Batch],
+    loss: CaptionLoss,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    settings: StepSettings,
+    *,
+    want_grad_norm: bool = True,
+) -> StepResult:
+    """Forward and backward over the window, then one update.
+
+    The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
+    divided by the targets of all of them, and multiplied by the world size that DDP divides by.
+    """
+    counts = [count_targets(batch.texts_BL, settings.eos_id) for batch in window]
+    num_targets = all_reduced(torch.tensor(float(sum(counts)), device=settings.device), settings)
+    scale = settings.loss_weight * settings.world_size / num_targets
+    optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(2, device=settings.device)
+    for index, (batch, count) in enumerate(zip(window, counts, strict=True)):
+        images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
+        with _sync_only(model, index == len(window) - 1):
+            with settings.autocast():
+                sums = model(images, texts, caption_loss=loss, num_targets=count)
+                weighted = sums.objective * scale
+            (weighted if scaler is None else scaler.scale(weighted)).backward()
+        totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
+    grad_norm = _clip(model, optimizer, scaler, settings.grad_clip_norm, want_grad_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    totals = all_reduced(totals, settings)
+    return StepResult(totals[0], totals[1], num_targets, grad_norm)
+
+
+def count_targets(texts_BL: Tensor, eos_id: int) -> int:
+    """Real target tokens of a batch that is still on the CPU."""
+    return int((caption_targets(texts_BL, eos_id) != IGNORE_INDEX).sum())
+
+
+def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:
+    """The sum of `value` over all processes."""
+    if settings.world_size > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _sync_only(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """DDP reduces gradients at the last micro-batch alone."""
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+
+def _clip(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, limit: float | None, want: bool
+) -> Tensor | None:
+    """Total gradient norm before clipping; clips if there is a limit."""
+    if limit is None and not want:
+        return None
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if limit is not None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Any,
+    loss: CaptionLoss,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    set_lr: Callable[[int], Any] | None,
+    settings: StepSettings,
+    monitor: RunMonitor,
+) -> None:
+    """All steps of one epoch. `set_lr(step)` is OpenCLIP's schedule."""
+    model.train()
+    steps_per_epoch = loader.num_batches // settings.accum_freq
+    local_window = settings.accum_freq
+    start = time.perf_counter()
+    for index, window in enumerate(windows(loader, local_window)):
+        step = steps_per_epoch * epoch + index
+        wait_s = time.perf_counter() - start
+        if set_lr is not None:
+            set_lr(step)
+        logs = index % settings.log_every_n_steps == 0 or index + 1 == steps_per_epoch
+        result = optimizer_step(model, window, loss, optimizer, scaler, settings, want_grad_norm=logs)
+        images = sum(len(batch.images_BCHW) for batch in window) * settings.world_size
+        monitor.step(
+            (step + 1) * images,
+            losses=result.losses(settings.loss_weight),
+            lr=optimizer.param_groups[0]["lr"],
+            grad_norm=result.grad_norm,
+            num_images=images,
+            num_tokens=result.num_targets,
+            wait_s=wait_s,
+            step_s=time.perf_counter() - start,
+            skipped=merge_counts(batch.skipped for batch in window),
+        )
+        start = time.perf_counter()
+
+
+def merge_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Sums of counts by key."""
+    total: dict[str, int] = {}
+    for one in counts:
+        for key, value in one.items():
+            total[key] = total.get(key, 0) + value
+    return total

@@ -1,0 +1,81 @@
+"""Caption loss. Oracles: torch's cross entropy with ignore_index, a loop over tokens, equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+
+EOS = 9
+
+
+def plain_targets(ids: list[int]) -> list[int]:
+    """Slow and plain: everything after the first end of text is padding, whatever its id."""
+    out, ended = [], False
+    for position, token in enumerate(ids):
+        if position:
+            out.append(IGNORE_INDEX if ended else token)
+        ended = ended or token == EOS
+    return out
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, EOS), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_targets_match_the_plain_loop(rows: list[list[int]]) -> None:
+    assert caption_targets(torch.tensor(rows), EOS).tolist() == [plain_targets(row) for row in rows]
+
+
+def test_the_id_of_padding_may_be_a_word() -> None:
+    """OpenCLIP's tokenizer: 0 is both padding and "!"."""
+    ids = torch.tensor([[8, 0, 0, EOS, 0, 0]])
+    assert caption_targets(ids, EOS).tolist() == [[0, 0, EOS, IGNORE_INDEX, IGNORE_INDEX]]
+
+
+def test_sums_equal_cross_entropy() -> None:
+    logits, labels = torch.randn(4, 7, 20), torch.randint(0, 20, (4, 7))
+    labels[:, 4:] = IGNORE_INDEX
+    sums = CaptionLoss()(logits, labels)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(sums.nll / sums.num_targets, expected, atol=1e-6, rtol=0)
+    assert sums.num_targets == 16
+    assert torch.equal(sums.nll, sums.objective)
+
+
+def test_options_equal_their_equations() -> None:
+    logits, labels = torch.randn(5, 11), torch.tensor([1, 2, IGNORE_INDEX, 4, 10])
+    log_p = logits.log_softmax(-1)
+    real = labels != IGNORE_INDEX
+    nll = -sum(log_p[i, labels[i]] for i in range(5) if real[i])
+    smooth = -sum(0.9 * log_p[i, labels[i]] + 0.1 * log_p[i].mean() for i in range(5) if real[i])
+    z = sum(logits[i].logsumexp(-1) ** 2 for i in range(5) if real[i])
+    sums = CaptionLoss(label_smoothing=0.1, z_loss=1e-2)(logits, labels)
+    torch.testing.assert_close(sums.nll, nll)
+    torch.testing.assert_close(sums.objective, smooth + 1e-2 * z)
+
+
+@pytest.mark.parametrize("given_count", [False, True])
+def test_from_hidden_equals_full_logits_and_feeds_only_real_targets(given_count: bool) -> None:
+    hidden = torch.randn(3, 6, 8, requires_grad=True)
+    head = nn.Linear(8, 13, bias=False)
+    labels = torch.randint(0, 13, (3, 6))
+    labels[0, 2:], labels[2, 5:] = IGNORE_INDEX, IGNORE_INDEX
+    rows: list[int] = []
+    head.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    count = int((labels != IGNORE_INDEX).sum())
+    sums = CaptionLoss().from_hidden(hidden, head, labels, count if given_count else None)
+    assert rows == [count]
+    (gradient,) = torch.autograd.grad(sums.nll, hidden)
+    plain = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(sums.nll, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, hidden)[0])
+
+
+@pytest.mark.parametrize("bad", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}])
+def test_options_out_of_range(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        CaptionLoss(**bad)
