@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, num_kept
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets
+from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets, merge_counts
 from open_clip_ov2.seam.tokenizer import decode_caption
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
@@ -97,6 +97,15 @@ def generate_captions(
         ids_BT = model.generate(images, kept_idx=eval_kept_idx(model, keys, keep_ratio), **options)
     ids = model.text_config
     return [decode_caption(tokenizer, row, ids.bos_id, ids.eos_id) for row in ids_BT.cpu()]
+
+
+def gathered_counts(counts: dict[str, int], world_size: int) -> dict[str, int]:
+    """Counts by name, summed over all processes."""
+    if world_size == 1:
+        return counts
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, counts)
+    return merge_counts(gathered)
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

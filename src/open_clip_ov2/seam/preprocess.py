@@ -49,8 +49,7 @@ def family_preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
 def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: AugmentationCfg | None = None) -> T.Compose:
     """PIL image -> normalised float32 `(3, H, W)`, cropped at random from torch's default generator."""
     aug = aug or AugmentationCfg(scale=CROP_AREA)
-    scale = CROP_AREA if tuple(aug.scale) == tuple(AugmentationCfg().scale) else tuple(aug.scale)
-    ratio = tuple(aug.ratio) if aug.ratio else (3 / 4, 4 / 3)
+    scale, ratio = tuple(aug.scale), tuple(aug.ratio) if aug.ratio else (3 / 4, 4 / 3)
     steps: list[Any] = [
         T.Lambda(_to_rgb),
         T.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
@@ -102,7 +101,7 @@ def use_family_crop(original: Callable[..., Any]) -> Callable[..., Any]:
                 unknown = set(aug_cfg) - known
                 if unknown:
                     raise ValueError(f"unknown augmentation {sorted(unknown)} (known: {', '.join(sorted(known))})")
-                aug = AugmentationCfg(**aug_cfg)
+                aug = AugmentationCfg(**{"scale": CROP_AREA, **aug_cfg})
             else:
                 aug = aug_cfg
         return train_transform(cfg.size, cfg.mean, cfg.std, aug)

@@ -210,7 +210,7 @@ class Run:
                 )  # fmt: skip
                 stock_args = (model, loss, epoch, optimizer, scaler, scheduler, dist_model)
                 baselines.stock_epoch(original, feed, *stock_args, run_args=args)
-            monitor.end_epoch()
+            monitor.end_epoch(evaluate.gathered_counts(monitor.epoch_skips, args.world_size))
 
         return train_one_epoch
 

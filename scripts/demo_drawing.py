@@ -1,0 +1,277 @@
+"""Rendered pictures with exact captions for the demo: shapes, bar charts and words.
+
+A picture is planned first (its one correct caption and the combination that is held out or trained
+as a whole) and drawn afterwards, from one random generator, so that it depends on its seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import cos, perm, pi, sin
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+OVERSAMPLING = 2  # PIL does not smooth the edges of shapes: draw larger, then reduce.
+HELD_OUT_SHARE = 10  # one combination in ten is held out
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 35, 35),
+    "orange": (255, 135, 0),
+    "yellow": (250, 215, 25),
+    "green": (35, 155, 60),
+    "blue": (40, 90, 225),
+    "purple": (130, 45, 165),
+    "pink": (255, 130, 195),
+    "black": (30, 30, 30),
+}
+BAR_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+INKS = ("red", "green", "blue", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+SIZES = {"small": (0.09, 0.11), "large": (0.19, 0.215)}
+CELLS = {
+    " ".join(word for word in (row, column) if word) or "center": (x, y)
+    for (row, y), (column, x) in itertools.product(
+        (("top", 0.25), ("", 0.5), ("bottom", 0.75)), (("left", 0.25), ("", 0.5), ("right", 0.75))
+    )
+}
+COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+HIGHEST_BAR = 5
+FONTS = ("Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
+WORD_LIST = """
+ace act add age ago aid aim air ale all and ant any ape apt arc arm art ash ask ate axe baby back bad bag
+bake ball band bank bar barn base bat bath bay bead bean bear beat bed bee beef bell belt bend best bib big
+bike bill bin bird bit blue boat body bolt bone book boot born both bow bowl box boy bug bun bus but buy cab
+cafe cage cake call calm camp can cap car card care cart case cat cave chef chin chip city clap clay clip
+club coal coat code coin cold comb cook cool copy cord corn cost cow cozy crab crew crop cry cub cube cup cut
+dad dam dark dart date dawn day deck deep deer den desk dew dice dig dim dip dish dive do dock dog doll door
+dot dove down draw drip drop drum dry duck dull dust duty ear earn east easy eat echo edge egg elf elk elm
+end envy eve even exit eye face fact fair fall fan far farm fast fear feed feel few fig file film find fine
+fir fire fish fit five fix flag flat flow fly foam fog fold folk food foot fork form four fox frog fuel full
+fun fur game gas gate gem gift girl give glad glow glue go goal goat gold golf good gray grid grow gum gym
+hair half hall ham hand hare harp hat hawk hay he head heat hen hero hid high hill him hip hit hive hold hole
+home hook hop horn hot hour hub hug hum hut ice icon idea ink inn iris iron it item ivy jam jar jaw jazz jet
+job jog join joke joy jug jump jury just keep keg key kick kid kind king kit kite kiwi knee knot lab lace
+lake lamb lamp land lap last law lawn lay lazy leaf leg lens let lid life lift like lime line lion lip list
+log long look loop loud love low luck map mask maze me meal melt menu milk mind mix moon mop mud mug my nail
+name nap neck nest net new nine no nose note now nut oak oar oat of oil old on one onyx open or oval oven owl
+own pan park pea pear pen pet pie pig pin pipe plum pod pond pony pot quay quit quiz rain ram red rib rice
+ring road roof rope rose rug run sad sail salt sand saw sea seed ship shoe sing sit six skip sky sled snow so
+sock soft song soup star stew sun swan tag tail tall tank tape tax taxi tea ten tent tie time tin tiny toe
+top town toy tree tub tuba two unit up us use van vase vast vest vet view vine vote wave wax way we web well
+wet whip wig wild wind wing wolf wood yak yard yarn yes yoga you zero zest zinc zip zone zoo
+"""
+WORDS = tuple(WORD_LIST.split())
+
+
+def is_held_out(combination: str) -> bool:
+    """Whether a combination belongs to the held-out pictures: a hash, the same in every run."""
+    return int.from_bytes(hashlib.sha1(combination.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
+
+
+NEW_WORDS = tuple(word for word in WORDS if is_held_out(f"word/{word}"))
+TRAINED_WORDS = tuple(word for word in WORDS if word not in NEW_WORDS)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A square picture addressed in fractions of its side."""
+
+    image: Image.Image
+    pen: ImageDraw.ImageDraw
+    paper: tuple[int, int, int]
+
+    @property
+    def side(self) -> int:
+        return self.image.width
+
+    def polygon(self, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
+        self.pen.polygon([(x * self.side, y * self.side) for x, y in points], fill=colour)
+
+    def ellipse(self, x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
+        box = [(value * self.side) for value in (x - radius, y - radius, x + radius, y + radius)]
+        self.pen.ellipse(box, fill=colour)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, colour: tuple[int, int, int]) -> None:
+        self.pen.rectangle([round(value * self.side) for value in (x0, y0, x1, y1)], fill=colour)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a picture shows, decided before it is drawn."""
+
+    caption: str
+    combination: str  # trained or held out as a whole
+    draw: Callable[[Canvas, random.Random], None]
+
+
+def shaded(name: str, rng: random.Random) -> tuple[int, int, int]:
+    """The named colour, a little lighter or darker."""
+    shift = rng.randint(-14, 14)
+    red, green, blue = (min(255, max(0, value + shift + rng.randint(-5, 5))) for value in COLOURS[name])
+    return red, green, blue
+
+
+def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    """One filled shape about (x, y), about 2 r wide."""
+    if shape == "circle":
+        canvas.ellipse(x, y, r, colour)
+    elif shape == "square":
+        canvas.box(x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r, colour)
+    elif shape == "triangle":
+        canvas.polygon([(x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)], colour)
+    elif shape == "star":
+        spokes = [(1.12 * r if i % 2 == 0 else 0.45 * r, i * pi / 5) for i in range(10)]
+        canvas.polygon([(x + s * sin(a), y - s * cos(a)) for s, a in spokes], colour)
+    elif shape == "cross":
+        canvas.box(x - r, y - 0.3 * r, x + r, y + 0.3 * r, colour)
+        canvas.box(x - 0.3 * r, y - r, x + 0.3 * r, y + r, colour)
+    else:
+        turns = [i * pi / 30 for i in range(60)]
+        arc = [(sin(t) ** 3, 13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) for t in turns]
+        canvas.polygon([(x + r * u, y - r * (v + 2.5) / 15) for u, v in arc], colour)
+
+
+def article(word: str) -> str:
+    return "an" if word == "orange" else "a"
+
+
+def plan_one_shape(rng: random.Random) -> Plan:
+    """One shape: its size, its colour and its place among nine."""
+    size, colour, shape = rng.choice(tuple(SIZES)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+    place = rng.choice(tuple(CELLS))
+
+    def draw(canvas: Canvas, rng: random.Random) -> None:
+        x, y = (value + rng.uniform(-0.025, 0.025) for value in CELLS[place])
+        draw_shape(canvas, shape, x, y, rng.uniform(*SIZES[size]), shaded(colour, rng))
+
+    return Plan(f"a {size} {colour} {shape} at the {place}", f"one/{colour}/{shape}/{place}", draw)
+
+
+def plan_two_shapes(rng: random.Random) -> Plan:
+    """Two different shapes, the left or the upper one named first."""
+    first, second = rng.sample(tuple(itertools.product(COLOURS, SHAPES)), 2)
+    relation = rng.choice(("left of", "above"))
+
+    def draw(canvas: Canvas, rng: random.Random) -> None:
+        for (colour, shape), along in ((first, 0.27), (second, 0.73)):
+            along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.06, 0.06)
+            x, y = (along, across) if relation == "left of" else (across, along)
+            draw_shape(canvas, shape, x, y, rng.uniform(0.14, 0.18), shaded(colour, rng))
+
+    caption = f"{article(first[0])} {' '.join(first)} {relation} {article(second[0])} {' '.join(second)}"
+    return Plan(caption, f"two/{caption}", draw)
+
+
+def plan_count(rng: random.Random) -> Plan:
+    """Two to six equal shapes."""
+    count, colour, shape = rng.choice(tuple(COUNTS)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+
+    def draw(canvas: Canvas, rng: random.Random) -> None:
+        tone, radius = shaded(colour, rng), rng.uniform(0.09, 0.115)
+        for x, y in rng.sample(list(itertools.product((0.2, 0.5, 0.8), repeat=2)), count):
+            x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
+            draw_shape(canvas, shape, x, y, radius, tone)
+
+    plural = "crosses" if shape == "cross" else f"{shape}s"
+    return Plan(f"{COUNTS[count]} {colour} {plural}", f"count/{count}/{colour}/{shape}", draw)
+
+
+def plan_shapes(rng: random.Random) -> Plan:
+    """One shape, two shapes or a count of shapes."""
+    return rng.choices((plan_one_shape, plan_two_shapes, plan_count), weights=(5, 4, 3))[0](rng)
+
+
+def plan_chart(rng: random.Random) -> Plan:
+    """A bar chart of two to four bars; lines across it mark each unit."""
+    names = rng.sample(BAR_COLOURS, rng.choice((2, 3, 4)))
+    bars = [(name, rng.randint(1, HIGHEST_BAR)) for name in names]
+
+    def draw(canvas: Canvas, rng: random.Random) -> None:
+        left, right = rng.uniform(0.06, 0.12), rng.uniform(0.9, 0.96)
+        bottom, unit = rng.uniform(0.9, 0.95), rng.uniform(0.155, 0.17)
+        step = (right - left) / len(bars)
+        gap, paper = step * rng.uniform(0.08, 0.16), canvas.paper
+        for mark in range(1, HIGHEST_BAR + 1):
+            canvas.box(left, bottom - mark * unit, right, bottom - mark * unit + 0.007, (205, 205, 205))
+        for i, (name, value) in enumerate(bars):
+            x0, x1 = left + i * step + gap, left + (i + 1) * step - gap
+            canvas.box(x0, bottom - value * unit, x1, bottom, shaded(name, rng))
+            for mark in range(1, value):
+                canvas.box(x0, bottom - mark * unit - 0.006, x1, bottom - mark * unit + 0.006, paper)
+        canvas.box(left - 0.012, bottom - 5.2 * unit, left, bottom, (60, 60, 60))
+        canvas.box(left - 0.012, bottom, right, bottom + 0.012, (60, 60, 60))
+
+    told = [f"{name} {value}" for name, value in bars]
+    caption = f"a bar chart with {' '.join(told[:-1])} and {told[-1]}"
+    return Plan(caption, f"chart/{caption}", draw)
+
+
+@lru_cache(maxsize=1024)
+def font_at(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font that pip brings: Aileron comes with PIL, DejaVu with matplotlib (which is not imported)."""
+    if name == "Aileron":
+        return ImageFont.load_default(size=size)
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None, "main has checked for matplotlib"
+    assert spec.origin is not None, "matplotlib is a package with a file"
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data/fonts/ttf" / f"{name}.ttf", size)
+
+
+def plan_word(rng: random.Random, words: tuple[str, ...] = TRAINED_WORDS) -> Plan:
+    """A word in large type. Spelled out in the caption, so that an unseen word has trained tokens."""
+    word, font, ink = rng.choice(words), rng.choice(FONTS), rng.choice(INKS)
+    inverted = rng.random() < 0.25
+
+    def draw(canvas: Canvas, rng: random.Random) -> None:
+        x0, y0, x1, y1 = font_at(font, 100).getbbox(word)
+        widest = 0.92 * canvas.side / (x1 - x0)
+        highest = 0.55 * canvas.side / max(y1 - y0, 75)
+        size = int(100 * min(widest, highest) * rng.uniform(0.82, 1))
+        x0, y0, x1, y1 = font_at(font, size).getbbox(word)
+        margin = 0.03 * canvas.side
+        x = rng.uniform(margin, canvas.side - margin - (x1 - x0)) - x0
+        y = rng.uniform(margin, canvas.side - margin - (y1 - y0)) - y0
+        paper, colour = canvas.paper, shaded(ink, rng)
+        if inverted:
+            canvas.image.paste(colour, (0, 0, canvas.side, canvas.side))
+            colour = paper
+        canvas.pen.text((x, y), word, font=font_at(font, size), fill=colour)
+
+    return Plan(f"the word {' '.join(word)}", f"rendering/{word}/{font}/{ink}/{inverted}", draw)
+
+
+def plan_picture(kind: str, held_out: bool, rng: random.Random) -> Plan:
+    """A plan of the kind, from the held-out or from the trained combinations."""
+    if kind == "new words":
+        return plan_word(rng, NEW_WORDS)
+    planner = {"shapes": plan_shapes, "charts": plan_chart, "words": plan_word}[kind]
+    while True:
+        plan = planner(rng)
+        if is_held_out(plan.combination) == held_out:
+            return plan
+
+
+def paint(plan: Plan, size: int, rng: random.Random) -> bytes:
+    """The planned picture on near-white paper, as JPEG."""
+    side, tone = size * OVERSAMPLING, rng.randint(238, 255)
+    paper = (tone, tone, tone)
+    image = Image.new("RGB", (side, side), paper)
+    plan.draw(Canvas(image, ImageDraw.Draw(image), paper), rng)
+    out = io.BytesIO()
+    image.reduce(OVERSAMPLING).save(out, "JPEG", quality=92, subsampling=0)
+    return out.getvalue()
+
+
+def distinct_captions() -> dict[str, int]:
+    """How many captions each kind's grammar can form."""
+    looks = len(COLOURS) * len(SHAPES)
+    shapes = len(SIZES) * looks * len(CELLS) + 2 * looks * (looks - 1) + len(COUNTS) * looks
+    charts = sum(perm(len(BAR_COLOURS), bars) * HIGHEST_BAR**bars for bars in (2, 3, 4))
+    return {"shapes": shapes, "charts": charts, "words": len(TRAINED_WORDS), "new words": len(NEW_WORDS)}

@@ -1,0 +1,183 @@
+"""What the training loop reports to: progress line, log lines, TensorBoard, results.jsonl.
+
+Units: `_s` seconds, `memory_mb` mebibytes. The x axis of everything is samples seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from open_clip_ov2.runlog.log import FILE_ONLY
+from open_clip_ov2.runlog.progress import ProgressLine
+from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
+from open_clip_ov2.runlog.sinks import JsonLines, TensorBoard
+from open_clip_ov2.runlog.window import Window, peak_memory_mb
+
+logger = logging.getLogger("open_clip_ov2")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """`total_samples` and `batch_images` (images in one optimizer step) count over all processes."""
+
+    run_dir: Path
+    rank: int
+    world_size: int
+    log_every_n_steps: int
+    tensorboard: bool
+    model_name: str
+    total_samples: int
+    batch_images: int
+    device_type: str = "cpu"
+    stage: str = ""
+
+
+class RunMonitor:
+    """One run, or one stage of it. On ranks other than 0 it counts skipped samples and does nothing else."""
+
+    def __init__(self, config: MonitorConfig, console: Console | None = None) -> None:
+        self._config = config
+        self._active = config.rank == 0
+        self._steps = 0
+        self._epoch = 0
+        self._epoch_images = 0
+        self._epoch_skips: Counter[str] = Counter()
+        self._total_skips: Counter[str] = Counter()
+        self._window = Window()
+        self._sinks: list[Any] = []
+        self._progress: ProgressLine | None = None
+        self.last: dict[str, float] = {}
+        if self._active:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            self._sinks.append(JsonLines(config.run_dir / "results.jsonl", config.stage))
+            if config.tensorboard:
+                self._sinks.append(TensorBoard(config.run_dir / "tensorboard"))
+            self._console = console or Console()
+            title = f"{config.model_name} {config.stage}".strip()
+            if self._console.is_terminal and config.total_samples:
+                self._progress = ProgressLine(title, config.total_samples, self._console)
+
+    def __enter__(self) -> RunMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start_epoch(self, epoch: int) -> None:
+        self._epoch, self._epoch_images = epoch, 0
+        self._epoch_skips.clear()
+
+    def step(
+        self,
+        samples_seen: int,
+        *,
+        losses: Mapping[str, Tensor | float],
+        lr: float,
+        grad_norm: Tensor | float | None,
+        num_images: int,
+        num_tokens: Tensor | float | None,
+        wait_s: float,
+        step_s: float,
+        skipped: Mapping[str, int],
+    ) -> None:
+        """After every optimizer step. Tensors are read (and waited for) at a log step alone."""
+        self._epoch_skips.update(skipped)
+        if not self._active:
+            return
+        self._steps += 1
+        self._epoch_images += num_images
+        self._total_skips.update(skipped)
+        self._window.add(num_images, num_tokens, wait_s, step_s)
+        last = bool(self._config.total_samples) and samples_seen >= self._config.total_samples
+        if self._steps == 1 or self._steps % self._config.log_every_n_steps == 0 or last:
+            self._log_step(samples_seen, losses, lr, grad_norm)
+        if self._progress is not None:
+            self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
+
+    def _log_step(
+        self,
+        samples_seen: int,
+        losses: Mapping[str, Tensor | float],
+        lr: float,
+        grad_norm: Tensor | float | None,
+    ) -> None:
+        values = {name: float(value) for name, value in losses.items()} | {"lr": lr}
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        speed = self._window.take()
+        memory_mb = peak_memory_mb(self._config.device_type)
+        self.last = values | speed
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars |= {f"throughput/{name}": value for name, value in speed.items()}
+        scalars["memory/peak_mb"] = memory_mb
+        scalars |= {f"data/skipped/{cause}": float(count) for cause, count in self._total_skips.items()}
+        row = {"step": self._steps, "epoch": self._epoch, **values, **speed, "memory_mb": memory_mb}
+        for sink in self._sinks:
+            sink.write("train", samples_seen, scalars, row)
+        total = self._config.total_samples
+        shown = " ".join(f"{name} {values[name]:.4g}" for name in [*losses, "lr", "grad_norm"] if name in values)
+        text = (
+            f"samples {samples_seen:,} of {total:,} ({100 * samples_seen / max(total, 1):.0f}%) {shown} "
+            f"{speed['images_per_second']:.1f} images/s, waiting for data {100 * speed['data_wait_share']:.0f}%"
+        )
+        logger.info(text, extra={FILE_ONLY: self._progress is not None})
+
+    @property
+    def epoch_skips(self) -> dict[str, int]:
+        """Samples skipped by this process's workers since the epoch began, by cause."""
+        return dict(self._epoch_skips)
+
+    def end_epoch(self, skips: Mapping[str, int]) -> None:
+        """Says what was skipped, over all processes."""
+        if not self._active:
+            return
+        counts = sorted(skips.items(), key=lambda item: -item[1])
+        causes = ", ".join(f"{count} {cause}" for cause, count in counts)
+        said = f"skipped {sum(skips.values())} samples: {causes}" if counts else "no sample skipped"
+        logger.info("epoch %d done (%s samples), %s", self._epoch + 1, f"{self._epoch_images:,}", said)
+
+    def evaluation(self, samples_seen: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        if not self._active or not metrics:
+            return
+        scalars = {f"val/{name}": value for name, value in metrics.items()}
+        for sink in self._sinks:
+            sink.write("val", samples_seen, scalars, {"epoch": epoch, **metrics})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "num_samples")
+        logger.info("validation after %s samples: %s", f"{samples_seen:,}", shown)
+        self.last |= {f"val_{name}": value for name, value in metrics.items()}
+
+    def captions(self, samples_seen: int, images: Tensor, true: list[str], generated: list[str]) -> None:
+        """A strip of pictures, uint8 `(B, 3, H, W)`, with the caption generated and the true one."""
+        boards = [sink for sink in self._sinks if isinstance(sink, TensorBoard)]
+        if not boards:
+            return
+        from PIL import Image
+
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        cells = [Captioned(*cell) for cell in zip(pictures, generated, true, strict=True)]
+        rows = "\n".join(f"| {b} | {a} |" for a, b in zip(true, generated, strict=True))
+        for board in boards:
+            board.image("val/captions", contact_sheet(cells, columns=min(4, len(cells))), samples_seen)
+            board.text("val/captions_text", f"| generated | true |\n|---|---|\n{rows}", samples_seen)
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        """The run's flags beside its last figures, for TensorBoard's hparams tab."""
+        for sink in self._sinks:
+            if isinstance(sink, TensorBoard):
+                sink.hparams(values, self.last)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
