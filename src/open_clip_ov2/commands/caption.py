@@ -81,7 +81,7 @@ def _caption(run, batch: list[Picture], args: argparse.Namespace) -> list[str]:
 
     if not isinstance(run.model, CaptionModel):
         raise UserError(f"{run.folder}: not an ov2 model, which is what `ov2 caption` knows")
-    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1, 1.0, run.model.text_config.eos_id)
+    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1.0, run.model.text_config.eos_id)
     images = torch.stack([run.preprocess(picture.image) for picture in batch])
     names = [picture.name for picture in batch]
     return generate_captions(run.model, images, names, run.tokenizer, settings, **generation_options(args))

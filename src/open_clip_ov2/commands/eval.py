@@ -105,7 +105,7 @@ def evaluate(
     from open_clip_ov2.seam.step import StepSettings
 
     eos_id = run.model.text_config.eos_id
-    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1, 1.0, eos_id)
+    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1.0, eos_id)
     results: dict[str, Any] = {}
     if "caption-loss" in tasks:
         results["caption_loss"] = caption_loss(run.model, loader, settings, args.keep_ratio)["caption_loss"]

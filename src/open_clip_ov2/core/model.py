@@ -7,7 +7,7 @@ Source: OpenVision 2 (arXiv 2509.01644); docs/reference.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
 from open_clip_ov2.core.positions import sincos_2d
-from open_clip_ov2.core.tokens import KeepRatio, TokenDrop
+from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class CaptionModel(nn.Module):
         self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
         self.reset_position_table()
         self._freeze_untrained()
+        rows, columns = cast(tuple[int, int], self.visual.grid_size)
+        num_kept(rows * columns, min(keep_ratio.low, self.token_drop.eval_keep_ratio))  # raises if none are left
 
     def position_table(self) -> Tensor:
         """The fixed table of this model's grid, `(1 + N, D)` float32."""

@@ -27,8 +27,8 @@ class _ConsoleHandler(logging.Handler):
 
 def _matters(record: logging.LogRecord) -> bool:
     """OpenCLIP logs a page of parameters and the whole model; that belongs in the file."""
-    if getattr(record, FILE_ONLY, False):
-        return False
+    if getattr(record, FILE_ONLY, False) or record.getMessage().startswith("No pretrained weights loaded"):
+        return False  # a model that starts from nothing is what training is for
     return record.name.split(".")[0] == PACKAGE or record.levelno >= logging.WARNING
 
 

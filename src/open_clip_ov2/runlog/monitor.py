@@ -96,11 +96,18 @@ class RunMonitor:
         self._epoch_images += num_images
         self._total_skips.update(skipped)
         self._window.add(num_images, num_tokens, wait_s, step_s)
-        last = bool(self._config.total_samples) and samples_seen >= self._config.total_samples
-        if self._steps == 1 or self._steps % self._config.log_every_n_steps == 0 or last:
+        if self._logs(self._steps, samples_seen):
             self._log_step(samples_seen, losses, lr, grad_norm)
         if self._progress is not None:
             self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
+
+    def will_log(self, samples_seen: int) -> bool:
+        """Whether the next step, which reaches `samples_seen`, is written: worth a gradient norm then."""
+        return self._active and self._logs(self._steps + 1, samples_seen)
+
+    def _logs(self, step: int, samples_seen: int) -> bool:
+        last = bool(self._config.total_samples) and samples_seen >= self._config.total_samples
+        return step == 1 or step % self._config.log_every_n_steps == 0 or last
 
     def _log_step(
         self,

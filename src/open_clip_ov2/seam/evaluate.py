@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, num_kept
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets, merge_counts
+from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets, merge_counts, trimmed
 from open_clip_ov2.seam.tokenizer import decode_caption
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
@@ -73,6 +73,7 @@ def _batch_nll(
     keep_ratio: float | None,
 ) -> Tensor:
     if isinstance(model, CaptionModel):
+        texts = trimmed(batch.texts_BL, settings.eos_id).to(settings.device)
         kept_idx = eval_kept_idx(model, batch.keys, keep_ratio)
         return model(images, texts, kept_idx=kept_idx, caption_loss=CaptionLoss()).nll
     logits = model(images, texts)["logits"]  # CoCa: aligned with text[:, 1:]

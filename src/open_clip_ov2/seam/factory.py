@@ -90,15 +90,16 @@ def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
 
 @torch.no_grad()
 def init_vision(visual: nn.Module) -> None:
-    """big_vision's initialisation of a ViT, which the reference uses: OpenCLIP leaves torch's defaults.
+    """big_vision's initialisation of a ViT (OpenCLIP leaves torch's defaults).
 
     Xavier-uniform attention (each of q, k, v by itself) and MLP kernels, MLP biases normal(1e-6), patch
-    embedding LeCun-normal, class token zero. The untrained head is the identity.
+    embedding LeCun-normal. The class token is normal(0.02), not zero: with a zero position row LayerNorm would see
+    a zero vector and multiply its gradient by eps^-0.5 = 1000. The untrained head is the identity.
     """
     vit: Any = visual
     fan_in = vit.conv1.weight[0].numel()
     nn.init.trunc_normal_(vit.conv1.weight, std=fan_in**-0.5 / 0.87962566103423978, a=-2.0, b=2.0)
-    nn.init.zeros_(vit.class_embedding)
+    nn.init.normal_(vit.class_embedding, std=0.02)
     for block in vit.transformer.resblocks:
         for part in block.attn.in_proj_weight.chunk(3):
             nn.init.xavier_uniform_(part)

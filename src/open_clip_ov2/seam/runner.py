@@ -224,6 +224,8 @@ class Run:
                 return {}
             monitor, loader = self.monitor(args, data), data["val"].dataloader
             metrics: dict[str, float] = {}
+            if self.compile_blocks:  # each length of a growing caption would be compiled anew
+                torch.compiler.set_stance("force_eager")
             if self.family or isinstance(evaluate.unwrap(model), CoCa):
                 metrics = evaluate.caption_loss(model, loader, self.settings(args))
             if not self.family and args.rank == 0:
@@ -232,6 +234,8 @@ class Run:
             monitor.evaluation(samples_seen, epoch, metrics)
             if self.family and args.rank == 0 and self.options.sample_captions:
                 self._show_captions(evaluate.unwrap(model), loader, samples_seen, args, monitor)
+            if self.compile_blocks:
+                torch.compiler.set_stance("default")
             return metrics
 
         return run_evaluation
@@ -256,7 +260,6 @@ class Run:
             world_size=args.world_size,
             accum_freq=args.accum_freq,
             grad_clip_norm=args.grad_clip_norm,
-            log_every_n_steps=args.log_every_n_steps,
             loss_weight=args.coca_caption_loss_weight,
             eos_id=self._model.text_config.eos_id if self.family else baselines.CLIP_EOS_ID,
         )

@@ -22,6 +22,8 @@ from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.runlog.monitor import RunMonitor
 
+LENGTH_STEP = 8
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -32,7 +34,6 @@ class StepSettings:
     world_size: int
     accum_freq: int
     grad_clip_norm: float | None
-    log_every_n_steps: int
     loss_weight: float
     eos_id: int
 
@@ -92,7 +93,7 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2, device=settings.device)
     for index, (batch, count) in enumerate(zip(window, counts, strict=True)):
-        images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
+        images, texts = settings.to_device(batch.images_BCHW, trimmed(batch.texts_BL, settings.eos_id))
         with _sync_only(model, index == len(window) - 1):
             with settings.autocast():
                 sums = model(images, texts, caption_loss=loss, num_targets=count)
@@ -107,6 +108,13 @@ def optimizer_step(
         scaler.update()
     totals = all_reduced(totals, settings)
     return StepResult(totals[0], totals[1], num_targets, grad_norm)
+
+
+def trimmed(texts_BL: Tensor, eos_id: int) -> Tensor:
+    """Without the columns that are padding in every row, but for a length rounded up to a multiple of 8: nothing is
+    computed for them, and the number of different lengths stays small."""
+    longest = int((caption_targets(texts_BL, eos_id) != IGNORE_INDEX).sum(dim=1).max()) + 1
+    return texts_BL[:, : -(-longest // LENGTH_STEP) * LENGTH_STEP]
 
 
 def count_targets(texts_BL: Tensor, eos_id: int) -> int:
@@ -155,18 +163,19 @@ def train_epoch(
     """All steps of one epoch. `set_lr(step)` is OpenCLIP's schedule."""
     model.train()
     steps_per_epoch = loader.num_batches // settings.accum_freq
-    local_window = settings.accum_freq
     start = time.perf_counter()
-    for index, window in enumerate(windows(loader, local_window)):
+    for index, window in enumerate(windows(loader, settings.accum_freq)):
         step = steps_per_epoch * epoch + index
         wait_s = time.perf_counter() - start
         if set_lr is not None:
             set_lr(step)
-        logs = index % settings.log_every_n_steps == 0 or index + 1 == steps_per_epoch
-        result = optimizer_step(model, window, loss, optimizer, scaler, settings, want_grad_norm=logs)
         images = sum(len(batch.images_BCHW) for batch in window) * settings.world_size
+        samples_seen = (step + 1) * images
+        result = optimizer_step(
+            model, window, loss, optimizer, scaler, settings, want_grad_norm=monitor.will_log(samples_seen)
+        )
         monitor.step(
-            (step + 1) * images,
+            samples_seen,
             losses=result.losses(settings.loss_weight),
             lr=optimizer.param_groups[0]["lr"],
             grad_norm=result.grad_norm,

@@ -1,0 +1,95 @@
+"""The optimizer step. Oracle: one backward pass over the whole batch, written out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gradient_worker import EOS, model_of, part, settings, whole_batch
+from torch import Tensor
+
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.seam.step import count_targets, optimizer_step, trimmed, windows
+
+WORKER = Path(__file__).parent / "gradient_worker.py"
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients and caption loss of the plain equation, times the weight of 2."""
+    model, batch = model_of(), whole_batch()
+    logits = model(batch.images_BCHW, batch.texts_BL)["logits"]
+    labels = caption_targets(batch.texts_BL, EOS)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    (2.0 * loss).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.detach()
+
+
+def assert_same(gradients: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    assert gradients.keys() == plain.keys()
+    for name, gradient in gradients.items():  # 1e-6 of the tensor's largest entry, or absolute where that is below 1
+        largest = max(1.0, plain[name].abs().max().item())
+        torch.testing.assert_close(gradient, plain[name], atol=1e-6 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2, 4])
+def test_accumulation_equals_the_big_batch(plain: tuple[dict[str, Tensor], Tensor], accum_freq: int) -> None:
+    model, batch = model_of(), whole_batch()
+    size = 8 // accum_freq
+    window = [part(batch, start, start + size) for start in range(0, 8, size)]
+    forwards: list[int] = []
+    model.visual.register_forward_hook(lambda *_: forwards.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    result = optimizer_step(model, window, CaptionLoss(), optimizer, None, settings(1, accum_freq))
+    assert len(forwards) == accum_freq  # no forward runs twice
+    assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, plain[0])
+    torch.testing.assert_close(result.losses(2.0)["caption_loss"], plain[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("processes", "accum_freq"), [(2, 1), (2, 2)])
+def test_two_processes_give_the_gradients_of_one(
+    plain: tuple[dict[str, Tensor], Tensor], tmp_path: Path, processes: int, accum_freq: int
+) -> None:
+    out = tmp_path / "gradients.pt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([*torchrun, str(WORKER), str(out), str(accum_freq)], check=True, timeout=180)
+    found = torch.load(out, weights_only=True)
+    assert_same(found["gradients"], plain[0])
+    torch.testing.assert_close(found["losses"]["caption_loss"], plain[1], atol=1e-6, rtol=0)
+    total = torch.stack([gradient.norm() for gradient in plain[0].values()]).norm()
+    torch.testing.assert_close(found["norm"], total)
+
+
+def test_clipping_scales_the_update() -> None:
+    """Oracle: SGD with learning rate 1 moves by the clipped gradient, whose norm is the limit."""
+    model = model_of()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    result = optimizer_step(model, [whole_batch()], CaptionLoss(), optimizer, None, settings(1, 1, clip=0.01))
+    moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
+    assert result.grad_norm > 0.01
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_windows_leave_an_incomplete_one_out_and_targets_are_counted() -> None:
+    batch = whole_batch()
+    assert [len(window) for window in windows([batch] * 7, 3)] == [3, 3]
+    assert count_targets(batch.texts_BL, EOS) == sum(min(row + 1, 7) + 1 for row in range(8))
+
+
+def test_trimming_drops_padding_alone() -> None:
+    """Oracle: the targets of the whole and of the trimmed ids are the same."""
+    texts = torch.zeros(3, 40, dtype=torch.long)
+    for row, words in enumerate((2, 11, 6)):
+        texts[row, : words + 2] = torch.tensor([10, *[3] * words, EOS])
+    short = trimmed(texts, EOS)
+    assert short.shape[1] == 16  # 13 ids, rounded up to a multiple of 8
+    whole, kept = caption_targets(texts, EOS), caption_targets(short, EOS)
+    assert torch.equal(whole[:, :15], kept)
+    assert (whole[:, 15:] == IGNORE_INDEX).all()
+    full = torch.full((1, 9), 3)
+    assert torch.equal(trimmed(full, EOS), full)

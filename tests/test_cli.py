@@ -1,0 +1,61 @@
+"""The `ov2` command itself. Oracle: exit status and what is printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_clip_ov2.cli import COMMANDS, main
+
+
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"ov2 {name}" in out for name in COMMANDS)
+
+
+def test_module_entry_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "open_clip_ov2", "bake"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("ov2: error: 'bake' is no command of ov2")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main([command, "--help"])
+    except SystemExit as leave:  # argparse's own way out
+        status = leave.code
+    assert status == 0
+    assert f"ov2 {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["caption", "x.png", "--checkpoint", "nowhere"], "nowhere: not the folder of a run"),
+        (["eval", "nowhere", "--data", "x.tar"], "nowhere: not the folder of a run"),
+        (["eval", ".", "--data", "x.tar", "--tasks", "spelling"], "--tasks spelling: no such task"),
+        (["plot", "nowhere", "--out", "x.png"], "no results.jsonl"),
+        (["caption", "--out"], "ov2 caption:"),
+    ],
+)
+def test_slips_are_one_line(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("ov2: error: ")
+    assert expected in err
+    assert "\n" not in err
+
+
+def test_readme_names_every_flag_of_ours() -> None:
+    """Oracle: the parser."""
+    from open_clip_ov2.seam.arguments import build_parser
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    flags = [option for action in build_parser()._actions for option in action.option_strings]
+    assert flags
+    assert [flag for flag in flags if f"`{flag}" not in readme] == []
