@@ -81,6 +81,7 @@ def test_wide_beam_finds_the_best_of_all_sentences(fusion: str, penalty: float) 
 
 
 def test_beam_of_one_is_greedy() -> None:
+    """Oracle: transformers, which dispatches one beam to greedy search."""
     model, images = tiny(), torch.randn(6, 3, 16, 16)
     greedy = model.generate(images, fixed_output_length=True)
     beam = model.generate(images, generation_type="beam_search", num_beams=1, fixed_output_length=True)

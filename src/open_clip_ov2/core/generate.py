@@ -72,7 +72,7 @@ class CaptionStream:
 
 def generate(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
     """Continue `ids_BT` (int64, no padding) to at most `config.seq_len` tokens: `(B, T)`, pad after eos."""
-    if config.generation_type == "beam_search":
+    if config.generation_type == "beam_search" and config.num_beams > 1:
         return _beam_search(stream, ids_BT, config)
     finished_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     while ids_BT.shape[1] < config.seq_len:
@@ -99,7 +99,7 @@ def _adjust(logits_BV: Tensor, ids_BT: Tensor, config: GenerationConfig) -> Tens
 
 
 def _pick(logits_BV: Tensor, config: GenerationConfig) -> Tensor:
-    if config.generation_type == "greedy":
+    if config.generation_type in ("greedy", "beam_search"):  # a beam of one is greedy, as in transformers
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV / config.temperature
     if config.generation_type == "top_k":

@@ -17,7 +17,10 @@ EXAMPLE = "for example --caption-keys 'json:recaption=0.8,txt=0.2'"
 
 @dataclass(frozen=True)
 class CaptionKey:
-    """An entry of the sample (`txt`, `json`, a csv column), a path inside its JSON, and a sampling weight."""
+    """An entry of the sample (`txt`, `json`, a csv column), a path inside its JSON, and a sampling weight.
+
+    A step of the path names a field of an object, or counts from 0 into a list.
+    """
 
     entry: str
     path: tuple[str, ...] = ()
@@ -33,15 +36,15 @@ def parse_caption_keys(text: str) -> tuple[CaptionKey, ...]:
     names = [str(key) for key in keys]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--caption-keys: {name!r} is named twice in {text!r}")
+            raise UserError(f"--caption-keys: {name!r} is named twice in {text!r}; once each, {EXAMPLE}")
     return keys
 
 
 def _parse_one(part: str) -> CaptionKey:
     name, equals, weight_text = part.partition("=")
     entry, colon, path = name.strip().partition(":")
-    steps = tuple(path.split(".")) if colon else ()
-    if not entry or any(not step for step in steps):
+    entry, steps = entry.strip(), tuple(step.strip() for step in path.split(".")) if colon else ()
+    if not entry or any(not step or ":" in step for step in steps):
         raise UserError(f"--caption-keys: {part!r} is not ENTRY[:dotted.path][=weight], {EXAMPLE}")
     try:
         weight = float(weight_text) if equals else 1.0
@@ -73,48 +76,86 @@ def all_captions(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[
     return [caption for _, captions in found for caption in captions]
 
 
+def group_text(sample: Mapping[str, Any], key: CaptionKey | None) -> str:
+    """The value under `key` as text, numbers too; "" where there is none, or nothing that can be read."""
+    if key is None:
+        return ""
+    try:
+        node = _find(sample, key)
+    except SkipSample:
+        return ""
+    if isinstance(node, list):
+        node = next(iter(node), None)
+    return str(node).strip() if isinstance(node, (str, int, float)) else ""
+
+
 def _read_all(
     sample: Mapping[str, Any], keys: Sequence[CaptionKey]
 ) -> tuple[list[tuple[CaptionKey, list[str]]], SkipSample]:
+    """The keys that have captions here, with them; and the cause to give if there are none.
+
+    The cause is the gravest: what cannot be read, then what is there but empty, then what is missing.
+    """
     found: list[tuple[CaptionKey, list[str]]] = []
     problem = SkipSample(MISSING_CAPTION, f"none of {', '.join(map(str, keys))}")
     for key in keys:
-        if key.entry not in sample:
-            continue
         try:
-            captions = _read(sample[key.entry], key)
+            captions = _read(sample, key)
         except SkipSample as error:
             problem = error
             continue
         if captions:
             found.append((key, captions))
-        elif problem.cause == MISSING_CAPTION and captions is not None:
+        elif captions is not None and problem.cause == MISSING_CAPTION:
             problem = SkipSample(EMPTY_CAPTION, str(key))
     return found, problem
 
 
-def _read(value: bytes | str, key: CaptionKey) -> list[str] | None:
-    """Non-empty captions under a key; None if its JSON has no such path."""
+def _read(sample: Mapping[str, Any], key: CaptionKey) -> list[str] | None:
+    """Non-empty captions under a key, stripped; None if the sample has no such entry or path."""
+    node = _find(sample, key)
+    if node is _ABSENT:
+        return None
+    captions = node if isinstance(node, list) else [] if node is None else [node]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise SkipSample(BAD_JSON, f"{key}: neither a string nor a list of strings")
+    stripped = [caption.strip() for caption in captions if caption.strip()]
+    try:
+        for caption in stripped:
+            caption.encode("utf-8")  # JSON may spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise SkipSample(BAD_JSON, f"{key}: {error}") from None
+    return stripped
+
+
+_ABSENT = object()
+
+
+def _find(sample: Mapping[str, Any], key: CaptionKey) -> Any:
+    """What stands under a key: its text, or the node of its JSON; _ABSENT if there is none. Raises SkipSample.
+
+    An entry that ends in `json` is JSON with or without a path, so that no caption is ever braces and quotes.
+    """
+    # webdataset gives suffixes in lower case; csv columns are as they are written.
+    entry = key.entry if key.entry in sample else key.entry.lower()
+    if entry not in sample:
+        return _ABSENT
+    value = sample[entry]
     try:
         text = value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise SkipSample(BAD_UTF8, f"{key}: {error}") from None
-    if not key.path:
-        return [text.strip()] if text.strip() else []
+    if not key.path and not f".{entry}".endswith(".json"):
+        return text
     try:
         node = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SkipSample(BAD_JSON, f"{key}: {error}") from None
     for step in key.path:
         if isinstance(node, dict) and step in node:
             node = node[step]
-        elif isinstance(node, list) and step.isdigit() and int(step) < len(node):
+        elif isinstance(node, list) and step.isdecimal() and int(step) < len(node):
             node = node[int(step)]
         else:
-            return None
-    if node is None:
-        return []
-    captions = node if isinstance(node, list) else [node]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise SkipSample(BAD_JSON, f"{key}: neither a string nor a list of strings")
-    return [caption.strip() for caption in captions if caption.strip()]
+            return _ABSENT
+    return node

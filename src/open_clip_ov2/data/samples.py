@@ -30,6 +30,24 @@ from open_clip_ov2.data.skips import (
 
 MAX_IMAGE_PIXELS = 89_478_485  # where PIL starts to warn of a decompression bomb
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENTRY = "__image__"  # where a source that reads no tar puts an ImageFile or a picture
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture on disk, read only when it is used: the first of `candidates` that can be opened."""
+
+    candidates: tuple[str, ...]
+
+    def read(self) -> bytes:
+        """Raises SkipSample if none can be opened."""
+        for name in self.candidates:
+            try:
+                with open(name, "rb") as file:
+                    return file.read()
+            except (OSError, ValueError):  # ValueError: a name with a NUL in it
+                continue
+        raise SkipSample(MISSING_IMAGE, f"cannot open {' or '.join(self.candidates)}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,10 @@ class Decoder:
     max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def train(self, raw: Mapping[str, Any], seed: int) -> tuple[Tensor, str]:
-        """Caption and crop drawn from `seed`, which is a function of run, epoch, pass and key."""
+        """Image `(C, H, W)` and caption, crop and caption drawn from `seed`, a function of run, epoch, pass and key.
+
+        Raises SkipSample. The caption is looked at first: that costs least.
+        """
         rng = random.Random(seed)
         caption = choose_caption(raw, self.caption_keys, rng)
         image = self.image(raw)
@@ -49,16 +70,20 @@ class Decoder:
             return self._transformed(image), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
-        """The first caption there is: evaluation draws nothing."""
+        """Image `(C, H, W)` and the first caption there is: evaluation draws nothing. Raises SkipSample."""
         caption = all_captions(raw, self.caption_keys)[0]
-        return self._transformed(self.image(raw)), caption
+        image = self.image(raw)
+        with seeded(0):  # a transform that draws all the same neither varies nor disturbs the model's generator
+            return self._transformed(image), caption
 
     def image(self, raw: Mapping[str, Any]) -> Image.Image:
         """The picture of a sample, RGB. Raises SkipSample."""
         data = find_image(raw)
         if data is None:
             raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
-        return data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
+        if isinstance(data, Image.Image):
+            return data
+        return decode_image(data.read() if isinstance(data, ImageFile) else data, self.max_image_pixels)
 
     def _transformed(self, image: Image.Image) -> Tensor:
         try:
@@ -68,19 +93,24 @@ class Decoder:
 
 
 def find_image(raw: Mapping[str, Any]) -> Any:
-    """Encoded picture of a sample, or None."""
-    return next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
+    """A sample's picture: bytes, an ImageFile, a PIL image, or None. Suffixes in any case."""
+    by_suffix = {suffix.lower(): value for suffix, value in raw.items()}
+    return next((by_suffix[suffix] for suffix in (IMAGE_ENTRY, *IMAGE_SUFFIXES) if suffix in by_suffix), None)
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Encoded picture -> RGB, its size looked at before its pixels. Raises SkipSample."""
+    """Encoded picture -> RGB, its size looked at before its pixels. Raises SkipSample.
+
+    Transparency is dropped, not composited, as OpenCLIP does it.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+        with _pil_limit(max_image_pixels):
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > max_image_pixels:
-                raise SkipSample(TOO_MANY_PIXELS, f"{width} x {height}")
+                raise SkipSample(
+                    TOO_MANY_PIXELS, f"{width} x {height}, at most {max_image_pixels} (--max-image-pixels)"
+                )
             return image.convert("RGB")
     except SkipSample:
         raise
@@ -88,6 +118,22 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image
         raise SkipSample(TOO_MANY_PIXELS, str(error)) from None
     except Exception as error:  # PIL's plugins raise almost anything on a corrupt file
         raise SkipSample(UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
+
+
+@contextlib.contextmanager
+def _pil_limit(max_image_pixels: int) -> Iterator[None]:
+    """PIL's own limit (an error at twice this) set to ours, so that it may be raised; no warnings, skips are counted.
+
+    All warnings: leaving catch_warnings forgets which were shown, so that each odd file would print its own again.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:
@@ -111,13 +157,3 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
-
-
-def group_of(raw: Mapping[str, Any], key: CaptionKey | None) -> str:
-    """The text under `key`, or "" where there is none."""
-    if key is None:
-        return ""
-    try:
-        return all_captions(raw, (key,))[0]
-    except SkipSample:
-        return ""

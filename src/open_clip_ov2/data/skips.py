@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
+
+from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +20,13 @@ BAD_UTF8 = "bad UTF-8"
 BAD_JSON = "bad JSON"
 BROKEN_SHARD = "broken shard"
 TRANSFORM_FAILED = "transform failed"
+TOKENIZER_FAILED = "tokenizer failed"
 
 FIRST_LINES = 5  # of each cause, in each worker
 SUMMARY_EVERY_S = 60.0
+# A consumer that has found nothing usable at all gives up after this long and this many skips.
+HOPELESS_S = 30.0
+HOPELESS_SKIPS = 100
 
 
 class SkipSample(Exception):
@@ -32,23 +39,48 @@ class SkipSample(Exception):
 
 
 class SkipCounter:
-    """Counts by cause, of one data worker. Logs the first of each cause, then at most one line a minute."""
+    """Counts by cause, of one data worker, over all its epochs.
 
-    def __init__(self) -> None:
+    Logs the first of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is kept by
+    whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
+    """
+
+    def __init__(self, *, gives_up: bool = False, log: bool = True) -> None:
         self.total: Counter[str] = Counter()
+        self.used = 0
         self.example = ""
+        self._gives_up, self._log = gives_up, log
+        self._ever: Counter[str] = Counter()
         self._since_take: Counter[str] = Counter()
-        self._last_summary = time.monotonic()
+        self._started = self._last_summary = time.monotonic()
+
+    def begin(self) -> None:
+        """An epoch begins: `total` and the clock start anew; `used` and what was logged do not."""
+        self.total.clear()
+        self._started = time.monotonic()
 
     def add(self, cause: str, detail: str, key: str, url: str) -> None:
+        """Counts one skip. Raises UserError if it `gives_up` and there is no hope left."""
         self.total[cause] += 1
         self._since_take[cause] += 1
+        self._ever[cause] += 1
         self.example = f"{key} in {url}" if key else url
-        if self.total[cause] <= FIRST_LINES:
+        if self._log:
+            self._write(cause, detail)
+        if self._gives_up and self._hopeless():
+            raise self.nothing_usable("training", "--train-data")
+
+    def _hopeless(self) -> bool:
+        many = self.total.total() >= HOPELESS_SKIPS
+        return many and not self.used and time.monotonic() - self._started > HOPELESS_S
+
+    def _write(self, cause: str, detail: str) -> None:
+        now = time.monotonic()
+        if self._ever[cause] <= FIRST_LINES:
             logger.warning("skipped %s: %s (%s)", self.example, cause, detail)
-        elif time.monotonic() - self._last_summary > SUMMARY_EVERY_S:
-            self._last_summary = time.monotonic()
-            logger.warning("skipped so far in this worker: %s", describe(self.total))
+        elif now - self._last_summary > SUMMARY_EVERY_S:
+            self._last_summary = now
+            logger.warning("skipped so far in this worker: %s", describe(self._ever))
 
     def take(self) -> dict[str, int]:
         """Counts since the last call."""
@@ -56,8 +88,14 @@ class SkipCounter:
         self._since_take.clear()
         return counts
 
+    def nothing_usable(self, what: str, flag: str) -> UserError:
+        """The error for data of which nothing can be used: counts, and the last that was skipped."""
+        counts = describe(self.total) or "no sample at all"
+        example = f"; the last: {self.example}" if self.example else ""
+        return UserError(f"the {what} data has no usable sample ({counts}{example}); look at {flag} and --caption-keys")
 
-def describe(counts: dict[str, int] | Counter[str]) -> str:
+
+def describe(counts: Mapping[str, int]) -> str:
     """`7 empty caption, 5 undecodable image`, most frequent first."""
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {cause}" for cause, count in rows)

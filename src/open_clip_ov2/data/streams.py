@@ -5,9 +5,9 @@ Shapes: B batch, C channels, H and W pixels, L caption tokens.
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from open_clip_ov2.data.captions import CaptionKey
-from open_clip_ov2.data.samples import Decoder, group_of, sample_seed
-from open_clip_ov2.data.skips import SkipCounter, SkipSample, describe
-from open_clip_ov2.data.sources import Share, Source
+from open_clip_ov2.data.captions import CaptionKey, group_text
+from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
+from open_clip_ov2.data.share import Share, Source
+from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
+from open_clip_ov2.errors import UserError
 
 Tokenizer = Callable[[list[str]], Tensor]
-TOKENIZER_FAILED = "tokenizer failed"
-# A consumer that has found nothing usable gives up after a whole pass, or after this long and this many skips.
-HOPELESS_S = 30.0
-HOPELESS_SKIPS = 100
+# Passes in a row without a usable sample before a consumer gives up, where one pass does not show it everything:
+# with as many shards as consumers, one bad shard among good ones comes back 32 times with chance 2^-32 at most.
+BARREN_PASSES = 32
 
 
 class Batch(NamedTuple):
@@ -50,42 +50,89 @@ class Tail(NamedTuple):
     skipped: dict[str, int]
 
 
+class _Row(NamedTuple):
+    image_CHW: Tensor
+    caption: str
+    key: str
+    url: str
+    group: str
+
+
 class _Collector:
-    """Decoded samples until a batch is full."""
+    """Decoded samples until a batch is full. Keeps `skips.used`: samples delivered or waiting."""
 
     def __init__(self, tokenizer: Tokenizer, skips: SkipCounter, group_by: CaptionKey | None = None) -> None:
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
-        self._rows: list[tuple[Tensor, Tensor, str, str, str]] = []
+        self._rows: list[_Row] = []
 
-    def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]]) -> bool:
-        """Whether the sample could be used."""
+    def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]]) -> None:
+        """Adds the sample, or counts why not."""
         try:
-            image, caption = decode()
-            ids = self._tokenize(caption)
+            image_CHW, caption = decode()
         except SkipSample as error:
             self._skips.add(error.cause, error.detail, raw["__key__"], raw["__url__"])
-            return False
-        self._rows.append((image, ids, raw["__key__"], caption, group_of(raw, self._group_by)))
-        return True
-
-    def _tokenize(self, caption: str) -> Tensor:
-        try:
-            return self._tokenizer([caption])[0]
-        except Exception as error:  # one caption must not end a run
-            raise SkipSample(TOKENIZER_FAILED, f"{type(error).__name__}: {error}") from error
+            return
+        group = group_text(raw, self._group_by)
+        self._rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group))
+        self._skips.used += 1
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self) -> Batch:
-        images, texts, keys, captions, groups = zip(*self._rows, strict=True)
+    def batch(self) -> Batch | None:
+        """All rows as a batch; None if the tokenizer refused some, which are gone and counted."""
+        texts_BL = self.tokenized()
+        if texts_BL is None:
+            return None
+        images, captions, keys, _, groups = zip(*self._rows, strict=True)
         self._rows = []
         skipped = self._skips.take()
-        return Batch(torch.stack(images), torch.stack(texts), list(keys), list(captions), list(groups), skipped)
+        return Batch(torch.stack(images), texts_BL, list(keys), list(captions), list(groups), skipped)
+
+    def tokenized(self) -> Tensor | None:
+        """Token ids `(B, L)` of the rows in one call; None after dropping the rows that the tokenizer refuses."""
+        if not self._rows:
+            return None
+        try:
+            return self._ids([row.caption for row in self._rows])
+        except UserError:
+            raise
+        except Exception:  # one caption must not end a run: look for it
+            before = len(self._rows)
+            self._rows = [row for row in self._rows if self._accepts(row)]
+            if len(self._rows) == before:
+                raise
+            return None
+
+    def _accepts(self, row: _Row) -> bool:
+        try:
+            self._ids([row.caption])
+        except Exception as error:
+            self._skips.used -= 1
+            self._skips.add(TOKENIZER_FAILED, f"{type(error).__name__}: {error}", row.key, row.url)
+            return False
+        return True
+
+    def _ids(self, captions: list[str]) -> Tensor:
+        with seeded(0):  # some tokenizers draw which words they keep
+            return self._tokenizer(captions)
+
+
+class _Stream(IterableDataset[Any]):
+    """A UserError becomes an item, so that it reaches the main process as it is."""
+
+    def __iter__(self) -> Iterator[Batch | Failure | Tail]:
+        try:
+            yield from self._items()
+        except UserError as error:
+            yield Failure(str(error))
+
+    def _items(self) -> Iterator[Batch | Tail]:
+        raise NotImplementedError
 
 
 @dataclass
-class TrainStream(IterableDataset[Any]):
+class TrainStream(_Stream):
     """One worker's batches of one epoch."""
 
     source: Source
@@ -98,49 +145,49 @@ class TrainStream(IterableDataset[Any]):
     world_size: int
     shuffle_buffer: int
     epoch: Any  # multiprocessing value: persistent workers read the epoch of the moment
+    skips: SkipCounter = field(default_factory=partial(SkipCounter, gives_up=True))
 
-    def __iter__(self) -> Iterator[Batch | Failure]:
-        skips = SkipCounter()
-        collector = _Collector(self.tokenizer, skips)
-        made, begin, used = 0, time.monotonic(), 0
-        for pass_index in range(2**31):
-            used_before = used
-            share = self._share(pass_index)
-            for raw in self.source.train_samples(share, skips):
-                seed = sample_seed(self.seed, share.epoch, pass_index, raw["__key__"])
-                used += collector.add(raw, partial(self.decoder.train, raw, seed))
-                if len(collector) == self.batch_size:
-                    yield collector.batch()
-                    made += 1
-                    if made == self.batches_per_worker:
-                        return
-                if not used and time.monotonic() - begin > HOPELESS_S and skips.total.total() >= HOPELESS_SKIPS:
-                    break
-            if used == used_before:
-                yield Failure(_nothing_usable("training", skips))
-                return
+    def _items(self) -> Iterator[Batch]:
+        self.skips.begin()
+        collector = _Collector(self.tokenizer, self.skips)
+        made, barren, first = 0, 0, self._first_share()
+        limit = 1 if first.consumers == 1 and not self.source.resampled else BARREN_PASSES
+        for pass_index in itertools.count():
+            used_before = self.skips.used
+            for batch in self._pass(collector, replace(first, pass_index=pass_index)):
+                yield batch
+                made += 1
+                if made == self.batches_per_worker:
+                    return
+            collector.tokenized()  # drops what the tokenizer refuses, so that `used` tells what this pass gave
+            barren = 0 if self.skips.used > used_before else barren + 1
+            if barren == limit:
+                raise self.skips.nothing_usable("training", "--train-data")
 
-    def _share(self, pass_index: int) -> Share:
+    def _pass(self, collector: _Collector, share: Share) -> Iterator[Batch]:
+        for raw in self.source.train_samples(share, self.skips):
+            seed = sample_seed(share.seed, share.epoch, share.pass_index, raw["__key__"])
+            collector.add(raw, partial(self.decoder.train, raw, seed))
+            if len(collector) == self.batch_size:
+                batch = collector.batch()
+                if batch is not None:
+                    yield batch
+
+    def _first_share(self) -> Share:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return Share(
             seed=self.seed,
             epoch=self.epoch.value,
-            pass_index=pass_index,
+            pass_index=0,
             consumer=self.rank * workers + worker,
             consumers=self.world_size * workers,
             shuffle_buffer=self.shuffle_buffer,
         )
 
 
-def _nothing_usable(what: str, skips: SkipCounter) -> str:
-    counts = describe(skips.total) or "no sample at all"
-    example = f"; the last: {skips.example}" if skips.example else ""
-    return f"the {what} data yields no usable sample ({counts}{example}); look at --{what[:5]}-data and --caption-keys"
-
-
 @dataclass
-class EvalStream(IterableDataset[Any]):
+class EvalStream(_Stream):
     """Every `consumers`-th sample, in file order."""
 
     source: Source
@@ -152,21 +199,21 @@ class EvalStream(IterableDataset[Any]):
     limit: int | None
     group_by: CaptionKey | None
 
-    def __iter__(self) -> Iterator[Batch | Tail]:
+    def _items(self) -> Iterator[Batch | Tail]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine, consumers = self.rank * workers + worker, self.world_size * workers
         skips = SkipCounter()
         collector = _Collector(self.tokenizer, skips, self.group_by)
-        reading = skips if mine == 0 else SkipCounter()  # all read every tar: one counts the broken ones
-        for index, raw in enumerate(self.source.in_order(reading)):
-            if self.limit is not None and index >= self.limit:
-                break
-            if index % consumers != mine:
-                continue
+        reading = skips if mine == 0 else SkipCounter(log=False)  # all read every tar: one counts the broken ones
+        for raw in itertools.islice(self.source.in_order(reading), mine, self.limit, consumers):
             collector.add(raw, partial(self.decoder.evaluate, raw))
             if len(collector) == self.batch_size:
-                yield collector.batch()
-        if len(collector):
-            yield collector.batch()
+                batch = collector.batch()
+                if batch is not None:
+                    yield batch
+        while len(collector):  # twice if the tokenizer refuses a row
+            batch = collector.batch()
+            if batch is not None:
+                yield batch
         yield Tail(skips.take())

@@ -6,20 +6,20 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import open_clip_train.main as open_clip_main
 import torch
 from open_clip import CoCa
+from open_clip import factory as open_clip_factory
 from rich.console import Console
 from torch import nn
 
 from open_clip_ov2.core import CaptionLoss, CaptionModel
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.runlog.log import setup_logging
+from open_clip_ov2.runlog.log import FILE_ONLY, setup_logging
 from open_clip_ov2.runlog.monitor import MonitorConfig, RunMonitor
-from open_clip_ov2.seam import baselines, evaluate, factory, patches
+from open_clip_ov2.seam import baselines, evaluate, factory, patches, shims
 from open_clip_ov2.seam.arguments import TrainOptions, parse
 from open_clip_ov2.seam.datasets import LoaderInfo, make_data
 from open_clip_ov2.seam.preprocess import color_jitter_cfg
@@ -28,6 +28,7 @@ from open_clip_ov2.seam.step import StepSettings, train_epoch
 from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for
 
 logger = logging.getLogger("open_clip_ov2")
+_HPARAMS = ("model", "lr", "wd", "batch_size", "accum_freq", "warmup", "epochs", "precision", "seed")  # TensorBoard's
 
 
 def train(argv: Sequence[str]) -> Path | None:
@@ -53,8 +54,11 @@ class Run:
         self.family = factory.is_family(args.model)
         self.argv = [word for word in open_clip_argv if not (self.family and word == "--torchcompile")]
         self.compile_blocks = self.family and args.torchcompile
-        self.argv = _without_report_to(self.argv)
+        self.argv = shims.without_report_to(self.argv)
         self.tensorboard = "tensorboard" in args.report_to
+        self._hparams = {name: getattr(args, name) for name in _HPARAMS} | {
+            name: str(getattr(options, name)) for name in ("keep_ratio", "fusion", "tokenizer")
+        }
         self.console = Console()
         self.folder: Path | None = None
         self._model: Any = None
@@ -67,6 +71,8 @@ class Run:
         try:
             with patches.run_patches(self._replacements()):
                 result = open_clip_main.main(self.argv)
+            if self._monitor is not None:
+                self._monitor.hparams(self._hparams)
         finally:
             if self._monitor is not None:
                 self._monitor.close()
@@ -90,7 +96,7 @@ class Run:
             (main, "evaluate"): self._evaluates,
             (main, "optim"): self._optim,
             ("open_clip_train.train", "maybe_compute_generative_loss"): lambda _: lambda model_out: None,
-            ("torch.nn.parallel", "DistributedDataParallel"): _ddp_on_any_device,
+            ("torch.nn.parallel", "DistributedDataParallel"): shims.ddp_on_any_device,
         }
 
     # --- logging -------------------------------------------------------------------------------------
@@ -103,6 +109,7 @@ class Run:
             self.console if log_file else None,
             debug=level == logging.DEBUG,
         )
+        logger.info("options of ov2: %s", self.options, extra={FILE_ONLY: True})
 
     # --- model ---------------------------------------------------------------------------------------
 
@@ -129,7 +136,7 @@ class Run:
             return {}
         extra: dict[str, Any] = self.options.model_options()
         if self.options.tokenizer:
-            config = open_clip_main_config(name)
+            config = open_clip_factory.get_model_config(name) or {}
             extra["text_cfg"] = text_cfg_for(
                 self.options.tokenizer, context_length or config["text_cfg"]["context_length"]
             )
@@ -148,20 +155,10 @@ class Run:
         return get_tokenizer
 
     def _optim(self, original: Any) -> Any:
-        """For ov2 models `optim.AdamW` spares what the reference spares, in one fused kernel."""
-        if not self.family:
-            return original
+        return shims.optim_for(self._model_parameters) if self.family else original
 
-        def adamw(groups: list[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
-            named = dict(self._model.named_parameters())
-            spared = {id(named[name]) for name in self._model.no_weight_decay() if name in named}
-            plain, decayed = groups
-            moved = [p for p in decayed["params"] if id(p) in spared]
-            kept = [p for p in decayed["params"] if id(p) not in spared]
-            groups = [{**plain, "params": plain["params"] + moved}, {**decayed, "params": kept}]
-            return torch.optim.AdamW(groups, fused=True, **kwargs)
-
-        return SimpleNamespace(AdamW=adamw)
+    def _model_parameters(self) -> tuple[dict[str, nn.Parameter], set[str]]:
+        return dict(self._model.named_parameters()), self._model.no_weight_decay()
 
     # --- data ----------------------------------------------------------------------------------------
 
@@ -283,32 +280,3 @@ class Run:
             )
             self._monitor = RunMonitor(config, console=self.console)
         return self._monitor
-
-
-def open_clip_main_config(name: str) -> dict[str, Any]:
-    from open_clip import factory as open_clip_factory
-
-    config = open_clip_factory.get_model_config(name)
-    assert config is not None
-    return config
-
-
-def _without_report_to(argv: list[str]) -> list[str]:
-    """TensorBoard is written by our monitor; OpenCLIP must not open a second file beside it."""
-    out, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "--report-to":
-            skip = True
-        elif not word.startswith("--report-to="):
-            out.append(word)
-    return out
-
-
-def _ddp_on_any_device(original: type) -> Callable[..., nn.Module]:
-    def distributed_data_parallel(module: nn.Module, device_ids: Any = None, **kwargs: Any) -> nn.Module:
-        on_cpu = next(module.parameters()).device.type == "cpu"
-        return original(module, device_ids=None if on_cpu else device_ids, **kwargs)
-
-    return distributed_data_parallel
