@@ -66,3 +66,14 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --tokenizer: word pieces of the squares' captions. A small head makes small checkpoints."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    words = sorted({*COLOURS, "a", "one", "square", "that", "is"})
+    letters = [chr(code) for code in range(ord("b"), ord("z") + 1)]
+    pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *words, *letters, *(f"##{letter}" for letter in ["a", *letters])]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    return folder

@@ -12,6 +12,9 @@ import open_clip_ov2
 ROOT = Path(open_clip_ov2.__file__).parent
 MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the standard library
     "core": ({"core"}, {"torch"}),
+    "recipe": ({"recipe", "errors"}, {"tomli"}),  # tomli is tomllib before Python 3.11
+    "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
+    "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "onnxruntime"}),
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }

@@ -6,13 +6,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError
 
 COMMANDS = {
     "train": "train a model with OpenCLIP's flags and ours",
+    "plan": "what a recipe will do: tokens, steps, FLOPs, memory, hours",
     "eval": "held-out caption loss, the same with shuffled pictures, exact captions by kind",
     "caption": "caption pictures with a trained model",
+    "convert": "the authors' checkpoints into a model of ours, and back",
+    "export": "an encoder for transformers, LLaVA, timm, OpenCLIP, ONNX, the authors' code",
+    "push": "a model to the hub, with its card",
     "plot": "draw the curves of one or more runs",
+    "submit": "train on SLURM, or here in the background",
+    "jobs": "where submitted runs stand; logs, cancel, resubmit",
+    "sweep": "train a grid or list of runs, side by side; --report compares them",
 }
 
 
@@ -22,7 +29,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake of the user's, told in one line."""
+    """Exit status: 0 done, 2 an error told in one line, 75 stopped by a signal with all saved, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -35,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ov2: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"ov2: stopped: {stop}", file=sys.stderr)
+        return INTERRUPTED_STATUS
     except KeyboardInterrupt:
         print("ov2: interrupted", file=sys.stderr)
         return 130

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_files import CASES, GoldenCase, from_flax
+from golden_files import CASES, GoldenCase
 
+from open_clip_ov2.convert import from_flax
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets, gather_tokens
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import multiprocessing
 import os
 import random
 import signal
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ TXT = parse_caption_keys("txt")
 Member = tuple[str, bytes]
 
 
+@functools.cache
 def picture(number: int = 0, fmt: str = "png", side: int = 12) -> bytes:
     """An encoded square of noise, another one for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -60,6 +63,12 @@ def good_tars(folder: Path, sizes: Sequence[int]) -> tuple[str, ...]:
     )
 
 
+def cut(path: Path, size: int) -> Path:
+    """The tar without what comes after `size` bytes."""
+    path.write_bytes(path.read_bytes()[:size])
+    return path
+
+
 def giant_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A valid black picture of one bit a pixel: 50 MB of zeros, 50 kB compressed."""
 
@@ -92,6 +101,13 @@ def kill_own_worker(image: Image.Image) -> Tensor:
     assert get_worker_info() is not None, "would kill the test itself"
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def workers_of(start: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """What `start` gives, and the processes that it started: those of earlier tests may still be there."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    result = start()
+    return result, [child.pid for child in multiprocessing.active_children() if child.pid not in before and child.pid]
 
 
 def byte_tokens(texts: list[str]) -> Tensor:

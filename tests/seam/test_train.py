@@ -13,24 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import NANO, data_flags, results
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
-
-NANO = ["--model", "ov2-vit-nano-8", "--force-image-size", "24", "--force-context-length", "12"]
-
-
-def data_flags(squares: Path, samples: int = 32) -> list[str]:
-    return [
-        "--train-data", f"{squares}/train/{{00000..00003}}.tar", "--train-num-samples", str(samples),
-        "--val-data", f"{squares}/val/00000.tar", "--workers", "0", "--batch-size", "8", "--lr", "1e-3",
-        "--warmup", "1", "--epochs", "1", "--log-every-n-steps", "2",
-    ]  # fmt: skip
-
-
-def results(run: Path, kind: str) -> list[dict]:
-    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +62,7 @@ def test_validation_is_exact(run: Path, squares: Path) -> None:
     from open_clip_ov2.seam.evaluate import eval_kept_idx
 
     options = {"force_image_size": 24, "force_context_length": 12}
-    checkpoint = str(run / "checkpoints" / "epoch_2.pt")
+    checkpoint = str(run / "checkpoints" / "stage_1.pt")
     model, _, preprocess = open_clip.create_model_and_transforms("ov2-vit-nano-8", checkpoint, **options)
     tokenizer = open_clip.get_tokenizer("ov2-vit-nano-8", context_length=12)
     keys = parse_caption_keys("json:recaption=0.8,txt=0.2")
@@ -135,7 +121,7 @@ def test_flags_train(squares: Path, tmp_path: Path, flags: list[str]) -> None:
     """Oracle: every trainable weight moved, every frozen one did not, nothing is NaN."""
     name = ["--logs", str(tmp_path), "--name", "run", "--sample-captions", "2"]
     assert ov2(["train", *NANO, *data_flags(squares, 16), *name, *flags]) == 0
-    state = torch.load(tmp_path / "run" / "checkpoints" / "epoch_1.pt", weights_only=True)["state_dict"]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())
     model = open_clip.create_model(f"local-dir:{tmp_path / 'run'}")
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -152,7 +138,7 @@ def test_compiled_blocks_give_the_same_run(squares: Path, tmp_path: Path) -> Non
         common += ["--sample-captions", "0"]
         assert ov2(["train", *common, "--name", name, *flags]) == 0
         losses.append(results(tmp_path / name, "val")[-1]["caption_loss"])
-        keys = torch.load(tmp_path / name / "checkpoints" / "epoch_1.pt", weights_only=True)["state_dict"].keys()
+        keys = torch.load(tmp_path / name / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"].keys()
         assert not [key for key in keys if "_orig_mod" in key]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
@@ -167,7 +153,7 @@ def torchrun(flags: list[str], processes: int = 2) -> subprocess.CompletedProces
 def test_two_processes_train_and_validate_alike(run: Path, squares: Path, tmp_path: Path) -> None:
     """Oracle: validation of one checkpoint on one process; the set of 10 does not divide evenly by the batch."""
     logs = ["--logs", str(tmp_path)]
-    checkpoint = ["--pretrained", str(run / "checkpoints" / "epoch_2.pt")]
+    checkpoint = ["--pretrained", str(run / "checkpoints" / "stage_1.pt")]
     only_val = [*NANO, "--val-data", f"{squares}/val/00000.tar", "--workers", "0", *checkpoint, *logs]
     assert ov2(["train", *only_val, "--name", "one", "--batch-size", "3"]) == 0
     done = torchrun([*NANO, *data_flags(squares), *checkpoint, *logs, "--name", "two", "--lr", "0", "--wd", "0"])
@@ -246,6 +232,21 @@ SLIPS = {
     "missing shard": (["--train-data", "nowhere-{0..3}.tar"], "4 of 4 shards do not exist: nowhere-0.tar"),
     "too many workers": (["--workers", "9"], "--dataset-resampled"),
     "wandb": (["--report-to", "wandb"], "tensorboard"),
+    "stage": (["--stage", "24:sample=8"], "samples"),
+    "stage and epochs": (["--stage", "24:samples=8"], "--epochs"),
+    "recipe": (["--recipe", "nowhere.toml"], "nowhere.toml"),
+    "until stage": (["--until-stage", "2"], "--until-stage 2: there are 1 stages"),
+    "global batch": (["--global-batch", "9", "--accum-freq", "2"], "global batch 9"),
+    "base lr": (["--base-lr", "-1"], "--base-lr"),
+    "warm-up": (["--warmup-samples", "1.5"], "--warmup-samples"),
+    "save every steps": (["--save-every-steps", "0"], "--save-every-steps"),
+    "save every minutes": (["--save-every-minutes", "nan"], "--save-every-minutes"),
+    "keep checkpoints": (["--keep-checkpoints", "0"], "--keep-checkpoints"),
+    "val every samples": (["--val-every-samples", "0"], "--val-every-samples"),
+    "bad steps": (["--max-bad-steps", "0"], "--max-bad-steps"),
+    "stall warning": (["--stall-warning", "0"], "--stall-warning"),
+    "resume from a file": (["--resume", "x.pt"], "--pretrained"),
+    "most recent": (["--save-most-recent"], "--keep-checkpoints"),
     "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),
 }
 
@@ -259,11 +260,6 @@ def test_a_slip_is_one_line(slip: str, squares: Path, tmp_path: Path, capsys: py
     assert err[-1].startswith("ov2: error: ")
     assert expected in err[-1]
     assert not [line for line in err if "Traceback" in line]
-
-
-def test_an_existing_run_is_not_overwritten(run: Path, squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ov2(["train", *NANO, *data_flags(squares), "--logs", str(run.parent), "--name", "run"]) == 2
-    assert "--resume latest" in capsys.readouterr().err
 
 
 def test_help_lists_our_flags_and_theirs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,9 +38,9 @@ class Picture:
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
-    from open_clip_ov2.seam.run_folder import load_run
+    from open_clip_ov2.seam.sources import open_model
 
-    run = load_run(args.checkpoint, args.device)
+    run = open_model(args.checkpoint, args.device)
     keys = parse_caption_keys(args.caption_keys)
     pictures = islice(_pictures(args.images, keys, args.every), args.limit)
     cells: list[Captioned] = []
@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ov2 caption", description="Caption pictures with a trained model.", allow_abbrev=False)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture, folder of pictures, or tar of a dataset")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="a run's folder or a .pt of it"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a run, a .pt of it, a model folder or hf-hub: name",
     )
     parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N pictures only")

@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--tasks {unknown[0]}: no such task (there are: {', '.join(TASKS)})")
     guess = json.loads(existing(args.guess).read_text()) if args.guess else {}
     from open_clip_ov2.core import CaptionModel
-    from open_clip_ov2.seam.run_folder import load_run
+    from open_clip_ov2.seam.sources import open_model
 
-    run = load_run(args.run, args.device)
+    run = open_model(args.run, args.device)
     if not isinstance(run.model, CaptionModel):
         raise UserError(f"{run.folder}: not an ov2 model, which is what `ov2 eval` knows so far")
     with values_checked():
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ov2 eval", description="Evaluate a trained model on held-out pictures.", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN|FILE", help="a run's folder or a checkpoint of it")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, a .pt of it, a model folder or hf-hub: name")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="tars, as for ov2 train --val-data")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--caption-keys", default="txt", help="default: %(default)s")

@@ -8,10 +8,12 @@ Shape legend of every module here:
 """
 
 from open_clip_ov2.core.decoder import FUSIONS, DecoderConfig, TextDecoder
+from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.loss import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.core.model import CaptionModel, TextConfig
 from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, gather_tokens, num_kept, sample_kept_indices
+from open_clip_ov2.core.vision import VisionModel
 
 __all__ = [
     "FUSIONS",
@@ -23,8 +25,10 @@ __all__ = [
     "TextConfig",
     "TextDecoder",
     "TokenDrop",
+    "VisionModel",
     "caption_targets",
     "gather_tokens",
+    "image_features",
     "num_kept",
     "sample_kept_indices",
     "sincos_2d",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
+from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
 from open_clip_ov2.core.positions import sincos_2d
@@ -91,6 +92,10 @@ class CaptionModel(nn.Module):
         """Pooled features, `(B, D)`: final norm of the mean patch token, times the projection."""
         pooled_BD = self.visual(image)[0]
         return F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD
+
+    def features(self, image: Tensor, *, layer: int = -1, norm: bool = False, class_token: bool = False) -> Tensor:
+        """Patch tokens of any layer, see `core.image_features`."""
+        return image_features(self.visual, image, layer=layer, norm=norm, class_token=class_token)
 
     def forward(
         self,

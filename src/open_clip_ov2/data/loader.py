@@ -1,104 +1,36 @@
-"""Batches for training and evaluation.
-
-Shapes: B batch, C channels, H and W pixels, L caption tokens.
-"""
+"""Batches for training; those for evaluation are eval_loader.py's."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.receive import Receiver, torch_loader, worker_death
+from open_clip_ov2.data.resume import VERSION, Progress, Start, check_states, pack, start_from
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
 from open_clip_ov2.data.share import Source
-from open_clip_ov2.data.skips import describe
-from open_clip_ov2.data.streams import Batch, EvalStream, Failure, Tokenizer, TrainStream
+from open_clip_ov2.data.stall import StallWatch, watched
+from open_clip_ov2.data.streams import Batch, Tokenizer, TrainStream
 from open_clip_ov2.errors import UserError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader", "worker_death"]
 
-# torch's words for a dead worker. An exception inside a worker says "in DataLoader worker process" and is not one.
-DEATH = re.compile(r"DataLoader worker \((pid[^)]*\)?[^)]*)\) (exited unexpectedly|is killed by signal: [\w ]+)")
+STALL_WARNING_S = 60.0  # as often as the log's summaries of skips
 
 
-def worker_death(error: RuntimeError) -> UserError | None:
-    """The UserError for a data worker that died; None if `error` tells of something else.
+class TrainLoader(Receiver):
+    """`num_batches` full batches an epoch, the same for every process, whatever the number of workers.
 
-    Torch also raises from its SIGCHLD handler, at any place of the main thread: a training loop may ask here too.
-    """
-    found = DEATH.search(str(error))
-    if found is None:
-        return None
-    return UserError(
-        f"a data worker died ({found[1]} {found[2].strip()}): probably out of memory or of shared memory (/dev/shm); "
-        "try fewer --workers or a smaller --shuffle-buffer, and look into the system's log"
-    )
-
-
-class _Loader:
-    """What both loaders share: raising what a worker sends, and the running count of skips.
-
-    `skips`: counts by cause of the batches seen since iterating began or `reset_skips()`.
-    """
-
-    def __init__(self) -> None:
-        self.skips: dict[str, int] = {}
-
-    def reset_skips(self) -> None:
-        self.skips = {}
-
-    def _receive(self, items: Iterator[Any]) -> Iterator[Batch]:
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                death = worker_death(error)
-                if death is None:
-                    raise
-                raise death from error
-            if isinstance(item, Failure):
-                raise UserError(item.message)
-            for cause, count in item.skipped.items():
-                self.skips[cause] = self.skips.get(cause, 0) + count
-            if isinstance(item, Batch):
-                yield item
-
-
-def _torch_loader(
-    stream: IterableDataset[Any], num_workers: int, pin_memory: bool, persistent: bool
-) -> DataLoader[Any]:
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        persistent_workers=persistent and num_workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # or else each iteration draws from the generator that the model uses
-    )
-
-
-def _init_worker(_: int) -> None:
-    """Signals are the main process's business: a forked worker would otherwise run its handlers."""
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-class TrainLoader(_Loader):
-    """`num_batches` full batches an epoch, the same for every process.
-
-    `num_samples` (over all processes) is rounded up as OpenCLIP does it: to whole global batches, and to the same
-    number of batches for each worker. Where a consumer's part is used up, another pass over it begins.
+    `num_samples` (over all processes) is rounded up to whole updates of `accum_freq` global batches. Where a
+    consumer's part is used up, another pass over it begins. `state()` and `resume()`: where a killed run goes on.
     Raises UserError: no usable sample, too few shards, a dead worker.
     """
 
@@ -115,94 +47,140 @@ class TrainLoader(_Loader):
         world_size: int,
         caption_keys: tuple[CaptionKey, ...],
         num_samples: int,
+        accum_freq: int = 1,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         shuffle_buffer: int = 5000,
         pin_memory: bool = False,
+        stall_warning_s: float = STALL_WARNING_S,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers)
         if num_samples < 1:
             raise UserError(f"--train-num-samples must be at least 1, got {num_samples}")
-        workers = max(1, num_workers)
-        source.check_consumers(workers * world_size)
-        batches = math.ceil(num_samples / (batch_size * world_size))
-        per_worker = math.ceil(batches / workers)
-        self.num_batches = per_worker * workers
-        self.num_samples = self.num_batches * batch_size * world_size
-        self._epoch = multiprocessing.Value("q", 0)
-        decoder = Decoder(transform, caption_keys, max_image_pixels)
-        stream = TrainStream(
-            source, decoder, tokenizer, batch_size, per_worker, seed, rank, world_size, shuffle_buffer, self._epoch
+        self._workers = max(1, num_workers)
+        source.check_consumers(self._workers * world_size)
+        self._asked, self._global_batch, self._accum_freq = num_samples, batch_size * world_size, accum_freq
+        self.num_batches = self._batches_for(num_samples)
+        self.num_samples = self.num_batches * self._global_batch
+        self._stall_warning_s = stall_warning_s
+        self._stream = TrainStream(
+            source,
+            Decoder(transform, caption_keys, max_image_pixels),
+            tokenizer,
+            batch_size,
+            self.num_batches,
+            seed,
+            rank,
+            world_size,
+            shuffle_buffer,
+            board=multiprocessing.RawArray("q", [-1] * self._workers),
         )
-        self._loader = _torch_loader(stream, num_workers, pin_memory, persistent=True)
+        self._make_loader = partial(torch_loader, num_workers=num_workers, pin_memory=pin_memory, persistent=True)
+        self._loader = self._make_loader(self._stream)
+        self._progress, self._resumed = self._progress_at(Start()), False
+
+    def _batches_for(self, num_samples: int) -> int:
+        return math.ceil(num_samples / (self._global_batch * self._accum_freq)) * self._accum_freq
+
+    def _progress_at(self, start: Start, samples_done: int = 0) -> Progress:
+        return Progress(start, self._stream.rank, self._workers, samples_done)
+
+    @property
+    def batches_done(self) -> int:
+        """Batches delivered in this epoch, before a restart too."""
+        return self._progress.batches_done
 
     def set_epoch(self, epoch: int) -> None:
         """What order, captions and crops of the next iteration are drawn from; persistent workers see it too."""
-        self._epoch.value = epoch
+        if epoch != self._stream.epoch.value:
+            self._stream.epoch.value, self._resumed = epoch, False
+            self._progress = self._progress_at(Start())
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[Batch]:
-        self.reset_skips()
-        return self._receive(iter(self._loader))
-
-
-class EvalLoader(_Loader):
-    """Every sample exactly once over all processes and workers, the first caption of each; the last batch is partial.
-
-    File order, in turns of the workers. `num_samples` stops after so many samples of the files, usable or not.
-    Iterating gives this process's share; `full()` everything, for what runs on one process alone.
-    Raises UserError if the whole set has no usable sample, or a worker dies.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[[Any], Tensor],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        num_workers: int,
-        caption_keys: tuple[CaptionKey, ...],
-        rank: int = 0,
-        world_size: int = 1,
-        num_samples: int | None = None,
-        group_by: CaptionKey | None = None,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__()
-        self._parts = (source, Decoder(transform, caption_keys, max_image_pixels), tokenizer)
-        self._batch_size = batch_size
-        self._limit, self._group_by = num_samples, group_by
-        self._rank, self._world_size = rank, world_size
-        self._num_workers, self._pin_memory = num_workers, pin_memory
-        self.num_samples = num_samples or source.count() or 0
+    def close(self) -> None:
+        """Ends the data workers. Left to the garbage collector they might be ended by a later, forked worker."""
+        iterator = self._loader._iterator  # torch has no public name for it
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.share(self._rank, self._world_size)
+        """The batches of the epoch that is set; the first time after `resume()`, those of its epoch that are left."""
+        if not self._resumed:
+            self._stream.resuming.value = 0
+            self._progress = self._progress_at(Start())
+            self.reset_skips()
+        self._resumed = False
+        return self._deliver(iter(self._loader), self._progress)
 
-    def full(self) -> Iterator[Batch]:
-        return self.share(0, 1)
-
-    def share(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """The part of one process among so many."""
-        self.reset_skips()
-        stream = self._stream_of(rank, world_size)
-        used = False
-        for batch in self._receive(iter(_torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
-            used = True
+    def _deliver(self, items: Iterator[Any], progress: Progress) -> Iterator[Batch]:
+        first = progress.batches_done
+        watch = StallWatch(
+            self._stall_warning_s, lambda: self._reading((progress.batches_done - first) % self._workers)
+        )
+        for batch in self.receive(watched(items, watch)):
+            progress.add(batch.position, self._global_batch)
             yield batch
-        if not used and not (world_size > 1 and self._any_usable()):
-            counts = describe(self.skips) or "no sample at all"
-            raise UserError(
-                f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys"
-            )
 
-    def _any_usable(self) -> bool:
-        """Whether another process has what this one's share lacks; only looked for when that is empty."""
-        return any(isinstance(item, Batch) for item in iter(self._stream_of(0, 1, batch_size=1)))
+    def _reading(self, batches: int) -> str:
+        """What the worker reads whose turn it is after so many batches of this iteration."""
+        worker = batches % self._workers
+        index = self._stream.board[worker]
+        return f"data worker {worker} " + (
+            "has read nothing yet" if index < 0 else f"reads {self._stream.source.place(index)}"
+        )
 
-    def _stream_of(self, rank: int, world_size: int, batch_size: int | None = None) -> EvalStream:
-        batch_size = batch_size or self._batch_size
-        return EvalStream(*self._parts, batch_size, rank, world_size, self._limit, self._group_by)
+    def state(self) -> dict[str, Any]:
+        """Where this process stands, after any batch: numbers and strings for a checkpoint.
+
+        A restart needs the states of all processes. Batches that workers have ready but nobody took do not count.
+        """
+        done, stream = self._progress, self._stream
+        return {
+            **self._identity(),
+            "version": VERSION,
+            "epoch": int(stream.epoch.value),
+            "rank": stream.rank,
+            "world_size": stream.world_size,
+            "workers": self._workers,
+            "batch_size": stream.batch_size,
+            "batches_done": done.batches_done,
+            "samples_done": done.samples_done,
+            "positions": pack(done.positions),
+            # Of all consumers, and the same for every process.
+            "history": [pack(generation) for generation in done.history] if stream.rank == 0 else [],
+            "skips": dict(self.skips),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self._stream.seed,
+            "shuffle_buffer": self._stream.shuffle_buffer,
+            "data": self._stream.source.fingerprint(),
+        }
+
+    def resume(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Goes on where `states`, of all processes in the order of their ranks, were taken: sets the epoch, and lets
+        the next iteration give the batches that are left of it.
+
+        True: exactly the batches that the old run would have seen. False, if the number of processes, of workers or
+        the batch size is another one: other batches, but no sample of a pass is lost or comes twice (resampled data
+        goes on with draws of its own). Raises UserError: other data, seed or shuffle buffer, or states missing.
+        """
+        check_states(states, self._identity())
+        stream, old = self._stream, states[0]
+        now = (stream.world_size, self._workers, stream.batch_size)
+        same = now == (old["world_size"], old["workers"], old["batch_size"])
+        left = self._batches_for(max(0, self._asked - old["samples_done"]))
+        batches_done = min(self.num_batches, old["batches_done"]) if same else max(0, self.num_batches - left)
+        start = start_from(states, stream.world_size * self._workers, stream.source.resampled, batches_done)
+        self._resume_at(start, old)
+        self.skips = dict(states[stream.rank]["skips"]) if same else {}
+        return same
+
+    def _resume_at(self, start: Start, old: dict[str, Any]) -> None:
+        stream = self._stream
+        stream.start = start
+        stream.epoch.value, stream.resuming.value = old["epoch"], 1
+        self._progress, self._resumed = self._progress_at(start, old["samples_done"]), True
+        self._loader = self._make_loader(stream)  # workers that are there have the old start

@@ -1,12 +1,12 @@
-"""Raw samples of webdataset tars, in a deterministic order.
+"""Raw samples of webdataset tars, in a deterministic order; what is checked beforehand.
 
-Opening (also `pipe:` and `https:`), tar reading and grouping are webdataset's; the order of shards, what a break
-means, and what is checked beforehand are ours.
+tars.py reads one tar, plan.py says who reads which, shuffled.py puts a pass together.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import math
 import os
@@ -17,17 +17,15 @@ from typing import Any
 from urllib.parse import urlparse
 
 from braceexpand import braceexpand
-from webdataset.filters import shuffle as buffer_shuffle
 from webdataset.gopen import gopen_schemes, rewrite_url
-from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
+from open_clip_ov2.data.plan import Part, parts_of
+from open_clip_ov2.data.position import Cursor
 from open_clip_ov2.data.share import Share
-from open_clip_ov2.data.skips import BROKEN_SHARD, SkipCounter
+from open_clip_ov2.data.shuffled import ShuffledPass
+from open_clip_ov2.data.skips import SkipCounter
+from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
-
-SHUFFLE_INITIAL = 1000  # samples in the buffer before the first comes out, as in OpenCLIP
-TAR_BLOCK = 512  # bytes; a tar ends with two blocks of zeros (POSIX pax), of which Python reads at least one
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz: their own checksums notice a break
 
 
 def expand_shards(text: str, weights_text: str | None = None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
@@ -109,22 +107,30 @@ class WebDatasetSource:
                 "--workers, more shards, or --dataset-resampled"
             )
 
-    def train_samples(self, share: Share, skips: SkipCounter) -> Iterator[dict[str, Any]]:
-        samples = _read_tars(self._shards(share), skips)
-        rng = share.rng("samples", share.consumer)
-        initial = min(SHUFFLE_INITIAL, share.shuffle_buffer)
-        return iter(buffer_shuffle(share.shuffle_buffer, initial=initial, rng=rng)(samples))
+    def fingerprint(self) -> dict[str, str | int]:
+        digest = hashlib.sha256("\0".join(self.urls).encode())
+        digest.update(repr(self.weights).encode())
+        return {"shards": len(self.urls), "resampled": int(self.resampled), "names": digest.hexdigest()}
 
-    def _shards(self, share: Share) -> list[str]:
+    def place(self, index: int) -> str:
+        return self.urls[index]
+
+    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
+        return iter(ShuffledPass(self.urls, self._parts(share), share, cursor or Cursor(), skips))
+
+    def _parts(self, share: Share) -> list[Part]:
+        numbers = list(range(len(self.urls)))
         if self.resampled:
             rng = share.rng("resampled", share.consumer)
-            return rng.choices(self.urls, weights=self.weights, k=max(1, len(self.urls) // share.consumers))
-        shards = list(self.urls)
-        share.rng("shards").shuffle(shards)
-        return shards[share.consumer :: share.consumers]
+            drawn = rng.choices(numbers, weights=self.weights, k=max(1, len(numbers) // share.consumers))
+            return [Part(shard) for shard in drawn]
+        share.rng("shards").shuffle(numbers)
+        return parts_of(numbers, share)
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        return _read_tars(self.urls, skips or SkipCounter())
+        counter = skips or SkipCounter()
+        for url in self.urls:
+            yield from read_tar(url, counter)
 
 
 def _folder_count(folder: Path, names: list[str]) -> int | None:
@@ -137,49 +143,3 @@ def _folder_count(folder: Path, names: list[str]) -> int | None:
     except (ValueError, TypeError, SyntaxError) as error:
         file = sizes if sizes.is_file() else length
         raise UserError(f"{file}: not a number of samples ({error}); mend it or say --train-num-samples") from None
-
-
-class _Watched:
-    """A stream that remembers how it began and ended.
-
-    tarfile takes a damaged header for the end of the archive, without a word. A tar that was read to its end had
-    zeros last.
-    """
-
-    def __init__(self, stream: Any, url: str) -> None:
-        self._stream, self._url = stream, url
-        self._head = self._tail = b""
-
-    def __str__(self) -> str:  # webdataset puts it into its error messages
-        return self._url
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        if len(self._head) < 8:
-            self._head += data[: 8 - len(self._head)]
-        self._tail = (self._tail + data)[-TAR_BLOCK:]
-        return data
-
-    def ended_early(self) -> bool:
-        return not self._head.startswith(COMPRESSED) and any(self._tail)
-
-
-def _read_tars(urls: Sequence[str], skips: SkipCounter) -> Iterator[dict[str, Any]]:
-    """Samples of tars. One that breaks off, or has a name twice, is counted once, what could be read is used."""
-    for url in urls:
-        broken: list[str] = []
-
-        def note(error: Exception, broken: list[str] = broken) -> bool:
-            if not broken:
-                broken.append(f"{type(error).__name__}: {error.args[0] if error.args else error}")
-            return True
-
-        watched = None
-        for opened in url_opener([{"url": url}], handler=note):
-            watched = _Watched(opened["stream"], url)
-            files = tar_file_expander([{"url": url, "stream": watched}], handler=note)
-            yield from group_by_keys(files, handler=note)
-        if not broken and watched is not None and watched.ended_early():
-            broken.append("a damaged header, or no end of archive: what follows is not read")
-        if broken:
-            skips.add(BROKEN_SHARD, broken[0], "", url)

@@ -6,13 +6,18 @@ The order is a function of seed, epoch, pass and consumer alone; a consumer is o
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from open_clip_ov2.data.plan import rows_of
+from open_clip_ov2.data.position import Cursor
 from open_clip_ov2.data.samples import IMAGE_ENTRY, ImageFile
 from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
 from open_clip_ov2.data.share import Share, Source
@@ -28,6 +33,13 @@ __all__ = [
     "check_shards_exist",
     "expand_shards",
 ]
+
+
+def _go_on(rows: Iterator[int], make: Callable[[int], dict[str, Any]], cursor: Cursor) -> Iterator[dict[str, Any]]:
+    for row in itertools.islice(rows, cursor.taken, None):
+        cursor.opens(row)
+        cursor.taken += 1
+        yield make(row)
 
 
 class CsvSource:
@@ -52,6 +64,7 @@ class CsvSource:
             raise UserError(f"{path}: not a table: {error} (--csv-separator {separator!r})") from None
         if not self._rows:
             raise UserError(f"{path}: no rows below the header")
+        self._digest = _digest(path)
 
     def _read_rows(self, separator: str, image_column: str) -> Iterator[tuple[str | None, ...]]:
         """(image path, captions ...) of each row; None where a row is too short."""
@@ -77,10 +90,16 @@ class CsvSource:
         if len(self._rows) < consumers:
             raise UserError(f"{self.path}: {len(self._rows)} rows for {consumers} data workers; use fewer --workers")
 
-    def train_samples(self, share: Share, skips: SkipCounter) -> Iterator[dict[str, Any]]:
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"rows": len(self._rows), "content": self._digest}
+
+    def place(self, index: int) -> str:
+        return f"row {index + 1} of {self.path}"
+
+    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
         order = list(range(len(self._rows)))
         share.rng("rows").shuffle(order)
-        return (self._sample(index) for index in order[share.consumer :: share.consumers])
+        return _go_on(rows_of(order, share), self._sample, cursor or Cursor())
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         return (self._sample(index) for index in range(len(self._rows)))
@@ -94,6 +113,14 @@ class CsvSource:
         if image:
             raw[IMAGE_ENTRY] = ImageFile((image, str(self.path.parent / image)))
         return raw
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,8 +139,14 @@ class SyntheticSource:
         if self.num_samples < consumers:
             raise UserError(f"--train-num-samples {self.num_samples} for {consumers} data workers; use fewer --workers")
 
-    def train_samples(self, share: Share, skips: SkipCounter) -> Iterator[dict[str, Any]]:
-        return (self._make(index) for index in range(share.consumer, self.num_samples, share.consumers))
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"synthetic samples": self.num_samples}
+
+    def place(self, index: int) -> str:
+        return f"synthetic sample {index}"
+
+    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
+        return _go_on(rows_of(range(self.num_samples), share), self._make, cursor or Cursor())
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         return (self._make(index) for index in range(self.num_samples))

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H and W pixels, L caption tokens.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from open_clip_ov2.data.captions import CaptionKey, group_text
+from open_clip_ov2.data.position import Cursor, Position
+from open_clip_ov2.data.resume import Start
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
 from open_clip_ov2.data.share import Share, Source
 from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
@@ -28,7 +31,10 @@ BARREN_PASSES = 32
 
 
 class Batch(NamedTuple):
-    """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause."""
+    """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause.
+
+    `position`, in training: where its consumer stands after it, with the sizes of shards since its batch before.
+    """
 
     images_BCHW: Tensor
     texts_BL: Tensor
@@ -36,6 +42,7 @@ class Batch(NamedTuple):
     captions: list[str]
     groups: list[str]
     skipped: dict[str, int]
+    position: Position | None = None
 
 
 class Failure(NamedTuple):
@@ -133,57 +140,82 @@ class _Stream(IterableDataset[Any]):
 
 @dataclass
 class TrainStream(_Stream):
-    """One worker's batches of one epoch."""
+    """One worker's batches of one epoch: every `workers`-th of those that are left.
+
+    torch asks the workers in turns from worker 0 on. After n batches of an epoch it is not consumer 0's turn, so
+    worker w then stands for consumer w + n.
+    """
 
     source: Source
     decoder: Decoder
     tokenizer: Tokenizer
     batch_size: int
-    batches_per_worker: int
+    num_batches: int
     seed: int
     rank: int
     world_size: int
     shuffle_buffer: int
-    epoch: Any  # multiprocessing value: persistent workers read the epoch of the moment
+    # Shared with the workers, which persist: what each reads, the epoch, and whether it begins at `start`.
+    board: Any
+    epoch: Any = field(default_factory=partial(multiprocessing.Value, "q", 0))
+    resuming: Any = field(default_factory=partial(multiprocessing.Value, "q", 0))
+    start: Start = field(default_factory=Start)
     skips: SkipCounter = field(default_factory=partial(SkipCounter, gives_up=True))
 
     def _items(self) -> Iterator[Batch]:
         self.skips.begin()
+        start = self.start if self.resuming.value else Start()
+        worker, workers = _worker()
+        batches = len(range(start.batches_done + worker, self.num_batches, workers))
+        first = self._first_share(start)
+        position = start.positions[first.consumer] if start.positions else Position()
+        return itertools.islice(self._endless(first, position, worker), batches)
+
+    def _endless(self, first: Share, position: Position, worker: int) -> Iterator[Batch]:
         collector = _Collector(self.tokenizer, self.skips)
-        made, barren, first = 0, 0, self._first_share()
-        limit = 1 if first.consumers == 1 and not self.source.resampled else BARREN_PASSES
-        for pass_index in itertools.count():
+        barren, limit = 0, 1 if first.consumers == 1 and not self.source.resampled else BARREN_PASSES
+        for pass_index in itertools.count(position.pass_index):
+            share = replace(first, pass_index=pass_index)
+            cursor = Cursor(opens=partial(self.board.__setitem__, worker))
+            if pass_index == position.pass_index:
+                cursor.taken, cursor.sizes = position.taken, list(position.sizes)
+            whole = not cursor.taken and share.before() is None
+            self.skips.used += cursor.taken > 0  # a batch had come of it, or nothing would have been taken
             used_before = self.skips.used
-            for batch in self._pass(collector, replace(first, pass_index=pass_index)):
-                yield batch
-                made += 1
-                if made == self.batches_per_worker:
-                    return
+            yield from self._pass(collector, share, cursor)
             collector.tokenized()  # drops what the tokenizer refuses, so that `used` tells what this pass gave
-            barren = 0 if self.skips.used > used_before else barren + 1
+            barren = 0 if self.skips.used > used_before or not whole else barren + 1
             if barren == limit:
                 raise self.skips.nothing_usable("training", "--train-data")
 
-    def _pass(self, collector: _Collector, share: Share) -> Iterator[Batch]:
-        for raw in self.source.train_samples(share, self.skips):
+    def _pass(self, collector: _Collector, share: Share, cursor: Cursor) -> Iterator[Batch]:
+        told = len(cursor.sizes)
+        for raw in self.source.train_samples(share, self.skips, cursor):
             seed = sample_seed(share.seed, share.epoch, share.pass_index, raw["__key__"])
             collector.add(raw, partial(self.decoder.train, raw, seed))
             if len(collector) == self.batch_size:
                 batch = collector.batch()
                 if batch is not None:
-                    yield batch
+                    yield batch._replace(position=Position(share.pass_index, cursor.taken, cursor.sizes[told:]))
+                    told = len(cursor.sizes)
 
-    def _first_share(self) -> Share:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+    def _first_share(self, start: Start) -> Share:
+        worker, workers = _worker()
         return Share(
             seed=self.seed,
             epoch=self.epoch.value,
             pass_index=0,
-            consumer=self.rank * workers + worker,
+            consumer=self.rank * workers + (worker + start.batches_done) % workers,
             consumers=self.world_size * workers,
             shuffle_buffer=self.shuffle_buffer,
+            history=start.history,
         )
+
+
+def _worker() -> tuple[int, int]:
+    """Which data worker this is, of how many."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
 
 
 @dataclass
@@ -200,8 +232,7 @@ class EvalStream(_Stream):
     group_by: CaptionKey | None
 
     def _items(self) -> Iterator[Batch | Tail]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = _worker()
         mine, consumers = self.rank * workers + worker, self.world_size * workers
         skips = SkipCounter()
         collector = _Collector(self.tokenizer, skips, self.group_by)

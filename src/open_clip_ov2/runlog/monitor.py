@@ -19,6 +19,7 @@ from open_clip_ov2.runlog.log import FILE_ONLY
 from open_clip_ov2.runlog.progress import ProgressLine
 from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
 from open_clip_ov2.runlog.sinks import JsonLines, TensorBoard
+from open_clip_ov2.runlog.status import StatusFile
 from open_clip_ov2.runlog.window import Window, peak_memory_mb
 
 logger = logging.getLogger("open_clip_ov2")
@@ -26,7 +27,8 @@ logger = logging.getLogger("open_clip_ov2")
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`total_samples` and `batch_images` (images in one optimizer step) count over all processes."""
+    """`resumed_at`: samples seen at the checkpoint that the run goes on from (what was written after it is dropped);
+    None for a run that begins."""
 
     run_dir: Path
     rank: int
@@ -34,18 +36,35 @@ class MonitorConfig:
     log_every_n_steps: int
     tensorboard: bool
     model_name: str
-    total_samples: int
-    batch_images: int
     device_type: str = "cpu"
-    stage: str = ""
+    resumed_at: int | None = None
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """`number` counts from 1; `steps` in the whole stage, `first_step` of them done; `batch_images` in one step."""
+
+    number: int
+    of: int
+    title: str
+    first_step: int
+    steps: int
+    samples_before: int
+    batch_images: int
+
+    @property
+    def last_sample(self) -> int:
+        """Samples seen in the whole run when this stage ends."""
+        return self.samples_before + self.steps * self.batch_images
 
 
 class RunMonitor:
-    """One run, or one stage of it. On ranks other than 0 it counts skipped samples and does nothing else."""
+    """One run, over all its stages. On ranks other than 0 it counts skipped samples and does nothing else."""
 
     def __init__(self, config: MonitorConfig, console: Console | None = None) -> None:
         self._config = config
         self._active = config.rank == 0
+        self._stage = StageInfo(1, 1, "", 0, 0, 0, 1)
         self._steps = 0
         self._epoch = 0
         self._epoch_images = 0
@@ -55,15 +74,37 @@ class RunMonitor:
         self._sinks: list[Any] = []
         self._progress: ProgressLine | None = None
         self.last: dict[str, float] = {}
+        self.status = StatusFile(config.run_dir, self._active)
         if self._active:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            self._sinks.append(JsonLines(config.run_dir / "results.jsonl", config.stage))
+            self._sinks.append(JsonLines(config.run_dir / "results.jsonl", config.resumed_at))
             if config.tensorboard:
-                self._sinks.append(TensorBoard(config.run_dir / "tensorboard"))
+                self._sinks.append(TensorBoard(config.run_dir / "tensorboard", config.resumed_at))
             self._console = console or Console()
-            title = f"{config.model_name} {config.stage}".strip()
-            if self._console.is_terminal and config.total_samples:
-                self._progress = ProgressLine(title, config.total_samples, self._console)
+
+    def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
+        """`state`: this monitor's own, from the checkpoint that the stage goes on from."""
+        self._stage, self._steps = stage, stage.first_step
+        if state is not None:
+            self._total_skips = Counter(state["total_skips"])
+            self._epoch_images = state["epoch_images"]
+        if not self._active:
+            return
+        seen = stage.samples_before + stage.first_step * stage.batch_images
+        self.status.update(stage=stage.number, stages=stage.of, samples_seen=seen, total_samples=stage.last_sample)
+        for sink in self._sinks:
+            sink.begin_stage(stage.number, stage.title, stage.samples_before)
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        if self._console.is_terminal and stage.steps:
+            where = f"stage {stage.number}/{stage.of} {stage.title}" if stage.of > 1 else ""
+            title = f"{self._config.model_name} {where}".strip()
+            self._progress = ProgressLine(title, stage.last_sample, self._console)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"total_skips": dict(self._total_skips), "epoch_images": self._epoch_images}
 
     def __enter__(self) -> RunMonitor:
         return self
@@ -71,8 +112,11 @@ class RunMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start_epoch(self, epoch: int) -> None:
-        self._epoch, self._epoch_images = epoch, 0
+    def start_epoch(self, epoch: int, resumed: bool = False) -> None:
+        """`resumed`: the epoch goes on where another process left it."""
+        self._epoch = epoch
+        if not resumed:
+            self._epoch_images = 0
         self._epoch_skips.clear()
 
     def step(
@@ -96,18 +140,13 @@ class RunMonitor:
         self._epoch_images += num_images
         self._total_skips.update(skipped)
         self._window.add(num_images, num_tokens, wait_s, step_s)
-        if self._logs(self._steps, samples_seen):
+        if self._logs():
             self._log_step(samples_seen, losses, lr, grad_norm)
         if self._progress is not None:
             self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
 
-    def will_log(self, samples_seen: int) -> bool:
-        """Whether the next step, which reaches `samples_seen`, is written: worth a gradient norm then."""
-        return self._active and self._logs(self._steps + 1, samples_seen)
-
-    def _logs(self, step: int, samples_seen: int) -> bool:
-        last = bool(self._config.total_samples) and samples_seen >= self._config.total_samples
-        return step == 1 or step % self._config.log_every_n_steps == 0 or last
+    def _logs(self) -> bool:
+        return self._steps in (1, self._stage.steps) or self._steps % self._config.log_every_n_steps == 0
 
     def _log_step(
         self,
@@ -124,12 +163,15 @@ class RunMonitor:
         self.last = values | speed
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"throughput/{name}": value for name, value in speed.items()}
-        scalars["memory/peak_mb"] = memory_mb
+        scalars |= {"memory/peak_mb": memory_mb, "run/stage": float(self._stage.number)}
         scalars |= {f"data/skipped/{cause}": float(count) for cause, count in self._total_skips.items()}
         row = {"step": self._steps, "epoch": self._epoch, **values, **speed, "memory_mb": memory_mb}
         for sink in self._sinks:
             sink.write("train", samples_seen, scalars, row)
-        total = self._config.total_samples
+        self.status.update(
+            samples_seen=samples_seen, loss=values.get("loss"), images_per_second=speed["images_per_second"]
+        )
+        total = self._stage.last_sample
         shown = " ".join(f"{name} {values[name]:.4g}" for name in [*losses, "lr", "grad_norm"] if name in values)
         text = (
             f"samples {samples_seen:,} of {total:,} ({100 * samples_seen / max(total, 1):.0f}%) {shown} "

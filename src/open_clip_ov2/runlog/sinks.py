@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
+logger = logging.getLogger(__name__)
+
 
 def _finite(value: Any) -> Any:
     """Strict JSON has no NaN."""
@@ -21,29 +25,63 @@ def _finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """One line a record, written whole and flushed, so that a killed run leaves a readable file."""
+    """One line a record, written whole and flushed, so that a killed run leaves a readable file.
 
-    def __init__(self, path: Path, stage: str = "") -> None:
+    A full disk costs no line: what could not be written waits for the next one. `resumed_at`: records after so many
+    samples are dropped, because the run sees them again.
+    """
+
+    def __init__(self, path: Path, resumed_at: int | None = None) -> None:
+        if resumed_at is not None and path.is_file():
+            _keep_until(path, resumed_at)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._stage = stage
+        self._waiting = ""
+        self._stage = 1
+
+    def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
+        self._stage = number
 
     def write(self, kind: str, samples_seen: int, scalars: Mapping[str, float], row: Mapping[str, Any]) -> None:
-        record: dict[str, Any] = {"kind": kind, "samples_seen": samples_seen, "time": time.time()}
-        if self._stage:
-            record["stage"] = self._stage
+        record: dict[str, Any] = {"kind": kind, "samples_seen": samples_seen, "stage": self._stage, "time": time.time()}
         record |= {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(record, allow_nan=False) + "\n"
+        try:
+            # Unbuffered, so that after a failure what was written is known.
+            written = os.write(self._file.fileno(), self._waiting.encode())
+        except OSError as error:
+            logger.warning("results.jsonl: %s; its lines are kept until there is room", error)
+        else:
+            self._waiting = self._waiting.encode()[written:].decode()
 
     def close(self) -> None:
         self._file.close()
 
 
-class TensorBoard:
-    """Scalars, pictures and text over samples seen."""
+def _keep_until(path: Path, samples_seen: int) -> None:
+    """The file without the records of later samples, and without a torn last line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and record["samples_seen"] <= samples_seen:
+            kept.append(line)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder), flush_secs=30)
+
+class TensorBoard:
+    """Scalars, pictures and text over samples seen. After a resume TensorBoard hides what is seen again."""
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(folder), flush_secs=30, purge_step=purge)
+
+    def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
+        if title:
+            self._writer.add_text("run/stage", f"stage {number}: {title}", samples_seen)
 
     def write(self, kind: str, samples_seen: int, scalars: Mapping[str, float], row: Mapping[str, Any]) -> None:
         for name, value in scalars.items():

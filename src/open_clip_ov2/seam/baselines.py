@@ -13,7 +13,8 @@ from open_clip import CoCa
 from torch import Tensor, nn
 
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.runlog.monitor import RunMonitor
+from open_clip_ov2.loop.guard import StockGuard
+from open_clip_ov2.seam.progress import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +57,25 @@ class StockFeed:
     """Our loader as OpenCLIP's step wants it: pairs of images and texts.
 
     The stock step runs while this iterator is suspended at its `yield`, so what lies between two batches is the
-    step, and the monitor hears of it when the next batch is asked for.
+    step, and `after_step` hears of it when the next batch is asked for.
     """
 
     def __init__(
         self,
         loader: Any,
-        *,
-        epoch: int,
         accum_freq: int,
-        world_size: int,
         loss: RecordedLoss,
         optimizer: torch.optim.Optimizer,
-        monitor: RunMonitor,
+        model: nn.Module,
+        after_step: Callable[[StepReport], None],
     ) -> None:
         self.loader = loader
         self.num_batches, self.num_samples = loader.num_batches, loader.num_samples
-        self._epoch, self._accum_freq, self._world_size = epoch, accum_freq, world_size
-        self._loss, self._optimizer, self._monitor = loss, optimizer, monitor
+        self._accum_freq = accum_freq
+        self._loss, self._optimizer, self._model, self._after_step = loss, optimizer, model, after_step
+        self._guard = StockGuard(optimizer)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        first_step = self._epoch * (self.num_batches // self._accum_freq)
         window, wait_s, begin = [], 0.0, time.perf_counter()
         asked = begin
         for batch in self.loader:
@@ -84,35 +83,44 @@ class StockFeed:
             window.append(batch)
             yield batch.images_BCHW, batch.texts_BL
             if len(window) == self._accum_freq:
-                first_step += 1
-                self._report(first_step, window, wait_s, time.perf_counter() - begin)
+                self._after_step(self._report(window, wait_s, time.perf_counter() - begin))
+                self._model.train()  # a validation in between has left it in evaluation mode
                 window, wait_s, begin = [], 0.0, time.perf_counter()
             asked = time.perf_counter()
 
-    def _report(self, steps_done: int, window: list[Batch], wait_s: float, step_s: float) -> None:
+    def _report(self, window: list[Batch], wait_s: float, step_s: float) -> StepReport:
         from open_clip_ov2.seam.step import merge_counts
 
-        images = sum(len(batch.images_BCHW) for batch in window) * self._world_size
         losses = dict(self._loss.last)
         losses["loss"] = torch.stack(list(losses.values())).sum() if losses else torch.tensor(0.0)
-        self._monitor.step(
-            steps_done * images,
+        return StepReport(
             losses=losses,
             lr=self._optimizer.param_groups[0]["lr"],
             grad_norm=None,
-            num_images=images,
+            bad=self._guard.bad,
+            keys=[key for batch in window for key in batch.keys],
             num_tokens=None,
             wait_s=wait_s,
             step_s=step_s,
             skipped=merge_counts(batch.skipped for batch in window),
         )
 
+    def close(self) -> None:
+        self._guard.close()
 
-def stock_epoch(stock: Callable[..., None], feed: StockFeed, *args: Any, run_args: Any) -> None:
-    """OpenCLIP's own train_one_epoch over our feed; TensorBoard is the monitor's, so it gets no writer."""
+
+def stock_epoch(stock: Callable[..., None], feed: StockFeed, *args: Any, steps_done: int, run_args: Any) -> None:
+    """OpenCLIP's own train_one_epoch over our feed, whose schedule goes on from `steps_done` steps of the epoch.
+
+    TensorBoard is the monitor's, so it gets no writer.
+    """
     model, loss, epoch, optimizer, scaler, scheduler, dist_model = args
-    data = {"train": SimpleNamespace(dataloader=feed, set_epoch=feed.loader.set_epoch)}
-    stock(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, run_args, tb_writer=None)
+    data = {"train": SimpleNamespace(dataloader=feed, set_epoch=lambda _: None)}
+    resumed = scheduler and (lambda step: scheduler(step + steps_done))
+    try:
+        stock(model, data, loss, epoch, optimizer, scaler, resumed, dist_model, run_args, tb_writer=None)
+    finally:
+        feed.close()
 
 
 def stock_metrics(

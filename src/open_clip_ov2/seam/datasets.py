@@ -94,6 +94,7 @@ def make_data(
             world_size=args.world_size,
             caption_keys=caption_keys(args, options, kind),
             num_samples=samples_per_epoch(args, source),
+            accum_freq=args.accum_freq,
             max_image_pixels=options.max_image_pixels,
             shuffle_buffer=options.shuffle_buffer,
             pin_memory=pin,

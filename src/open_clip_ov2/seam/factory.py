@@ -26,7 +26,7 @@ _TOP_KEYS = {
     "cast_dtype", "output_dict",
 }  # fmt: skip
 # What makes OpenCLIP's VisionTransformer the reference's (docs/reference.md, "Released encoder checkpoints").
-_VISION_FIXED = {
+VISION_FIXED = {
     "no_ln_pre": True,
     "pool_type": "avg",
     "final_ln_after_pool": True,
@@ -49,9 +49,9 @@ def build_caption_model(**config: Any) -> CaptionModel:
 
     Raises ValueError for unknown keys and values out of range.
     """
-    _check_keys("model config", config, _TOP_KEYS)
+    check_keys("model config", config, _TOP_KEYS)
     vision_cfg = {**config["vision_cfg"]}
-    for key, value in _VISION_FIXED.items():
+    for key, value in VISION_FIXED.items():
         if vision_cfg.setdefault(key, value) != value:
             raise ValueError(f"an ov2 model has vision_cfg.{key} = {value!r}, not {vision_cfg[key]!r}")
     if config["embed_dim"] != vision_cfg["width"]:
@@ -61,7 +61,7 @@ def build_caption_model(**config: Any) -> CaptionModel:
     decoder_cfg = {**config[FAMILY_KEY]}
     if "fusion" in config:
         decoder_cfg["fusion"] = config["fusion"]
-    _check_keys("decoder_cfg", decoder_cfg, {field.name for field in fields(DecoderConfig)})
+    check_keys("decoder_cfg", decoder_cfg, {field.name for field in fields(DecoderConfig)})
     return CaptionModel(
         visual,
         DecoderConfig(**decoder_cfg),
@@ -76,11 +76,11 @@ def text_config(text_cfg: Mapping[str, Any]) -> TextConfig:
     """The part of `text_cfg` that the model needs; the rest is the tokenizer's."""
     tokenizer_keys = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
     names = {field.name for field in fields(TextConfig)}
-    _check_keys("text_cfg", text_cfg, names | tokenizer_keys)
+    check_keys("text_cfg", text_cfg, names | tokenizer_keys)
     return TextConfig(**{key: value for key, value in text_cfg.items() if key in names})
 
 
-def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+def check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for key in given:
         if key not in known:
             near = get_close_matches(key, known, n=1)
@@ -113,16 +113,6 @@ def init_vision(visual: nn.Module) -> None:
 
 
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
-
-
-def dispatch_model_class(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    def custom_text_model(*args: Any, **kwargs: Any) -> nn.Module:
-        if FAMILY_KEY in kwargs:
-            return build_caption_model(**kwargs)
-        return original(*args, **kwargs)
-
-    custom_text_model.__name__ = original.__name__  # OpenCLIP logs it
-    return custom_text_model
 
 
 def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:

@@ -1,8 +1,9 @@
 """Every name that this plugin rebinds in OpenCLIP, with the reason. Nothing is rebound anywhere else.
 
 Checked against open_clip_torch 3.3.0. A name that is gone is an ImportError that names it. `undo` restores
-what was there before. REGISTRATION holds from `import open_clip_ov2` on and acts on ov2 models alone; the names
-of a run (runner.py fills in the replacements) hold only while `ov2 train` is inside OpenCLIP's `main`.
+what was there before. REGISTRATION holds from `import open_clip_ov2` on and acts on ov2 and released encoders alone
+(but for the check of a folder's or the hub's config, which any other passes unchanged); the names of a
+run (runner.py fills in the replacements) hold only while `ov2 train` is inside OpenCLIP's `main`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from open_clip_ov2.seam import factory, preprocess, tokenizer
+from open_clip_ov2.seam import factory, preprocess, released, tokenizer, weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch(
         "open_clip.factory",
         "CustomTextCLIP",
-        factory.dispatch_model_class,
+        released.dispatch_model_class,
         "create_model picks the class from its module's globals; a config with decoder_cfg is a CaptionModel",
     ),
     Patch(
@@ -57,33 +58,57 @@ REGISTRATION: tuple[Patch, ...] = (
         tokenizer.dispatch_tokenizer,
         "the reference's ids: no text cleaning, no special tokens in text, bos 1, eos 2",
     ),
+    Patch(
+        "open_clip.factory",
+        "CLIP",
+        released.dispatch_model_class,
+        "a released vision-only config is a VisionModel; upstream builds a text tower that no weights belong to",
+    ),
+    Patch(
+        "open_clip.factory",
+        "load_checkpoint",
+        weights.load_strictly,
+        "bare encoder keys are read as a text tower upstream; ours: all keys accounted for, nothing unpickled",
+    ),
+    Patch("open_clip", "load_checkpoint", weights.load_strictly, "the same function under its public name"),
+    Patch(
+        "open_clip.factory",
+        "_find_checkpoint_in_dir",
+        released.check_local_config,
+        "a folder's config without vision_cfg is a bare KeyError upstream",
+    ),
+    Patch(
+        "open_clip.factory",
+        "_get_hf_config",
+        released.check_hub_config,
+        "the same for the hub; a hub config could switch on trust_remote_code for its tokenizer",
+    ),
 )
 
 # What a run rebinds, and why. runner.py gives a replacement for each of these names, and for no other.
 RUN: dict[tuple[str, str], str] = {
-    ("open_clip_train.main", "setup_logging"): "the page of parameters goes to the file, not to the terminal",
+    ("open_clip_train.main", "init_distributed_device"): "a process group is made once for all stages of a run",
+    ("open_clip_train.main", "setup_logging"): "one log for all stages; the page of parameters goes to the file alone",
     ("open_clip_train.main", "create_model_and_transforms"): (
-        "ov2's own model options reach the model; CoCa's decoder head, left uninitialised upstream, is initialised"
+        "ov2's own model options reach the model; a stage starts from the weights of the one before; CoCa's decoder "
+        "head, left uninitialised upstream, is initialised"
     ),
     ("open_clip_train.main", "get_tokenizer"): "--tokenizer",
-    (
-        "open_clip_train.main",
-        "get_data",
-    ): "caption keys, bad samples counted and bounded, deterministic order",
-    (
-        "open_clip_train.main",
-        "create_loss",
-    ): "the caption loss; upstream dispatches on a substring of the name",
-    ("open_clip_train.main", "train_one_epoch"): "upstream's accumulation is wrong for a caption loss",
-    (
-        "open_clip_train.main",
-        "evaluate",
-    ): "upstream's needs text features, and sums CoCa's caption loss wrongly",
+    ("open_clip_train.main", "get_latest_checkpoint"): "upstream takes the last file by name, finished or not",
+    ("open_clip_train.main", "pt_load"): "the checkpoint that our own search has read and found whole",
+    ("open_clip_train.main", "get_data"): "caption keys, bad samples counted and bounded, deterministic order",
+    ("open_clip_train.main", "create_loss"): "the caption loss; upstream dispatches on a substring of the name",
+    ("open_clip_train.main", "train_one_epoch"): (
+        "upstream's accumulation is wrong for a caption loss; checkpoints, signals and the guard act between steps"
+    ),
+    ("open_clip_train.main", "evaluate"): "upstream's needs text features, and sums CoCa's caption loss wrongly",
     ("open_clip_train.main", "optim"): "no weight decay on the token embedding; fused AdamW",
     ("open_clip_train.train", "maybe_compute_generative_loss"): (
         "upstream's value counts padding and sums every 100th batch; ours stands in its place"
     ),
-    ("torch.nn.parallel", "DistributedDataParallel"): "upstream passes device_ids, which DDP refuses on CPU",
+    ("torch.nn.parallel", "DistributedDataParallel"): (
+        "upstream passes device_ids, which DDP refuses on CPU; buckets that stay the same, for an exact resume"
+    ),
 }
 
 _MISSING = object()

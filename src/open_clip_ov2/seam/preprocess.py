@@ -16,7 +16,7 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg
 from torch import nn
 from torchvision import transforms as T
 
-from open_clip_ov2.core import CaptionModel
+from open_clip_ov2.core import CaptionModel, VisionModel
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def color_jitter_cfg() -> dict[str, Any]:
 
 def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
     def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
-        if isinstance(model, CaptionModel):
-            preprocess_cfg = family_preprocess(preprocess_cfg)
+        if isinstance(model, (CaptionModel, VisionModel)):
+            preprocess_cfg |= family_preprocess(preprocess_cfg)  # in place: upstream logs the same dict afterwards
             logger.info("image preprocessing of the ov2 family: %s", preprocess_cfg)
         original(model, preprocess_cfg)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -17,9 +17,51 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.loop.checkpoint import list_checkpoints, write_atomically
+from open_clip_ov2.recipe import dump_recipe
+from open_clip_ov2.seam.run_config import differences
 from open_clip_ov2.seam.tokenizer import MODE, find_vocab
 
+if TYPE_CHECKING:
+    from open_clip_ov2.seam.arguments import RunPlan
+
 CONFIG = "open_clip_config.json"
+RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
+OF_THE_LAUNCHER = ("submit", "status.json")  # there before the run itself
+
+
+def check_same_run(plan: RunPlan) -> bool:
+    """Whether the run exists. Raises UserError if it has another configuration, and --override is not given."""
+    file = plan.folder / RUN_FILE
+    if not file.is_file():
+        return False
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changes = differences(before["config"], plan.config)
+    if changes and not plan.options.override:
+        raise UserError(
+            f"{plan.folder}: this run has another configuration ({'; '.join(changes)}): --name another run, or go "
+            "on with the new one by --override"
+        )
+    return True
+
+
+def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
+    """Make the run's folder, or find it again. Returns whether the run existed. Raises UserError.
+
+    A run that exists goes on if its configuration is the same, or with --override.
+    """
+    file = plan.folder / RUN_FILE
+    existed = check_same_run(plan) if trains else file.is_file()
+    others = [path.name for path in plan.folder.glob("*") if path.name not in OF_THE_LAUNCHER]
+    if others and not existed:
+        raise UserError(f"{plan.folder}: exists and is no run of ov2 (no {RUN_FILE} in it): choose another --name")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
+    about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
+    write_atomically(file, json.dumps(about, indent=2) + "\n")
+    if plan.recipe is not None:
+        write_atomically(plan.folder / "recipe.toml", dump_recipe(plan.recipe))
+    return existed
 
 
 def resolved_config(args: argparse.Namespace, model_options: dict[str, Any]) -> dict[str, Any]:
@@ -67,15 +109,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         raise UserError(f"{path}: no {CONFIG} beside it or one folder up, so its model is not known")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
-    found = list((path / "checkpoints").glob("epoch_*.pt"))
+    found = list_checkpoints(path / "checkpoints")
     if not found:
         raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
-    return path, max(found, key=_epoch_number)
-
-
-def _epoch_number(file: Path) -> tuple[int, str]:
-    number = re.fullmatch(r"epoch_(\d+)", file.stem)
-    return (int(number.group(1)) if number else -1, file.name)
+    return path, found[-1]
 
 
 def load_run(path: Path, device: str = "cpu") -> LoadedRun:

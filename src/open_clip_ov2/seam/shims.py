@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]) -> Any:
@@ -28,22 +31,27 @@ def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]
     return SimpleNamespace(AdamW=adamw)
 
 
-def without_report_to(argv: list[str]) -> list[str]:
-    """TensorBoard is written by our monitor; OpenCLIP must not open a second file beside it."""
-    out, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "--report-to":
-            skip = True
-        elif not word.startswith("--report-to="):
-            out.append(word)
-    return out
+def carry_moments(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:
+    """The moments of an earlier optimizer over the same parameters; those of another shape start anew."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fitting = {
+        index: state
+        for index, state in before["state"].items()
+        if index < len(parameters)
+        and all(value.ndim == 0 or value.shape == parameters[index].shape for value in state.values())
+    }
+    optimizer.load_state_dict({"state": fitting, "param_groups": optimizer.state_dict()["param_groups"]})
+    logger.info("moments of %d of %d parameters carried over from the stage before", len(fitting), len(parameters))
 
 
 def ddp_on_any_device(original: type) -> Callable[..., nn.Module]:
     def distributed_data_parallel(module: nn.Module, device_ids: Any = None, **kwargs: Any) -> nn.Module:
-        on_cpu = next(module.parameters()).device.type == "cpu"
-        return original(module, device_ids=None if on_cpu else device_ids, **kwargs)
+        if next(module.parameters()).device.type != "cpu":
+            return original(module, device_ids=device_ids, **kwargs)
+        if not kwargs.get("static_graph"):
+            # Otherwise DDP regroups its buckets after its first step, and the order in which more than two
+            # processes are summed would depend on when a run was last resumed.
+            kwargs["find_unused_parameters"] = True
+        return original(module, **kwargs)
 
     return distributed_data_parallel

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.runlog.monitor import RunMonitor
+from open_clip_ov2.loop.guard import gradient_norm, step_unless
+from open_clip_ov2.seam.progress import StepReport
 
 LENGTH_STEP = 8
 
@@ -55,7 +56,8 @@ class StepResult:
     nll: Tensor
     objective: Tensor
     num_targets: Tensor
-    grad_norm: Tensor | None
+    grad_norm: Tensor
+    bad: Tensor  # boolean: something was not finite, and the update was left out
 
     def losses(self, weight: float) -> dict[str, Tensor]:
         """`caption_loss`: nats per real target token. `loss`: what was minimised."""
@@ -79,10 +81,8 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     scaler: Any,
     settings: StepSettings,
-    *,
-    want_grad_norm: bool = True,
 ) -> StepResult:
-    """Forward and backward over the window, then one update.
+    """Forward and backward over the window, then one update, unless the gradient is not finite.
 
     The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
     divided by the targets of all of them, and multiplied by the world size that DDP divides by.
@@ -100,14 +100,11 @@ def optimizer_step(
                 weighted = sums.objective * scale
             (weighted if scaler is None else scaler.scale(weighted)).backward()
         totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
-    grad_norm = _clip(model, optimizer, scaler, settings.grad_clip_norm, want_grad_norm)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
     totals = all_reduced(totals, settings)
-    return StepResult(totals[0], totals[1], num_targets, grad_norm)
+    bad = ~(torch.isfinite(grad_norm) & torch.isfinite(totals).all())
+    step_unless(optimizer, scaler, bad)
+    return StepResult(totals[0], totals[1], num_targets, grad_norm, bad)
 
 
 def trimmed(texts_BL: Tensor, eos_id: int) -> Tensor:
@@ -135,56 +132,48 @@ def _sync_only(model: nn.Module, last: bool) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if last or no_sync is None else no_sync()
 
 
-def _clip(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, limit: float | None, want: bool
-) -> Tensor | None:
+def _clipped_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, limit: float | None) -> Tensor:
     """Total gradient norm before clipping; clips if there is a limit."""
-    if limit is None and not want:
-        return None
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(parameters)
     if limit is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def train_epoch(
     model: nn.Module,
     loader: Any,
     loss: CaptionLoss,
-    epoch: int,
     optimizer: torch.optim.Optimizer,
     scaler: Any,
-    set_lr: Callable[[int], Any] | None,
     settings: StepSettings,
-    monitor: RunMonitor,
+    before_step: Callable[[], None],
+    after_step: Callable[[StepReport], None],
 ) -> None:
-    """All steps of one epoch. `set_lr(step)` is OpenCLIP's schedule."""
+    """All steps of one epoch that are left. `before_step` sets the learning rate."""
     model.train()
-    steps_per_epoch = loader.num_batches // settings.accum_freq
     start = time.perf_counter()
-    for index, window in enumerate(windows(loader, settings.accum_freq)):
-        step = steps_per_epoch * epoch + index
+    for window in windows(loader, settings.accum_freq):
         wait_s = time.perf_counter() - start
-        if set_lr is not None:
-            set_lr(step)
-        images = sum(len(batch.images_BCHW) for batch in window) * settings.world_size
-        samples_seen = (step + 1) * images
-        result = optimizer_step(
-            model, window, loss, optimizer, scaler, settings, want_grad_norm=monitor.will_log(samples_seen)
+        before_step()
+        result = optimizer_step(model, window, loss, optimizer, scaler, settings)
+        after_step(
+            StepReport(
+                losses=result.losses(settings.loss_weight),
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=result.grad_norm,
+                bad=result.bad,
+                keys=[key for batch in window for key in batch.keys],
+                num_tokens=result.num_targets,
+                wait_s=wait_s,
+                step_s=time.perf_counter() - start,
+                skipped=merge_counts(batch.skipped for batch in window),
+            )
         )
-        monitor.step(
-            samples_seen,
-            losses=result.losses(settings.loss_weight),
-            lr=optimizer.param_groups[0]["lr"],
-            grad_norm=result.grad_norm,
-            num_images=images,
-            num_tokens=result.num_targets,
-            wait_s=wait_s,
-            step_s=time.perf_counter() - start,
-            skipped=merge_counts(batch.skipped for batch in window),
-        )
+        model.train()  # a validation in between has left it in evaluation mode
         start = time.perf_counter()
 
 

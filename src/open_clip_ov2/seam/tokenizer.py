@@ -12,6 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.seam.released import check_tokenizer_folder
 
 MODE = "ov2"  # text_cfg.tokenizer_mode that asks for WordPieceTokenizer
 REFERENCE_VOCAB_SIZE = 32_000  # docs/reference.md: the head's size over BERT's 30,522 word pieces
@@ -132,6 +133,8 @@ def dispatch_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
         tokenizer_mode: str | None = None,
         **kw: Any,
     ) -> Any:
+        if isinstance(tokenizer_name, Path):  # the folder of a local-dir: name, whose config said the rest
+            check_tokenizer_folder(tokenizer_name)
         if tokenizer_mode == MODE:
             return WordPieceTokenizer(tokenizer_name, context_length or 128, kw.get("cache_dir"))
         return original(tokenizer_name, context_length, *args, tokenizer_mode=tokenizer_mode, **kw)

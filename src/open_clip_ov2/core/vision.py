@@ -1,0 +1,85 @@
+"""VisionModel: the encoder alone, as the released `*-vision-only` checkpoints hold it.
+
+Shapes: B batch, N image tokens, D width (core/__init__.py).
+Source: docs/reference.md, "Released encoder checkpoints".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_clip_ov2.core.features import image_features
+from open_clip_ov2.core.positions import sincos_2d
+
+PositionTable = Literal["interpolate", "recompute"]
+
+
+class VisionModel(nn.Module):
+    """Images in, pooled features and patch tokens out; no decoder, no text encoder, no logit scale.
+
+    `visual` is as in CaptionModel. `position_table` says how a stored table is fitted to another resolution:
+    `interpolate` (bicubic, OpenCLIP's way), or `recompute` (the family's fixed table for the new grid, as training at
+    that resolution would start). At the checkpoint's own resolution the stored table is taken as it is.
+    """
+
+    def __init__(
+        self, visual: nn.Module, *, position_table: PositionTable = "interpolate", output_dict: bool = True
+    ) -> None:
+        super().__init__()
+        if position_table not in get_args(PositionTable):
+            known = ", ".join(get_args(PositionTable))
+            raise ValueError(f"unknown position_table {position_table!r}; it is one of {known}")
+        self.visual: Any = visual  # OpenCLIP's class, which this package does not know
+        self.position_table_mode = position_table
+        self.output_dict = output_dict
+        self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
+
+    def position_table(self) -> Tensor:
+        """The family's fixed table of this model's grid, `(1 + N, D)` float32."""
+        old = self.visual.positional_embedding
+        return sincos_2d(self.visual.grid_size, old.shape[1], device=old.device)
+
+    def encode_image_tokens(self, image: Tensor) -> Tensor:
+        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm."""
+        return self.visual(image)[1]
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Pooled features, `(B, D)`: final norm of the mean patch token, times the projection."""
+        pooled_BD = self.visual(image)[0]
+        return F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD
+
+    def features(self, image: Tensor, *, layer: int = -1, norm: bool = False, class_token: bool = False) -> Tensor:
+        """Patch tokens of any layer, see `core.image_features`."""
+        return image_features(self.visual, image, layer=layer, norm=norm, class_token=class_token)
+
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> dict[str, Tensor] | tuple[Tensor, ...]:
+        """`{"image_features": (B, D), "image_embs": (B, N, D)}`, or that pair as a tuple if `output_dict` is off."""
+        if image is None or text is not None:
+            raise ValueError("a vision-only model takes images and nothing else")
+        pooled_BD, tokens_BND = self.visual(image)
+        out = {"image_features": pooled_BD, "image_embs": tokens_BND}
+        return out if self.output_dict else tuple(out.values())
+
+    def forward_intermediates(self, image: Tensor, **options: Any) -> dict[str, Any]:
+        """OpenCLIP's own, of the encoder."""
+        return self.visual.forward_intermediates(image, **options)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.visual.set_grad_checkpointing(enable)
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the encoder but for its last groups, as OpenCLIP counts them."""
+        self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"visual.positional_embedding", "visual.class_embedding"}
+
+    @torch.no_grad()
+    def reset_position_table(self) -> None:
+        self.visual.positional_embedding.copy_(self.position_table())

@@ -1,0 +1,80 @@
+"""Batches for evaluation.
+
+Shapes: C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.receive import Receiver, torch_loader
+from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
+from open_clip_ov2.data.share import Source
+from open_clip_ov2.data.skips import describe
+from open_clip_ov2.data.streams import Batch, EvalStream, Tokenizer
+from open_clip_ov2.errors import UserError
+
+
+class EvalLoader(Receiver):
+    """Every sample exactly once over all processes and workers, the first caption of each; the last batch is partial.
+
+    File order, in turns of the workers. `num_samples` stops after so many samples of the files, usable or not.
+    Iterating gives this process's share; `full()` everything, for what runs on one process alone.
+    Raises UserError if the whole set has no usable sample, or a worker dies.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], Tensor],
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        num_workers: int,
+        caption_keys: tuple[CaptionKey, ...],
+        rank: int = 0,
+        world_size: int = 1,
+        num_samples: int | None = None,
+        group_by: CaptionKey | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(num_workers)
+        self._parts = (source, Decoder(transform, caption_keys, max_image_pixels), tokenizer)
+        self._batch_size = batch_size
+        self._limit, self._group_by = num_samples, group_by
+        self._rank, self._world_size = rank, world_size
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self.num_samples = num_samples or source.count() or 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.share(self._rank, self._world_size)
+
+    def full(self) -> Iterator[Batch]:
+        return self.share(0, 1)
+
+    def share(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """The part of one process among so many."""
+        self.reset_skips()
+        stream = self._stream_of(rank, world_size)
+        used = False
+        for batch in self.receive(iter(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
+            used = True
+            yield batch
+        if not used and not (world_size > 1 and self._any_usable()):
+            counts = describe(self.skips) or "no sample at all"
+            raise UserError(
+                f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys"
+            )
+
+    def _any_usable(self) -> bool:
+        """Whether another process has what this one's share lacks; only looked for when that is empty."""
+        return any(isinstance(item, Batch) for item in iter(self._stream_of(0, 1, batch_size=1)))
+
+    def _stream_of(self, rank: int, world_size: int, batch_size: int | None = None) -> EvalStream:
+        batch_size = batch_size or self._batch_size
+        return EvalStream(*self._parts, batch_size, rank, world_size, self._limit, self._group_by)

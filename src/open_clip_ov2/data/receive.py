@@ -1,0 +1,118 @@
+"""From torch's data workers to the main process: errors as they are, and the count of skips."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from open_clip_ov2.data.streams import Batch, Failure
+from open_clip_ov2.errors import UserError
+
+# torch's words for a dead worker. An exception inside a worker says "in DataLoader worker process" and is not one.
+DEATH = re.compile(r"DataLoader worker \((pid[^)]*\)?[^)]*)\) (exited unexpectedly|is killed by signal: [\w ]+)")
+
+DEATH_S = 1.0  # it comes within milliseconds, if torch has not heard of it before
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """The UserError for a data worker that died; None if `error` tells of something else.
+
+    Torch also raises from its SIGCHLD handler, at any place of the main thread: a training loop may ask here too.
+    """
+    found = DEATH.search(str(error))
+    return None if found is None else _died(f"{found[1]} {found[2].strip()}")
+
+
+def _died(how: str) -> UserError:
+    return UserError(
+        f"a data worker died ({how}): probably out of memory or of shared memory (/dev/shm); "
+        "try fewer --workers or a smaller --shuffle-buffer, and look into the system's log"
+    )
+
+
+def _awaited_death(error: Exception) -> UserError:
+    """Torch's word on how the worker died comes with SIGCHLD, a moment later."""
+    try:
+        time.sleep(DEATH_S)
+    except RuntimeError as told:
+        return worker_death(told) or _died(str(told))
+    return _died(f"the line to it broke: {type(error).__name__}")
+
+
+class Receiver:
+    """What the loaders share: raising what a worker sends, and the running count of skips.
+
+    `skips`: counts by cause of the batches seen since iterating began or `reset_skips()`.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.skips: dict[str, int] = {}
+        self._from_processes = num_workers > 0
+
+    def reset_skips(self) -> None:
+        self.skips = {}
+
+    def receive(self, items: Iterator[Any]) -> Iterator[Batch]:
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise worker_death(error) or error from error
+            except (EOFError, ConnectionError) as error:
+                # An error of the worker's own says "Caught"; this one is of the line to a worker that is going.
+                if not self._from_processes or str(error).startswith("Caught"):
+                    raise
+                raise _awaited_death(error) from error
+            if isinstance(item, Failure):
+                raise UserError(item.message)
+            for cause, count in item.skipped.items():
+                self.skips[cause] = self.skips.get(cause, 0) + count
+            if isinstance(item, Batch):
+                yield item
+
+
+def torch_loader(stream: IterableDataset[Any], num_workers: int, pin_memory: bool, persistent: bool) -> DataLoader[Any]:
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=persistent and num_workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=partial(_init_worker, leaving=_leaving()),
+        generator=torch.Generator(),  # or else each iteration draws from the generator that the model uses
+    )
+
+
+@functools.cache
+def _leaving() -> Any:
+    """A flag that data workers see, set when this process exits."""
+    flag = multiprocessing.RawValue("b", 0)
+
+    def leave() -> None:
+        flag.value = 1
+
+    atexit.register(leave)  # runs before multiprocessing's own, which ends the workers by TERM and waits for them
+    return flag
+
+
+def _init_worker(_: int, leaving: Any) -> None:
+    """Signals are the main process's business: a forked worker would otherwise run its handlers.
+
+    A scheduler sends TERM to workers too, whose batches are still needed until the main process stops.
+    """
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)

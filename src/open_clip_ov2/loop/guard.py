@@ -1,0 +1,100 @@
+"""Non-finite losses and gradients: the step is left out on all ranks alike, counted and reported; many end the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.errors import RunFailed
+
+logger = logging.getLogger(__name__)
+
+KEYS_SHOWN = 8
+
+
+class StepGuard:
+    """Counts skipped steps. Each verdict is read one step late, so that no step waits for the device.
+
+    Verdicts come from the reduced gradient, which is the same on all ranks, so all ranks count alike.
+    `last_good` names the checkpoint to go back to.
+    """
+
+    def __init__(self, limit: int, last_good: Callable[[], str], in_a_row: int = 0) -> None:
+        self.limit = limit
+        self.in_a_row = in_a_row
+        self.skipped = 0
+        self._last_good = last_good
+        self._pending: tuple[Tensor, Sequence[str], int] | None = None
+
+    def note(self, bad: Tensor, keys: Sequence[str], samples_seen: int) -> None:
+        """`bad`: a boolean scalar on the device; `keys` of this rank's samples in the step."""
+        self.check()
+        self._pending = (bad, keys, samples_seen)
+
+    def check(self) -> None:
+        """Read the verdict that is waiting. Raises RunFailed after `limit` bad steps in a row."""
+        if self._pending is None:
+            return
+        bad, keys, samples_seen = self._pending
+        self._pending = None
+        if not bool(bad):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.skipped += 1
+        more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+        logger.warning(
+            "non-finite loss or gradient at %s samples: step left out (%d in a row); its samples here: %s%s",
+            f"{samples_seen:,}", self.in_a_row, ", ".join(keys[:KEYS_SHOWN]), more,
+        )  # fmt: skip
+        if self.in_a_row >= self.limit:
+            raise RunFailed(
+                f"{self.in_a_row} steps in a row had a non-finite loss or gradient (--max-bad-steps); last good "
+                f"checkpoint: {self._last_good()}; look at the samples named in out.log, or lower --lr"
+            )
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """Total L2 norm of the gradients there are, a scalar on their device; nothing is waited for."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def step_unless(optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
+    """One optimizer step, left out where `bad` (a boolean scalar on the device) is true.
+
+    Fused optimizers read the flag on the device, as GradScaler has them do; others must wait for it.
+    """
+    if scaler is not None:
+        scaler.step(optimizer)  # has its own verdict, from the unscaled gradients
+        scaler.update()
+    elif all(group.get("fused") for group in optimizer.param_groups):
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, bad.float()
+        try:
+            optimizer.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
+    elif not bool(bad):
+        optimizer.step()
+
+
+class StockGuard:
+    """The same around a step that is not ours: a hook before `optimizer.step` takes bad gradients away."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.bad = torch.tensor(False)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.bad = ~torch.isfinite(gradient_norm(parameters))
+        if bool(self.bad):
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer leaves alone what has no gradient
+
+    def close(self) -> None:
+        self._handle.remove()

@@ -1,0 +1,176 @@
+"""Floating-point operations of one image, from plain sizes.
+
+A multiply-add counts as two; backward is twice forward, but for the pixels, which want no gradient. Attention counts
+whole rows, as torch's FlopCounterMode does and as a kernel with a mask computes it; `triangular` counts the half of
+the decoder's and text tower's attention that a causal mask needs, as published tables often do. Left out, being less
+than 1%: norms, activations, the optimizer, and the matrix of a contrastive loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of pre-norm transformer blocks."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A ViT. Its pooled output is projected from `pooled_width` to `embed_dim`; `trained_head`: the loss reaches it."""
+
+    tower: Tower
+    patch_size: int
+    pooled_width: int
+    embed_dim: int
+    trained_head: bool = True
+
+    def patches(self, resolution: int) -> int:
+        return (resolution // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class CaptionSizes:
+    """An ov2 model: encoder, then a decoder over [kept image tokens ; caption tokens]."""
+
+    encoder: Encoder
+    decoder: Tower
+    vocab: int
+    fusion: str = "prefix"
+
+
+@dataclass(frozen=True)
+class ClipSizes:
+    """Two towers and a contrastive loss."""
+
+    encoder: Encoder
+    text: Tower
+    vocab: int
+
+
+@dataclass(frozen=True)
+class CocaSizes:
+    """CLIP, and a decoder whose blocks attend to the text and then to `queries` - 1 pooled image tokens."""
+
+    encoder: Encoder
+    text: Tower
+    decoder: Tower
+    vocab: int
+    queries: int = 256
+
+
+ModelSizes = CaptionSizes | ClipSizes | CocaSizes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one image and its caption.
+
+    `encoder`: all that the ViT sees, class token included. `kept`: image tokens that a decoder sees. `text`: caption
+    positions computed, padding included. `targets`: positions whose logits are computed.
+    """
+
+    encoder: int
+    kept: int
+    text: int
+    targets: float
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one image. `blocks` is the part of `forward` that gradient checkpointing computes again."""
+
+    forward: float
+    backward: float
+    blocks: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.blocks + other.blocks)
+
+
+def linear(rows: float, inputs: int, outputs: int) -> float:
+    return 2.0 * rows * inputs * outputs
+
+
+def _mlp(tower: Tower, rows: int) -> float:
+    return 2 * linear(rows, tower.width, tower.mlp_width)
+
+
+def _self_block(tower: Tower, rows: int, share: float) -> float:
+    """`share` of the rows x rows attention weights is computed."""
+    attention = 4.0 * rows * rows * tower.width * share  # weights, then values
+    return 4 * linear(rows, tower.width, tower.width) + attention + _mlp(tower, rows)
+
+
+def _cross_block(tower: Tower, rows: int, context: int) -> float:
+    projections = 2 * linear(rows, tower.width, tower.width) + 2 * linear(context, tower.width, tower.width)
+    return projections + 4.0 * rows * context * tower.width + _mlp(tower, rows)
+
+
+def _trained(forward: float) -> Flops:
+    return Flops(forward, 2 * forward)
+
+
+def _blocks(forward: float) -> Flops:
+    return Flops(forward, 2 * forward, blocks=forward)
+
+
+def encoder_flops(encoder: Encoder, patches: int, tokens: int) -> Flops:
+    """`patches` are embedded, `tokens` go through the blocks: fewer with patch dropout."""
+    embedding = linear(patches, 3 * encoder.patch_size**2, encoder.tower.width)
+    head = linear(1, encoder.pooled_width, encoder.embed_dim)
+    blocks = _blocks(encoder.tower.layers * _self_block(encoder.tower, tokens, 1.0))
+    return blocks + Flops(embedding, embedding) + (_trained(head) if encoder.trained_head else Flops(head, 0.0))
+
+
+def decoder_flops(sizes: CaptionSizes, tokens: Tokens, share: float) -> Flops:
+    tower, image_width = sizes.decoder, sizes.encoder.tower.width
+    if sizes.fusion == "cross_attn":  # self- and cross-attention blocks in turn, `layers` of them together
+        pair = _self_block(tower, tokens.text, share) + _cross_block(tower, tokens.text, tokens.kept)
+        blocks = tower.layers // 2 * pair
+    else:
+        blocks = tower.layers * _self_block(tower, tokens.kept + tokens.text, share)
+    return _blocks(blocks) + _trained(linear(tokens.kept, image_width, tower.width))
+
+
+def _text_flops(text: Tower, length: int, embed_dim: int, share: float) -> Flops:
+    return _blocks(text.layers * _self_block(text, length, share)) + _trained(linear(1, text.width, embed_dim))
+
+
+def _pooler_flops(sizes: CocaSizes, tokens: int) -> Flops:
+    """Attention of learned queries, of the embedding's width, to all encoder tokens."""
+    width, queries = sizes.encoder.embed_dim, sizes.queries
+    keys_values = 2 * linear(tokens, sizes.encoder.tower.width, width)
+    return _trained(2 * linear(queries, width, width) + keys_values + 4.0 * queries * tokens * width)
+
+
+def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, triangular: bool = False) -> dict[str, Flops]:
+    """Of one image, by part of the model."""
+    share = 0.5 if triangular else 1.0
+    encoder = sizes.encoder
+    parts = {"encoder": encoder_flops(encoder, patches, tokens.encoder)}
+    if isinstance(sizes, ClipSizes):
+        return parts | {"text encoder": _text_flops(sizes.text, tokens.text, encoder.embed_dim, share)}
+    if isinstance(sizes, CocaSizes):
+        tower = sizes.decoder
+        pair = _self_block(tower, tokens.text, share) + _cross_block(tower, tokens.text, tokens.kept)
+        parts |= {
+            "pooler": _pooler_flops(sizes, tokens.encoder),
+            # Its class token, and the last token, which the decoder only predicts.
+            "text encoder": _text_flops(sizes.text, tokens.text + 2, encoder.embed_dim, share),
+            "decoder": _blocks(tower.layers * pair),
+        }
+    else:
+        parts["decoder"] = decoder_flops(sizes, tokens, share)
+    parts["head"] = _trained(linear(tokens.targets, sizes.decoder.width, sizes.vocab))
+    return parts

@@ -1,0 +1,76 @@
+"""Flags that do not fit together, or do not fit the model: one-line errors before anything is made."""
+
+from __future__ import annotations
+
+import argparse
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.seam import factory
+from open_clip_ov2.seam.flags import TrainOptions
+
+_REFUSED = {
+    "save_most_recent": "the last --keep-checkpoints are kept, and a run goes on from the newest",
+    "delete_previous_checkpoint": "--keep-checkpoints 1 keeps the last alone",
+    "remote_sync": "copy the run's folder with a tool of your own; every file in checkpoints/ is whole",
+}
+
+
+def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
+    """`gpu`: whether the machine that will run it has one. Raises UserError."""
+    family = factory.is_family(theirs.model)
+    on_cpu = theirs.device == "cpu" or not gpu
+    if theirs.device.startswith("cuda") and not gpu:
+        raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
+    if on_cpu and theirs.precision in ("amp", "fp16", "pure_fp16"):
+        raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
+    if not theirs.train_data and not theirs.val_data and theirs.dataset_type != "synthetic":
+        raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
+    for flag in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+        if getattr(theirs, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(theirs, flag)}")
+    for name, why in _REFUSED.items():
+        if getattr(theirs, name):
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
+    if theirs.resume not in (None, "latest"):
+        raise UserError("--resume: the same command again goes on by itself; for weights alone use --pretrained FILE")
+    if theirs.workers < 0:
+        raise UserError(f"--workers must be at least 0, got {theirs.workers}")
+    unknown = set(theirs.report_to.split(",")) - {"", "tensorboard"}
+    if unknown:
+        raise UserError(f"--report-to {theirs.report_to}: ov2 writes tensorboard and results.jsonl, nothing else")
+    if family:
+        _check_family(theirs)
+    else:
+        _check_baseline(options, theirs)
+
+
+def _check_family(theirs: argparse.Namespace) -> None:
+    refused = {
+        "lock_text": "an ov2 model has no text tower (--lock-image locks its encoder)",
+        "siglip": "an ov2 model has no contrastive loss",
+        "distill_model": "distillation is for contrastive models",
+        "torchscript": "use --torchcompile",
+        "trace": "a traced model cannot be trained",
+        "horovod": "use torchrun",
+        "use_bnb_linear": "not for caption models",
+        "imagenet_val": "zero-shot classification needs a text encoder",
+        "imagenet_v2": "zero-shot classification needs a text encoder",
+    }
+    for name, why in refused.items():
+        if getattr(theirs, name):
+            raise UserError(f"--{name.replace('_', '-')} with --model {theirs.model}: {why}")
+
+
+def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:
+    given = {
+        "--keep-ratio": options.keep_ratio,
+        "--eval-keep-ratio": options.eval_keep_ratio,
+        "--fusion": options.fusion,
+        "--tokenizer": options.tokenizer,
+        "--label-smoothing": options.label_smoothing,
+        "--z-loss": options.z_loss,
+        "--color-jitter": options.color_jitter,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UserError(f"{flag} is for ov2 models, and --model is {theirs.model}")

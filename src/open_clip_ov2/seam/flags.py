@@ -1,0 +1,253 @@
+"""The flags of `ov2 train` that OpenCLIP does not have: their parser, and what it gives, frozen."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from open_clip_ov2.core import FUSIONS, KeepRatio
+from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
+from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe import parse_samples
+
+DEFAULT_CAPTION_KEYS = "txt"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What one stage trains with."""
+
+    caption_keys: tuple[CaptionKey, ...]
+    caption_keys_given: bool
+    keep_ratio: KeepRatio | None
+    eval_keep_ratio: float | None
+    fusion: str | None
+    tokenizer: str | None
+    label_smoothing: float
+    z_loss: float
+    color_jitter: bool
+    max_image_pixels: int
+    shuffle_buffer: int
+
+    def model_options(self) -> dict[str, object]:
+        """What `create_model` gets on top of the model's config."""
+        given = {
+            "keep_ratio": self.keep_ratio,
+            "eval_keep_ratio": self.eval_keep_ratio,
+            "fusion": self.fusion,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept: saved, validated, watched. None of these changes what is trained."""
+
+    save_every_steps: int | None
+    save_every_minutes: float | None
+    keep_checkpoints: int
+    val_every_samples: int | None
+    max_bad_steps: int
+    stall_warning: float
+    sample_captions: int
+    until_stage: int | None
+    override: bool
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is a UserError."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"ov2 train: {message}")
+
+
+def number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        fine = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+        if not fine or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} lies outside {interval}")
+        return value
+
+    return parse
+
+
+def count(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    return parse
+
+
+def samples(text: str) -> int:
+    try:
+        value = parse_samples(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _keep_ratio(text: str) -> KeepRatio:
+    try:
+        return KeepRatio.of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Our flags alone."""
+    parser = Parser(prog="ov2 train", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    _add_schedule(parser.add_argument_group("stages (flags of ov2; all others are OpenCLIP's)"))
+    _add_model(parser.add_argument_group("model and loss"))
+    _add_data(parser.add_argument_group("data"))
+    _add_keeping(parser.add_argument_group("checkpoints and watching"))
+    return parser
+
+
+def _add_schedule(group: Any) -> None:
+    add = group.add_argument
+    add("--recipe", type=Path, metavar="FILE.toml", help="stages and flags from a file; flags given here override it")
+    add(
+        "--stage",
+        action="append",
+        metavar="PX:samples=N,KEY=VALUE,...",
+        help="one stage, repeatable: 112:samples=2M,base-lr=8e-6; what it does not say is the run's flag",
+    )
+    add(
+        "--global-batch",
+        type=samples,
+        metavar="N",
+        help="images in one optimizer step, over all processes; --batch-size is then the most at once in each",
+    )
+    add("--base-lr", type=number(0, math.inf, open_high=True), metavar="LR", help="--lr = LR x global batch / 256")
+    add("--warmup-samples", type=samples, metavar="N", help="--warmup in samples")
+    add("--carry-optimizer", action="store_true", help="a stage goes on with the moments of the one before")
+    add("--until-stage", type=count(1), metavar="K", help="stop, successfully, after stage K (from 1)")
+    add("--override", action="store_true", help="go on with a run whose configuration differs from this one")
+
+
+def _add_model(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--keep-ratio",
+        type=_keep_ratio,
+        metavar="R|LOW:HIGH",
+        help="share of patch tokens that the decoder gets, in (0, 1], or a range drawn from at each step "
+        "(default: the model's, 0.35)",
+    )
+    add(
+        "--eval-keep-ratio",
+        type=number(0, 1, open_low=True),
+        metavar="R",
+        help="the same in evaluation and generation (default: as in training; the high end of a range)",
+    )
+    add("--fusion", choices=FUSIONS, help="how the decoder sees the image (default: prefix)")
+    add(
+        "--tokenizer",
+        metavar="NAME|FOLDER",
+        help="BERT word pieces with the reference's ids, from a hub name or a folder with vocab.txt "
+        "(default: OpenCLIP's built-in tokenizer)",
+    )
+    add("--label-smoothing", type=number(0, 1, open_high=True), default=0.0, metavar="E", help="default: 0")
+    add(
+        "--z-loss",
+        type=number(0, math.inf, open_high=True),
+        default=0.0,
+        metavar="W",
+        help="weight of the squared log partition function (default: 0)",
+    )
+
+
+def _add_data(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--caption-keys",
+        metavar="KEY[=WEIGHT],...",
+        default=None,
+        help="where captions are: txt, json:dotted.path, a csv column; drawn by weight anew each time a sample "
+        "is seen (default: txt; csv: --csv-caption-key)",
+    )
+    add("--color-jitter", action="store_true", help="the reference's colour jitter and grey, strength 0.4")
+    add(
+        "--max-image-pixels",
+        type=count(1),
+        default=MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="larger images are skipped samples (default: %(default)s)",
+    )
+    add(
+        "--shuffle-buffer",
+        type=count(1),
+        default=5000,
+        metavar="N",
+        help="samples in each data worker's shuffle buffer (default: %(default)s)",
+    )
+    add(
+        "--stall-warning",
+        type=number(0, math.inf, open_low=True, open_high=True),
+        default=60.0,
+        metavar="S",
+        help="after S seconds without a batch, say which shard is being read (default: 60)",
+    )
+
+
+def _add_keeping(group: Any) -> None:
+    add = group.add_argument
+    add("--save-every-steps", type=count(1), metavar="N", help="a checkpoint every N steps, beside --save-frequency's")
+    add(
+        "--save-every-minutes",
+        type=number(0, math.inf, open_low=True, open_high=True),
+        metavar="M",
+        help="a checkpoint every M minutes",
+    )
+    add(
+        "--keep-checkpoints",
+        type=count(1),
+        default=3,
+        metavar="K",
+        help="the last K are kept, and the best, and each stage's end (default: %(default)s)",
+    )
+    add("--val-every-samples", type=samples, metavar="N", help="validate every N samples too (2M, 500k)")
+    add(
+        "--sample-captions",
+        type=count(0),
+        default=8,
+        metavar="N",
+        help="held-out pictures captioned at each validation, for TensorBoard (default: %(default)s)",
+    )
+    add(
+        "--max-bad-steps",
+        type=count(1),
+        default=10,
+        metavar="N",
+        help="stop after N steps in a row with a non-finite loss or gradient, which are left out (default: 10)",
+    )
+
+
+def train_options(ours: argparse.Namespace) -> TrainOptions:
+    values = {field.name: getattr(ours, field.name) for field in fields(TrainOptions) if hasattr(ours, field.name)}
+    values |= {
+        "caption_keys": parse_caption_keys(ours.caption_keys or DEFAULT_CAPTION_KEYS),
+        "caption_keys_given": ours.caption_keys is not None,
+    }
+    return TrainOptions(**values)
+
+
+def run_options(ours: argparse.Namespace) -> RunOptions:
+    return RunOptions(**{field.name: getattr(ours, field.name) for field in fields(RunOptions)})

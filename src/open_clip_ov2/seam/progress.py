@@ -1,0 +1,169 @@
+"""What happens after each optimizer step of a stage, whichever step it was: report, guard, validate, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.errors import Interrupted
+from open_clip_ov2.loop.checkpoint import RESUME_KEY, CheckpointName
+from open_clip_ov2.loop.guard import StepGuard
+from open_clip_ov2.loop.random_state import get_random_state
+from open_clip_ov2.seam.session import SAVE, STOP, Session
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step; tensors may still be on their way. `skipped`: samples by cause; `keys`: this rank's."""
+
+    losses: Mapping[str, Tensor | float]
+    lr: float
+    grad_norm: Tensor | None
+    bad: Tensor
+    keys: Sequence[str]
+    num_tokens: Tensor | None
+    wait_s: float
+    step_s: float
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """What a checkpoint of the stage is made of."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    loader: Any
+
+
+class StageProgress:
+    """Where a stage stands. Steps count within the stage; samples over the whole run."""
+
+    def __init__(
+        self,
+        session: Session,
+        stage_number: int,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        global_batch: int,
+        steps_done: int,
+        bad_in_a_row: int = 0,
+    ) -> None:
+        self._session = session
+        self._options = session.plan.options
+        self.stage_number = stage_number
+        self.steps_per_epoch, self.epochs, self.global_batch = steps_per_epoch, epochs, global_batch
+        self.steps_done = steps_done
+        last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
+        self._guard = StepGuard(self._options.max_bad_steps, last_good, bad_in_a_row)
+        self.validate: Callable[[], Any] | None = None
+        self.val_loss: float | None = None
+
+    @property
+    def samples_seen(self) -> int:
+        return self._session.samples_before + self.steps_done * self.global_batch
+
+    @property
+    def epochs_done(self) -> int:
+        return self.steps_done // self.steps_per_epoch
+
+    @property
+    def steps_in_epoch(self) -> int:
+        return self.steps_done % self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.steps_per_epoch * self.epochs
+
+    def after_step(self, report: StepReport, parts: StageParts) -> None:
+        """On every rank. Raises Interrupted (after saving) and RunFailed."""
+        self.steps_done += 1
+        self._session.monitor.step(
+            self.samples_seen,
+            losses=report.losses,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            num_images=self.global_batch,
+            num_tokens=report.num_tokens,
+            wait_s=report.wait_s,
+            step_s=report.step_s,
+            skipped=report.skipped,
+        )
+        self._guard.note(report.bad, report.keys, self.samples_seen)
+        if self.steps_in_epoch == 0:
+            return  # the end of an epoch validates and saves by itself
+        validated = self._validate_if_due()
+        flags = self._session.agreement.exchange([int(self._session.signals.name is not None), int(self._clock_says())])
+        every = self._options.save_every_steps
+        if flags[STOP] or flags[SAVE] or validated or (every and self.steps_done % every == 0):
+            self.save(parts)
+        if flags[STOP]:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._session.agreement.close()
+        if self._session.writer is not None:
+            self._session.writer.wait()
+        name = self._session.signals.name or "a signal to another rank"
+        raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command goes on from there")
+
+    def _validate_if_due(self) -> bool:
+        every = self._options.val_every_samples
+        if self.validate is None or not every:
+            return False
+        if self.samples_seen // every == (self.samples_seen - self.global_batch) // every:
+            return False
+        self.validate()
+        return True
+
+    def _clock_says(self) -> bool:
+        minutes, writer = self._options.save_every_minutes, self._session.writer
+        return bool(minutes and writer and time.monotonic() - writer.last_saved > 60 * minutes)
+
+    def end_epoch(self, parts: StageParts, save_frequency: int) -> None:
+        """After the epoch's validation: save if it is time, at the stage's end in any case."""
+        self._session.agreement.close()
+        self._guard.check()
+        if self.finished or (save_frequency > 0 and self.epochs_done % save_frequency == 0):
+            self.save(parts)
+
+    def save(self, parts: StageParts) -> None:
+        """All ranks give what they have, rank 0 writes."""
+        self._guard.check()
+        session = self._session
+        own = {"random": get_random_state(session.device), "data": parts.loader.state()}
+        ranks: list[Any] = [own]
+        if session.world_size > 1:
+            ranks = [None] * session.world_size
+            torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
+        if session.writer is None:
+            return
+        name = CheckpointName(self.stage_number, self.finished, 0 if self.finished else self.samples_seen)
+        content = {
+            "epoch": self.epochs_done,
+            "name": session.plan.name,
+            "state_dict": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            RESUME_KEY: {
+                "format": 1,
+                "stage": self.stage_number,
+                "stage_done": self.finished,
+                "samples_seen": self.samples_seen,
+                "stage_samples": self.steps_done * self.global_batch,
+                "global_batch": self.global_batch,
+                "bad_in_a_row": self._guard.in_a_row,
+                "monitor": session.monitor.state(),
+                "ranks": ranks,
+            },
+        }
+        if parts.scaler is not None:
+            content["scaler"] = parts.scaler.state_dict()
+        session.writer.save(name, content, self.val_loss)
+        self.val_loss = None

@@ -1,0 +1,411 @@
+"""Going on where a loader was stopped. Oracle throughout: the iteration that was not stopped, or the keys put in."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from broken_shards import byte_tokens, cut, good_tars, picture, random_crop, sample, settings, write_tar
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+
+from open_clip_ov2.data import skips
+from open_clip_ov2.data.captions import parse_caption_keys
+from open_clip_ov2.data.loader import Batch, TrainLoader
+from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource, WebDatasetSource
+from open_clip_ov2.errors import UserError
+
+KEYS = parse_caption_keys("txt=0.6,json:alt=0.4")
+SIZES = st.lists(st.integers(0, 9), min_size=4, max_size=8).filter(sum)
+
+
+def loader(source: Source, **changed: Any) -> TrainLoader:
+    return TrainLoader(source, random_crop, byte_tokens, **settings(**{"caption_keys": KEYS, **changed}))
+
+
+def assert_same(old: Batch, new: Batch) -> None:
+    assert torch.equal(old.images_BCHW, new.images_BCHW)
+    assert torch.equal(old.texts_BL, new.texts_BL)
+    assert (old.keys, old.captions, old.skipped, old.position) == (new.keys, new.captions, new.skipped, new.position)
+
+
+def stopped(made: TrainLoader, batches: int) -> dict[str, Any]:
+    """State after so many batches, as a checkpoint gives it back."""
+    iterator = iter(made)
+    for _ in range(batches):
+        next(iterator)
+    return saved(made.state())
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Oracle of "plain": both JSON and a weights_only torch file give back what went in."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == state == json.loads(json.dumps(state))
+    return json.loads(json.dumps(state))
+
+
+def assert_goes_on(make: Callable[[], TrainLoader], batches: int, whole: list[Batch], **flags: Any) -> TrainLoader:
+    """A loader stopped after so many batches and a new one that resumes give, together, `whole`."""
+    resumed = make()
+    assert resumed.resume([stopped(make(), batches)]) is True
+    assert resumed.batches_done == batches
+    rest = list(resumed)
+    assert len(rest) == len(whole) - batches
+    for old, new in zip(whole[batches:], rest, strict=True):
+        assert_same(old, new)
+    assert resumed.batches_done == len(whole)
+    return resumed
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """For each example of hypothesis."""
+    path = Path(tempfile.mkdtemp())
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def bad_and_good_tars(path: Path, sizes: list[int], bad_every: int) -> tuple[str, ...]:
+    """Tars of samples with two captions; each `bad_every`-th has no picture, each third tar is cut in its last sample.
+
+    A sample is six blocks: cutting the end of archive (two and more) and one block leaves the last without its json.
+    """
+    names, number = [], 0
+    for index, size in enumerate(sizes):
+        members = []
+        for _ in range(size):
+            number += 1
+            alt = {"json": json.dumps({"alt": f"other {number}"}).encode()}
+            members.append(sample(number, **alt, **({"png": b"bad"} if number % bad_every == 0 else {})))
+        path_of_tar = write_tar(path / f"{index}.tar", members)
+        if index % 3 == 2 and size:
+            cut(path_of_tar, size * 3072 - 700)
+        names.append(str(path_of_tar))
+    return tuple(names)
+
+
+@limits(max_examples=40, deadline=None)
+@given(SIZES, st.integers(1, 12), st.integers(1, 4), st.integers(2, 5), st.data())
+def test_a_stopped_run_sees_the_same_batches(
+    sizes: list[int], buffer: int, batch_size: int, bad_every: int, data: st.DataObject
+) -> None:
+    """Several passes, bad samples and cut tars; skips are counted once."""
+    with folder() as path:
+        source = WebDatasetSource(bad_and_good_tars(path, sizes, bad_every))
+        num_samples = data.draw(st.integers(1, 3 * sum(sizes)))
+
+        def make() -> TrainLoader:
+            return loader(source, num_samples=num_samples, batch_size=batch_size, shuffle_buffer=buffer)
+
+        uninterrupted = make()
+        try:
+            whole = list(uninterrupted)
+        except UserError:
+            return  # nothing usable in it
+        batches = data.draw(st.integers(0, len(whole)))
+        resumed = assert_goes_on(make, batches, whole)
+        assert resumed.skips == uninterrupted.skips
+        assert resumed.state() == uninterrupted.state()
+
+
+def test_what_came_before_speaks_against_giving_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stretch of bad samples ends no run that had good ones before it was stopped. Oracle: the uninterrupted run."""
+    monkeypatch.setattr(skips, "HOPELESS_S", -1.0)  # the time has passed
+    monkeypatch.setattr(skips, "HOPELESS_SKIPS", 3)
+    members = [sample(n, **({"png": b"bad"} if 4 <= n < 10 else {})) for n in range(14)]
+    source = WebDatasetSource((str(write_tar(tmp_path / "0.tar", members)),))
+
+    def make() -> TrainLoader:
+        return loader(source, num_samples=8, shuffle_buffer=1)  # the order of the file
+
+    assert_goes_on(make, 2, list(make()))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_go_on_in_their_turns(tmp_path: Path, num_workers: int) -> None:
+    """Stops at whole and at odd turns, and at the end; two stops in a row; the next epochs are whole."""
+    source = WebDatasetSource(bad_and_good_tars(tmp_path, [5, 9, 3, 7, 4], 4))
+
+    def make() -> TrainLoader:
+        return loader(source, num_workers=num_workers, num_samples=70, batch_size=3, shuffle_buffer=6)
+
+    uninterrupted = make()
+    whole, following = list(uninterrupted), []
+    uninterrupted.set_epoch(1)
+    following = list(uninterrupted)
+    for batches in (1, 10, 24):
+        resumed = assert_goes_on(make, batches, whole)
+        resumed.set_epoch(1)
+        assert resumed.batches_done == 0
+        for old, new in zip(following, resumed, strict=True):
+            assert_same(old, new)
+    first, second, third = make(), make(), make()
+    second.resume([stopped(first, 4)])
+    third.resume([stopped(second, 7)])
+    for old, new in zip(whole[11:], third, strict=True):
+        assert_same(old, new)
+    assert third.state() == assert_goes_on(make, 24, whole).state()
+
+
+def test_prefetched_batches_do_not_count(tmp_path: Path) -> None:
+    """The workers are ahead: torch asks each for two batches more than are taken."""
+    source = WebDatasetSource(good_tars(tmp_path, [8, 8]))
+    state = stopped(loader(source, num_workers=2, num_samples=64), 3)
+    assert state["batches_done"] == 3
+    assert state["positions"] == [[0, 4, state["positions"][0][2]], [0, 2, state["positions"][1][2]]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resampled_shards_with_weights(tmp_path: Path, num_workers: int) -> None:
+    """Exact on the same number; on another one new draws, from the next pass on."""
+    source = WebDatasetSource(good_tars(tmp_path, [3, 4, 5]), weights=(1.0, 2.0, 0.5), resampled=True)
+
+    def make(**changed: Any) -> TrainLoader:
+        return loader(source, num_workers=num_workers, num_samples=60, batch_size=3, shuffle_buffer=5, **changed)
+
+    whole = list(make())
+    for batches in (0, 3, 8, 20):
+        assert_goes_on(make, batches, whole)
+    states = [stopped(make(world_size=2, rank=rank), 6) for rank in range(2)]
+    alone = make()
+    assert alone.resume(states) is False
+    last_pass = max(position[0] for state in states for position in state["positions"])
+    rest = list(alone)
+    assert len(rest) == (60 - 36) // 3
+    assert min(batch.position.pass_index for batch in rest if batch.position) > last_pass
+    again = make()
+    assert again.resume([alone.state()]) is True  # all done
+    assert list(again) == []
+
+
+def write_table(path: Path, rows: int) -> CsvSource:
+    (path / "a.png").write_bytes(picture())
+    (path / "t.csv").write_text("file,txt\n" + "".join(f"a.png,row {n}\n" for n in range(rows)))
+    return CsvSource(path / "t.csv", separator=",", image_column="file", caption_columns=("txt",))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["csv", "synthetic"])
+def test_tables_and_synthetic_data(tmp_path: Path, kind: str, num_workers: int) -> None:
+    source = write_table(tmp_path, 11) if kind == "csv" else SyntheticSource(11, (8, 8))
+
+    def make() -> TrainLoader:
+        return loader(source, num_workers=num_workers, num_samples=40, batch_size=3)
+
+    whole = list(make())
+    for batches in (0, 1, 6, 13):
+        assert_goes_on(make, batches, whole)
+
+
+# --- other numbers of processes and workers ----------------------------------------------------------------
+
+
+def emitted(loaders: list[TrainLoader], batches: int | None, seen: dict[int, Counter[str]]) -> int:
+    """Takes so many batches (None: all) of each loader, of one sample each; keys by pass into `seen`."""
+    taken = 0
+    for made in loaders:
+        iterator = iter(made)
+        for batch in itertools.islice(iterator, batches):
+            assert batch.position is not None
+            seen.setdefault(batch.position.pass_index, Counter())[batch.keys[0]] += 1
+            taken += 1
+    return taken
+
+
+@limits(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.integers(1, 9), min_size=4, max_size=7),
+    st.integers(1, 15),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 14)), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.sampled_from(["tars", "csv", "synthetic"]),
+)
+def test_changed_numbers_lose_nothing_and_repeat_nothing(
+    sizes: list[int], buffer: int, runs: list[tuple[int, int]], last_world: int, kind: str
+) -> None:
+    """Any number of processes after any other, some stopped twice in one pass; every pass is looked at by itself.
+
+    An epoch of six passes, so that all consumers come to the end of the first one at least, whatever the shares.
+    """
+    total = sum(sizes)
+    with folder() as path:
+        source: Source = SyntheticSource(total, (8, 8))
+        expected = Counter(f"synthetic {n}" for n in range(total))
+        if kind == "tars":
+            source = WebDatasetSource(bad_and_good_tars(path, sizes, bad_every=5))
+            expected = Counter(f"{n:05d}" for n in range(1, total + 1) if n % 5)
+        elif kind == "csv":
+            source, expected = write_table(path, total), Counter(f"row {n + 1}" for n in range(total))
+        seen: dict[int, Counter[str]] = {}
+        states: list[dict[str, Any]] = []
+        num_samples, taken = 12 * total, 0
+        for world_size, batches in [*runs, (last_world, None)]:
+            flags: dict[str, Any] = {"world_size": world_size, "batch_size": 1, "shuffle_buffer": buffer}
+            loaders = [loader(source, rank=rank, num_samples=num_samples, **flags) for rank in range(world_size)]
+            for made in loaders:
+                if states:
+                    assert made.resume(states) is (len(states) == world_size)
+            taken += emitted(loaders, batches, seen)
+            states = [saved(made.state()) for made in loaders]
+        finished = min(position[0] for state in states for position in state["positions"])
+        assert finished >= 1
+        for pass_index in range(finished):
+            assert seen[pass_index] == expected, pass_index
+        assert all(max(counts.values()) == 1 for counts in seen.values())
+        assert {state["samples_done"] for state in states} == {taken}
+        assert taken >= num_samples
+
+
+def test_changed_workers_and_batch_size(tmp_path: Path) -> None:
+    """Two processes of two workers and batches of 2, then one of three and batches of 5: keys, and their number."""
+    source = WebDatasetSource(bad_and_good_tars(tmp_path, [9, 8, 7, 9, 6, 8], 1000))
+    usable = {f"{n:05d}" for n in range(1, 48)}
+    flags: dict[str, Any] = {"num_samples": 400, "shuffle_buffer": 8, "accum_freq": 2}
+    old = [loader(source, world_size=2, rank=rank, num_workers=2, batch_size=2, **flags) for rank in range(2)]
+    batches: list[Batch] = []
+    for made in old:
+        iterator = iter(made)
+        batches += [next(iterator) for _ in range(6)]
+    new = loader(source, num_workers=3, batch_size=5, **flags)
+    assert new.resume([saved(made.state()) for made in old]) is False
+    rest = list(new)
+    # 24 of 400 samples are over; 376 are 75.2 batches of 5, in updates of two.
+    assert len(rest) == 76
+    counts = Counter(key for batch in [*batches, *rest] for key in batch.keys)
+    assert set(counts) == usable
+    first_pass = [batch for batch in rest if batch.position and batch.position.pass_index == 0]
+    early = Counter(key for batch in [*batches, *first_pass] for key in batch.keys)
+    assert max(early.values()) == 1
+    assert max(counts.values()) - min(counts.values()) <= 3  # consumers go through their parts at their own pace
+
+
+def test_as_many_consumers_with_other_batches_go_on_each_with_its_own(tmp_path: Path) -> None:
+    """One process of two workers, then two of one: oracle: every key once in the pass."""
+    source = WebDatasetSource(good_tars(tmp_path, [6, 6]))
+    flags: dict[str, Any] = {"num_samples": 12, "batch_size": 1, "shuffle_buffer": 3}
+    seen: dict[int, Counter[str]] = {}
+    old = loader(source, num_workers=2, **flags)
+    emitted([old], 5, seen)
+    states = [saved(old.state())]
+    new = [loader(source, world_size=2, rank=rank, num_workers=1, **flags) for rank in range(2)]
+    for made in new:
+        assert made.resume(states) is False
+        assert made.num_batches - made.batches_done == 4  # ceil(7 / 2)
+    emitted(new, None, seen)
+    assert set(seen[0]) == {f"{n:05d}" for n in range(12)}
+    assert max(seen[0].values()) == 1
+
+
+# --- cost, and what is refused -----------------------------------------------------------------------------
+
+
+def test_finished_shards_are_not_read_again(tmp_path: Path) -> None:
+    """Oracle: each shard is a command that writes down that it was opened."""
+    log = tmp_path / "log"
+    urls = tuple(f"pipe:echo {n} >> {log}; cat {path}" for n, path in enumerate(good_tars(tmp_path, [20] * 12)))
+    source = WebDatasetSource(urls)
+
+    def make() -> TrainLoader:
+        return loader(source, num_samples=240, batch_size=4, shuffle_buffer=4)
+
+    state = stopped(make(), 50)
+    read = log.read_text().split()
+    assert 10 <= len(read) == len(set(read)) <= 12
+    log.unlink()
+    resumed = make()
+    resumed.resume([state])
+    iterator = iter(resumed)
+    next(iterator)
+    again = log.read_text().split()
+    assert len(again) <= 5  # the one being read, those with samples in a buffer of 4, and perhaps the next one
+    assert set(again) & set(read) <= set(read[-5:])
+    assert sum(len(batch.keys) for batch in iterator) == 240 - 200 - 4
+
+
+def test_a_shard_that_shrank_is_counted(tmp_path: Path) -> None:
+    """Oracle: a finished shard has lost the samples that waited in the buffer; the others come."""
+    urls = good_tars(tmp_path, [6, 6])
+    source = WebDatasetSource(urls)
+
+    def make() -> TrainLoader:
+        return loader(source, num_samples=12, batch_size=1, shuffle_buffer=100)
+
+    state = stopped(make(), 2)
+    assert state["positions"][0][2] == [6, 6]  # all of it is in the buffer
+    for url in urls:
+        write_tar(Path(url), [sample(0)])
+    resumed = make()
+    resumed.resume([state])
+    next(iter(resumed))
+    assert resumed.skips[skips.BROKEN_SHARD] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 4}, "--seed was 3 when the checkpoint was written and is 4 now"),
+        ({"shuffle_buffer": 7}, "--shuffle-buffer was 5 .* is 7 now"),
+        ({"shards": 2}, "--train-data was 3 shards .* is 2 shards now"),
+        ({"order": -1}, r"--train-data was 3 shards .* is others \(3 shards\) now"),
+        ({"resampled": True}, "not resampled .* resampled now"),
+    ],
+)
+def test_other_data_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    """Oracle: one line with the flag, the old and the new value."""
+    urls = good_tars(tmp_path, [3, 3, 3])
+    state = stopped(loader(WebDatasetSource(urls), shuffle_buffer=5), 2)
+    source = WebDatasetSource(urls[: change.pop("shards", 3)][:: change.pop("order", 1)])
+    if change.pop("resampled", False):
+        source = WebDatasetSource(urls, resampled=True)
+    with pytest.raises(UserError, match=says) as error:
+        loader(source, **{"shuffle_buffer": 5, **change}).resume([state])
+    assert "\n" not in str(error.value)
+
+
+def test_states_must_be_all_of_one_moment(tmp_path: Path) -> None:
+    """Oracle: one line that says what is missing or mixed."""
+    source = WebDatasetSource(good_tars(tmp_path, [3, 3]))
+    states = [stopped(loader(source, world_size=2, rank=rank), 2) for rank in range(2)]
+    new = loader(source)
+    for wrong, says in (
+        ([], "no data position"),
+        (states[:1], "process 0 of 1 is that of process 0 of 2"),
+        (states[::-1], "process 0 of 2 is that of process 1 of 2"),
+        ([states[0], {**states[1], "batches_done": 1}], "mixes two moments"),
+        ([{**states[0], "version": 0}], "version 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            new.resume(wrong)
+
+
+def test_another_epoch_than_the_resumed_one_is_whole(tmp_path: Path) -> None:
+    """Oracle: the loader that never resumed; and the resumed epoch a second time."""
+    source = WebDatasetSource(good_tars(tmp_path, [5, 6]))
+    state = stopped(loader(source), 2)
+    resumed, plain = loader(source), loader(source)
+    resumed.resume([state])
+    resumed.set_epoch(0)  # the same one: nothing changes
+    assert resumed.batches_done == 2
+    assert len(list(resumed)) == 2
+    assert len(list(resumed)) == 4
+    resumed.resume([state])
+    for made in (resumed, plain):
+        made.set_epoch(3)
+    for old, new in zip(plain, resumed, strict=True):
+        assert_same(old, new)
+    assert resumed.state() == plain.state()

@@ -1,0 +1,107 @@
+"""What a run's state is said to be. Oracle: the table written out here, a row for each thing that can happen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from open_clip_ov2.launch import ends, state
+from open_clip_ov2.launch.ends import OWN, PEER, End
+from open_clip_ov2.launch.folder import LOCAL, SLURM
+from open_clip_ov2.launch.queue import QueueJob, look_up
+from open_clip_ov2.runlog.status import Status
+
+
+def said(word: str, job: str = "7", stage: int = 1, reason: str = "") -> Status:
+    return Status(word, stage=stage, stages=2, job_id=job, reason=reason)
+
+
+def jobs(*states: str) -> list[QueueJob]:
+    return [QueueJob(str(7 + index), word, "Priority") for index, word in enumerate(states)]
+
+
+ROWS = {  # jobs in the queue, what the run said last, -> state, what its reason contains, the job it is about
+    "waits": (jobs("PENDING"), None, "queued", "Priority", "7"),
+    "begins": (jobs("RUNNING"), None, "starting", "", "7"),
+    "runs": (jobs("RUNNING"), said("running"), "running", "", "7"),
+    "runs again, its word is of the job before": (jobs("RUNNING"), said("running", "3"), "starting", "", "7"),
+    "was preempted": (jobs("PENDING"), said("interrupted"), "queued", "Priority", "7"),
+    "failed before, submitted again": (jobs("PENDING"), said("failed", "3"), "queued", "Priority", "7"),
+    "has just finished": (jobs("COMPLETING"), said("finished", stage=2), "finished", "", "7"),
+    "is being requeued": (jobs("COMPLETING"), said("interrupted"), "starting", "", "7"),
+    "finished": (jobs("UNKNOWN"), said("finished", stage=2), "finished", "", "7"),
+    "failed": (jobs("FAILED"), said("failed", reason="NaN"), "failed", "NaN", "7"),
+    "second stage waits for the first": (jobs("RUNNING", "PENDING"), said("running"), "running", "", "7"),
+    "first stage done, second waits": (jobs("COMPLETED", "PENDING"), said("finished"), "queued", "Priority", "8"),
+    "first stage failed, second cancelled": (jobs("FAILED", "CANCELLED"), said("failed"), "failed", "", "7"),
+    "second stage cancelled": (jobs("COMPLETED", "CANCELLED"), said("finished"), "stopped", "stage 1 of 2", "7"),
+    "cancelled while it ran": (jobs("CANCELLED"), said("interrupted"), "cancelled", "by hand", "7"),
+    "killed and forgotten": (jobs("UNKNOWN"), said("running"), "died", "its job is gone", "7"),
+    "out of time": (jobs("TIMEOUT"), said("running"), "died", "TIMEOUT", "7"),
+    "never said a word": (jobs("FAILED"), None, "died", "FAILED", "7"),
+    "was not submitted": ([], None, "died", "never submitted", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_judgement(row: str) -> None:
+    queue, status, expected, reason, job = ROWS[row]
+    found = state.judge(queue, status, stages=2, cancelled=False)
+    assert (found[0], found[2]) == (expected, job)
+    assert reason in found[1]
+
+
+def test_a_cancelled_run_stays_cancelled() -> None:
+    assert state.judge(jobs("UNKNOWN"), said("failed", reason="x"), 2, cancelled=True)[0] == "cancelled"
+    assert state.judge(jobs("UNKNOWN"), said("finished", stage=2), 2, cancelled=True)[0] == "finished"
+
+
+def end(kind: str, rank: int, when: float) -> End:
+    return End("7", 0, rank, kind, f"{kind} of {rank}", when)
+
+
+def test_a_reason_of_its_own_wins_over_lost_peers() -> None:
+    """One rank is out of memory, the others only see it go."""
+    found = [end(PEER, 0, 1.0), end(OWN, 3, 2.0), end(OWN, 2, 3.0)]
+    assert ends.judge(found, 1, [], "", 3) == ends.Verdict(False, "own of 3")
+
+
+def test_deaths_without_progress_come_to_an_end() -> None:
+    assert ends.judge([], 137, [], "", 3).again
+    assert ends.judge([end(PEER, 1, 1.0)], 137, ["a", "a"], "b", 3).again
+    assert ends.judge([], 137, ["b"], "b", 3).again
+    last = ends.judge([], 137, ["a", "b", "b"], "b", 3)
+    assert not last.again
+    assert "signal 9" in last.reason
+    assert "3 times since b" in last.reason
+
+
+def test_ends_are_read_of_one_start_alone(tmp_path: Path) -> None:
+    for restart, rank in ((0, 1), (1, 0), (1, 11)):
+        ends.write_end(tmp_path, End("7_1", restart, rank, OWN, "x", float(-rank)))
+    assert [(found.restart, found.rank) for found in ends.read_ends(tmp_path, "7_1", 1)] == [(1, 11), (1, 0)]
+    assert ends.note_death(tmp_path, 0, "a") == []
+    assert ends.note_death(tmp_path, 0, "b") == ["a"]
+
+
+def test_local_jobs_are_alive_while_they_are() -> None:
+    """Oracle: a real process whose command line is submitit's."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit.local._local"])
+    try:
+        assert look_up(LOCAL, [str(process.pid)])[str(process.pid)].alive
+        assert not look_up(LOCAL, [str(os.getpid())])[str(os.getpid())].alive  # a number that another process has now
+    finally:
+        process.kill()
+    time.sleep(0.2)  # a zombie until it is waited for
+    assert not look_up(LOCAL, [str(process.pid)])[str(process.pid)].alive
+    process.wait()
+
+
+def test_without_slurm_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert look_up(SLURM, ["1", "2_3"]) == {"1": QueueJob("1", "UNKNOWN"), "2_3": QueueJob("2_3", "UNKNOWN")}

@@ -1,0 +1,137 @@
+"""Sweep files. Oracles: itertools, argparse, OpenCLIP's parser for what is shipped."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.launch.report import Row, table, write_report
+from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep, words
+
+ROOT = Path(__file__).parents[2]
+values = st.lists(st.integers(0, 99) | st.floats(0.125, 8), min_size=1, max_size=3, unique_by=str)
+
+
+@given(st.dictionaries(st.sampled_from(["lr", "wd", "keep-ratio", "seed"]), values, min_size=1))
+def test_a_grid_is_every_combination_once(grid: dict[str, list[float]]) -> None:
+    """Oracle: itertools.product."""
+    runs = expand(Sweep("s", {"epochs": 1}, grid, (), ()))
+    assert [tuple(run.varied.values()) for run in runs] == list(itertools.product(*grid.values()))
+    assert len({run.name for run in runs}) == len(runs)
+    assert all(run.flags == {"epochs": 1, **run.varied} for run in runs)
+
+
+@given(st.integers(), st.booleans(), st.lists(st.integers(0), min_size=1))
+def test_words_are_what_a_parser_reads_back(number: int, switch: bool, several: list[int]) -> None:
+    """Oracle: argparse."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--switch", action="store_true")
+    parser.add_argument("--several", type=int, nargs="+")
+    flags = {"number": number, "switch": switch, "several": several}
+    assert vars(parser.parse_args([f"{word}" for word in words({**flags, "number": 1})])) | {"number": number} == flags
+
+
+FILE = """\
+[base]
+epochs = 3
+[grid]
+model = ["ov2-vit-s-16", "local-dir:/models/tiny"]
+keep_ratio = [0.25, 0.5]
+[[set]]
+when = { model = "local-dir:/models/tiny", keep-ratio = 0.5 }
+lr = 1e-3
+[[run]]
+model = "ViT-B-16"
+grad-checkpointing = true
+"""
+
+
+def test_grid_list_and_set(tmp_path: Path) -> None:
+    """Oracle: written out."""
+    file = tmp_path / "mine.toml"
+    file.write_text(FILE)
+    sweep = load_sweep(file)
+    assert sweep.name == "mine"
+    assert [(run.name, " ".join(words(run.flags))) for run in expand(sweep)] == [
+        ("ov2-vit-s-16_keep-ratio-0.25", "--epochs 3 --model ov2-vit-s-16 --keep-ratio 0.25"),
+        ("ov2-vit-s-16_keep-ratio-0.5", "--epochs 3 --model ov2-vit-s-16 --keep-ratio 0.5"),
+        ("tiny_keep-ratio-0.25", "--epochs 3 --model local-dir:/models/tiny --keep-ratio 0.25"),
+        ("tiny_keep-ratio-0.5", "--epochs 3 --model local-dir:/models/tiny --keep-ratio 0.5 --lr 0.001"),
+        ("ViT-B-16_grad-checkpointing-True", "--epochs 3 --model ViT-B-16 --grad-checkpointing"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "nothing to run"),
+        ("[grid]\nlr = 1", "must be a list"),
+        ("[grid]\nlr = []", "must be a list"),
+        ("[grids]\nlr = [1]", "grids: no such key"),
+        ("[base]\nname = 'x'\n[grid]\nlr = [1]", "the sweep sets it itself"),
+        ("name = '../x'\n[grid]\nlr = [1]", "letters, digits"),
+        ("[run]\nlr = 1", r"\[\[run\]\]"),
+        ("[[set]]\nlr = 1\n[grid]\nwd = [1]", "when"),
+        ("[[set]]\nwhen = {wd = 2}\nlr = 1\n[grid]\nwd = [1]", "no run has wd = 2"),
+        ("[grid]\nlr = [1, 1]", "two runs of the sweep are lr-1"),
+        ("[grid", "not TOML"),
+    ],
+)
+def test_slips(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        expand(load_sweep(tmp_path / "s.toml"))
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_sweep_is_accepted(squares: Path) -> None:
+    """Oracle: the parsers of OpenCLIP and of `ov2 train`."""
+    from open_clip_ov2.seam.arguments import parse
+
+    runs = expand(load_sweep(ROOT / "configs" / "sweeps" / "keep_ratio.toml"))
+    assert len(runs) == 12
+    data = ["--train-data", f"{squares}/train/00000.tar", "--train-num-samples", "10000000"]
+    plans = [parse([*words(run.flags), *data], 8, True) for run in runs]
+    assert {plan.stages[0].args.batch_size for plan in plans} == {512}
+    assert {plan.stages[0].options.keep_ratio.low for plan in plans if plan.stages[0].options.keep_ratio} == {
+        0.2, 0.35, 0.5, 0.75, 1.0,
+    }  # fmt: skip
+
+
+def test_report_of_rows(tmp_path: Path) -> None:
+    """Oracle: written out; the PNG is opened by a second library."""
+    from PIL import Image
+
+    made = [
+        Row(
+            f"{model}-{keep}",
+            {"model": model, "keep-ratio": keep},
+            "finished",
+            "",
+            8,
+            2.0 + keep,
+            1.0,
+            10.0,
+            0,
+            {"wd": 0},
+        )
+        for model in ("a", "b")
+        for keep in (0.25, 0.5)
+    ]
+    made.append(Row("c", {"model": "c"}, "failed", "NaN | at once", 0, None, None, None, 2, {"wd": 1}))
+    header, lines = table(made, "loss")
+    assert ",".join(header) == "run,model,keep-ratio,wd,state,samples,loss,best loss,images/s,restarts,reason"
+    assert lines[0] == ["a-0.25", "a", "0.25", "0", "finished", "8", "2.25", "1", "10", "0", ""]
+    assert lines[-1] == ["c", "c", "", "1", "failed", "0", "", "", "", "2", "NaN | at once"]
+    files = write_report(made, "loss", tmp_path)
+    assert [file.name for file in files] == ["report.csv", "report.md", "report.png"]
+    assert "NaN \\| at once |" in files[1].read_text()
+    assert len(files[0].read_text().splitlines()) == 6
+    assert Image.open(files[2]).width > 800

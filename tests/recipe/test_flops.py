@@ -1,0 +1,211 @@
+"""FLOPs, memory and parameters. Oracles: torch's FlopCounterMode and what autograd really keeps, on real models; a
+published-style table computed by others; the parameter counts of the paper."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.coca_model import CoCa
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.recipe import Stage
+from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, Tokens, Tower, flops
+from open_clip_ov2.recipe.memory import LOGIT_BYTES, PRECISION, Memory, activation_bytes, fixed_bytes
+from open_clip_ov2.recipe.plan import count_tokens, resolve
+from open_clip_ov2.seam.sizes import ModelFacts, model_facts
+
+NANO = "ov2-vit-nano-8"
+BATCH = 3
+
+
+def made(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return open_clip.create_model(name, load_weights=False, **options).train()
+
+
+def texts(model: Any, vocab: int, length: int) -> Tensor:
+    """Captions without padding: every position is a target."""
+    return torch.randint(1, min(vocab, 400), (BATCH, length))
+
+
+def loss_of(model: Any, ids_BL: Tensor, resolution: int) -> Tensor:
+    """What training minimises, on noise."""
+    image = torch.rand(BATCH, 3, resolution, resolution)
+    if hasattr(model, "token_drop"):
+        return model(image, ids_BL, caption_loss=CaptionLoss()).objective
+    out = model(image, ids_BL)
+    features = (out["image_features"], out["text_features"]) if isinstance(out, dict) else out[:2]
+    total = sum(feature.square().sum() for feature in features)
+    if isinstance(model, CoCa):
+        total = total + CaptionLoss()(out["logits"], out["labels"]).objective
+    return total
+
+
+def counted(model: Any, ids_BL: Tensor, resolution: int) -> float:
+    """FLOPs of one image, forward and backward. The counter knows no fused attention on CPUs, so attention is taken
+    apart into the matrix products that it does know."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss_of(model, ids_BL, resolution).backward()
+    return counter.get_total_flops() / BATCH
+
+
+def computed(facts: ModelFacts, resolution: int, **flags: Any) -> tuple[float, Tokens]:
+    settings = resolve(Stage(resolution, 100), flags, 1, **facts.settings())
+    tokens = count_tokens(facts.sizes, resolution, settings)
+    parts = flops(facts.sizes, facts.sizes.encoder.patches(resolution), tokens)
+    return sum(part.total for part in parts.values()), tokens
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "causal", "cross_attn"])
+@pytest.mark.parametrize(("resolution", "keep"), [(64, 0.35), (48, 1.0)])
+def test_ov2_agrees_with_the_flop_counter(fusion: str, resolution: int, keep: float) -> None:
+    model = made(NANO, fusion=fusion, keep_ratio=keep, force_image_size=resolution)
+    facts = model_facts(NANO, resolution=resolution, fusion=fusion)
+    want, tokens = computed(facts, resolution, **{"keep-ratio": keep})
+    assert tokens.kept == int((resolution // 8) ** 2 * keep)
+    assert counted(model, texts(model, 49408, 32), resolution) == pytest.approx(want, rel=0.02)
+
+
+def test_only_real_targets_reach_the_head() -> None:
+    model = made(NANO)
+    ids_BL = texts(model, 49408, 32)
+    ids_BL[:, 9:] = model.text_config.eos_id  # type: ignore[union-attr]
+    want, _ = computed(model_facts(NANO), 64, **{"mean-caption-tokens": 9})
+    assert counted(model, ids_BL, 64) == pytest.approx(want, rel=0.02)
+
+
+def test_vision_patch_dropout_is_counted() -> None:
+    model = made(NANO, force_patch_dropout=0.5)
+    want, tokens = computed(model_facts(NANO), 64, **{"force-patch-dropout": 0.5})
+    assert tokens == Tokens(encoder=33, kept=11, text=31, targets=31.0)
+    assert counted(model, texts(model, 49408, 32), 64) == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "length"), [("clip_tiny", 16), ("coca_tiny", 16), ("coca_tiny", 12)])
+def test_baselines_agree_with_the_flop_counter(baselines: Path, name: str, length: int) -> None:
+    path = f"local-dir:{baselines / name}"
+    model = made(path, force_context_length=length)
+    nn.init.normal_(model.text_decoder.text_projection) if isinstance(model, CoCa) else None
+    want, _ = computed(model_facts(path, context_length=length), 24)
+    assert counted(model, texts(model, 49408, length), 24) == pytest.approx(want, rel=0.02)
+
+
+L14, DECODER_L = Tower(1024, 24, 16, 4096), Tower(768, 12, 12, 3072)
+OV2_L = CaptionSizes(Encoder(L14, 14, 1024, 1024, False), DECODER_L, 32_000)
+OV2_SO = CaptionSizes(Encoder(Tower(1152, 27, 16, 4304), 14, 1152, 1152, False), DECODER_L, 32_000)
+CLIP_L = ClipSizes(Encoder(L14, 14, 1024, 768), DECODER_L, 49_408)
+COCA_L = CocaSizes(Encoder(L14, 14, 768, 768), DECODER_L, DECODER_L, 49_408)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "patches", "tokens", "gflop"),
+    [
+        (OV2_L, 36, Tokens(37, 12, 127, 127), 158),
+        (OV2_L, 36, Tokens(37, 12, 64, 64), 116),
+        (OV2_L, 256, Tokens(257, 89, 127, 127), 618),
+        (OV2_L, 256, Tokens(257, 256, 127, 127), 709),
+        (OV2_SO, 729, Tokens(730, 255, 127, 127), 2224),
+        (COCA_L, 256, Tokens(257, 255, 127, 127), 731),
+        (CLIP_L, 256, Tokens(257, 0, 77, 0), 525),
+    ],
+)
+def test_the_table_of_floors(sizes: Any, patches: int, tokens: Tokens, gflop: float) -> None:
+    """Oracle: a table made independently, with half of the causal attention counted; whole rows add up to 1.2%."""
+    half = sum(part.total for part in flops(sizes, patches, tokens, triangular=True).values()) / 1e9
+    whole = sum(part.total for part in flops(sizes, patches, tokens).values()) / 1e9
+    assert half == pytest.approx(gflop, rel=0.004)
+    assert half <= whole == pytest.approx(gflop, rel=0.012)
+
+
+def test_openvision_1_in_the_table_of_floors() -> None:
+    """Two captions through a text tower, and one through the decoder: 839 GFLOP in that table."""
+    text = flops(CLIP_L, 256, Tokens(257, 0, 128, 0), triangular=True)["text encoder"].total
+    ov2 = flops(OV2_L, 256, Tokens(257, 256, 128, 128), triangular=True)
+    assert (sum(part.total for part in ov2.values()) + 2 * text) / 1e9 == pytest.approx(839, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("ov2-vit-l-14", 304), ("ov2-vit-so400m-14", 414), ("ov2-vit-h-14", 632), ("ov2-vit-g-14", 1013)],
+)
+def test_encoders_have_the_published_parameters(name: str, millions: int) -> None:
+    """Oracle: the paper's and the model cards' counts (304 M, 412 M without a head, 632 M, 1.01 B)."""
+    assert model_facts(name).parameters["encoder"] / 1e6 == pytest.approx(millions, abs=0.9)
+
+
+@pytest.mark.parametrize("name", ["ov2-vit-s-16", "ViT-S-16"])
+def test_parts_add_up_to_the_model(name: str) -> None:
+    """Oracle: the real model, built in memory."""
+    facts, model = model_facts(name), made(name)
+    assert sum(facts.parameters.values()) == facts.trained + facts.frozen
+    assert facts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert facts.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def test_word_pieces_change_the_head() -> None:
+    assert model_facts("ov2-vit-l-14", tokenizer="bert-base-uncased").parameters["head"] == 32_000 * 768
+
+
+def kept_by_autograd(model: Any, ids_BL: Tensor, resolution: int, dtype: torch.dtype | None) -> float:
+    """Bytes of one image that autograd keeps, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        loss = loss_of(model, ids_BL, resolution)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p.requires_grad)
+    copies = 0 if dtype is None else weights * 2  # autocast's low-precision weights are no activations
+    del loss
+    return (sum(size for size, _ in kept.values()) - copies) / BATCH
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("amp_bf16", torch.bfloat16)])
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attn"])
+def test_activations_are_what_autograd_keeps(
+    tmp_path: Path, fusion: str, precision: str, dtype: torch.dtype | None
+) -> None:
+    """A small vocabulary: logits have a test of their own below. A CPU's autocast norms in bf16, a GPU's in fp32."""
+    config = open_clip.get_model_config(NANO)
+    config["text_cfg"].update(vocab_size=512, bos_id=510, eos_id=511)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    name = f"local-dir:{tmp_path}"
+    model, facts = made(name, fusion=fusion), model_facts(name, fusion=fusion)
+    _, tokens = computed(facts, 64)
+    as_here = replace(PRECISION[precision], norm=2) if dtype else PRECISION[precision]
+    want = activation_bytes(facts.sizes, tokens, 64, as_here, grad_checkpointing=False)
+    assert kept_by_autograd(model, texts(model, 500, 32), 64, dtype) == pytest.approx(want, rel=0.1)
+
+
+def test_largest_batches_of_an_80_gb_gpu() -> None:
+    """Oracle: the largest batches found for L/14 at 84 px with 128 tokens, 590, and 930 without the logits."""
+    tokens, precision = Tokens(37, 12, 127, 127.0), PRECISION["amp_bf16"]
+    each = activation_bytes(OV2_L, tokens, 84, precision, grad_checkpointing=False)
+    logits = tokens.targets * OV2_L.vocab * LOGIT_BYTES
+    fixed = fixed_bytes(439_000_000, 0, precision, 1)
+    assert Memory(fixed, each).most_images(80e9) == pytest.approx(590, rel=0.1)
+    assert Memory(fixed, each - logits).most_images(80e9) == pytest.approx(930, rel=0.1)
+
+
+def test_checkpointing_keeps_less() -> None:
+    tokens, precision = Tokens(257, 89, 127, 127.0), PRECISION["amp_bf16"]
+    usual, less = (
+        activation_bytes(OV2_L, tokens, 224, precision, grad_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    assert less < usual / 4

@@ -1,0 +1,275 @@
+"""Recipes: stages from text and from files. Oracles: numbers written out, the inverse function, OpenCLIP's parser."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip_train.params import parse_args
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe import (
+    Augmentation,
+    Recipe,
+    Stage,
+    dump_recipe,
+    load_recipe,
+    parse_samples,
+    parse_stage,
+    short_count,
+)
+from open_clip_ov2.recipe.keys import PRECISIONS, SCHEDULES
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12.8B", 12_800_000_000),
+        ("1.02b", 1_020_000_000),
+        ("200k", 200_000),
+        ("2M", 2_000_000),
+        ("0", 0),
+        ("1_281_167", 1_281_167),
+        ("12.811670001B", 12_811_670_001),  # a float of 12.811670001e9 would do; of the next it would not
+        ("9007199.254740993B", 9_007_199_254_740_993),  # 2^53 + 1
+        (7, 7),
+    ],
+)
+def test_samples_are_exact(text: str | int, number: int) -> None:
+    assert parse_samples(text) == number
+
+
+@given(st.integers(0, 10**15), st.sampled_from(["", "K", "M", "B"]))
+def test_any_count_survives_any_unit(number: int, unit: str) -> None:
+    """Oracle: exact decimal division."""
+    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit]
+    assert parse_samples(f"{Decimal(number) / scale:f}{unit}") == number
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("-2M", "negative"),
+        (-1, "negative"),
+        ("1.5", "not a whole number"),
+        ("1.0005k", "not a whole number"),
+        ("2e6", "not a number"),
+        ("2MB", "not a number"),
+        ("", "not a number"),
+        ("9" * 5000, "not a number"),
+        (2e6, "not a number"),
+        (True, "not a number"),
+    ],
+)
+def test_what_is_no_count_is_refused(value: object, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        parse_samples(value)  # type: ignore[arg-type]
+
+
+def test_short_counts() -> None:
+    assert [short_count(n) for n in (12_811_670_000, 51_246_680, 999_600, 512)] == ["12.8 B", "51.2 M", "1 M", "512"]
+
+
+def test_a_stage_from_the_command_line() -> None:
+    stage = parse_stage("112:samples=2M,base_lr=8e-6,keep-ratio=0.25:1.0,train-data=s/{0,7}.tar,crop-scale=0.4:1")
+    assert stage == Stage(
+        resolution=112,
+        samples=2_000_000,
+        base_lr=8e-6,
+        keep_ratio="0.25:1.0",
+        train_data="s/{0,7}.tar",
+        augmentation=Augmentation(scale=(0.4, 1.0)),
+    )
+
+
+def test_lr_grows_with_the_batch() -> None:
+    """Oracle: docs/reference.md, lr = base lr x global batch / 256."""
+    assert Stage(84, 10, base_lr=8e-6).peak_lr(32_768) == pytest.approx(1.024e-3)
+    assert Stage(84, 10, lr=0.5).peak_lr(32_768) == 0.5
+    assert Stage(84, 10).peak_lr(256) is None
+
+
+def test_a_stage_described() -> None:
+    stage = Stage(84, 12_800_000_000, global_batch=32_768, base_lr=8e-6, keep_ratio="0.35")
+    assert stage.described() == "84 px, 12.8 B samples, batch 32,768, lr 1.0e-3, keep 0.35"
+    assert Stage(84, 10, base_lr=8e-6).described() == "84 px, 10 samples, base lr 8.0e-6"
+    assert Stage(84, 10, base_lr=8e-6, name="warm").described(512) == "warm: 84 px, 10 samples, batch 512, lr 1.6e-5"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("112", "begins with its resolution"),
+        ("samples=2M", "begins with its resolution"),
+        ("112:", "samples is missing"),
+        ("x:samples=2M", "resolution: 'x' is not a whole number"),
+        ("0:samples=2M", "resolution: 0 is less than 1"),
+        ("112:samples=0", "samples: 0 is less than 1"),
+        ("112:samples=2M,samples=3M", "samples is said twice"),
+        ("112:samples=2M,base_lr=1,base-lr=2", "base-lr is said twice"),
+        ("112:samples=2M,lr=1e-3,base-lr=1e-6", "lr and base-lr both given"),
+        ("112:samples=2M,warmup-samples=3M", "warmup-samples 3,000,000 is more"),
+        ("112:samples=2M,keep-rato=0.3", "unknown key 'keep-rato'; did you mean keep-ratio?"),
+        ("112:samples=2M,keep-ratio=0", "keep-ratio: 0 must be more than 0 and at most 1"),
+        ("112:samples=2M,keep-ratio=0.5:0.2", "greater end first"),
+        ("112:samples=2M,global-batch=32k", "global-batch: '32k' is not a whole number"),
+        ("112:samples=2M,lr=nan", "lr: nan must be more than 0"),
+        ("112:samples=2M,schedule=linear", "'linear' is not one of cosine, const, const-cooldown"),
+        ("112:samples=2M,precision=fp8", "'fp8' is not one of amp"),
+        ("112:samples=2M,color-jitter=maybe", "neither true nor false"),
+        ("112:samples=2M,train-data=", "train-data: is empty"),
+        ("112:samples=2M,grad-checkpointing", "'grad-checkpointing' where KEY=VALUE is expected"),
+    ],
+)
+def test_slips_in_a_stage_are_one_line(text: str, part: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_stage(text)
+    assert part in str(error.value)
+    assert str(error.value).startswith(f"--stage {text}: ")
+    assert "\n" not in str(error.value)
+
+
+RECIPE = """
+model = "ov2-vit-b-16"
+[train]
+beta2 = 0.95
+aug_cfg = ["scale=(0.4,1.0)", "gray_scale_prob=0.2"]
+local-loss = true
+[[stage]]
+resolution = 112
+samples = "2M"
+keep_ratio = [0.25, 1]
+[[stage]]
+resolution = 224
+samples = 200_000
+keep-ratio = 0.35
+"""
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("\ufeff" + RECIPE, encoding="utf-8")  # some editors begin a file with a mark
+    recipe = load_recipe(file)
+    assert recipe == Recipe(
+        "ov2-vit-b-16",
+        {"beta2": 0.95, "aug-cfg": ("scale=(0.4,1.0)", "gray_scale_prob=0.2"), "local-loss": True},
+        (Stage(112, 2_000_000, keep_ratio="0.25:1.0"), Stage(224, 200_000, keep_ratio="0.35")),
+    )
+    assert recipe.source == file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        (RECIPE, "", "no stage"),
+        (RECIPE, "model = ", "not valid TOML"),
+        (RECIPE, "stage = 3", "[[stage]]"),
+        ('"2M"', '"2Q"', "stage 1: samples: '2Q' is not a number of samples"),
+        ("samples = 200_000", "samples = 2e5", "stage 2: samples: 200000.0 is not a number of samples"),
+        ("resolution = 224", "", "stage 2: resolution is missing"),
+        ("keep-ratio = 0.35", "keep-ratio = true", "stage 2: keep-ratio: True is not a number"),
+        ("keep-ratio = 0.35", "keeps = 1", "stage 2: unknown key 'keeps'"),
+        ("model", "modle", "unknown key 'modle'; did you mean model?"),
+        ("model = ", "samples = 3\nmodel = ", "write it under [[stage]]"),
+        ('"ov2-vit-b-16"', "7", "model: 7 is not the name"),
+        ("beta2 = 0.95", "keep-ratio = 0.3", "[train] keep-ratio: stage 1 says keep-ratio too"),
+        ("beta2 = 0.95", "samples = 3", "[train] samples: each stage says its own"),
+        ("beta2 = 0.95", "epochs = 3", "[train] epochs: each stage says its own; write samples"),
+        ("beta2 = 0.95", "schedule = 'cosine'", "its flag is called lr-scheduler"),
+        ("beta2 = 0.95", "model = 'x'", "model stands at the top"),
+        ("beta2 = 0.95", "beta2 = nan", "[train] beta2: a text, a number"),
+        ("beta2 = 0.95", "beta2 = 2020-01-01", "[train] beta2: a text, a number"),
+        ("beta2 = 0.95", "beta2 = [[1]]", "a list of texts or numbers"),
+        ("beta2 = 0.95", "'--beta2' = 1", "not the name of a flag"),
+        ("local-loss = true", "aug-cfg = 'x'", "[train] aug-cfg: said twice"),
+    ],
+)
+def test_slips_in_a_file_are_one_line(tmp_path: Path, old: str, new: str, part: str) -> None:
+    assert old in RECIPE
+    file = tmp_path / "a.toml"
+    file.write_text(RECIPE.replace(old, new, 1))
+    with pytest.raises(UserError) as error:
+        load_recipe(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_toml_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('model = "x"\n\n[[stage]\n')
+    with pytest.raises(UserError, match="line 3"):
+        load_recipe(tmp_path / "a.toml")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"model = '\xe9'")
+    for name, part in (("nowhere.toml", "No such file"), ("", "cannot read"), ("latin.toml", "not UTF-8")):
+        with pytest.raises(UserError, match=part):
+            load_recipe(tmp_path / name)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+POSITIVE = st.floats(min_value=1e-300, allow_infinity=False)
+SHARES = st.floats(0.001, 1.0)
+SCALARS = st.booleans() | st.integers() | FINITE | TEXTS
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> Stage:
+    def maybe(strategy: st.SearchStrategy) -> object:
+        return draw(st.none() | strategy)
+
+    samples = draw(st.integers(1, 10**13))
+    rates = draw(st.sampled_from(["lr", "base_lr"]))
+    ends = sorted((draw(SHARES), draw(SHARES)))
+    keep = draw(st.sampled_from([None, repr(ends[0]), f"{ends[0]!r}:{ends[1]!r}" if ends[0] < ends[1] else None]))
+    scale = draw(st.sampled_from([None, tuple(ends)]))
+    jitter = maybe(st.booleans())
+    return Stage(
+        resolution=draw(st.integers(1, 10**4)),
+        samples=samples,
+        global_batch=maybe(st.integers(1, 10**6)),
+        batch_size=maybe(st.integers(1, 10**6)),
+        **{rates: maybe(POSITIVE)},
+        warmup_samples=maybe(st.integers(0, samples)),
+        schedule=maybe(st.sampled_from(SCHEDULES)),
+        keep_ratio=keep,
+        eval_keep_ratio=maybe(SHARES),
+        weight_decay=maybe(st.floats(0, 10)),
+        augmentation=None if scale is None and jitter is None else Augmentation(scale, jitter),
+        precision=maybe(st.sampled_from(PRECISIONS)),
+        grad_checkpointing=maybe(st.booleans()),
+        context_length=maybe(st.integers(2, 10**4)),
+        train_data=maybe(TEXTS),
+        name=maybe(TEXTS),
+    )  # type: ignore[arg-type]
+
+
+FLAGS = st.dictionaries(
+    st.sampled_from(["beta1", "beta2", "caption-keys", "aug-cfg-x", "local-loss", "lock-image", "workers"]),
+    SCALARS | st.lists(SCALARS, min_size=1).map(tuple),
+)
+
+
+@given(st.builds(Recipe, st.none() | TEXTS, FLAGS, st.lists(stages(), min_size=1, max_size=3).map(tuple)))
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    file = tmp_path_factory.getbasetemp() / "round-trip.toml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_choices_are_those_of_open_clip(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: what OpenCLIP's own parser says of a wrong precision, and of its schedulers in its help."""
+    for argv in (["--precision", "fp8"], ["--help"]):
+        with pytest.raises(SystemExit):
+            parse_args(argv)
+    said = capsys.readouterr()
+    choices = said.err.split("choose from ")[-1].rstrip(")\n")
+    assert tuple(choice.strip("' ") for choice in choices.split(",")) == PRECISIONS
+    schedulers = said.out.split("LR scheduler. One of: ")[-1].split("Default")[0]
+    assert tuple(re.findall("'([a-z-]+)'", schedulers)) == SCHEDULES

@@ -1,0 +1,217 @@
+"""`ov2 submit`, `jobs` and `sweep` on a real SLURM of two nodes. Oracles are named at each test.
+
+Runs are of the nano model and take seconds; what takes time is seven starts of torch in four processes on two cores.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faults import (
+    RANKS, TOTAL_SAMPLES, job_of, kill_a_rank, lose_a_node, nano_flags, ov2, preempt, rank_processes, requeue,
+    torchrun, wait_finished, wait_for_samples,
+)  # fmt: skip
+from slurm_cluster import Cluster, wait_until
+
+from open_clip_ov2.launch import state
+from open_clip_ov2.runlog.status import read_status
+
+ONE = ["--nodes", "1", "--tasks-per-node", "1", "--time", "20m"]
+
+
+def weights(run: Path, stage: int = 1) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"stage_{stage}.pt", weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path, stage: int = 1) -> None:
+    """Bit for bit."""
+    a, b = weights(one, stage), weights(other, stage)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs are submitted from; they lie in its logs/."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def flags(squares: Path, vocabulary: Path) -> list[str]:
+    return nano_flags(squares, vocabulary)
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster, place: Path, flags: list[str]) -> Path:
+    """The same run by torchrun: one machine, four processes, no launcher of ours."""
+    process = torchrun([*flags, "--name", "reference"], 4, place)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors.decode()[-3000:]
+    return place / "logs" / "reference"
+
+
+def test_two_nodes_with_gpus_end_in_torchruns_weights(
+    cluster: Cluster, place: Path, flags: list[str], reference: Path
+) -> None:
+    """Oracle: torchrun's weights, bit for bit; the ranks' own word on node, GPU and code."""
+    ov2("submit", *RANKS, "--gpus-per-node", "2", "--", *flags, "--name", "plain", cwd=place)
+    found = wait_finished(place / "logs" / "plain")
+    assert_same_weights(found.run_dir, reference)
+    assert found.status is not None
+    assert (found.status.samples_seen, found.status.restarts, found.status.job_id) == (TOTAL_SAMPLES, 0, found.job_id)
+    code = found.submission.code / "open_clip_ov2"
+    for rank in range(4):
+        log = found.submission.logs / f"{found.job_id}.rank{rank}.restart0.log"
+        # The nodes' first two tasks are ranks 0 and 1; each task is given the device file of its place on the node.
+        assert f"rank {rank} of 4 on slnode{1 + rank // 2}, GPU {rank % 2}, code {code}" in log.read_text()
+
+
+def test_what_befalls_a_run_does_not_change_it(
+    cluster: Cluster, place: Path, flags: list[str], reference: Path
+) -> None:
+    """Requeued without a signal, a rank killed, preempted, a node lost. Oracle: torchrun's weights, bit for bit."""
+    ov2("submit", *RANKS, "--", *flags, "--name", "troubled", cwd=place)
+    run = place / "logs" / "troubled"
+    for restarts, fault in enumerate((requeue, kill_a_rank, preempt, lose_a_node)):
+        wait_for_samples(run, 32 * (restarts + 1), restarts)
+        job = job_of(run)
+        fault(cluster, job)
+        if fault is kill_a_rank:  # the others must not wait for it in a collective
+            wait_until(lambda job=job: not rank_processes(job), 15, "the other ranks to end")
+    found = wait_finished(run)
+    assert_same_weights(run, reference)
+    assert found.status is not None
+    assert found.status.restarts == 4
+    logs = sorted(path.name for path in found.submission.logs.glob(f"{found.job_id}.rank*.log"))
+    assert logs == sorted(f"{found.job_id}.rank{rank}.restart{count}.log" for rank in range(4) for count in range(5))
+    assert "SIGUSR2" in (found.submission.logs / f"{found.job_id}.rank0.restart2.log").read_text()
+    # No result of an interrupted start is there that could pass for the run's: only the last start's.
+    results = list(found.submission.logs.glob("*_result.pkl"))
+    assert all(path.stat().st_mtime > found.status.started for path in results)
+
+
+STAGES = [
+    "--stage", "16:samples=32,lr=1e-3,warmup-samples=8", "--stage", "24:samples=32,lr=1e-4,warmup-samples=8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def staged(flags: list[str]) -> list[str]:
+    """The nano run in two stages."""
+    words = list(flags)
+    for flag in ("--force-image-size", "--train-num-samples", "--epochs", "--lr", "--warmup"):
+        at = words.index(flag)
+        del words[at : at + 2]
+    return words
+
+
+def test_stages_as_jobs(cluster: Cluster, place: Path, staged: list[str]) -> None:
+    """A chain, a chain whose parent fails, a chain that is cancelled. Oracle for the first: both stages in one
+    process, started by --local; for the others what `ov2 jobs` says, and an empty queue."""
+    chain = [*ONE, "--stage-jobs", "--"]
+    ov2("submit", *chain, *staged, *STAGES, "--name", "chain", cwd=place)
+    broken = [STAGES[0], STAGES[1].replace("1e-3", "1e30"), *STAGES[2:]]
+    ov2("submit", *chain, *staged, *broken, "--max-bad-steps", "2", "--name", "broken", cwd=place)
+    ov2("submit", "--sbatch", "begin=now+1hour", *chain, *staged, *STAGES, "--name", "held", cwd=place)
+    again = ov2("submit", *chain, *staged, *STAGES, "--name", "held", cwd=place, check=False)
+    assert again.returncode == 2
+    assert "queued already, as job" in again.stderr
+    held = state.of_run(str(place / "logs" / "held"), [])
+    assert len(held.jobs) == 2
+    ov2("jobs", "cancel", "held", cwd=place)
+    assert not {job.job_id for job in held.jobs} & {name for name, _ in cluster.queue()}
+    assert state.of_run(str(held.run_dir), []).state == state.CANCELLED
+
+    ov2("submit", "--local", "1", "--wait", "--", *staged, *STAGES, "--name", "local", cwd=place)
+    found = wait_finished(place / "logs" / "chain")
+    assert [job.stage for job in found.jobs] == [1, 2]
+    assert_same_weights(found.run_dir, place / "logs" / "local", stage=2)
+
+    wait_until(lambda: not state.of_run(str(place / "logs" / "broken"), []).alive, 60, "the broken chain to end")
+    shown = json.loads(ov2("jobs", "--json", cwd=place).stdout)
+    reason = {row["name"]: (row["state"], row["reason"]) for row in shown}["broken"]
+    assert reason[0] == "failed"
+    assert "2 steps in a row had a non-finite loss" in reason[1]
+    assert cluster.queue() == []
+    again = ov2("submit", *chain, *staged, *broken, "--max-bad-steps", "2", "--name", "broken", cwd=place, check=False)
+    assert "--retry goes on from its last checkpoint" in again.stderr
+    assert "finished already" in ov2("submit", *chain, *staged, *STAGES, "--name", "chain", cwd=place).stdout
+
+
+SWEEP = """\
+[base]
+epochs = 1
+report-to = "tensorboard"
+max-bad-steps = 2
+[grid]
+model = ["ov2-vit-nano-8", "local-dir:{folder}"]
+keep-ratio = [0.5, 1.0]
+[[set]]
+when = {{ model = "local-dir:{folder}", keep-ratio = 1.0 }}
+lr = 1e30
+"""
+
+
+def test_a_sweep(cluster: Cluster, place: Path, flags: list[str], reference: Path) -> None:
+    """Two models, two keep ratios, at most two at once, one that fails on purpose. Oracle: SLURM's queue, looked at
+    all the while; results.jsonl."""
+    (place / "sweep.toml").write_text(SWEEP.format(folder=reference))
+    words = list(flags)
+    for flag in ("--model", "--epochs"):
+        at = words.index(flag)
+        del words[at : at + 2]
+    sweep = ["sweep", "sweep.toml"]
+    submitted = ov2(*sweep, *ONE, "--max-running", "2", "--", *words, cwd=place)
+    assert "submitted 4 runs" in submitted.stdout
+    folder, most = place / "logs" / "sweep", 0
+    while queue := cluster.queue():
+        most = max(most, sum(word == "RUNNING" for _, word in queue))
+        time.sleep(0.2)
+    assert most == 2
+    ov2(*sweep, "--report", cwd=place)
+    rows = {row["run"]: row for row in csv.DictReader((folder / "report.csv").open())}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        failing = name == "reference_keep-ratio-1.0"
+        assert row["state"] == ("failed" if failing else "finished")
+        assert ("non-finite" in row["reason"]) is failing
+        if not failing:
+            last = [json.loads(line) for line in (folder / name / "results.jsonl").read_text().splitlines()][-1]
+            assert float(row["caption_loss"]) == pytest.approx(last["caption_loss"], rel=1e-5)
+    assert rows["reference_keep-ratio-1.0"]["lr"] == "1e+30"  # from TensorBoard's hparams
+    assert (folder / "report.png").is_file()
+    again = ov2(*sweep, *ONE, "--dry-run", "--", *words, cwd=place).stdout
+    assert again.count("finished") == 3
+    assert "--retry goes on" in again
+    assert "nothing to submit" in again
+
+
+def test_a_cancelled_run_does_not_come_back(cluster: Cluster, place: Path, flags: list[str]) -> None:
+    """scancel sends the signal that preemption sends too. Oracle: the queue; the run has saved before it left."""
+    ov2("submit", *ONE, "--", *flags, "--epochs", "500", "--name", "unwanted", cwd=place)
+    run = place / "logs" / "unwanted"
+    wait_for_samples(run, 16, 0)
+    job = job_of(run)
+    subprocess.run(["scancel", job], check=True)
+    wait_until(lambda: job not in dict(cluster.queue()), 30, "the job to leave the queue")
+    status = read_status(run)
+    assert status is not None
+    assert status.state == "interrupted"
+    assert (run / "checkpoints" / f"stage_1_samples_{status.samples_seen}.pt").is_file()
+    time.sleep(8)  # longer than a requeue takes here
+    assert cluster.queue() == []
+    assert state.of_run(str(run), []).state == state.CANCELLED
+
+
+def test_what_slurm_refuses_is_one_line(cluster: Cluster, place: Path, flags: list[str]) -> None:
+    done = ov2("submit", *ONE, "--partition", "nowhere", "--", *flags, "--name", "refused", cwd=place, check=False)
+    assert done.returncode == 2
+    assert "nvalid partition" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (place / "logs" / "refused").exists()

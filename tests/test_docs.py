@@ -1,0 +1,108 @@
+"""Every code block of README and docs. Oracle: it runs. Shell lines of `ov2` go through the command's own parser.
+
+docs/use.md is run as a whole, in order, in a folder that holds what it names: a run, a released checkpoint, Flax
+parameters, a language model. A hub name there becomes that folder; tests/seam/test_sources.py has the hub itself.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from export_fixtures import make_language_model, make_run
+from PIL import Image
+from released_files import write_decoder, write_released
+
+from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.seam.arguments import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+USE = ROOT / "docs" / "use.md"
+HUB = "hf-hub:UCSC-VLAA/openvision2-vit-large-patch14-224-vision-only"
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        yield found[1], found[2]
+
+
+def ov2_lines(text: str) -> Iterator[list[str]]:
+    """Arguments of each `ov2` command; a line with "..." stands for more than it says."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("ov2 ") and "..." not in line:
+            yield shlex.split(line, comments=True)[1:]
+
+
+def check_parses(argv: list[str]) -> None:
+    command, rest = argv[0], argv[1:]
+    assert command in COMMANDS, command
+    if command in ("submit", "sweep") and "--" in rest:
+        rest, trained = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+        if command == "submit":
+            parse(trained, world_size=1, gpu=True)
+    if command == "train":
+        parse(rest, world_size=1, gpu=True)
+    else:
+        import_module(f"open_clip_ov2.commands.{command}")._parser().parse_args(rest)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != USE], ids=lambda page: page.name)
+def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lay_out(tmp_path)
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), variables())
+        elif language in ("bash", "sh", "console"):
+            for argv in ov2_lines(text):
+                check_parses(argv)
+
+
+def test_use_md_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path)
+    ran, names = 0, variables()
+    for language, text in blocks(USE):
+        if language == "python":
+            exec(compile(text.replace(HUB, "local-dir:released"), str(USE), "exec"), names)
+            ran += 1
+        for argv in ov2_lines(text) if language == "bash" else ():
+            check_parses(argv)
+            if argv[0] != "train":  # tests/export/test_push.py starts a real run from a bare file
+                assert main(argv) == 0, argv
+    assert ran >= 8
+    with np.load("checkpoint.npz") as before, np.load("back.npz") as after:
+        names_before = {name for name in before.files if name.startswith("params/")}
+        assert set(after.files) == names_before
+        assert all(np.array_equal(before[name], after[name]) for name in names_before)
+
+
+def variables() -> dict[str, Any]:
+    return {
+        "__name__": "docs",
+        "image": Image.effect_noise((90, 70), 60).convert("RGB"),
+        "images": torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+def lay_out(folder: Path) -> None:
+    """The folders and files that the pages name."""
+    make_run(folder / "logs" / "RUN")
+    make_language_model(folder / "vicuna-7b")
+    write_released(folder / "released", "l")
+    write_decoder(folder / "released", "l")
+    encoder = open_clip.create_model("ov2-vit-nano-8", decoder_cfg=None).visual.state_dict()
+    torch.save(encoder, folder / "open_clip_pytorch_model.bin")
+    (folder / "checkpoint.npz").symlink_to(ROOT / "tests" / "golden" / "concat_prefix_keep0.35.npz")
+    Image.effect_noise((70, 60), 80).convert("RGB").save(folder / "cat.png")
