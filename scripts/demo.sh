@@ -15,11 +15,10 @@ if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp
 
 mkdir -p "$DEMO"
 run python scripts/demo_data.py "$DATA"
-rm -rf "$RUN"
-run ov2 train --model ov2-vit-nano-8 --tokenizer "$DATA/tokenizer" \
+# A demo that was interrupted goes on where it was; one that is finished is shown again.
+run ov2 train --recipe configs/demo.toml --tokenizer "$DATA/tokenizer" \
   --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \
-  --val-data "$DATA/held-out/rendered-00000.tar" --caption-keys json:captions \
-  --force-image-size 48 --aug-cfg 'scale=(0.9,1.0)' --batch-size 16 --lr 1e-3 --warmup 200 --epochs 7 --workers 1 \
+  --val-data "$DATA/held-out/rendered-00000.tar" \
   --precision "$PRECISION" --report-to tensorboard --logs "$DEMO/logs" --name ov2-nano
 run ov2 eval "$RUN" --data "$DATA/held-out/rendered-00000.tar" --caption-keys json:captions \
   --group-by json:kind --guess "$DATA/guess.json"

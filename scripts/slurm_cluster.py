@@ -2,8 +2,8 @@
 
     python scripts/slurm_cluster.py bash          # a shell inside; or any other command; stopped when it ends
 
-Needs root (device files for the fake GPUs, names in /etc/hosts) and the packages of scripts/setup_slurm.sh. Nothing of a
-SLURM that the machine may have is touched: SLURM_CONF leads every command to this one.
+Needs root (device files for the fake GPUs, names in /etc/hosts) and the packages of scripts/setup_slurm.sh. A SLURM
+that the machine may have of its own is not touched: SLURM_CONF leads every command to this one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HOSTS = Path("/etc/hosts")
 # Values that are not SLURM's defaults, each for a reason:
 #   cred_expire=5         a requeued job starts after 7 s and not after 122 (3 is refused)
 #   config_overrides      a node has the CPUs that are written here
-#   PriorityTier, GraceTime, preempt_send_user_signal    a job in `urgent` preempts one in `main`, with USR2 and TERM first
+#   PriorityTier, GraceTime, preempt_send_user_signal    a job in `urgent` preempts one in `main`: USR2 and TERM first
 #   SlurmdTimeout=6       a lost node is noticed within seconds
 #   task/none, linuxproc  no cgroups, no systemd
 CONF = """\
@@ -99,16 +99,15 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._environment: dict[str, str | None] = {}
-        self._host_line = f"127.0.0.1 {' '.join(NODES)}  # a private SLURM of open_clip_ov2\n"
+        self._host_line = f"127.0.0.1 {' '.join(NODES)}  # {folder}\n"  # of this cluster, if there are several
 
     def __enter__(self) -> Cluster:
         for name in ("state", "dev", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._write_config()
         self._set_environment(SLURM_CONF=str(self.folder / "slurm.conf"), PATH=_path())
-        if "slnode1" not in HOSTS.read_text():
-            with HOSTS.open("a") as file:
-                file.write(self._host_line)
+        with HOSTS.open("a") as file:
+            file.write(self._host_line)
         try:
             self._run("slurmctld", "-c")
             for node in NODES:

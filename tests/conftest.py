@@ -68,12 +68,17 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for --tokenizer: word pieces of the squares' captions. A small head makes small checkpoints."""
-    folder = tmp_path_factory.mktemp("vocabulary")
+def write_vocabulary(folder: Path) -> None:
+    """For --tokenizer: word pieces of the squares' captions. A small head makes small checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
     words = sorted({*COLOURS, "a", "one", "square", "that", "is"})
     letters = [chr(code) for code in range(ord("b"), ord("z") + 1)]
     pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *words, *letters, *(f"##{letter}" for letter in ["a", *letters])]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(folder)
     return folder

@@ -16,6 +16,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
     "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "onnxruntime"}),
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand"}),
+    "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }
 
@@ -50,6 +51,11 @@ def test_lower_layers_import_only_what_they_may(package: str) -> None:
         names = imports(file)
         assert third_party(names) <= modules, file
         assert ours(names) <= packages, file
+
+
+def test_the_launcher_knows_training_in_one_module_alone() -> None:
+    knowing = {file.name for file in (ROOT / "launch").glob("*.py") if "seam" in ours(imports(file))}
+    assert knowing == {"trainer.py"}
 
 
 def test_only_the_seam_touches_open_clip() -> None:

@@ -63,3 +63,8 @@ def test_training_and_evaluation_ratios() -> None:
 def test_a_ratio_outside_is_an_error_that_says_so(bad: object) -> None:
     with pytest.raises(ValueError, match="keep_ratio"):
         KeepRatio.of(bad)  # type: ignore[arg-type]
+
+
+def test_no_tokens_at_all_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="below one patch"):
+        num_kept(0, 1.0)

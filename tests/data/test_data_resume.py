@@ -1,105 +1,33 @@
-"""Going on where a loader was stopped. Oracle throughout: the iteration that was not stopped, or the keys put in."""
+"""Going on where a loader was stopped. Oracle throughout: the iteration that was not stopped."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from broken_shards import byte_tokens, cut, good_tars, picture, random_crop, sample, settings, write_tar
-from hypothesis import HealthCheck, given
+from broken_shards import good_tars, sample, write_tar
+from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from stopped_runs import (
+    SIZES,
+    assert_goes_on,
+    assert_same,
+    bad_and_good_tars,
+    folder,
+    loader,
+    stopped,
+    write_table,
+)
 
 from open_clip_ov2.data import skips
-from open_clip_ov2.data.captions import parse_caption_keys
-from open_clip_ov2.data.loader import Batch, TrainLoader
-from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource, WebDatasetSource
+from open_clip_ov2.data.loader import TrainLoader
+from open_clip_ov2.data.sources import SyntheticSource, WebDatasetSource
 from open_clip_ov2.errors import UserError
 
-KEYS = parse_caption_keys("txt=0.6,json:alt=0.4")
-SIZES = st.lists(st.integers(0, 9), min_size=4, max_size=8).filter(sum)
 
-
-def loader(source: Source, **changed: Any) -> TrainLoader:
-    return TrainLoader(source, random_crop, byte_tokens, **settings(**{"caption_keys": KEYS, **changed}))
-
-
-def assert_same(old: Batch, new: Batch) -> None:
-    assert torch.equal(old.images_BCHW, new.images_BCHW)
-    assert torch.equal(old.texts_BL, new.texts_BL)
-    assert (old.keys, old.captions, old.skipped, old.position) == (new.keys, new.captions, new.skipped, new.position)
-
-
-def stopped(made: TrainLoader, batches: int) -> dict[str, Any]:
-    """State after so many batches, as a checkpoint gives it back."""
-    iterator = iter(made)
-    for _ in range(batches):
-        next(iterator)
-    return saved(made.state())
-
-
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """Oracle of "plain": both JSON and a weights_only torch file give back what went in."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == state == json.loads(json.dumps(state))
-    return json.loads(json.dumps(state))
-
-
-def assert_goes_on(make: Callable[[], TrainLoader], batches: int, whole: list[Batch], **flags: Any) -> TrainLoader:
-    """A loader stopped after so many batches and a new one that resumes give, together, `whole`."""
-    resumed = make()
-    assert resumed.resume([stopped(make(), batches)]) is True
-    assert resumed.batches_done == batches
-    rest = list(resumed)
-    assert len(rest) == len(whole) - batches
-    for old, new in zip(whole[batches:], rest, strict=True):
-        assert_same(old, new)
-    assert resumed.batches_done == len(whole)
-    return resumed
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    """For each example of hypothesis."""
-    path = Path(tempfile.mkdtemp())
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
-
-
-def bad_and_good_tars(path: Path, sizes: list[int], bad_every: int) -> tuple[str, ...]:
-    """Tars of samples with two captions; each `bad_every`-th has no picture, each third tar is cut in its last sample.
-
-    A sample is six blocks: cutting the end of archive (two and more) and one block leaves the last without its json.
-    """
-    names, number = [], 0
-    for index, size in enumerate(sizes):
-        members = []
-        for _ in range(size):
-            number += 1
-            alt = {"json": json.dumps({"alt": f"other {number}"}).encode()}
-            members.append(sample(number, **alt, **({"png": b"bad"} if number % bad_every == 0 else {})))
-        path_of_tar = write_tar(path / f"{index}.tar", members)
-        if index % 3 == 2 and size:
-            cut(path_of_tar, size * 3072 - 700)
-        names.append(str(path_of_tar))
-    return tuple(names)
-
-
-@limits(max_examples=40, deadline=None)
+@limits(max_examples=30, deadline=None)
 @given(SIZES, st.integers(1, 12), st.integers(1, 4), st.integers(2, 5), st.data())
 def test_a_stopped_run_sees_the_same_batches(
     sizes: list[int], buffer: int, batch_size: int, bad_every: int, data: st.DataObject
@@ -193,12 +121,6 @@ def test_resampled_shards_with_weights(tmp_path: Path, num_workers: int) -> None
     assert list(again) == []
 
 
-def write_table(path: Path, rows: int) -> CsvSource:
-    (path / "a.png").write_bytes(picture())
-    (path / "t.csv").write_text("file,txt\n" + "".join(f"a.png,row {n}\n" for n in range(rows)))
-    return CsvSource(path / "t.csv", separator=",", image_column="file", caption_columns=("txt",))
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["csv", "synthetic"])
 def test_tables_and_synthetic_data(tmp_path: Path, kind: str, num_workers: int) -> None:
@@ -210,105 +132,6 @@ def test_tables_and_synthetic_data(tmp_path: Path, kind: str, num_workers: int) 
     whole = list(make())
     for batches in (0, 1, 6, 13):
         assert_goes_on(make, batches, whole)
-
-
-# --- other numbers of processes and workers ----------------------------------------------------------------
-
-
-def emitted(loaders: list[TrainLoader], batches: int | None, seen: dict[int, Counter[str]]) -> int:
-    """Takes so many batches (None: all) of each loader, of one sample each; keys by pass into `seen`."""
-    taken = 0
-    for made in loaders:
-        iterator = iter(made)
-        for batch in itertools.islice(iterator, batches):
-            assert batch.position is not None
-            seen.setdefault(batch.position.pass_index, Counter())[batch.keys[0]] += 1
-            taken += 1
-    return taken
-
-
-@limits(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.lists(st.integers(1, 9), min_size=4, max_size=7),
-    st.integers(1, 15),
-    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 14)), min_size=1, max_size=3),
-    st.integers(1, 4),
-    st.sampled_from(["tars", "csv", "synthetic"]),
-)
-def test_changed_numbers_lose_nothing_and_repeat_nothing(
-    sizes: list[int], buffer: int, runs: list[tuple[int, int]], last_world: int, kind: str
-) -> None:
-    """Any number of processes after any other, some stopped twice in one pass; every pass is looked at by itself.
-
-    An epoch of six passes, so that all consumers come to the end of the first one at least, whatever the shares.
-    """
-    total = sum(sizes)
-    with folder() as path:
-        source: Source = SyntheticSource(total, (8, 8))
-        expected = Counter(f"synthetic {n}" for n in range(total))
-        if kind == "tars":
-            source = WebDatasetSource(bad_and_good_tars(path, sizes, bad_every=5))
-            expected = Counter(f"{n:05d}" for n in range(1, total + 1) if n % 5)
-        elif kind == "csv":
-            source, expected = write_table(path, total), Counter(f"row {n + 1}" for n in range(total))
-        seen: dict[int, Counter[str]] = {}
-        states: list[dict[str, Any]] = []
-        num_samples, taken = 12 * total, 0
-        for world_size, batches in [*runs, (last_world, None)]:
-            flags: dict[str, Any] = {"world_size": world_size, "batch_size": 1, "shuffle_buffer": buffer}
-            loaders = [loader(source, rank=rank, num_samples=num_samples, **flags) for rank in range(world_size)]
-            for made in loaders:
-                if states:
-                    assert made.resume(states) is (len(states) == world_size)
-            taken += emitted(loaders, batches, seen)
-            states = [saved(made.state()) for made in loaders]
-        finished = min(position[0] for state in states for position in state["positions"])
-        assert finished >= 1
-        for pass_index in range(finished):
-            assert seen[pass_index] == expected, pass_index
-        assert all(max(counts.values()) == 1 for counts in seen.values())
-        assert {state["samples_done"] for state in states} == {taken}
-        assert taken >= num_samples
-
-
-def test_changed_workers_and_batch_size(tmp_path: Path) -> None:
-    """Two processes of two workers and batches of 2, then one of three and batches of 5: keys, and their number."""
-    source = WebDatasetSource(bad_and_good_tars(tmp_path, [9, 8, 7, 9, 6, 8], 1000))
-    usable = {f"{n:05d}" for n in range(1, 48)}
-    flags: dict[str, Any] = {"num_samples": 400, "shuffle_buffer": 8, "accum_freq": 2}
-    old = [loader(source, world_size=2, rank=rank, num_workers=2, batch_size=2, **flags) for rank in range(2)]
-    batches: list[Batch] = []
-    for made in old:
-        iterator = iter(made)
-        batches += [next(iterator) for _ in range(6)]
-    new = loader(source, num_workers=3, batch_size=5, **flags)
-    assert new.resume([saved(made.state()) for made in old]) is False
-    rest = list(new)
-    # 24 of 400 samples are over; 376 are 75.2 batches of 5, in updates of two.
-    assert len(rest) == 76
-    counts = Counter(key for batch in [*batches, *rest] for key in batch.keys)
-    assert set(counts) == usable
-    first_pass = [batch for batch in rest if batch.position and batch.position.pass_index == 0]
-    early = Counter(key for batch in [*batches, *first_pass] for key in batch.keys)
-    assert max(early.values()) == 1
-    assert max(counts.values()) - min(counts.values()) <= 3  # consumers go through their parts at their own pace
-
-
-def test_as_many_consumers_with_other_batches_go_on_each_with_its_own(tmp_path: Path) -> None:
-    """One process of two workers, then two of one: oracle: every key once in the pass."""
-    source = WebDatasetSource(good_tars(tmp_path, [6, 6]))
-    flags: dict[str, Any] = {"num_samples": 12, "batch_size": 1, "shuffle_buffer": 3}
-    seen: dict[int, Counter[str]] = {}
-    old = loader(source, num_workers=2, **flags)
-    emitted([old], 5, seen)
-    states = [saved(old.state())]
-    new = [loader(source, world_size=2, rank=rank, num_workers=1, **flags) for rank in range(2)]
-    for made in new:
-        assert made.resume(states) is False
-        assert made.num_batches - made.batches_done == 4  # ceil(7 / 2)
-    emitted(new, None, seen)
-    assert set(seen[0]) == {f"{n:05d}" for n in range(12)}
-    assert max(seen[0].values()) == 1
 
 
 # --- cost, and what is refused -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_a_grid_is_every_combination_once(grid: dict[str, list[float]]) -> None:
     runs = expand(Sweep("s", {"epochs": 1}, grid, (), ()))
     assert [tuple(run.varied.values()) for run in runs] == list(itertools.product(*grid.values()))
     assert len({run.name for run in runs}) == len(runs)
-    assert all(run.flags == {"epochs": 1, **run.varied} for run in runs)
+    assert all((run.base, run.own) == ({"epochs": 1}, run.varied) for run in runs)
 
 
 @given(st.integers(), st.booleans(), st.lists(st.integers(0), min_size=1))
@@ -59,7 +59,7 @@ def test_grid_list_and_set(tmp_path: Path) -> None:
     file.write_text(FILE)
     sweep = load_sweep(file)
     assert sweep.name == "mine"
-    assert [(run.name, " ".join(words(run.flags))) for run in expand(sweep)] == [
+    assert [(run.name, " ".join(words({**run.base, **run.own}))) for run in expand(sweep)] == [
         ("ov2-vit-s-16_keep-ratio-0.25", "--epochs 3 --model ov2-vit-s-16 --keep-ratio 0.25"),
         ("ov2-vit-s-16_keep-ratio-0.5", "--epochs 3 --model ov2-vit-s-16 --keep-ratio 0.5"),
         ("tiny_keep-ratio-0.25", "--epochs 3 --model local-dir:/models/tiny --keep-ratio 0.25"),
@@ -98,7 +98,7 @@ def test_the_shipped_sweep_is_accepted(squares: Path) -> None:
     runs = expand(load_sweep(ROOT / "configs" / "sweeps" / "keep_ratio.toml"))
     assert len(runs) == 12
     data = ["--train-data", f"{squares}/train/00000.tar", "--train-num-samples", "10000000"]
-    plans = [parse([*words(run.flags), *data], 8, True) for run in runs]
+    plans = [parse([*words(run.base), *words(run.own), *data], 8, True) for run in runs]
     assert {plan.stages[0].args.batch_size for plan in plans} == {512}
     assert {plan.stages[0].options.keep_ratio.low for plan in plans if plan.stages[0].options.keep_ratio} == {
         0.2, 0.35, 0.5, 0.75, 1.0,

@@ -40,7 +40,7 @@ def whole_batch() -> Batch:
 
 
 def part(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch(*(value[start:stop] if not isinstance(value, dict) else value for value in batch))
+    return Batch(*(value if isinstance(value, dict) else value[start:stop] for value in batch[:6]))
 
 
 def settings(world_size: int, accum_freq: int, clip: float | None = None) -> StepSettings:

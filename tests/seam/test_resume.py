@@ -8,15 +8,24 @@ import random
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import assert_equal_weights, data_flags, figures, finish, results, start, weights
+from training import (
+    Killer,
+    assert_equal_weights,
+    data_flags,
+    figures,
+    finish,
+    results,
+    samples_of,
+    start,
+    wait_for,
+    weights,
+)
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import INTERRUPTED_STATUS
@@ -161,24 +170,6 @@ def test_the_same_command_finds_its_run_without_a_name(squares: Path, vocabulary
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], timeout_s: float = 120) -> bool:
-    """Poll fast until it holds; False if a process ended before."""
-    begin = time.monotonic()
-    while not condition():
-        if any(process.poll() is not None for process in processes):
-            return False
-        assert time.monotonic() - begin < timeout_s, "nothing happened"
-        time.sleep(0.001)
-    return True
-
-
-def samples_of(run: Path) -> int:
-    try:
-        return max((row["samples_seen"] for row in results(run, "train")), default=0)
-    except (OSError, ValueError):
-        return 0
-
-
 @pytest.mark.parametrize("stop", ["SIGUSR2", "SIGTERM"])
 def test_a_signal_to_one_rank_saves_all_together(squares: Path, vocabulary: Path, tmp_path: Path, stop: str) -> None:
     """Two processes, two workers each; the signal goes to rank 1, and to its data workers too."""
@@ -208,7 +199,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(squares: Path, voc
     """SIGKILL to either rank of 2, with 2 workers each, 10 times over 2 stages; some while a checkpoint is written."""
 
     def flags(logs: Path) -> list[str]:
-        stages = ["--stage", "16:samples=320,lr=1e-3", "--stage", "24:samples=240,lr=5e-4"]
+        stages = ["--stage", "16:samples=240,lr=1e-3", "--stage", "24:samples=240,lr=5e-4"]
         return [
             *without(two_stages(squares, vocabulary, logs), "--stage"), *stages, "--workers", "2", "--batch-size", "4",
             "--save-every-steps", "2", "--sample-captions", "0", "--caption-keys", "json:recaption,txt",
@@ -217,27 +208,11 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(squares: Path, voc
     done = finish(start(flags(tmp_path / "whole"), 2))
     assert [status for status, _ in done] == [0, 0], done
     whole, run = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    rng, kills, while_writing = random.Random(0), 0, 0
+    killer = Killer(run, limit=10, seed=0)
     while not (run / "checkpoints" / "stage_2.pt").exists():
-        ranks = start(flags(tmp_path / "killed"), 2)
-        if kills < 10:
-            target = samples_of(run) + rng.choice((8, 16, 24))
-            going = wait_for(lambda target=target: samples_of(run) >= target, ranks)
-            if going and kills % 2:
-                going = wait_for(lambda: any((run / "checkpoints").glob(".tmp-*")), ranks)
-                while_writing += going
-            time.sleep(rng.random() * 0.05)
-            os.kill(ranks[rng.randrange(2)].pid, signal.SIGKILL)
-            kills += 1
-            for rank in ranks:
-                try:
-                    rank.communicate(timeout=30)
-                finally:
-                    rank.kill()
-        else:
-            assert [status for status, _ in finish(ranks)] == [0, 0]
-    assert kills == 10
-    assert while_writing >= 3
+        killer.start_and_kill(flags(tmp_path / "killed"))
+    assert killer.kills == 10
+    assert killer.while_writing >= 3
     assert figures(run) == figures(whole)
     assert_equal_weights(*(weights(path / "checkpoints" / "stage_2.pt") for path in (run, whole)))
 
@@ -317,3 +292,13 @@ def test_the_run_file_says_how(squares: Path, vocabulary: Path, tmp_path: Path) 
     assert about["command"] == ["ov2", "train", *flags, "--until-stage", "1"]
     assert about["versions"]["open_clip_torch"].startswith("3.3")
     assert [stage["global_batch"] for stage in about["config"]["stages"]] == [8, 8]
+
+
+def test_a_stalled_shard_is_named(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """A pipe that gives a real tar and then does not end for a while."""
+    shard = f"pipe:cat {squares}/train/00000.tar; sleep 3"
+    flags = [*common(squares, vocabulary, tmp_path), "--force-image-size", "16", "--train-data", shard]
+    flags += ["--train-num-samples", "16", "--stall-warning", "0.5", "--dataset-type", "webdataset"]
+    assert ov2(["train", *without(flags, "--val-data")]) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "sleep 3" in next(line for line in log.splitlines() if "no batch for" in line)

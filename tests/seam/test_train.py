@@ -189,9 +189,9 @@ def coca_loss(run: Path, squares: Path) -> float:
     from open_clip_ov2.data.captions import parse_caption_keys
     from open_clip_ov2.data.loader import EvalLoader
     from open_clip_ov2.data.sources import WebDatasetSource
-    from open_clip_ov2.seam.run_folder import load_run
+    from open_clip_ov2.seam.sources import open_model
 
-    loaded = load_run(run)
+    loaded = open_model(run)
     source, keys = WebDatasetSource((f"{squares}/val/00000.tar",)), parse_caption_keys("json:recaption,txt")
     loader = EvalLoader(source, loaded.preprocess, loaded.tokenizer, batch_size=10, num_workers=0, caption_keys=keys)
     (batch,) = loader

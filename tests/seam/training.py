@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +71,47 @@ def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 180) -> li
     """(exit status, stderr) of each rank."""
     errors = [process.communicate(timeout=timeout_s)[1] for process in processes]
     return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], timeout_s: float = 120) -> bool:
+    """Poll fast until it holds; False if a process ended before."""
+    begin = time.monotonic()
+    while not condition():
+        if any(process.poll() is not None for process in processes):
+            return False
+        assert time.monotonic() - begin < timeout_s, "nothing happened"
+        time.sleep(0.001)
+    return True
+
+
+def samples_of(run: Path) -> int:
+    """The last step logged; a line that is being written does not count."""
+    try:
+        return max((row["samples_seen"] for row in results(run, "train")), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+class Killer:
+    """SIGKILL to one of two ranks, by chance, after a random number of steps; every other time while a checkpoint is
+    being written. After `limit` kills a run is left alone."""
+
+    def __init__(self, run: Path, limit: int, seed: int) -> None:
+        self._run, self._limit, self._rng = run, limit, random.Random(seed)
+        self.kills = self.while_writing = 0
+
+    def start_and_kill(self, flags: list[str]) -> None:
+        target = samples_of(self._run) + self._rng.choice((8, 16, 24))
+        ranks = start(flags, 2)
+        if self.kills == self._limit:
+            done = finish(ranks, timeout_s=600)
+            assert [status for status, _ in done] == [0, 0], done
+            return
+        going = wait_for(lambda: samples_of(self._run) >= target, ranks)
+        if going and self.kills % 2:
+            self.while_writing += wait_for(lambda: any((self._run / "checkpoints").glob(".tmp-*")), ranks)
+        time.sleep(self._rng.random() * 0.05)
+        os.kill(ranks[self._rng.randrange(2)].pid, signal.SIGKILL)
+        self.kills += 1
+        for rank in ranks:  # the other one notices, and ends by itself
+            rank.communicate(timeout=60)

@@ -20,6 +20,6 @@ def cluster() -> Iterator[Cluster]:
     if why is not None:
         pytest.skip(f"no SLURM for tests: {why}")
     # Short: the path stands in every log's name, and SLURM limits those.
-    with tempfile.TemporaryDirectory(prefix="ov2-slurm-", ignore_cleanup_errors=True) as folder:
-        with Cluster(Path(folder)) as running:
-            yield running
+    folder = tempfile.TemporaryDirectory(prefix="ov2-slurm-", ignore_cleanup_errors=True)
+    with folder as name, Cluster(Path(name)) as running:
+        yield running

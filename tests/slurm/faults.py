@@ -1,42 +1,58 @@
-"""A run of seconds on the cluster of scripts/slurm_cluster.py, and what can befall it. For scripts/slurm_soak.py too."""
+"""A run of seconds on the cluster of scripts/slurm_cluster.py, and what can befall it."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurm_cluster import Cluster, wait_until
 
+from open_clip_ov2.cli import main
 from open_clip_ov2.launch import state
-from open_clip_ov2.runlog.status import read_status
+from open_clip_ov2.runlog.status import FINISHED, read_status
 
-TOTAL_SAMPLES = 160
+TOTAL_SAMPLES = 320
 RANKS = ["--nodes", "2", "--tasks-per-node", "2", "--time", "20m"]
 
 
 def nano_flags(squares: Path, vocabulary: Path) -> list[str]:
-    """20 steps of 8 images, saved after every second."""
+    """40 steps of 8 images, saved after every second."""
     return [
         "--model", "ov2-vit-nano-8", "--force-image-size", "24", "--force-context-length", "12",
         "--tokenizer", str(vocabulary), "--train-data", f"{squares}/train/{{00000..00003}}.tar",
-        "--train-num-samples", "32", "--epochs", "5", "--workers", "0", "--global-batch", "8", "--lr", "1e-3",
+        "--train-num-samples", "32", "--epochs", "10", "--workers", "0", "--global-batch", "8", "--lr", "1e-3",
         "--warmup", "1", "--log-every-n-steps", "1", "--precision", "fp32", "--save-every-steps", "2",
         "--keep-checkpoints", "2",
     ]  # fmt: skip
 
 
-def ov2(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "open_clip_ov2", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    if check and done.returncode:
-        raise AssertionError(f"{words} exited with {done.returncode}\n{done.stdout}{done.stderr}")
-    return done
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ov2(*words: str, cwd: Path, check: bool = True) -> Done:
+    """The command, in this process: importing torch anew for each would take longer than all else."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(words)
+    finally:
+        os.chdir(before)
+    if check and status:
+        raise AssertionError(f"{words} exited with {status}\n{out.getvalue()}{err.getvalue()}")
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def torchrun(flags: list[str], processes: int, cwd: Path) -> subprocess.Popen[bytes]:
@@ -51,19 +67,18 @@ def torchrun(flags: list[str], processes: int, cwd: Path) -> subprocess.Popen[by
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def samples_seen(run: Path) -> int:
-    status = read_status(run)
-    return status.samples_seen if status is not None else 0
-
-
-def wait_for_samples(run: Path, at_least: int, restarts: int, timeout_s: float = 120) -> None:
-    """Until the run, started again so often, has come so far."""
+def wait_for_steps(run: Path, restarts: int, timeout_s: float = 120) -> bool:
+    """Until the run, started again so often, is training. False: it has finished before."""
 
     def there() -> bool:
         status = read_status(run)
-        return status is not None and status.restarts >= restarts and status.samples_seen >= at_least
+        if status is None:
+            return False
+        return status.state == FINISHED or (status.restarts >= restarts and status.images_per_second is not None)
 
-    wait_until(there, timeout_s, f"{run} to have seen {at_least} samples after {restarts} restarts", poll_s=0.05)
+    wait_until(there, timeout_s, f"{run} to train after {restarts} restarts", poll_s=0.05)
+    status = read_status(run)
+    return status is not None and status.state != FINISHED
 
 
 def wait_finished(run: Path, timeout_s: float = 180) -> state.RunState:
@@ -80,35 +95,53 @@ def job_of(run: Path) -> str:
     return state.of_run(str(run), []).job_id
 
 
-def rank_processes(job_id: str) -> dict[int, int]:
-    """rank -> process id of a job's ranks on this machine."""
-    found = {}
+def _processes_of(job_id: str) -> list[tuple[int, dict[str, str]]]:
+    """(process id, environment) of what a job of THIS cluster runs: there may be another with equal names."""
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"submitit.core._submit" not in (path / "cmdline").read_bytes():
-                continue
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             pairs = (line.partition("=") for line in (path / "environ").read_text().split("\0"))
             environment = {name: value for name, _, value in pairs}
-        except (OSError, UnicodeDecodeError):
-            continue
-        parent = (path / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        own = environment.get("SLURM_JOB_ID") == job_id and "SLURM_PROCID" in environment
-        is_worker = b"submitit" in Path(f"/proc/{parent}/cmdline").read_bytes()
-        if own and not is_worker:
-            found[int(environment["SLURM_PROCID"])] = int(path.name)
+            own = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+            if own and environment.get("SLURM_JOB_ID") == job_id:
+                found.append((int(path.name), environment))
     return found
+
+
+def rank_processes(job_id: str) -> dict[int, int]:
+    """rank -> process id of a job's ranks on this machine; a rank's own children left out."""
+    ranks = {
+        number: int(environment["SLURM_PROCID"])
+        for number, environment in _processes_of(job_id)
+        if "SLURM_PROCID" in environment and b"submitit" in _read(number, "cmdline")
+    }
+    return {rank: number for number, rank in ranks.items() if _parent(number) not in ranks}
+
+
+def _read(number: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{number}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(number: int) -> int:
+    return int((_read(number, "stat").rsplit(b")", 1)[-1].split() or [b"", b"0"])[1])
 
 
 # --- faults; each is given the cluster and the run's job -------------------------------------------
 
 
 def requeue(cluster: Cluster, job_id: str) -> None:
-    """As an administrator does: no signal to the job that it could act on."""
+    """As an administrator does."""
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
 def kill_a_rank(cluster: Cluster, job_id: str, rank: int = 3) -> None:
-    os.kill(rank_processes(job_id)[rank], signal.SIGKILL)
+    number = rank_processes(job_id).get(rank)
+    if number is not None:  # the run may end at this very moment
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def preempt(cluster: Cluster, job_id: str) -> None:
@@ -120,9 +153,10 @@ def preempt(cluster: Cluster, job_id: str) -> None:
 def lose_a_node(cluster: Cluster, job_id: str, node: str = "slnode2") -> None:
     """Its slurmd and all that it ran die at once; the node comes back when SLURM has given it up."""
     cluster.kill_node_daemon(node)
-    for number in _processes_on(node, job_id):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+    for number, environment in _processes_of(job_id):
+        if environment.get("SLURMD_NODENAME") == node:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     _come_back(cluster, node)
 
 
@@ -139,18 +173,6 @@ def _come_back(cluster: Cluster, node: str) -> None:
 
     wait_until(given_up, 60, f"{node} to be given up")
     cluster.start_node(node)
-
-
-def _processes_on(node: str, job_id: str) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (path / "environ").read_text().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if f"SLURM_JOB_ID={job_id}" in environment and f"SLURMD_NODENAME={node}" in environment:
-            found.append(int(path.name))
-    return found
 
 
 FAULTS: dict[str, Callable[[Cluster, str], None]] = {

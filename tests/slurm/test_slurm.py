@@ -14,8 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from faults import (
-    RANKS, TOTAL_SAMPLES, job_of, kill_a_rank, lose_a_node, nano_flags, ov2, preempt, rank_processes, requeue,
-    torchrun, wait_finished, wait_for_samples,
+    RANKS,
+    TOTAL_SAMPLES,
+    job_of,
+    kill_a_rank,
+    lose_a_node,
+    nano_flags,
+    ov2,
+    preempt,
+    rank_processes,
+    requeue,
+    torchrun,
+    wait_finished,
+    wait_for_steps,
 )  # fmt: skip
 from slurm_cluster import Cluster, wait_until
 
@@ -75,11 +86,13 @@ def test_two_nodes_with_gpus_end_in_torchruns_weights(
 def test_what_befalls_a_run_does_not_change_it(
     cluster: Cluster, place: Path, flags: list[str], reference: Path
 ) -> None:
-    """Requeued without a signal, a rank killed, preempted, a node lost. Oracle: torchrun's weights, bit for bit."""
-    ov2("submit", *RANKS, "--", *flags, "--name", "troubled", cwd=place)
+    """Preempted, requeued by hand, a rank killed, a node lost. Oracle: torchrun's weights, bit for bit."""
+    # More deaths than the faults below: after a lost node has come back, SLURM's belated order to kill what ran on it
+    # can hit the next start of the job (seen once in ten).
+    ov2("submit", *RANKS, "--max-deaths", "9", "--", *flags, "--name", "troubled", cwd=place)
     run = place / "logs" / "troubled"
-    for restarts, fault in enumerate((requeue, kill_a_rank, preempt, lose_a_node)):
-        wait_for_samples(run, 32 * (restarts + 1), restarts)
+    for restarts, fault in enumerate((preempt, requeue, kill_a_rank, lose_a_node)):
+        assert wait_for_steps(run, restarts), "the run was over before all had befallen it"
         job = job_of(run)
         fault(cluster, job)
         if fault is kill_a_rank:  # the others must not wait for it in a collective
@@ -87,10 +100,11 @@ def test_what_befalls_a_run_does_not_change_it(
     found = wait_finished(run)
     assert_same_weights(run, reference)
     assert found.status is not None
-    assert found.status.restarts == 4
-    logs = sorted(path.name for path in found.submission.logs.glob(f"{found.job_id}.rank*.log"))
-    assert logs == sorted(f"{found.job_id}.rank{rank}.restart{count}.log" for rank in range(4) for count in range(5))
-    assert "SIGUSR2" in (found.submission.logs / f"{found.job_id}.rank0.restart2.log").read_text()
+    starts = found.status.restarts + 1
+    assert starts >= 5
+    logs = {path.name for path in found.submission.logs.glob(f"{found.job_id}.rank*.log")}
+    assert logs >= {f"{found.job_id}.rank{rank}.restart{count}.log" for rank in range(4) for count in range(4)}
+    assert "SIGUSR2" in (found.submission.logs / f"{found.job_id}.rank0.restart0.log").read_text()
     # No result of an interrupted start is there that could pass for the run's: only the last start's.
     results = list(found.submission.logs.glob("*_result.pkl"))
     assert all(path.stat().st_mtime > found.status.started for path in results)
@@ -196,20 +210,22 @@ def test_a_cancelled_run_does_not_come_back(cluster: Cluster, place: Path, flags
     """scancel sends the signal that preemption sends too. Oracle: the queue; the run has saved before it left."""
     ov2("submit", *ONE, "--", *flags, "--epochs", "500", "--name", "unwanted", cwd=place)
     run = place / "logs" / "unwanted"
-    wait_for_samples(run, 16, 0)
+    assert wait_for_steps(run, 0)
     job = job_of(run)
     subprocess.run(["scancel", job], check=True)
     wait_until(lambda: job not in dict(cluster.queue()), 30, "the job to leave the queue")
+    left = time.monotonic()
     status = read_status(run)
     assert status is not None
     assert status.state == "interrupted"
     assert (run / "checkpoints" / f"stage_1_samples_{status.samples_seen}.pt").is_file()
-    time.sleep(8)  # longer than a requeue takes here
+    what_slurm_refuses_is_one_line(place, flags)
+    time.sleep(max(0.0, 8 - (time.monotonic() - left)))  # longer than a requeue takes here
     assert cluster.queue() == []
     assert state.of_run(str(run), []).state == state.CANCELLED
 
 
-def test_what_slurm_refuses_is_one_line(cluster: Cluster, place: Path, flags: list[str]) -> None:
+def what_slurm_refuses_is_one_line(place: Path, flags: list[str]) -> None:
     done = ov2("submit", *ONE, "--partition", "nowhere", "--", *flags, "--name", "refused", cwd=place, check=False)
     assert done.returncode == 2
     assert "nvalid partition" in done.stderr.splitlines()[-1]

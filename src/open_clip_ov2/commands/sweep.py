@@ -78,9 +78,8 @@ def _work(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[ClusterOp
     """All runs, checked. Raises UserError."""
     made = []
     for run in expand(sweep):
-        base = {key: value for key, value in run.flags.items() if key not in run.varied}
         place = ["--logs", str(folder), "--name", run.name]
-        flags = [*words(base), *more, *words({key: run.flags[key] for key in run.varied}), *place]
+        flags = [*words(run.base), *more, *words(run.own), *place]
         try:
             made.append(submit.member_of(flags, clusters, run.varied))
         except UserError as error:

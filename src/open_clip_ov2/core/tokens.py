@@ -68,6 +68,8 @@ def num_kept(num_tokens: int, keep_ratio: float) -> int:
 
     Raises ValueError if no token would be left.
     """
+    if num_tokens < 1:
+        raise ValueError("the image has no token: its resolution is below one patch")
     kept = int(num_tokens * keep_ratio)
     if kept < 1:
         raise ValueError(

@@ -48,11 +48,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """`varied`: the flags that tell it from the others; `flags`: all of them."""
+    """`varied`: the flags that tell it from the others. `own`: these and what [[set]] adds; they win over `base`."""
 
     name: str
     varied: Flags
-    flags: Flags
+    base: Flags
+    own: Flags
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -114,13 +115,14 @@ def expand(sweep: Sweep) -> list[SweepRun]:
         varied += [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
     varied += [dict(run) for run in sweep.runs]
     out, used = [], [0] * len(sweep.sets)
-    for own in varied:
-        flags = {**sweep.base, **own}
+    for chosen in varied:
+        own = dict(chosen)
         for index, (when, more) in enumerate(sweep.sets):
-            if all(flags.get(key) == value for key, value in when.items()):
+            if all({**sweep.base, **own}.get(key) == value for key, value in when.items()):
                 used[index] += 1
-                flags |= more
-        out.append(SweepRun(run_name(own), own, flags))
+                own |= more
+        base = {key: value for key, value in sweep.base.items() if key not in own}
+        out.append(SweepRun(run_name(chosen), chosen, base, own))
     if 0 in used:
         wanted = ", ".join(f"{key} = {value}" for key, value in sweep.sets[used.index(0)][0].items())
         raise UserError(f"[[set]] {used.index(0) + 1}: no run has {wanted}")

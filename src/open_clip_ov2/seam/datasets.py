@@ -75,7 +75,12 @@ def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
 
 
 def make_data(
-    args: argparse.Namespace, transforms: tuple[Any, Any], tokenizer: Any, options: TrainOptions, epoch: int
+    args: argparse.Namespace,
+    transforms: tuple[Any, Any],
+    tokenizer: Any,
+    options: TrainOptions,
+    epoch: int,
+    stall_warning_s: float,
 ) -> dict[str, LoaderInfo]:
     """`{"train": ..., "val": ...}` as far as asked for."""
     data: dict[str, LoaderInfo] = {}
@@ -97,6 +102,7 @@ def make_data(
             accum_freq=args.accum_freq,
             max_image_pixels=options.max_image_pixels,
             shuffle_buffer=options.shuffle_buffer,
+            stall_warning_s=stall_warning_s,
             pin_memory=pin,
         )
         loader.set_epoch(epoch)

@@ -95,12 +95,17 @@ def count(low: int) -> Callable[[str], int]:
     return parse
 
 
-def samples(text: str) -> int:
-    try:
-        value = parse_samples(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return value
+def samples(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = parse_samples(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    return parse
 
 
 def _keep_ratio(text: str) -> KeepRatio:
@@ -131,12 +136,12 @@ def _add_schedule(group: Any) -> None:
     )
     add(
         "--global-batch",
-        type=samples,
+        type=count(1),
         metavar="N",
         help="images in one optimizer step, over all processes; --batch-size is then the most at once in each",
     )
     add("--base-lr", type=number(0, math.inf, open_high=True), metavar="LR", help="--lr = LR x global batch / 256")
-    add("--warmup-samples", type=samples, metavar="N", help="--warmup in samples")
+    add("--warmup-samples", type=samples(0), metavar="N", help="--warmup in samples")
     add("--carry-optimizer", action="store_true", help="a stage goes on with the moments of the one before")
     add("--until-stage", type=count(1), metavar="K", help="stop, successfully, after stage K (from 1)")
     add("--override", action="store_true", help="go on with a run whose configuration differs from this one")
@@ -223,7 +228,7 @@ def _add_keeping(group: Any) -> None:
         metavar="K",
         help="the last K are kept, and the best, and each stage's end (default: %(default)s)",
     )
-    add("--val-every-samples", type=samples, metavar="N", help="validate every N samples too (2M, 500k)")
+    add("--val-every-samples", type=samples(1), metavar="N", help="validate every N samples too (2M, 500k)")
     add(
         "--sample-captions",
         type=count(0),

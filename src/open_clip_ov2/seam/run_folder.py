@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import open_clip
-import torch
 from open_clip import factory as open_clip_factory
 from torch import nn
 
@@ -113,23 +111,3 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not found:
         raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
     return path, found[-1]
-
-
-def load_run(path: Path, device: str = "cpu") -> LoadedRun:
-    """The newest checkpoint of a run's folder, or the checkpoint named. Raises UserError."""
-    folder, checkpoint = find_checkpoint(path)
-    name = f"local-dir:{folder}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
-    try:
-        open_clip_factory.load_checkpoint(model, str(checkpoint), weights_only=True)
-    except Exception as error:
-        raise UserError(f"{checkpoint}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    model.to(torch.device(device)).eval()
-    return LoadedRun(
-        model,
-        preprocess,
-        open_clip.get_tokenizer(name),
-        dict(model.visual.preprocess_cfg),
-        folder,
-        checkpoint,
-    )

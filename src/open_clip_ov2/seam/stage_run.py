@@ -95,7 +95,7 @@ class StageRun:
     def _get_data(
         self, args: argparse.Namespace, transforms: tuple[Any, Any], epoch: int = 0, tokenizer: Any = None
     ) -> dict[str, LoaderInfo]:
-        data = make_data(args, transforms, tokenizer, self.options, epoch)
+        data = make_data(args, transforms, tokenizer, self.options, epoch, self.session.plan.options.stall_warning)
         self._loader = data["train"].dataloader if "train" in data else None
         if args.imagenet_val or args.imagenet_v2:
             from open_clip_train import data as stock_data
