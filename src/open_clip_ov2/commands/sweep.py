@@ -81,7 +81,7 @@ def _work(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[ClusterOp
         place = ["--logs", str(folder), "--name", run.name]
         flags = [*words(run.base), *more, *words(run.own), *place]
         try:
-            made.append(submit.member_of(flags, clusters, run.varied))
+            made.append(submit.member_of(flags, clusters, run.own))
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from error
     members, checked = zip(*made, strict=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch.state import RunState
+from open_clip_ov2.launch.state import DIED, FAILED, RunState
+from open_clip_ov2.launch.sweep import short
 from open_clip_ov2.runlog.curves import read_results
 from open_clip_ov2.runlog.hparams import read_hparams
 
@@ -41,6 +42,8 @@ def _row(run: RunState, metric: str) -> Row:
         records = []
     # Held-out figures if there are any.
     values = _values(records, "val", metric) or _values(records, "train", metric)
+    if run.state in (FAILED, DIED):  # where it broke off is no result
+        values = []
     speeds = _values(records, "train", "images_per_second")
     smaller_is_better = "loss" in metric or metric == "perplexity"
     return Row(
@@ -124,7 +127,7 @@ def plot(rows_: Sequence[Row], metric: str, out: Path) -> None:
     else:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in shown:
-            rest = ", ".join(f"{key} {_text(value)}" for key, value in row.varied.items() if key != axis)
+            rest = ", ".join(f"{key} {short(value)}" for key, value in row.varied.items() if key != axis)
             if axis in row.varied and row.last is not None:
                 lines.setdefault(rest or metric, []).append((float(row.varied[axis]), row.last))
             elif row.last is not None:  # a baseline, which has no such flag

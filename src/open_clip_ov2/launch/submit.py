@@ -185,7 +185,8 @@ def stages_done(run_dir: Path) -> int:
 
 def _to_local(submission: Submission, work: Work, how: How) -> list[Job]:
     made = executors.local(submission, how.clusters[0])
-    with executors.environment(executors.local_environment(submission, how.clusters[0])):
+    surroundings = executors.environment(executors.local_environment(submission, how.clusters[0]))
+    with surroundings, executors.children_print_to(submission.logs / "controller.log"):
         ids = executors.submit(made, run_member, [(str(submission.folder), 0, 0)])
     return [Job(ids[0])]
 

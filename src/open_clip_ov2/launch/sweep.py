@@ -135,14 +135,14 @@ def expand(sweep: Sweep) -> list[SweepRun]:
 
 def run_name(varied: Flags) -> str:
     """From what varies: `ov2-vit-b-16_keep-ratio-0.25`."""
-    parts = [_short(value) if key == "model" else f"{key}-{_short(value)}" for key, value in varied.items()]
+    parts = [short(value) if key == "model" else f"{key}-{short(value)}" for key, value in varied.items()]
     return re.sub(r"[^\w.+=-]+", "-", "_".join(parts))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """Of a path its last part is enough."""
     if isinstance(value, list):
-        return "x".join(map(_short, value))
+        return "x".join(map(short, value))
     return str(value).rstrip("/").split("/")[-1]
 
 

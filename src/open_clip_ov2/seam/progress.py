@@ -131,8 +131,12 @@ class StageProgress:
         """After the epoch's validation: save if it is time, at the stage's end in any case."""
         self._session.agreement.close()
         self._guard.check()
-        if self.finished or (save_frequency > 0 and self.epochs_done % save_frequency == 0):
+        # In epochs of a step or two this is the only place where ranks agree on a signal.
+        stop = not self.finished and self._session.agreement.now(self._session.signals.name is not None)
+        if stop or self.finished or (save_frequency > 0 and self.epochs_done % save_frequency == 0):
             self.save(parts)
+        if stop:
+            self._leave()
 
     def save(self, parts: StageParts) -> None:
         """All ranks give what they have, rank 0 writes."""

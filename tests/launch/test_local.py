@@ -1,0 +1,40 @@
+"""`ov2 submit --local` in a process of its own, as a user runs it. Oracle: the pipe, the files, `ov2 jobs`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def ov2(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "open_clip_ov2", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_a_local_run_is_left_alone_cancelled_and_resubmitted(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Two processes. The command returns, pipe and all, while the run goes on; a cancelled run has saved before."""
+    data = ["--train-data", f"{squares}/train/{{00000..00003}}.tar", "--train-num-samples", "32", "--workers", "0"]
+    model = ["--model", "ov2-vit-nano-8", "--force-image-size", "16", "--tokenizer", str(vocabulary)]
+    flags = [*model, *data, "--global-batch", "16", "--epochs", "3000", "--log-every-n-steps", "1", "--name", "run"]
+    submitted = ov2("submit", "--local", "2", "--", *flags, cwd=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr
+    status = tmp_path / "logs" / "run" / "status.json"
+    deadline = time.monotonic() + 90
+    while not status.is_file() or json.loads(status.read_text())["images_per_second"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    again = ov2("submit", "--local", "2", "--", *flags, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "running already" in again.stderr
+    assert ov2("jobs", "cancel", "run", cwd=tmp_path).returncode == 0
+    while json.loads(status.read_text())["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    seen = json.loads(status.read_text())["samples_seen"]
+    assert (tmp_path / "logs" / "run" / "checkpoints" / f"stage_1_samples_{seen}.pt").is_file()
+    (row,) = json.loads(ov2("jobs", "--json", cwd=tmp_path).stdout)
+    assert row["state"] == "cancelled"
+    assert "rank 0 of 2" in Path(row["log"]).read_text()
