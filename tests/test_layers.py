@@ -14,7 +14,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "core": ({"core"}, {"torch"}),
     "recipe": ({"recipe", "errors"}, {"tomli"}),  # tomli is tomllib before Python 3.11
     "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
-    "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "onnxruntime"}),
+    "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "tokenizers", "onnxruntime"}),
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand"}),
     "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),

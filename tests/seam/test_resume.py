@@ -302,3 +302,49 @@ def test_a_stalled_shard_is_named(squares: Path, vocabulary: Path, tmp_path: Pat
     assert ov2(["train", *without(flags, "--val-data")]) == 0
     log = (tmp_path / "run" / "out.log").read_text()
     assert "sleep 3" in next(line for line in log.splitlines() if "no batch for" in line)
+
+
+def test_epochs_of_one_step_stop_and_save_too(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """The last step of an epoch is the only one there is."""
+    flags = [*common(squares, vocabulary, tmp_path), "--force-image-size", "16", "--train-num-samples", "8"]
+    flags += ["--epochs", "9000", "--save-every-steps", "3", "--save-frequency", "0", "--keep-checkpoints", "2"]
+    (rank,) = start(without(flags, "--val-data"), 1)
+    assert wait_for(lambda: len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2, [rank])
+    steps = [int(path.stem.split("_")[-1]) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert [samples % 24 for samples in steps] == [0, 0]
+    rank.send_signal(signal.SIGTERM)
+    assert finish([rank])[0][0] == INTERRUPTED_STATUS
+
+
+def test_a_validation_alone_leaves_a_training_run_as_it_is(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = two_stages(squares, vocabulary, tmp_path)
+    assert ov2(["train", *flags]) == 0
+    before = (tmp_path / "run" / "run.json").read_text(), figures(tmp_path / "run")
+    alone = without(common(squares, vocabulary, tmp_path), "--train-data", "--train-num-samples")
+    assert ov2(["train", *alone]) == 2
+    assert "another --name" in capsys.readouterr().err
+    assert ((tmp_path / "run" / "run.json").read_text(), figures(tmp_path / "run")) == before
+
+
+def test_a_run_killed_before_its_first_file_was_whole_begins(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".tmp-run.json").write_text("{")
+    assert ov2(["train", *two_stages(squares, vocabulary, tmp_path), "--until-stage", "1"]) == 0
+
+
+def test_a_recipes_train_table_reaches_the_runs_own_options(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Oracle: validations at each multiple, and the best of them named."""
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        'model = "ov2-vit-nano-8"\n[train]\nval-every-samples = 16\nsample-captions = 0\n'
+        "[[stage]]\nresolution = 16\nsamples = 40\nlr = 1e-3\n"
+    )
+    flags = without(common(squares, vocabulary, tmp_path), "--epochs", "--train-num-samples", "--model", "--lr")
+    assert ov2(["train", "--recipe", str(recipe), *flags]) == 0
+    rows = results(tmp_path / "run", "val")
+    assert [row["samples_seen"] for row in rows] == [16, 32, 40]
+    best = min(rows, key=lambda row: row["caption_loss"])
+    found = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert found["caption_loss"] == best["caption_loss"]

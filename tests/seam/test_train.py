@@ -245,6 +245,12 @@ SLIPS = {
     "val every samples": (["--val-every-samples", "0"], "--val-every-samples"),
     "bad steps": (["--max-bad-steps", "0"], "--max-bad-steps"),
     "stall warning": (["--stall-warning", "0"], "--stall-warning"),
+    "optimizer": (["--opt", "sgd"], "--opt sgd"),
+    "scheduler": (["--lr-scheduler", "linear"], "--lr-scheduler linear"),
+    "cooldown": (["--lr-scheduler", "const-cooldown"], "--epochs-cooldown"),
+    "negative lr": (["--lr", "-1"], "--lr -1"),
+    "negative warm-up": (["--warmup", "-5"], "--warmup -5"),
+    "no such folder of a model": (["--model", "local-dir:/nowhere"], "local-dir:/nowhere"),
     "resume from a file": (["--resume", "x.pt"], "--pretrained"),
     "most recent": (["--save-most-recent"], "--keep-checkpoints"),
     "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),
@@ -267,3 +273,15 @@ def test_help_lists_our_flags_and_theirs(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "--keep-ratio" in out
     assert "--grad-checkpointing" in out
+
+
+def test_coca_reports_its_losses_without_their_weights(squares: Path, baselines: Path, tmp_path: Path) -> None:
+    """Oracle: the same model at another weight; the first step's losses do not depend on it."""
+    first = []
+    for weight in ("1", "4"):
+        flags = ["--model", f"local-dir:{baselines / 'coca_tiny'}", *data_flags(squares, 8), "--logs", str(tmp_path)]
+        assert ov2(["train", *flags, "--name", weight, "--coca-caption-loss-weight", weight]) == 0
+        first.append(results(tmp_path / weight, "train")[0])
+    assert first[0]["caption_loss"] == pytest.approx(first[1]["caption_loss"], rel=1e-5)
+    difference = 3 * first[0]["caption_loss"]
+    assert first[1]["loss"] - first[0]["loss"] == pytest.approx(difference, rel=1e-4)

@@ -29,9 +29,11 @@ def write(
     """
     if not -encoder.layers <= feature_layer <= -1:
         raise UserError(f"--feature-layer {feature_layer}: it is -{encoder.layers} (first block) to -1 (last)")
+    from tokenizers import AddedToken
+
     transformers = _transformers()
     text_model, tokenizer = _language_model(transformers, language_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # beside its own special tokens
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
@@ -63,8 +65,10 @@ def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
     if not source.is_dir():
         raise UserError(f"--language-model {source}: no such folder (it holds config, weights and tokenizer)")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto", local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, torch_dtype="auto", local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--language-model {source}: cannot be loaded ({str(error).splitlines()[0]})") from error
     return model, tokenizer

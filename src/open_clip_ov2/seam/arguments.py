@@ -70,9 +70,9 @@ def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None =
     if ours.recipe and ours.stage:
         raise UserError("--recipe and --stage: one or the other; a recipe's stages stand in its file")
     recipe = load_recipe(ours.recipe) if ours.recipe else None
-    stages = [
-        _stage(words, said, index, world_size, gpu) for index, (words, said) in enumerate(_stages(ours, argv, recipe))
-    ]
+    said = _stages(ours, argv, recipe)
+    stages = [_stage(words, stage, index, world_size, gpu) for index, (words, stage) in enumerate(said)]
+    ours, _ = build_parser().parse_known_args(said[0][0])  # with what a recipe's [train] says of the whole run
     first = stages[0].args
     config = run_config(stages, world_size, ours.carry_optimizer)
     stem = f"-{recipe.source.stem}" if recipe and recipe.source and recipe.source.stem != first.model else ""
@@ -156,7 +156,15 @@ def _one_line_errors() -> Iterator[None]:
 def _check_model_name(name: str, was_given: bool) -> None:
     if not was_given:
         raise UserError("ov2 train: --model is missing, for example --model ov2-vit-l-14")
-    if ":" in name or name in factory.known_models():
+    if ":" in name:
+        try:
+            factory.is_family(name)
+        except (
+            Exception
+        ) as error:  # whatever a folder that is none, or a hub that cannot be reached, makes upstream raise
+            raise UserError(f"--model {name}: its config cannot be had ({str(error).splitlines()[0]})") from error
+        return
+    if name in factory.known_models():
         return
     near = get_close_matches(name, factory.known_models(), n=3, cutoff=0.5)
     hint = f"; near: {', '.join(near)}" if near else ""

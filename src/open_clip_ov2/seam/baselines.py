@@ -36,8 +36,10 @@ class RecordedLoss(nn.Module):
     text features stay out of the loss: they enter it with weight zero.
     """
 
-    def __init__(self, inner: nn.Module, contrastive_off: bool) -> None:
+    def __init__(self, inner: nn.Module, contrastive_off: bool, weights: dict[str, float]) -> None:
+        """`weights`: by which `inner` multiplies each loss before it returns it."""
         super().__init__()
+        self.weights = weights
         self.inner = inner
         self.contrastive_off = contrastive_off
         self.last: dict[str, Tensor] = {}
@@ -91,8 +93,9 @@ class StockFeed:
     def _report(self, window: list[Batch], wait_s: float, step_s: float) -> StepReport:
         from open_clip_ov2.seam.step import merge_counts
 
-        losses = dict(self._loss.last)
-        losses["loss"] = torch.stack(list(losses.values())).sum() if losses else torch.tensor(0.0)
+        weighted = self._loss.last
+        losses = {name: value / (self._loss.weights.get(name) or 1.0) for name, value in weighted.items()}
+        losses["loss"] = torch.stack(list(weighted.values())).sum() if weighted else torch.tensor(0.0)
         return StepReport(
             losses=losses,
             lr=self._optimizer.param_groups[0]["lr"],

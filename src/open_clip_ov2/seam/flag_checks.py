@@ -8,7 +8,13 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import factory
 from open_clip_ov2.seam.flags import TrainOptions
 
+_RANGES = {
+    "lr": (0, float("inf")), "wd": (0, float("inf")), "warmup": (0, float("inf")), "seed": (0, 2**32 - 1),
+    "beta1": (0, 1), "beta2": (0, 1), "grad_clip_norm": (0, float("inf")), "force_patch_dropout": (0, 1),
+    "force_context_length": (1, float("inf")),
+}  # fmt: skip
 _REFUSED = {
+    "copy_codebase": "`ov2 submit` takes a snapshot of the code; otherwise keep the commit",
     "save_most_recent": "the last --keep-checkpoints are kept, and a run goes on from the newest",
     "delete_previous_checkpoint": "--keep-checkpoints 1 keeps the last alone",
     "remote_sync": "copy the run's folder with a tool of your own; every file in checkpoints/ is whole",
@@ -33,6 +39,16 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) ->
             raise UserError(f"--{name.replace('_', '-')}: {why}")
     if theirs.resume not in (None, "latest"):
         raise UserError("--resume: the same command again goes on by itself; for weights alone use --pretrained FILE")
+    for name, (low, high) in _RANGES.items():
+        value = getattr(theirs, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} lies outside {low:g} to {high:g}")
+    if theirs.opt.lower() != "adamw" and not theirs.opt.lower().startswith("timm/"):
+        raise UserError(f"--opt {theirs.opt}: adamw, or timm/NAME")
+    if theirs.lr_scheduler not in ("cosine", "const", "const-cooldown"):
+        raise UserError(f"--lr-scheduler {theirs.lr_scheduler}: one of cosine, const, const-cooldown")
+    if theirs.lr_scheduler == "const-cooldown" and theirs.epochs_cooldown is None:
+        raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if theirs.workers < 0:
         raise UserError(f"--workers must be at least 0, got {theirs.workers}")
     unknown = set(theirs.report_to.split(",")) - {"", "tensorboard"}

@@ -3,7 +3,7 @@
 Checked against open_clip_torch 3.3.0. A name that is gone is an ImportError that names it. `undo` restores
 what was there before. REGISTRATION holds from `import open_clip_ov2` on and acts on ov2 and released encoders alone
 (but for the check of a folder's or the hub's config, which any other passes unchanged); the names of a
-run (runner.py fills in the replacements) hold only while `ov2 train` is inside OpenCLIP's `main`.
+run (stage_run.py fills in the replacements) hold only while `ov2 train` is inside OpenCLIP's `main`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ REGISTRATION: tuple[Patch, ...] = (
     ),
 )
 
-# What a run rebinds, and why. runner.py gives a replacement for each of these names, and for no other.
+# What a run rebinds, and why. stage_run.py gives a replacement for each of these names, and for no other.
 RUN: dict[tuple[str, str], str] = {
     ("open_clip_train.main", "init_distributed_device"): "a process group is made once for all stages of a run",
     ("open_clip_train.main", "setup_logging"): "one log for all stages; the page of parameters goes to the file alone",

@@ -64,7 +64,7 @@ class StageProgress:
         last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
         self._guard = StepGuard(self._options.max_bad_steps, last_good, bad_in_a_row)
         self.validate: Callable[[], Any] | None = None
-        self.val_loss: float | None = None
+        self.validated: tuple[int, float] | None = None  # samples seen, and the caption loss there
 
     @property
     def samples_seen(self) -> int:
@@ -111,6 +111,7 @@ class StageProgress:
         self._session.agreement.close()
         if self._session.writer is not None:
             self._session.writer.wait()
+        self._session.agreement.now(False)  # none leaves before rank 0 has written: a launcher would kill the rest
         name = self._session.signals.name or "a signal to another rank"
         raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command goes on from there")
 
@@ -125,7 +126,10 @@ class StageProgress:
 
     def _clock_says(self) -> bool:
         minutes, writer = self._options.save_every_minutes, self._session.writer
-        return bool(minutes and writer and time.monotonic() - writer.last_saved > 60 * minutes)
+        if not (minutes and writer and time.monotonic() - writer.last_saved > 60 * minutes):
+            return False
+        writer.last_saved = time.monotonic()  # the answer of all ranks comes a step later: ask once
+        return True
 
     def end_epoch(self, parts: StageParts, save_frequency: int) -> None:
         """After the epoch's validation: save if it is time, at the stage's end in any case."""
@@ -133,7 +137,11 @@ class StageProgress:
         self._guard.check()
         # In epochs of a step or two this is the only place where ranks agree on a signal.
         stop = not self.finished and self._session.agreement.now(self._session.signals.name is not None)
-        if stop or self.finished or (save_frequency > 0 and self.epochs_done % save_frequency == 0):
+        every = self._options.save_every_steps
+        due = (save_frequency > 0 and self.epochs_done % save_frequency == 0) or (
+            every and self.steps_done % every == 0
+        )
+        if stop or self.finished or due or self._session.agreement.now(self._clock_says()):
             self.save(parts)
         if stop:
             self._leave()
@@ -169,5 +177,5 @@ class StageProgress:
         }
         if parts.scaler is not None:
             content["scaler"] = parts.scaler.state_dict()
-        session.writer.save(name, content, self.val_loss)
-        self.val_loss = None
+        at, loss = self.validated or (-1, None)
+        session.writer.save(name, content, loss if at == self.samples_seen else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ DECODER_FILE, DECODER_CONFIG, VOCAB_FILE = (
 VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"} | set(
     VISION_FIXED
 )
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # NAME or ORGANISATION/NAME
 _TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", FAMILY_KEY, "cast_dtype", "output_dict", "position_table"}
 _DECODER_KEYS = {
     "architecture", "fusion_style", "width", "depth", "num_heads", "mlp_dim", "vocab_size", "vision_width", "pad_id",
@@ -191,6 +193,18 @@ def check_hub_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_hf_config(model_id: str, cache_dir: str | None = None) -> Any:
         config = original(model_id, cache_dir=cache_dir)
         check_config(config, f"hf-hub:{model_id}")
+        _check_hub_tokenizer(config, model_id)
         return config
 
     return get_hf_config
+
+
+def _check_hub_tokenizer(config: Any, model_id: str) -> None:
+    """A config from elsewhere may name a hub repository as its tokenizer, never a file of this machine."""
+    model_cfg = config.get("model_cfg", config) if isinstance(config, Mapping) else {}
+    text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, Mapping) else None
+    name = text_cfg.get("hf_tokenizer_name") if isinstance(text_cfg, Mapping) else None
+    if not name:
+        return
+    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name) or Path(name).exists():
+        raise ValueError(f"hf-hub:{model_id}: its config names {name!r} as tokenizer, which is no name of the hub")

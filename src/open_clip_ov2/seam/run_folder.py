@@ -15,7 +15,7 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.loop.checkpoint import list_checkpoints, write_atomically
+from open_clip_ov2.loop.checkpoint import TEMPORARY, list_checkpoints, write_atomically
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.seam.run_config import differences
 from open_clip_ov2.seam.tokenizer import MODE, find_vocab
@@ -50,7 +50,9 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
     """
     file = plan.folder / RUN_FILE
     existed = check_same_run(plan) if trains else file.is_file()
-    others = [path.name for path in plan.folder.glob("*") if path.name not in OF_THE_LAUNCHER]
+    if existed and not trains and list_checkpoints(plan.folder / "checkpoints"):
+        raise UserError(f"{plan.folder}: a training run; give its validation another --name (or use `ov2 eval`)")
+    others = [path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, *OF_THE_LAUNCHER))]
     if others and not existed:
         raise UserError(f"{plan.folder}: exists and is no run of ov2 (no {RUN_FILE} in it): choose another --name")
     plan.folder.mkdir(parents=True, exist_ok=True)

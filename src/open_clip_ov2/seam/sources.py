@@ -48,7 +48,11 @@ def open_model(
     try:
         with _quiet(where.checkpoint is not None):
             model, _, preprocess = open_clip.create_model_and_transforms(
-                where.name, load_weights=where.checkpoint is None, force_image_size=image_size, **options
+                where.name,
+                load_weights=where.checkpoint is None,
+                require_pretrained=where.checkpoint is None,
+                force_image_size=image_size,
+                **options,
             )
         if where.checkpoint is not None:
             open_clip_factory.load_checkpoint(model, str(where.checkpoint), weights_only=True)

@@ -53,8 +53,9 @@ class StageModel:
                 kwargs["aug_cfg"] = {**color_jitter_cfg(), **(kwargs.get("aug_cfg") or {})}
             try:
                 model, train_tf, val_tf = original(name, pretrained, **kwargs, **extra)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"--model {name}: {error}") from error
+            except (ValueError, RuntimeError, AssertionError, OSError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"--model {name}: {reason}") from error
             if self.session.carried is not None:
                 self._take_over(model)
             elif not pretrained and not self._found:

@@ -114,8 +114,13 @@ class StageRun:
         def create_loss(args: argparse.Namespace) -> nn.Module:
             if self.family:
                 return CaptionLoss(label_smoothing=self.options.label_smoothing, z_loss=self.options.z_loss)
-            off = isinstance(self.built.model, CoCa) and args.coca_contrastive_loss_weight == 0
-            return baselines.RecordedLoss(original(args), contrastive_off=off)
+            weights = {
+                "contrastive_loss": args.coca_contrastive_loss_weight,
+                "caption_loss": args.coca_caption_loss_weight,
+            }
+            weights = weights if isinstance(self.built.model, CoCa) else {}
+            off = weights.get("contrastive_loss") == 0
+            return baselines.RecordedLoss(original(args), contrastive_off=off, weights=weights)
 
         return create_loss
 
@@ -240,8 +245,11 @@ class StageRun:
         if not self.family and args.rank == 0:
             stock = self._stock_evaluate
             metrics |= baselines.stock_metrics(stock, model, loader, data, epoch, args, self.built.tokenizer)
-        if self._progress is not None:
-            self._progress.val_loss = metrics.get("caption_loss")
+        if (
+            self._progress is not None
+            and (loss := metrics.get("caption_loss", metrics.get("clip_val_loss"))) is not None
+        ):
+            self._progress.validated = (samples_seen, loss)
         monitor.evaluation(samples_seen, epoch, metrics)
         if self.family and args.rank == 0 and self.session.plan.options.sample_captions:
             self._show_captions(evaluate.unwrap(model), loader, samples_seen, args)
