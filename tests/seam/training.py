@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,31 +50,65 @@ def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Te
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def start(flags: list[str], processes: int, **environment: str) -> list[subprocess.Popen[str]]:
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["open_clip_ov2.seam.runner", "training"])  # seconds of imports, once
+
+
+class Rank:
+    """One process of a run: a real one, forked from a server that has the imports done."""
+
+    def __init__(self, flags: Sequence[str], environment: dict[str, str]) -> None:
+        self._errors = Path(tempfile.mkstemp(prefix="rank-", suffix=".err")[1])
+        self._process = _SERVER.Process(target=_run_rank, args=(list(flags), environment, str(self._errors)))
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self, timeout_s: float) -> tuple[int, str]:
+        """(exit status, stderr)."""
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"rank still runs after {timeout_s:g} s: {self._errors.read_text()[-2000:]}")
+        return self._process.exitcode, self._errors.read_text()
+
+
+def _run_rank(flags: list[str], environment: dict[str, str], errors: str) -> None:
+    os.setsid()
+    with open(os.devnull, "w") as nothing, open(errors, "w") as file:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # what a process has that comes from no server
+    from open_clip_ov2.cli import main
+
+    status = main(["train", *flags])
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def start(flags: list[str], processes: int) -> list[Rank]:
     """`ov2 train` as so many ranks on this machine, as torchrun starts them but without its own process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **environment}
-    if processes > 1:
-        shared["WORLD_SIZE"] = str(processes)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "open_clip_ov2", "train", *flags],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else shared,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [Rank(flags, {**shared, **one} if processes > 1 else {}) for one in own]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 180) -> list[tuple[int, str]]:
+def finish(ranks: list[Rank], timeout_s: float = 180) -> list[tuple[int, str]]:
     """(exit status, stderr) of each rank."""
-    errors = [process.communicate(timeout=timeout_s)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+    return [rank.finish(timeout_s) for rank in ranks]
 
 
-def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], timeout_s: float = 120) -> bool:
+def wait_for(condition: Callable[[], bool], processes: Sequence[Rank], timeout_s: float = 120) -> bool:
     """Poll fast until it holds; False if a process ended before."""
     begin = time.monotonic()
     while not condition():
@@ -111,7 +146,7 @@ class Killer:
         if going and self.kills % 2:
             self.while_writing += wait_for(lambda: any((self._run / "checkpoints").glob(".tmp-*")), ranks)
         time.sleep(self._rng.random() * 0.05)
-        os.kill(ranks[self._rng.randrange(2)].pid, signal.SIGKILL)
+        ranks[self._rng.randrange(2)].send_signal(signal.SIGKILL)
         self.kills += 1
         for rank in ranks:  # the other one notices, and ends by itself
-            rank.communicate(timeout=60)
+            rank.finish(timeout_s=60)
