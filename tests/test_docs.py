@@ -1,7 +1,7 @@
 """Every code block of README and docs. Oracle: it runs. Shell lines of `ov2` go through the command's own parser.
 
 docs/use.md is run as a whole, in order, in a folder that holds what it names: a run, a released checkpoint, Flax
-parameters, a language model. A hub name there becomes that folder; tests/seam/test_sources.py has the hub itself.
+parameters, a language model. A hub name there becomes that folder; tests/seam/test_open_model.py has the hub itself.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         elif language in ("bash", "sh", "console"):
             for argv in ov2_lines(text):
                 check_parses(argv)
+                if argv[0] == "export":  # the block after it uses what this one writes
+                    assert main(argv) == 0, argv
 
 
 def test_use_md_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
