@@ -245,6 +245,8 @@ SLIPS = {
     "val every samples": (["--val-every-samples", "0"], "--val-every-samples"),
     "bad steps": (["--max-bad-steps", "0"], "--max-bad-steps"),
     "stall warning": (["--stall-warning", "0"], "--stall-warning"),
+    "abbreviation": (["--prec", "amp_bf16"], "--prec: flags are written out"),
+    "zero-shot folder": (["--model", "ViT-B-32", "--imagenet-val", "/nowhere"], "--imagenet-val /nowhere"),
     "optimizer": (["--opt", "sgd"], "--opt sgd"),
     "scheduler": (["--lr-scheduler", "linear"], "--lr-scheduler linear"),
     "cooldown": (["--lr-scheduler", "const-cooldown"], "--epochs-cooldown"),

@@ -135,7 +135,13 @@ def _stage(words: list[str], said: Stage | None, index: int, world_size: int, gp
 
 def _parse_theirs(words: Sequence[str]) -> argparse.Namespace:
     with _one_line_errors():
-        return open_clip_parse_args(list(words))
+        parsed = open_clip_parse_args(list(words))
+    for word in words:  # argparse would take an abbreviation, which nothing else here would recognise
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag[2:].replace("-", "_") not in vars(parsed):
+            near = get_close_matches(flag[2:].replace("-", "_"), vars(parsed), n=1, cutoff=0.0)
+            raise UserError(f"ov2 train: {flag}: flags are written out (near: --{near[0].replace('_', '-')})")
+    return parsed
 
 
 @contextlib.contextmanager

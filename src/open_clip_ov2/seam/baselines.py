@@ -138,7 +138,7 @@ def stock_metrics(
     """OpenCLIP's own validation metrics on the master, over the whole set, written by nobody but us."""
 
     class Pairs:
-        num_samples = loader.num_samples
+        num_samples = loader.num_samples if loader is not None else 0
 
         def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
             return ((batch.images_BCHW, batch.texts_BL) for batch in loader.full())
@@ -146,5 +146,7 @@ def stock_metrics(
     view = SimpleNamespace(**vars(args))
     view.save_logs, view.wandb = False, False
     seen = {key: value for key, value in data.items() if key not in ("train", "val")}
-    metrics = stock(model, {**seen, "val": SimpleNamespace(dataloader=Pairs())}, epoch, view, None, tokenizer)
+    if loader is not None:
+        seen["val"] = SimpleNamespace(dataloader=Pairs())
+    metrics = stock(model, seen, epoch, view, None, tokenizer)
     return {key: float(value) for key, value in metrics.items() if key not in ("epoch", "num_samples")}

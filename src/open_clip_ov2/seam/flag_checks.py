@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import factory
@@ -29,7 +30,11 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) ->
         raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
     if on_cpu and theirs.precision in ("amp", "fp16", "pure_fp16"):
         raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
-    if not theirs.train_data and not theirs.val_data and theirs.dataset_type != "synthetic":
+    for flag, folder in (("--imagenet-val", theirs.imagenet_val), ("--imagenet-v2", theirs.imagenet_v2)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder")
+    validates = theirs.val_data or theirs.imagenet_val or theirs.imagenet_v2
+    if not theirs.train_data and not validates and theirs.dataset_type != "synthetic":
         raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
     for flag in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(theirs, flag) < 1:

@@ -14,7 +14,7 @@ from torch import nn
 
 from open_clip_ov2.core import CaptionLoss, CaptionModel
 from open_clip_ov2.data.receive import worker_death
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import RunFailed, UserError
 from open_clip_ov2.loop.checkpoint import RESUME_KEY, snapshot
 from open_clip_ov2.loop.random_state import set_random_state
 from open_clip_ov2.runlog.monitor import StageInfo
@@ -58,6 +58,11 @@ class StageRun:
         finally:
             if self._loader is not None:
                 self._loader.close()
+        if self._progress is not None and not self._progress.finished:
+            raise RunFailed(
+                f"the stage ended at {self._progress.samples_seen:,} samples, before its end: its epochs do "
+                "not fit this configuration (--override); --name another run"
+            )
         if result == -1:
             raise UserError("OpenCLIP's main stopped with an error; its message stands above")
 
@@ -221,11 +226,8 @@ class StageRun:
             tokenizer: Any = None,
         ) -> dict[str, float]:  # fmt: skip
             last, metrics = epoch == args.epochs, {}
-            if (
-                "val" in data
-                and args.val_frequency
-                and (epoch % args.val_frequency == 0 or last or "train" not in data)
-            ):
+            due = args.val_frequency and (epoch % args.val_frequency == 0 or last or "train" not in data)
+            if due and set(data) - {"train"}:
                 metrics = self._validate(model, data, epoch, args)
             if "train" in data:
                 self._end_epoch(args)
@@ -236,11 +238,12 @@ class StageRun:
     def _validate(
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
-        loader, monitor, metrics = data["val"].dataloader, self.session.monitor, {}
+        loader = data["val"].dataloader if "val" in data else None  # none: zero-shot classification alone
+        monitor, metrics = self.session.monitor, {}
         samples_seen = self._progress.samples_seen if self._progress else 0
         if self.built.compile_blocks:  # each length of a growing caption would be compiled anew
             torch.compiler.set_stance("force_eager")
-        if self.family or isinstance(evaluate.unwrap(model), CoCa):
+        if loader is not None and (self.family or isinstance(evaluate.unwrap(model), CoCa)):
             metrics = evaluate.caption_loss(model, loader, self.settings(args))
         if not self.family and args.rank == 0:
             stock = self._stock_evaluate
