@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause.
 
     `position`, in training: where its consumer stands after it, with the sizes of shards since its batch before.
+    `indices`, in evaluation: each sample's place in the file order.
     """
 
     images_BCHW: Tensor
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     groups: list[str]
     skipped: dict[str, int]
     position: Position | None = None
+    indices: tuple[int, ...] = ()
 
 
 class Failure(NamedTuple):
@@ -63,6 +65,7 @@ class _Row(NamedTuple):
     key: str
     url: str
     group: str
+    place: int
 
 
 class _Collector:
@@ -72,7 +75,7 @@ class _Collector:
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
         self._rows: list[_Row] = []
 
-    def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]]) -> None:
+    def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]], index: int = -1) -> None:
         """Adds the sample, or counts why not."""
         try:
             image_CHW, caption = decode()
@@ -80,7 +83,7 @@ class _Collector:
             self._skips.add(error.cause, error.detail, raw["__key__"], raw["__url__"])
             return
         group = group_text(raw, self._group_by)
-        self._rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group))
+        self._rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group, index))
         self._skips.used += 1
 
     def __len__(self) -> int:
@@ -91,10 +94,10 @@ class _Collector:
         texts_BL = self.tokenized()
         if texts_BL is None:
             return None
-        images, captions, keys, _, groups = zip(*self._rows, strict=True)
+        images, captions, keys, _, groups, indices = zip(*self._rows, strict=True)
         self._rows = []
         skipped = self._skips.take()
-        return Batch(torch.stack(images), texts_BL, list(keys), list(captions), list(groups), skipped)
+        return Batch(torch.stack(images), texts_BL, list(keys), list(captions), list(groups), skipped, indices=indices)
 
     def tokenized(self) -> Tensor | None:
         """Token ids `(B, L)` of the rows in one call; None after dropping the rows that the tokenizer refuses."""
@@ -237,8 +240,9 @@ class EvalStream(_Stream):
         skips = SkipCounter()
         collector = _Collector(self.tokenizer, skips, self.group_by)
         reading = skips if mine == 0 else SkipCounter(log=False)  # all read every tar: one counts the broken ones
-        for raw in itertools.islice(self.source.in_order(reading), mine, self.limit, consumers):
-            collector.add(raw, partial(self.decoder.evaluate, raw))
+        samples = enumerate(self.source.in_order(reading))
+        for index, raw in itertools.islice(samples, mine, self.limit, consumers):
+            collector.add(raw, partial(self.decoder.evaluate, raw), index)
             if len(collector) == self.batch_size:
                 batch = collector.batch()
                 if batch is not None:
