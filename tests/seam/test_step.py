@@ -13,7 +13,7 @@ from gradient_worker import EOS, model_of, part, settings, whole_batch
 from torch import Tensor
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
-from open_clip_ov2.seam.step import count_targets, optimizer_step, trimmed, windows
+from open_clip_ov2.seam.step import optimizer_step, windows
 
 WORKER = Path(__file__).parent / "gradient_worker.py"
 
@@ -42,7 +42,7 @@ def test_accumulation_equals_the_big_batch(plain: tuple[dict[str, Tensor], Tenso
     size = 8 // accum_freq
     window = [part(batch, start, start + size) for start in range(0, 8, size)]
     forwards: list[int] = []
-    model.visual.register_forward_hook(lambda *_: forwards.append(1))
+    model.visual.conv1.register_forward_hook(lambda *_: forwards.append(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     result = optimizer_step(model, window, CaptionLoss(), optimizer, None, settings(1, accum_freq))
     assert len(forwards) == accum_freq  # no forward runs twice
@@ -78,18 +78,4 @@ def test_clipping_scales_the_update() -> None:
 def test_windows_leave_an_incomplete_one_out_and_targets_are_counted() -> None:
     batch = whole_batch()
     assert [len(window) for window in windows([batch] * 7, 3)] == [3, 3]
-    assert count_targets(batch.texts_BL, EOS) == sum(min(row + 1, 7) + 1 for row in range(8))
-
-
-def test_trimming_drops_padding_alone() -> None:
-    """Oracle: the targets of the whole and of the trimmed ids are the same."""
-    texts = torch.zeros(3, 40, dtype=torch.long)
-    for row, words in enumerate((2, 11, 6)):
-        texts[row, : words + 2] = torch.tensor([10, *[3] * words, EOS])
-    short = trimmed(texts, EOS)
-    assert short.shape[1] == 16  # 13 ids, rounded up to a multiple of 8
-    whole, kept = caption_targets(texts, EOS), caption_targets(short, EOS)
-    assert torch.equal(whole[:, :15], kept)
-    assert (whole[:, 15:] == IGNORE_INDEX).all()
-    full = torch.full((1, 9), 3)
-    assert torch.equal(trimmed(full, EOS), full)
+    assert settings(1, 1).groups(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))

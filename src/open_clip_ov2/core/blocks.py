@@ -53,22 +53,34 @@ class Attention(nn.Module):
     def _split(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _project(self, x_BSD: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Projections `start` to `stop` of (query, key, value), each `(B, H, S, D/H)`."""
+    def _project(self, x_BSD: Tensor, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Projections `first` to `stop` of (query, key, value), each `(B, H, S, D/H)`."""
         width = x_BSD.shape[-1]
-        rows = slice(start * width, stop * width)
+        rows = slice(first * width, stop * width)
         weight, bias = self.in_proj_weight[rows].to(x_BSD.dtype), self.in_proj_bias[rows].to(x_BSD.dtype)
-        return tuple(self._split(part) for part in F.linear(x_BSD, weight, bias).chunk(stop - start, dim=-1))
+        return tuple(self._split(part) for part in F.linear(x_BSD, weight, bias).chunk(stop - first, dim=-1))
 
     def _attend(self, q: Tensor, kv: KeyValue, mask: Tensor | None, causal: bool) -> Tensor:
         out = F.scaled_dot_product_attention(q, kv.key, kv.value, attn_mask=mask, is_causal=causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def forward(
-        self, x_BSD: Tensor, mask: Tensor | None = None, *, causal: bool = False, past: KeyValue | None = None
+        self,
+        x_BSD: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        past: KeyValue | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, KeyValue]:
-        """Self-attention; `mask` is boolean, True where attention is allowed, `(S, C + S)`."""
-        q, k, v = self._project(x_BSD, 0, 3)
+        """Self-attention; `mask` is boolean, True where attention is allowed, `(S, C + S)`.
+
+        With `start`, queries are the positions from there on alone, and so is the result; the mask then has their rows.
+        """
+        if start:
+            (q,), (k, v) = self._project(x_BSD[:, start:], 0, 1), self._project(x_BSD, 1, 3)
+        else:
+            q, k, v = self._project(x_BSD, 0, 3)
         if past is not None:
             k, v = torch.cat([past.key, k], dim=2), torch.cat([past.value, v], dim=2)
         kv = KeyValue(k, v)
@@ -104,10 +116,16 @@ class SelfBlock(nn.Module):
         self.mlp = _mlp(width, mlp_width)
 
     def forward(
-        self, x_BSD: Tensor, mask: Tensor | None = None, causal: bool = False, past: KeyValue | None = None
+        self,
+        x_BSD: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        past: KeyValue | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, KeyValue]:
-        attended_BSD, kv = self.attn(self.ln_1(x_BSD), mask, causal=causal, past=past)
-        x_BSD = x_BSD + attended_BSD
+        """`start`: see Attention."""
+        attended_BSD, kv = self.attn(self.ln_1(x_BSD), mask, causal=causal, past=past, start=start)
+        x_BSD = x_BSD[:, start:] + attended_BSD
         return x_BSD + self.mlp(self.ln_2(x_BSD)), kv
 
 

@@ -106,16 +106,23 @@ class TextDecoder(nn.Module):
         text_BLD = self._embed(ids_BL, image_BKD)
         if self.config.fusion == "cross_attn":
             return self.ln_final(self._run_cross(text_BLD, image_BKD))
-        num_image = image_BKD.shape[1]
-        x_BSD = torch.cat([image_BKD, text_BLD], dim=1)
+        return self.ln_final(self._run(torch.cat([image_BKD, text_BLD], dim=1), image_BKD.shape[1]))
+
+    def _run(self, x_BSD: Tensor, num_image: int) -> Tensor:
+        """`(B, K + L, D)` -> `(B, L, D)`: of the last block's outputs only the caption positions are read."""
+        total = x_BSD.shape[1]
         causal = self.config.fusion == "causal"
-        mask_SS = None if causal else prefix_mask(num_image, x_BSD.shape[1], x_BSD.device)
-        for block in self.blocks:
+        mask_SS = prefix_mask(0 if causal else num_image, total, x_BSD.device)
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            start = num_image if last else 0
+            unmasked = causal and not last  # causal attention of equal lengths needs no mask, and has a faster kernel
+            arguments = (x_BSD, None if unmasked else mask_SS[start:], unmasked, None, start)
             if self.grad_checkpointing and self.training:
-                x_BSD, _ = checkpoint(block, x_BSD, mask_SS, causal, use_reentrant=False)
+                x_BSD, _ = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BSD, _ = block(x_BSD, mask_SS, causal)
-        return self.ln_final(x_BSD[:, num_image:])
+                x_BSD, _ = block(*arguments)
+        return x_BSD
 
     def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:
         return self.token_embedding(ids_BL).to(like.dtype)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip_ov2.core.linear_loss import linear_cross_entropy
+
 IGNORE_INDEX = -100  # torch's own; stands for every padded target
 
 
@@ -69,17 +71,25 @@ class CaptionLoss(nn.Module):
         return CaptionLossSums(nll, objective, real_T.sum())
 
     def from_hidden(
-        self, hidden_BLD: Tensor, lm_head: nn.Linear, labels_BL: Tensor, num_targets: int | None = None
+        self, hidden: Tensor, lm_head: nn.Linear, labels: Tensor, num_targets: int | None = None
     ) -> CaptionLossSums:
-        """From the decoder's hidden states; only real targets reach the head.
+        """From the decoder's hidden states `(..., D)` and labels `(...)`; only real targets reach the head, and
+        their logits never exist at once.
 
-        `num_targets`, their number, lets the selection run without asking the device for it.
+        `num_targets`, their number, lets the selection run without asking the device for it. Of the sums only the
+        objective has a gradient.
         """
-        labels_T = labels_BL.flatten()
+        labels_T = labels.flatten()
         real_T = labels_T != IGNORE_INDEX
         if num_targets is None:
             index_R = real_T.nonzero()[:, 0]
         else:
             index_R = real_T.nonzero_static(size=num_targets)[:, 0]
-        hidden_RD = hidden_BLD.flatten(0, 1).index_select(0, index_R)
-        return self(lm_head(hidden_RD), labels_T.index_select(0, index_R))
+        nll, objective = linear_cross_entropy(
+            hidden.flatten(0, -2).index_select(0, index_R),
+            lm_head.weight,
+            labels_T.index_select(0, index_R),
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        return CaptionLossSums(nll, objective, real_T.sum())

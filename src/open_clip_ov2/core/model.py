@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
+from open_clip_ov2.core.groups import LengthGroups
+from open_clip_ov2.core.last_block import block_at, kept_tokens
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
 from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
@@ -62,6 +64,7 @@ class CaptionModel(nn.Module):
         self.vocab_size = text.vocab_size
         self.output_dict = output_dict
         self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
+        self._last_block: Any = block_at
         self.reset_position_table()
         self._freeze_untrained()
         rows, columns = cast(tuple[int, int], self.visual.grid_size)
@@ -88,6 +91,15 @@ class CaptionModel(nn.Module):
         """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm."""
         return self.visual(image)[1]
 
+    def encode_kept_tokens(
+        self, image: Tensor, *, kept_idx: Tensor | None = None, keep_ratio: float | None = None
+    ) -> Tensor:
+        """The patch tokens that the decoder gets, `(B, 3, H, W)` -> `(B, K, D)`, with the model's own token dropping
+        unless `kept_idx` `(B, K)` int64 or a ratio is given."""
+        return kept_tokens(
+            self.visual, image, self.token_drop, self._last_block, kept_idx=kept_idx, keep_ratio=keep_ratio
+        )
+
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Pooled features, `(B, D)`: final norm of the mean patch token, times the projection."""
         pooled_BD = self.visual(image)[0]
@@ -105,12 +117,12 @@ class CaptionModel(nn.Module):
         kept_idx: Tensor | None = None,
         keep_ratio: float | None = None,
         caption_loss: CaptionLoss | None = None,
-        num_targets: int | None = None,
+        groups: LengthGroups | None = None,
     ) -> dict[str, Tensor] | tuple[Tensor, ...] | CaptionLossSums:
         """One pass over images `(B, 3, H, W)` and ids `(B, L)` int64.
 
-        With `caption_loss`, its sums, computed inside so that DDP sees every parameter at work (`num_targets`,
-        the number of real targets in `text`, spares the device a question). Otherwise
+        With `caption_loss`, its sums, computed inside so that DDP sees every parameter at work (`groups`, made of
+        `text` while it was on the CPU, spares the decoder padding and the device questions). Otherwise
         `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`, or that pair as a
         tuple if `output_dict` is off. Without text: `{"image_features": (B, D), "image_embs": (B, N, D)}`.
         `kept_idx` `(B, K)` or `keep_ratio` replace the model's own token dropping.
@@ -121,13 +133,30 @@ class CaptionModel(nn.Module):
             pooled_BD, tokens_BND = self.visual(image)
             image_out = {"image_features": pooled_BD, "image_embs": tokens_BND}
             return image_out if self.output_dict else tuple(image_out.values())
-        kept_BKD = self.token_drop(self.encode_image_tokens(image), kept_idx=kept_idx, keep_ratio=keep_ratio)
+        kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
+        if caption_loss is not None:
+            return self._loss_sums(kept_BKD, text, caption_loss, groups)
         labels_BL = caption_targets(text, self.text_config.eos_id)
         hidden_BLD = self.text_decoder(kept_BKD, text[:, :-1])
-        if caption_loss is not None:
-            return caption_loss.from_hidden(hidden_BLD, self.text_decoder.lm_head, labels_BL, num_targets)
         out = {"logits": self.text_decoder.lm_head(hidden_BLD), "labels": labels_BL}
         return out if self.output_dict else tuple(out.values())
+
+    def _loss_sums(
+        self, kept_BKD: Tensor, text: Tensor, caption_loss: CaptionLoss, groups: LengthGroups | None
+    ) -> CaptionLossSums:
+        parts: tuple[tuple[int, int], ...] = ((len(text), text.shape[1]),)
+        if groups is not None:
+            parts = groups.parts
+            if len(parts) > 1:
+                kept_BKD, text = kept_BKD.index_select(0, groups.order_B), text.index_select(0, groups.order_B)
+        hidden, labels, first = [], [], 0
+        for rows, length in parts:
+            ids_bl = text[first : first + rows, :length]
+            hidden.append(self.text_decoder(kept_BKD[first : first + rows], ids_bl[:, :-1]).flatten(0, 1))
+            labels.append(caption_targets(ids_bl, self.text_config.eos_id).flatten())
+            first += rows
+        num_targets = groups.num_targets if groups is not None else None
+        return caption_loss.from_hidden(torch.cat(hidden), self.text_decoder.lm_head, torch.cat(labels), num_targets)
 
     @torch.no_grad()
     def generate(
@@ -161,7 +190,7 @@ class CaptionModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            kept_BKD = self.token_drop(self.encode_image_tokens(image), kept_idx=kept_idx, keep_ratio=keep_ratio)
+            kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
             out_BT = generate(CaptionStream(self.text_decoder, kept_BKD, ids_BT), ids_BT, config)
         finally:
             self.train(was_training)
@@ -195,7 +224,13 @@ class CaptionModel(nn.Module):
             "text_decoder.token_embedding.weight",
         }
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block in place; the state dict's keys stay as they are."""
-        for block in [*self.visual.transformer.resblocks, *self.text_decoder.blocks]:
-            block.compile()
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile each block in place, with torch.compile's `options`; the state dict's keys stay as they are.
+
+        Captions differ in length, so one graph with a dynamic length serves the decoder.
+        """
+        for block in self.visual.transformer.resblocks:
+            block.compile(**options)
+        self._last_block = torch.compile(block_at, **options)
+        for block in self.text_decoder.blocks:
+            block.compile(dynamic=True, **options)

@@ -121,15 +121,29 @@ class TokenDrop(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`(B, N, D)` -> `(B, K, D)`. `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
-        if kept_idx is not None:
-            return gather_tokens(tokens_BND, kept_idx)
-        ratio = keep_ratio if keep_ratio is not None else self.current_ratio()
         batch_size, num_tokens, _ = tokens_BND.shape
-        kept = num_kept(num_tokens, ratio)
-        if kept == num_tokens:  # nothing to drop, and the decoder does not see the order
-            return tokens_BND
-        idx_BK = sample_kept_indices(batch_size, num_tokens, kept, device=tokens_BND.device, generator=generator)
-        return gather_tokens(tokens_BND, idx_BK)
+        idx_BK = self.draw(
+            batch_size, num_tokens, tokens_BND.device, kept_idx=kept_idx, keep_ratio=keep_ratio, generator=generator
+        )
+        return tokens_BND if idx_BK is None else gather_tokens(tokens_BND, idx_BK)
+
+    def draw(
+        self,
+        batch_size: int,
+        num_tokens: int,
+        device: torch.device,
+        *,
+        kept_idx: Tensor | None = None,
+        keep_ratio: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """The tokens that are kept, `(B, K)` int64; None for all: the decoder does not see their order."""
+        if kept_idx is not None:
+            return kept_idx
+        kept = num_kept(num_tokens, self.current_ratio() if keep_ratio is None else keep_ratio)
+        if kept == num_tokens:
+            return None
+        return sample_kept_indices(batch_size, num_tokens, kept, device=device, generator=generator)
 
     def current_ratio(self) -> float:
         return self.keep_ratio.draw() if self.training else self.eval_keep_ratio

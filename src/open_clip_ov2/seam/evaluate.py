@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, num_kept
+from open_clip_ov2.core.groups import LengthGroups
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.seam.step import StepSettings, all_reduced, count_targets, merge_counts, trimmed
+from open_clip_ov2.seam.step import StepSettings, all_reduced, merge_counts
 from open_clip_ov2.seam.tokenizer import decode_caption
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
@@ -53,12 +54,11 @@ def caption_loss(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # nll, targets, samples
     for batch in batches:
+        groups = settings.groups(batch.texts_BL)
         images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
-        with settings.autocast():
-            nll = _batch_nll(model, images, texts, batch, settings, keep_ratio)
-        sums += torch.tensor(
-            [float(nll), count_targets(batch.texts_BL, settings.eos_id), len(batch.keys)], dtype=torch.float64
-        )
+        with settings.attention(), settings.autocast():
+            nll = _batch_nll(model, images, texts, batch.keys, groups.to(settings.device), settings.eos_id, keep_ratio)
+        sums += torch.tensor([float(nll), groups.num_targets, len(batch.keys)], dtype=torch.float64)
     nll_sum, targets, samples = all_reduced(sums.to(settings.device), settings).tolist()
     loss = nll_sum / max(targets, 1.0)
     return {"caption_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_samples": samples}
@@ -68,16 +68,16 @@ def _batch_nll(
     model: nn.Module,
     images: Tensor,
     texts: Tensor,
-    batch: Batch,
-    settings: StepSettings,
+    keys: Sequence[str],
+    groups: LengthGroups,
+    eos_id: int,
     keep_ratio: float | None,
 ) -> Tensor:
     if isinstance(model, CaptionModel):
-        texts = trimmed(batch.texts_BL, settings.eos_id).to(settings.device)
-        kept_idx = eval_kept_idx(model, batch.keys, keep_ratio)
-        return model(images, texts, kept_idx=kept_idx, caption_loss=CaptionLoss()).nll
+        kept_idx = eval_kept_idx(model, keys, keep_ratio)
+        return model(images, texts, kept_idx=kept_idx, caption_loss=CaptionLoss(), groups=groups).nll
     logits = model(images, texts)["logits"]  # CoCa: aligned with text[:, 1:]
-    labels = caption_targets(texts, settings.eos_id)
+    labels = caption_targets(texts, eos_id)
     assert logits.shape[:2] == labels.shape, (logits.shape, labels.shape, IGNORE_INDEX)
     return CaptionLoss()(logits, labels).nll
 
@@ -94,7 +94,7 @@ def generate_captions(
     """Captions of normalised images `(B, 3, H, W)`, token dropping by key. Options: CaptionModel.generate's."""
     images, _ = settings.to_device(images, torch.empty(0))
     keep_ratio = options.pop("keep_ratio", None)
-    with settings.autocast():
+    with settings.attention(), settings.autocast():
         ids_BT = model.generate(images, kept_idx=eval_kept_idx(model, keys, keep_ratio), **options)
     ids = model.text_config
     return [decode_caption(tokenizer, row, ids.bos_id, ids.eos_id) for row in ids_BT.cpu()]

@@ -17,13 +17,13 @@ import torch
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.groups import CPU_TOKENS, GPU_TOKENS, LengthGroups, length_groups
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.loop.guard import gradient_norm, step_unless
 from open_clip_ov2.seam.progress import StepReport
-
-LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ class StepSettings:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return get_autocast(self.precision, device_type=self.device.type)()
+
+    def attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward, which may recompute. In bfloat16 on a CPU torch's plain attention, which has its
+        scores in float32 too: the fused kernel takes twice as long there (scripts/loss_bench.py)."""
+        if self.device.type == "cpu" and self.precision != "fp32":
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
+    def groups(self, texts_BL: Tensor) -> LengthGroups:
+        """Captions by length, made of ids that are still on the CPU."""
+        return length_groups(texts_BL, self.eos_id, CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
 
     def to_device(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         dtype = get_input_dtype(self.precision)
@@ -87,16 +98,17 @@ def optimizer_step(
     The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
     divided by the targets of all of them, and multiplied by the world size that DDP divides by.
     """
-    counts = [count_targets(batch.texts_BL, settings.eos_id) for batch in window]
-    num_targets = all_reduced(torch.tensor(float(sum(counts)), device=settings.device), settings)
+    groups = [settings.groups(batch.texts_BL) for batch in window]
+    count = float(sum(group.num_targets for group in groups))
+    num_targets = all_reduced(torch.full((), count, device=settings.device), settings)
     scale = settings.loss_weight * settings.world_size / num_targets
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2, device=settings.device)
-    for index, (batch, count) in enumerate(zip(window, counts, strict=True)):
-        images, texts = settings.to_device(batch.images_BCHW, trimmed(batch.texts_BL, settings.eos_id))
-        with _sync_only(model, index == len(window) - 1):
+    for index, (batch, group) in enumerate(zip(window, groups, strict=True)):
+        images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
+        with settings.attention(), _sync_only(model, index == len(window) - 1):
             with settings.autocast():
-                sums = model(images, texts, caption_loss=loss, num_targets=count)
+                sums = model(images, texts, caption_loss=loss, groups=group.to(settings.device))
                 weighted = sums.objective * scale
             (weighted if scaler is None else scaler.scale(weighted)).backward()
         totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
@@ -105,18 +117,6 @@ def optimizer_step(
     bad = ~(torch.isfinite(grad_norm) & torch.isfinite(totals).all())
     step_unless(optimizer, scaler, bad)
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad)
-
-
-def trimmed(texts_BL: Tensor, eos_id: int) -> Tensor:
-    """Without the columns that are padding in every row, but for a length rounded up to a multiple of 8: nothing is
-    computed for them, and the number of different lengths stays small."""
-    longest = int((caption_targets(texts_BL, eos_id) != IGNORE_INDEX).sum(dim=1).max()) + 1
-    return texts_BL[:, : -(-longest // LENGTH_STEP) * LENGTH_STEP]
-
-
-def count_targets(texts_BL: Tensor, eos_id: int) -> int:
-    """Real target tokens of a batch that is still on the CPU."""
-    return int((caption_targets(texts_BL, eos_id) != IGNORE_INDEX).sum())
 
 
 def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:
