@@ -1,0 +1,61 @@
+"""Answers brought to the form in which a benchmark compares them.
+
+`vqa_normalised` follows TextVQA's official evaluation, `EvalAIAnswerProcessor` of facebookresearch/mmf
+(mmf/utils/m4c_evaluators.py), its oddities included: a score is comparable only if they are the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+ARTICLES = frozenset(("a", "an", "the"))
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS)} | {"none": "0"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# Words with the apostrophes they should have. The official table maps each with one apostrophe missing to these. Its
+# entries that no word equals once case is lowered and 's split off (Im, Ive, let's, she's) are left out.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {
+    word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTIONS.split() for mark in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}  # the wrong way round in the official table
+
+_PERIOD = re.compile(r"\.(?!\d)")
+# The official code passes re.UNICODE where `count` stands, which is 32: later periods stay.
+_MOST_PERIODS = 32
+
+
+def vqa_normalised(answer: str) -> str:
+    """Lower case; punctuation, articles and periods (but in decimals) gone; number words as digits; apostrophes put
+    back; single spaces.
+
+    A punctuation mark that touches a space anywhere in the answer is deleted everywhere, any other becomes a space.
+    """
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    plain = text
+    for mark in PUNCTUATION:
+        plain = plain.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
+    plain = _PERIOD.sub("", plain, count=_MOST_PERIODS)
+    words = (NUMBERS.get(word, word) for word in plain.split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def number(text: str) -> float | None:
+    """The number that a text is, or None. `12%` is 0.12, as in ChartQA's evaluation (question_answering.relaxed)."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def plain(text: str) -> str:
+    """Lower case, each run of white space one space, none at the ends."""
+    return " ".join(text.lower().split())
