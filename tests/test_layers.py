@@ -16,7 +16,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
     "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "tokenizers", "onnxruntime"}),
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand"}),
-    "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy"}),
+    "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
     "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }
