@@ -7,8 +7,9 @@
     ROUGE-L   Lin 2004, section 3, beta = 1.2, best precision and best recall over the references; mean over pictures
 
 Scored by pycocoevalcap: COCO's own evaluation code for Python 3, which published numbers were made with; finished
-rather than fast-moving. aac-metrics (captions of sounds) tokenizes by Java; nltk and rouge-score lack CIDEr and differ in beta. Of pycocoevalcap only the scorers are used, which are plain Python; its tokenizer starts Java, so words come from
-`ptb.caption_words`.
+rather than fast-moving. aac-metrics (captions of sounds) tokenizes by Java; nltk and rouge-score lack CIDEr and differ
+in beta. Of pycocoevalcap only the scorers are used, which are plain Python; its tokenizer starts Java, so words come
+from `ptb.caption_words`.
 """
 
 from __future__ import annotations
