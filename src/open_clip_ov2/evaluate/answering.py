@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.data.samples import IMAGE_ENTRY, MAX_IMAGE_PIXELS, Decoder, ImageFile, seeded
-from open_clip_ov2.data.skips import TRANSFORM_FAILED, SkipSample
+from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.question_answering import RULES
 from open_clip_ov2.evaluate.questions import Question, QuestionFile
@@ -126,7 +126,9 @@ def _batches(
         try:
             images.append(_image(questions[index], decoder))
         except SkipSample as skip:
-            bad[index] = Skipped(questions[index].key, skip.cause, skip.detail)
+            # Not PIL's message, which holds an address in memory: results are the same from run to run.
+            detail = str(questions[index].image) if skip.cause == UNDECODABLE_IMAGE else skip.detail
+            bad[index] = Skipped(questions[index].key, skip.cause, detail)
             continue
         chosen.append(index)
         if len(chosen) == batch_size:
