@@ -10,7 +10,8 @@ import re
 
 ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS)} | {"none": "0"}
+NUMBER_WORDS = {word: str(value) for value, word in enumerate(_DIGITS)}
+NUMBERS = NUMBER_WORDS | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # Words with the apostrophes they should have. The official table maps each with one apostrophe missing to these. Its
 # entries that no word equals once case is lowered and 's split off (Im, Ive, let's, she's) are left out.

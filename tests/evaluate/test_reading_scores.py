@@ -1,0 +1,124 @@
+"""Reading of rendered pictures. Oracles: cases by hand, and the demo's own pictures, planned by its script."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.reading import COUNT, Reading, numbers, reading_scores, rendered_text
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def one(generated: str, true: str) -> Reading:
+    return reading_scores({0: generated}, {0: true}).overall
+
+
+def test_letters_and_words_by_hand() -> None:
+    """Letters without spaces: "thewordcat" to "thewordcut" is one edit of 10; of the 5 words, one."""
+    reading = one("the word c u t", "The word  c a t")
+    assert (reading.exact, reading.letters, reading.letter_edits) == (0, 10, 1)
+    assert (reading.words, reading.word_edits) == (5, 1)
+    assert (reading.texts, reading.texts_exact, reading.text_letters, reading.text_edits) == (1, 0, 3, 1)
+    assert one("the wordcat", "the word c a t").exact == 1
+
+
+@pytest.mark.parametrize(
+    ("caption", "text"),
+    [
+        ("the word c a t", "cat"),
+        ("The  Word cat", "cat"),
+        ("the word", ""),
+        ("the words a", None),
+        ("a red circle", None),
+        ("a sign, the word s t o p", "stop"),
+    ],
+)
+def test_rendered_text(caption: str, text: str | None) -> None:
+    assert rendered_text(caption, "the word") == text
+
+
+def test_text_that_is_not_told_is_not_read() -> None:
+    """By hand: all three letters are missing; more edits than letters are possible."""
+    assert one("a red circle", "the word c a t").rates()["text_character_error_rate"] == 1.0
+    assert one("the word h o u s e", "the word o x").rates()["text_character_error_rate"] == 2.0
+    assert one("the word c a t", "a red circle").rates()["text_exact_match"] is None
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("a bar chart with red 3 blue 2 and green 5", {("red", 0): 3, ("blue", 0): 2, ("green", 0): 5}),
+        ("three red circles", {(COUNT, 0): 3}),
+        ("two cats and ten dogs", {(COUNT, 0): 2, (COUNT, 1): 10}),
+        ("red 1 red 2", {("red", 0): 1, ("red", 1): 2}),
+        ("sales 3,000 growth 2.5% loss -4", {("sales", 0): 3000, ("growth", 0): 0.025, ("loss", 0): -4}),
+        ("mean 3 . 5", {("mean", 0): 3.5}),
+        ("7 apples", {("", 0): 7}),
+        ("a nan, an infinity of inf", {}),
+        ("the word t w o", {}),
+    ],
+)
+def test_numbers(caption: str, found: dict[tuple[str, int], float]) -> None:
+    assert numbers(caption) == found
+
+
+def test_numbers_by_hand() -> None:
+    """Of four values: one exact, 21 within 5% of 20, 22 not, one not told. One value too many is not all right."""
+    true, generated = "a 1 b 20 c 20 d 4", "a 1 b 21 c 22"
+    rates = one(generated, true).rates()
+    assert (rates["numbers"], rates["number_accuracy"], rates["number_relaxed_accuracy"]) == (4, 0.25, 0.5)
+    assert rates["all_numbers_exact"] == 0
+    assert one("a 1 b 2", "a 1").rates()["number_accuracy"] == 1
+    assert one("a 1 b 2", "a 1").all_numbers_exact == 0
+    assert one("three blue squares", "three red circles").all_numbers_exact == 1
+    assert one("a 1", "a red circle").rates()["number_accuracy"] is None
+
+
+def test_rates_are_of_all_pictures_together() -> None:
+    """By hand: 1 edit of 2 letters and 0 of 8 is 1/10, not the mean of 1/2 and 0; kinds stand apart."""
+    true, generated = {0: "ab", 1: "abcdefgh", 2: "xy", 3: "z"}, {0: "ax", 1: "abcdefgh", 2: "", 3: "z"}
+    scores = reading_scores(generated, true, {0: "words", 1: "words", 2: "other", 3: ""})
+    assert list(scores.by_kind) == ["other", "words"]
+    words = scores.by_kind["words"].rates()
+    assert (words["pictures"], words["exact_match"], words["character_error_rate"]) == (2, 0.5, 0.1)
+    assert words["word_error_rate"] == 0.5
+    assert scores.by_kind["other"].rates()["character_error_rate"] == 1
+    assert (scores.overall.pictures, scores.overall.letter_edits, scores.overall.letters) == (4, 3, 13)
+    assert scores.as_json()["by_kind"]["words"] == words
+
+
+def test_empty_captions_are_reported_and_left_out() -> None:
+    """Property: as without them."""
+    scores = reading_scores({0: "a", 1: "b"}, {0: "a", 1: " "}, keys={0: "k0", 1: "k1"})
+    assert scores.overall == one("a", "a")
+    assert [str(skipped) for skipped in scores.skipped] == ["k1: empty caption"]
+    with pytest.raises(UserError, match=r"no picture has a caption to be read \(1 empty caption; the first: 0"):
+        reading_scores({0: "a"}, {0: ""})
+    with pytest.raises(ValueError, match=r"differ in \[1\]"):
+        reading_scores({0: "a"}, {0: "a", 1: "b"})
+
+
+@pytest.mark.parametrize("kind", ["shapes", "charts", "words", "new words"])
+def test_the_demos_captions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what the demo planned to draw: the word, the bars in order, the count."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.delitem(sys.modules, "demo_drawing", raising=False)
+    import demo_drawing
+
+    for seed in range(40):
+        plan = demo_drawing.plan_picture(kind, False, random.Random(seed))
+        combination = plan.combination.split("/")
+        text, found = rendered_text(plan.caption, "the word"), numbers(plan.caption)
+        assert text == (combination[1] if "word" in kind else None)
+        if kind == "charts":
+            *bars, last = (f"{name} {value:g}" for (name, _), value in found.items())
+            assert plan.caption == f"a bar chart with {' '.join(bars)} and {last}"
+        elif combination[0] == "count":
+            assert found == {(COUNT, 0): int(combination[1])}
+        else:
+            assert found == {}
