@@ -57,7 +57,7 @@ def test_text_that_is_not_told_is_not_read() -> None:
         ("two cats and ten dogs", {(COUNT, 0): 2, (COUNT, 1): 10}),
         ("red 1 red 2", {("red", 0): 1, ("red", 1): 2}),
         ("sales 3,000 growth 2.5% loss -4", {("sales", 0): 3000, ("growth", 0): 0.025, ("loss", 0): -4}),
-        ("mean 3 . 5", {("mean", 0): 3.5}),
+        ("mean 1 3 . 5", {("mean", 0): 13.5}),
         ("7 apples", {("", 0): 7}),
         ("a nan, an infinity of inf", {}),
         ("the word t w o", {}),

@@ -15,6 +15,7 @@ from torch import Tensor
 from open_clip_ov2.data.samples import IMAGE_ENTRY, MAX_IMAGE_PIXELS, Decoder, ImageFile, seeded
 from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.detokenize import detokenized
 from open_clip_ov2.evaluate.question_answering import RULES
 from open_clip_ov2.evaluate.questions import Question, QuestionFile
 from open_clip_ov2.evaluate.skipped import Skipped, summary
@@ -87,6 +88,7 @@ def answer_questions(
     *,
     batch_size: int = 32,
     prompt: str = PLACE,
+    clean: Callable[[str], str] = detokenized,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     rank: int = 0,
     world_size: int = 1,
@@ -94,7 +96,8 @@ def answer_questions(
     """Scores of the answers to all questions of a file; all processes get all, the same for any number of them.
 
     `transform` maps a PIL image to `(C, H, W)`. `prompt` is the text before the answer, `{question}` in it the place
-    of the question. `answer` is called with batches of this process's share, of `batch_size` but for the last.
+    of the question. `answer` is called with batches of this process's share, of `batch_size` but for the last;
+    `clean` is what is done to its answers before they are scored.
     Images that do not decode are skipped by key. Raises UserError if all are, or the prompt lacks its place.
     """
     if PLACE not in prompt:
@@ -106,7 +109,7 @@ def answer_questions(
     for indices, images_BCHW in _batches(file.questions, mine, decoder, batch_size, bad):
         batch = [file.questions[index] for index in indices]
         prompts = [prompt.replace(PLACE, one.question) for one in batch]
-        texts = answer(images_BCHW, [one.key for one in batch], prompts)
+        texts = map(clean, answer(images_BCHW, [one.key for one in batch], prompts))
         for index, one, text in zip(indices, batch, texts, strict=True):
             answered[index] = Answered(one.key, one.rule, one.group, text, RULES[one.rule](text, one.answers))
     rows = gathered(answered, world_size)

@@ -14,11 +14,12 @@ from `ptb.caption_words`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.detokenize import detokenized
 from open_clip_ov2.evaluate.ptb import caption_words
 from open_clip_ov2.evaluate.skipped import Skipped, summary
 
@@ -37,10 +38,14 @@ class CaptionScores:
 
 
 def caption_scores(
-    hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]], keys: Mapping[int, str] | None = None
+    hypotheses: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    keys: Mapping[int, str] | None = None,
+    clean: Callable[[str], str] = detokenized,
 ) -> CaptionScores:
     """Scores of one caption a picture, by the picture's index. An empty caption is one that scores 0.
 
+    `clean` is what is done to the generated captions first; `str` for captions from files, which lost nothing.
     A picture without a reference that has words is skipped under its key (`keys`, else its index).
     Raises UserError if all are, or pycocoevalcap is missing; ValueError if the indices of the two differ.
     """
@@ -56,7 +61,7 @@ def caption_scores(
         raise UserError(
             f"no picture has a reference caption ({summary(skipped) or 'no picture at all'}): look at the data"
         )
-    given = {index: [" ".join(caption_words(hypotheses[index]))] for index in wanted}
+    given = {index: [" ".join(caption_words(clean(hypotheses[index])))] for index in wanted}
     bleu, cider, rouge = _scorers()
     return CaptionScores(
         cider=float(cider.compute_score(wanted, given)[0]),

@@ -16,6 +16,7 @@ from typing import Any
 
 from open_clip_ov2.data.skips import EMPTY_CAPTION
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.detokenize import detokenized
 from open_clip_ov2.evaluate.edits import edit_distance
 from open_clip_ov2.evaluate.normalise import NUMBER_WORDS, number, plain
 from open_clip_ov2.evaluate.question_answering import RELAXED_TOLERANCE
@@ -160,8 +161,7 @@ def numbers(caption: str) -> dict[tuple[str, int], float]:
     found: dict[tuple[str, int], float] = {}
     seen: Counter[str] = Counter()
     before = ""
-    # Word pieces are joined by spaces: 3 . 5 is 3.5.
-    for token in _NUMBER_OR_WORD.findall(re.sub(r"(?<=\d) \. (?=\d)", ".", caption.lower())):
+    for token in _NUMBER_OR_WORD.findall(detokenized(caption.lower())):
         value = number(NUMBER_WORDS.get(token, token.replace(",", "")))
         if value is None or (token.isalpha() and token not in NUMBER_WORDS):  # nan and inf are words
             before = token
