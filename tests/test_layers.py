@@ -15,7 +15,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "recipe": ({"recipe", "errors"}, {"tomli"}),  # tomli is tomllib before Python 3.11
     "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
     "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "tokenizers", "onnxruntime"}),
-    "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand"}),
+    "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
     "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
     "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),

@@ -81,7 +81,7 @@ def group_text(sample: Mapping[str, Any], key: CaptionKey | None) -> str:
     if key is None:
         return ""
     try:
-        node = _find(sample, key)
+        node = _find(sample, key, {})
     except SkipSample:
         return ""
     if isinstance(node, list):
@@ -98,9 +98,10 @@ def _read_all(
     """
     found: list[tuple[CaptionKey, list[str]]] = []
     problem = SkipSample(MISSING_CAPTION, f"none of {', '.join(map(str, keys))}")
+    parsed: dict[str, Any] = {}
     for key in keys:
         try:
-            captions = _read(sample, key)
+            captions = _read(sample, key, parsed)
         except SkipSample as error:
             problem = error
             continue
@@ -111,9 +112,9 @@ def _read_all(
     return found, problem
 
 
-def _read(sample: Mapping[str, Any], key: CaptionKey) -> list[str] | None:
+def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> list[str] | None:
     """Non-empty captions under a key, stripped; None if the sample has no such entry or path."""
-    node = _find(sample, key)
+    node = _find(sample, key, parsed)
     if node is _ABSENT:
         return None
     captions = node if isinstance(node, list) else [] if node is None else [node]
@@ -131,27 +132,35 @@ def _read(sample: Mapping[str, Any], key: CaptionKey) -> list[str] | None:
 _ABSENT = object()
 
 
-def _find(sample: Mapping[str, Any], key: CaptionKey) -> Any:
+def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> Any:
     """What stands under a key: its text, or the node of its JSON; _ABSENT if there is none. Raises SkipSample.
 
+    `parsed`: this sample's JSON by entry, so that several keys into one are one parse.
     An entry that ends in `json` is JSON with or without a path, so that no caption is ever braces and quotes.
     """
     # webdataset gives suffixes in lower case; csv columns are as they are written.
     entry = key.entry if key.entry in sample else key.entry.lower()
     if entry not in sample:
         return _ABSENT
+    is_json = bool(key.path) or f".{entry}".endswith(".json")
+    if is_json and entry in parsed:
+        return _follow(parsed[entry], key.path)
     value = sample[entry]
     try:
         text = value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise SkipSample(BAD_UTF8, f"{key}: {error}") from None
-    if not key.path and not f".{entry}".endswith(".json"):
+    if not is_json:
         return text
     try:
-        node = json.loads(text)
+        parsed[entry] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SkipSample(BAD_JSON, f"{key}: {error}") from None
-    for step in key.path:
+    return _follow(parsed[entry], key.path)
+
+
+def _follow(node: Any, path: tuple[str, ...]) -> Any:
+    for step in path:
         if isinstance(node, dict) and step in node:
             node = node[step]
         elif isinstance(node, list) and step.isdecimal() and int(step) < len(node):

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption
+from open_clip_ov2.data.crop import RandomCrop
+from open_clip_ov2.data.jpeg import read_header
 from open_clip_ov2.data.skips import (
     MISSING_IMAGE,
     TOO_MANY_PIXELS,
@@ -52,7 +54,9 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What turns a raw sample into a usable one. `transform` maps a PIL image to a tensor `(C, H, W)`."""
+    """What turns a raw sample into a usable one. `transform` maps a PIL image to a tensor `(C, H, W)`; a RandomCrop is
+    asked before the picture is decoded how large it has to be.
+    """
 
     transform: Callable[[Image.Image], Tensor]
     caption_keys: tuple[CaptionKey, ...]
@@ -65,29 +69,47 @@ class Decoder:
         """
         rng = random.Random(seed)
         caption = choose_caption(raw, self.caption_keys, rng)
+        crop_seed = rng.getrandbits(63)
+        if isinstance(self.transform, RandomCrop):
+            crop, data = self.transform, encoded_image(raw)
+            return self._guarded(lambda: self._cropped(crop, data, crop_seed)), caption
         image = self.image(raw)
-        with seeded(rng.getrandbits(63)):
-            return self._transformed(image), caption
+        with seeded(crop_seed):
+            return self._guarded(lambda: self.transform(image)), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
         """Image `(C, H, W)` and the first caption there is: evaluation draws nothing. Raises SkipSample."""
         caption = all_captions(raw, self.caption_keys)[0]
         image = self.image(raw)
         with seeded(0):  # a transform that draws all the same neither varies nor disturbs the model's generator
-            return self._transformed(image), caption
+            return self._guarded(lambda: self.transform(image)), caption
 
     def image(self, raw: Mapping[str, Any]) -> Image.Image:
         """The picture of a sample, RGB. Raises SkipSample."""
-        data = find_image(raw)
-        if data is None:
-            raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
-        if isinstance(data, Image.Image):
-            return data
-        return decode_image(data.read() if isinstance(data, ImageFile) else data, self.max_image_pixels)
+        data = encoded_image(raw)
+        return data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
 
-    def _transformed(self, image: Image.Image) -> Tensor:
+    def _cropped(self, crop: RandomCrop, data: bytes | Image.Image, seed: int) -> Tensor:
+        """Uint8 `(3, H, W)`. A file that the fast way cannot take is PIL's: it decodes it, or says what is wrong."""
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        jpeg = read_header(data) if crop.fast and isinstance(data, bytes) else None
+        if jpeg is not None and jpeg.width * jpeg.height <= self.max_image_pixels:
+            box = crop.draw(jpeg.width, jpeg.height, generator)
+            reduction = crop.reduction(box)
+            pixels = jpeg.decode(reduction)
+            if pixels is not None:
+                return crop.finish(crop.cut_reduced(pixels, box, reduction), generator)
+            generator.manual_seed(seed)
+        image = data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
+        return crop(image, generator)
+
+    @staticmethod
+    def _guarded(make: Callable[[], Tensor]) -> Tensor:
         try:
-            return self.transform(image)
+            return make()
+        except SkipSample:
+            raise
         except Exception as error:  # whatever a user's transform raises costs one sample, counted
             raise SkipSample(TRANSFORM_FAILED, f"{type(error).__name__}: {error}") from error
 
@@ -96,6 +118,14 @@ def find_image(raw: Mapping[str, Any]) -> Any:
     """A sample's picture: bytes, an ImageFile, a PIL image, or None. Suffixes in any case."""
     by_suffix = {suffix.lower(): value for suffix, value in raw.items()}
     return next((by_suffix[suffix] for suffix in (IMAGE_ENTRY, *IMAGE_SUFFIXES) if suffix in by_suffix), None)
+
+
+def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
+    """A sample's picture as its source has it. Raises SkipSample."""
+    data = find_image(raw)
+    if data is None:
+        raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
+    return data.read() if isinstance(data, ImageFile) else data
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

@@ -91,6 +91,7 @@ def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:
         "--label-smoothing": options.label_smoothing,
         "--z-loss": options.z_loss,
         "--color-jitter": options.color_jitter,
+        "--decode": options.decode,
     }
     for flag, value in given.items():
         if value:

@@ -16,6 +16,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
 
 DEFAULT_CAPTION_KEYS = "txt"
+DECODE = ("fast", "exact")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TrainOptions:
     label_smoothing: float
     z_loss: float
     color_jitter: bool
+    decode: str | None
     max_image_pixels: int
     shuffle_buffer: int
 
@@ -189,6 +191,12 @@ def _add_data(group: Any) -> None:
         "is seen (default: txt; csv: --csv-caption-key)",
     )
     add("--color-jitter", action="store_true", help="the reference's colour jitter and grey, strength 0.4")
+    add(
+        "--decode",
+        choices=DECODE,
+        help="fast: training JPEGs at a reduced scale where the crop stays twice the resolution; exact: whole, as PIL "
+        "has them. The crops are the same (default: fast; CLIP and CoCa: exact)",
+    )
     add(
         "--max-image-pixels",
         type=count(1),

@@ -7,7 +7,7 @@ Source: docs/reference.md, "Recipe": area 40% to 100%, bilinear with antialias, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torchvision import transforms as T
 
 from open_clip_ov2.core import CaptionModel, VisionModel
+from open_clip_ov2.data.crop import Jitter, RandomCrop
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +50,54 @@ def family_preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
 def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: AugmentationCfg | None = None) -> T.Compose:
     """PIL image -> normalised float32 `(3, H, W)`, cropped at random from torch's default generator."""
     aug = aug or AugmentationCfg(scale=CROP_AREA)
-    scale, ratio = tuple(aug.scale), tuple(aug.ratio) if aug.ratio else (3 / 4, 4 / 3)
+    scale, ratio = _crop_ranges(aug)
     steps: list[Any] = [
         T.Lambda(_to_rgb),
         T.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
     ]
     if aug.color_jitter:
-        jitter = aug.color_jitter
-        amounts = (jitter,) * 3 if isinstance(jitter, (int, float)) else tuple(jitter)
-        steps.append(T.RandomApply([T.ColorJitter(*amounts)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
+        steps.append(T.RandomApply([_color_jitter(aug)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
     if aug.gray_scale_prob:
         steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
     return T.Compose([*steps, T.ToTensor(), T.Normalize(mean=mean, std=std)])
+
+
+def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | None, fast: bool) -> RandomCrop | None:
+    """`train_transform` up to its ToTensor, for our loader: the same draws, uint8. None where the model's transform is
+    not ours: another interpolation, or timm's augmentation.
+    """
+    if not isinstance(preprocess_cfg["interpolation"], FamilyBilinear) or (aug_cfg and aug_cfg.get("use_timm")):
+        return None
+    aug, size, jitter = _augmentation(aug_cfg), preprocess_cfg["size"], None
+    if aug.color_jitter or aug.gray_scale_prob:
+        ranges = _color_jitter(aug)
+        jitter = Jitter(
+            (ranges.brightness, ranges.contrast, ranges.saturation, ranges.hue),
+            (aug.color_jitter_prob or JITTER_PROBABILITY) if aug.color_jitter else 0.0,
+            aug.gray_scale_prob or 0.0,
+        )
+    return RandomCrop((size, size) if isinstance(size, int) else tuple(size), *_crop_ranges(aug), jitter, fast)
+
+
+def _crop_ranges(aug: AugmentationCfg) -> tuple[tuple[float, float], tuple[float, float]]:
+    (low, high), ratio = aug.scale, aug.ratio or (3 / 4, 4 / 3)
+    return (low, high), (ratio[0], ratio[1])
+
+
+def _color_jitter(aug: AugmentationCfg) -> T.ColorJitter:
+    jitter = aug.color_jitter or 0.0
+    return T.ColorJitter(*((jitter,) * 3 if isinstance(jitter, (int, float)) else jitter))
+
+
+def _augmentation(aug_cfg: Any) -> AugmentationCfg:
+    """Raises ValueError for a key that OpenCLIP does not have."""
+    if not isinstance(aug_cfg, Mapping):
+        return aug_cfg or AugmentationCfg(scale=CROP_AREA)
+    known = {field.name for field in fields(AugmentationCfg)}
+    unknown = set(aug_cfg) - known
+    if unknown:
+        raise ValueError(f"unknown augmentation {sorted(unknown)} (known: {', '.join(sorted(known))})")
+    return AugmentationCfg(**{"scale": CROP_AREA, **aug_cfg})
 
 
 def _to_rgb(image: Any) -> Any:
@@ -94,16 +131,6 @@ def use_family_crop(original: Callable[..., Any]) -> Callable[..., Any]:
         uses_timm = isinstance(aug_cfg, dict) and aug_cfg.get("use_timm")
         if not is_train or uses_timm or not isinstance(cfg.interpolation, FamilyBilinear):
             return original(cfg, is_train, aug_cfg)
-        aug = None
-        if aug_cfg:
-            known = {field.name for field in fields(AugmentationCfg)}
-            if isinstance(aug_cfg, dict):
-                unknown = set(aug_cfg) - known
-                if unknown:
-                    raise ValueError(f"unknown augmentation {sorted(unknown)} (known: {', '.join(sorted(known))})")
-                aug = AugmentationCfg(**{"scale": CROP_AREA, **aug_cfg})
-            else:
-                aug = aug_cfg
-        return train_transform(cfg.size, cfg.mean, cfg.std, aug)
+        return train_transform(cfg.size, cfg.mean, cfg.std, _augmentation(aug_cfg))
 
     return image_transform_v2

@@ -9,12 +9,13 @@ from typing import Any
 from open_clip import factory as open_clip_factory
 from torch import nn
 
+from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.loop.checkpoint import RESUME_KEY
 from open_clip_ov2.seam import baselines, shims
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.flags import TrainOptions
-from open_clip_ov2.seam.preprocess import color_jitter_cfg
+from open_clip_ov2.seam.preprocess import color_jitter_cfg, train_crop
 from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for
 
@@ -63,9 +64,15 @@ class StageModel:
             if self.compile_blocks:
                 model.compile_blocks()
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
-            return model, train_tf, val_tf
+            return model, self._train_crop(kwargs.get("aug_cfg")) or train_tf, val_tf
 
         return create
+
+    def _train_crop(self, aug_cfg: dict[str, Any] | None) -> RandomCrop | None:
+        """Uint8 crops, for our step; the stock one of CLIP and CoCa wants them normalised."""
+        if not self.family:
+            return None
+        return train_crop(self.preprocess_cfg, aug_cfg, fast=self.options.decode != "exact")
 
     def _take_over(self, model: nn.Module) -> None:
         """The weights of the stage before; its position table fitted to this stage's grid."""

@@ -280,4 +280,6 @@ class StageRun:
             grad_clip_norm=args.grad_clip_norm,
             loss_weight=args.coca_caption_loss_weight,
             eos_id=self.built.model.text_config.eos_id if self.family else baselines.CLIP_EOS_ID,
+            mean=tuple(self.built.preprocess_cfg["mean"]),
+            std=tuple(self.built.preprocess_cfg["std"]),
         )

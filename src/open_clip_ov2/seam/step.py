@@ -7,6 +7,7 @@ a contrastive loss needs and a caption loss must not have.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ from open_clip_ov2.seam.progress import StepReport
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step needs to know. `loss_weight`: the reference's 2, OpenCLIP's --coca-caption-loss-weight."""
+    """What a step needs to know. `loss_weight`: the reference's 2, OpenCLIP's --coca-caption-loss-weight.
+
+    `mean`, `std`: of each channel, by which uint8 pictures are normalised; floats are taken as normalised already.
+    """
 
     device: torch.device
     precision: str
@@ -37,6 +41,8 @@ class StepSettings:
     grad_clip_norm: float | None
     loss_weight: float
     eos_id: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return get_autocast(self.precision, device_type=self.device.type)()
@@ -53,11 +59,22 @@ class StepSettings:
         return length_groups(texts_BL, self.eos_id, CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
 
     def to_device(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Uint8 pictures go over as they are, and become what ToTensor and Normalize make of them there."""
         dtype = get_input_dtype(self.precision)
-        return (
-            images.to(self.device, dtype=dtype, non_blocking=True),
-            texts.to(self.device, non_blocking=True),
-        )
+        texts = texts.to(self.device, non_blocking=True)
+        if images.dtype != torch.uint8:
+            return images.to(self.device, dtype=dtype, non_blocking=True), texts
+        pixels = images.to(self.device, non_blocking=True).float().div_(255)
+        pixels = pixels.sub_(_of_channels(self.mean, self.device)).div_(_of_channels(self.std, self.device))
+        return pixels if dtype is None else pixels.to(dtype), texts
+
+
+@functools.cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(C, 1, 1)`; made once, since making it waits for the device. Raises ValueError if there are none."""
+    if not values:
+        raise ValueError("pictures are uint8, and the settings have no mean and std")
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 @dataclass
