@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "the authors' checkpoints into a model of ours, and back",
     "export": "an encoder for transformers, LLaVA, timm, OpenCLIP, ONNX, the authors' code",
     "push": "a model to the hub, with its card",
+    "shards": "copies of shards with smaller pictures, for a low-resolution stage",
     "plot": "draw the curves of one or more runs",
     "submit": "train on SLURM, or here in the background",
     "jobs": "where submitted runs stand; logs, cancel, resubmit",

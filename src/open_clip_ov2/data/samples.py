@@ -129,10 +129,14 @@ def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Encoded picture -> RGB, its size looked at before its pixels. Raises SkipSample.
+    """Encoded picture -> RGB. Raises SkipSample. Transparency is dropped, not composited, as OpenCLIP does it."""
+    with open_image(data, max_image_pixels) as image:
+        return image.convert("RGB")
 
-    Transparency is dropped, not composited, as OpenCLIP does it.
-    """
+
+@contextlib.contextmanager
+def open_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
+    """The picture, its size looked at and its pixels not yet read; what PIL raises while it is open is a SkipSample."""
     try:
         with _pil_limit(max_image_pixels):
             image = Image.open(io.BytesIO(data))
@@ -141,7 +145,7 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image
                 raise SkipSample(
                     TOO_MANY_PIXELS, f"{width} x {height}, at most {max_image_pixels} (--max-image-pixels)"
                 )
-            return image.convert("RGB")
+            yield image
     except SkipSample:
         raise
     except Image.DecompressionBombError as error:
