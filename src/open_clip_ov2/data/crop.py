@@ -7,6 +7,7 @@ Shapes: C channels, H and W pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class RandomCrop:
         return self.finish(self.cut(image, box), generator)
 
     def draw(self, width: int, height: int, generator: torch.Generator | None) -> Box:
-        low, high = torch.log(torch.tensor(self.ratio)).tolist()
+        low, high = _logs(self.ratio)
         for _ in range(ATTEMPTS):
             area = width * height * torch.empty(1).uniform_(*self.scale, generator=generator).item()
             ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
@@ -111,6 +112,13 @@ class RandomCrop:
     def finish(self, image_CHW: Tensor, generator: torch.Generator | None) -> Tensor:
         """Colour jitter and grey."""
         return image_CHW if self.jitter is None else _jittered(image_CHW, self.jitter, generator)
+
+
+@functools.cache
+def _logs(ratio: tuple[float, float]) -> tuple[float, float]:
+    """In float32, as torchvision has them."""
+    low, high = torch.log(torch.tensor(ratio)).tolist()
+    return low, high
 
 
 def _span(start: int, length: int, reduction: int, size: int) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from webdataset.gopen import Pipe
 from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
+from open_clip_ov2.data.members import GivesBack, plain_members
 from open_clip_ov2.data.skips import BROKEN_SHARD, SkipCounter
 
 TAR_BLOCK = 512  # bytes; a tar ends with two blocks of zeros (POSIX pax), of which Python reads at least one
@@ -42,11 +43,23 @@ class _Watched:
         data = self._stream.read(size)
         if len(self._head) < 8:
             self._head += data[: 8 - len(self._head)]
-        self._tail = (self._tail + data)[-TAR_BLOCK:]
+        self._tail = data[-TAR_BLOCK:] if len(data) >= TAR_BLOCK else (self._tail + data)[-TAR_BLOCK:]
         return data
 
     def ended_early(self) -> bool:
         return not self._head.startswith(COMPRESSED) and any(self._tail)
+
+
+def _files(watched: _Watched, url: str, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The plain members fast, and the rest, if there is one, as webdataset reads it."""
+    stream = GivesBack(watched)
+    try:
+        yield from plain_members(stream, url)
+    except Exception as error:  # a pipe's exit status, a disk's error
+        note(error)
+        return
+    if stream.given_back:
+        yield from tar_file_expander([{"url": url, "stream": stream}], handler=note)
 
 
 def read_tar(url: str, skips: SkipCounter) -> Generator[dict[str, Any], None, None]:
@@ -61,8 +74,7 @@ def read_tar(url: str, skips: SkipCounter) -> Generator[dict[str, Any], None, No
     early = False
     for opened in url_opener([{"url": url}], handler=note):
         with _Watched(opened["stream"], url) as watched:
-            files = tar_file_expander([{"url": url, "stream": watched}], handler=note)
-            yield from group_by_keys(files, handler=note)
+            yield from group_by_keys(_files(watched, url, note), handler=note)
             early = watched.ended_early()
     if early and not broken:
         broken.append("a damaged header, or no end of archive: what follows is not read")

@@ -16,6 +16,7 @@ from open_clip_ov2.seam import baselines, shims
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.flags import TrainOptions
 from open_clip_ov2.seam.preprocess import color_jitter_cfg, train_crop
+from open_clip_ov2.seam.remembering import remembering
 from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for
 
@@ -102,7 +103,7 @@ class StageModel:
                     self.options.tokenizer, self.model.context_length, kwargs.get("cache_dir")
                 )
             else:
-                self.tokenizer = original(name, **kwargs)
+                self.tokenizer = remembering(original(name, **kwargs))
             return self.tokenizer
 
         return get_tokenizer

@@ -1,0 +1,171 @@
+"""Images a second on one core: our loader against stock OpenCLIP's, on the same shards, captions and augmentation.
+
+    taskset -c 0 python scripts/loader_bench.py                  # makes its shards in a temporary folder
+    taskset -c 0 python scripts/loader_bench.py --color-jitter --resolution 224 --train-data 'shards/{0..9}.tar'
+
+Stock is `open_clip_train.data.get_data` with its own transform at the crop of our family (area 40% to 100%), bicubic as
+it is. All run without worker processes, one after the other in each repetition, so that what slows the machine slows
+all of them. A repetition reads every sample once; the first one warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import webdataset as wds
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from open_clip_train.data import get_data
+from open_clip_train.params import parse_args
+from PIL import Image, ImageDraw
+
+from open_clip_ov2.data.captions import parse_caption_keys
+from open_clip_ov2.data.loader import TrainLoader
+from open_clip_ov2.data.resize import Resize
+from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
+from open_clip_ov2.data.shrink import Shrink
+from open_clip_ov2.seam.preprocess import CROP_AREA, FamilyBilinear, color_jitter_cfg, train_crop
+from open_clip_ov2.seam.remembering import remembering
+
+SIDE, QUALITY = 512, 77  # about 64 KB each
+WORDS = ("a photo shows two people near the old harbour", "wooden boats on green water under a bright sky")
+
+
+def picture(number: int) -> bytes:
+    """A JPEG with the spectrum of a photograph (amplitude falls with frequency) and hard edges."""
+    rng = np.random.default_rng(number)
+    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None])
+    frequency[0, 0] = 1 / SIDE
+    phases = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
+    noise = np.fft.irfft2(phases / frequency**1.2, s=(SIDE, SIDE))
+    noise /= noise.std(axis=(1, 2), keepdims=True)
+    pixels = np.clip(128 + 50 * (0.8 * noise[:1] + 0.3 * noise[1:]), 0, 255)  # one light, and colours around it
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(np.uint8))
+    for _ in range(6):
+        x, y, radius = rng.integers(0, SIDE), rng.integers(0, SIDE), rng.integers(10, 100)
+        fill = tuple(rng.integers(0, 256, 3).tolist())
+        ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, samples: int, shards: int = 4) -> str:
+    for shard in range(shards):
+        with wds.TarWriter(str(folder / f"{shard}.tar")) as tar:
+            for number in range(shard * samples // shards, (shard + 1) * samples // shards):
+                rng = np.random.default_rng(number)
+                caption = " ".join(rng.choice(" ".join(WORDS).split(), rng.integers(20, 100)))
+                tar.write({"__key__": f"{number:06d}", "jpg": picture(number), "txt": caption})
+    return f"{folder}/{{0..{shards - 1}}}.tar"
+
+
+def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], Iterator[Any]]:
+    jitter = color_jitter_cfg() if args.color_jitter else {}
+    transform = image_transform_v2(PreprocessCfg(size=args.resolution), True, AugmentationCfg(CROP_AREA, **jitter))
+    words = ["--train-data", shards, "--train-num-samples", str(samples), "--batch-size", str(args.batch_size)]
+    flags = parse_args([*words, "--workers", "0", "--dataset-type", "webdataset"])
+    flags.distributed, flags.world_size, flags.rank = False, 1, 0
+    tokenizer = open_clip.SimpleTokenizer(context_length=args.context_length)
+    data = get_data(flags, (transform, None), tokenizer=tokenizer)
+    return lambda: iter(data["train"].dataloader)
+
+
+def ours(shards: str, args: argparse.Namespace, samples: int, fast: bool) -> Callable[[], Iterator[Any]]:
+    cfg = {"size": args.resolution, "interpolation": FamilyBilinear("bilinear")}
+    crop = train_crop(cfg, color_jitter_cfg() if args.color_jitter else None, fast)
+    assert crop is not None
+    loader = TrainLoader(
+        WebDatasetSource(expand_shards(shards)[0]),
+        crop,
+        remembering(open_clip.SimpleTokenizer(context_length=args.context_length)),
+        batch_size=args.batch_size,
+        num_workers=0,
+        seed=0,
+        rank=0,
+        world_size=1,
+        caption_keys=parse_caption_keys("txt"),
+        num_samples=samples,
+    )
+    return lambda: iter(loader)
+
+
+def resized(shards: str, folder: Path, short_side: int) -> str:
+    with Resize(expand_shards(shards)[0], folder, Shrink(short_side, 90, MAX_IMAGE_PIXELS)) as resize:
+        for _ in resize.run(workers=1):
+            pass
+        return "::".join(str(folder / name) for name in resize.finish())
+
+
+def seconds(start: Callable[[], Iterator[Any]], samples: int) -> float:
+    begin, seen = time.perf_counter(), 0
+    for batch in start():
+        seen += len(batch[0])
+    assert seen == samples, f"{seen} samples came, not {samples}"
+    return time.perf_counter() - begin
+
+
+def measure(pipelines: dict[str, Callable[[], Iterator[Any]]], samples: int, repetitions: int) -> dict[str, Any]:
+    """Medians of images a second, and of the ratio to stock within a repetition, with least and greatest."""
+    times: dict[str, list[float]] = {name: [] for name in pipelines}
+    for repetition in range(repetitions + 1):
+        for name, start in pipelines.items():
+            taken = seconds(start, samples)
+            if repetition:
+                times[name].append(taken)
+    rows = {}
+    for name, taken in times.items():
+        ratios = [one / mine for one, mine in zip(times["stock"], taken, strict=True)]
+        rows[name] = {
+            "images_per_second": round(samples / statistics.median(taken), 1),
+            "times_stock": round(statistics.median(ratios), 2),
+            "times_stock_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        }
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--train-data", help="default: shards made for this, with JPEGs of 512 px")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--resolution", type=int, default=84)
+    parser.add_argument("--short-side", type=int, default=160)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--context-length", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--color-jitter", action="store_true")
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    torch.set_num_threads(1)
+    samples = args.samples // args.batch_size * args.batch_size
+    with tempfile.TemporaryDirectory() as temporary:
+        full = Path(temporary) / "full"
+        full.mkdir()
+        shards = args.train_data or write_shards(full, samples)
+        small = resized(shards, Path(temporary) / "small", args.short_side)
+        pipelines = {
+            "stock": stock(shards, args, samples),
+            "ours, exact": ours(shards, args, samples, fast=False),
+            "ours, fast": ours(shards, args, samples, fast=True),
+            f"ours, shards of {args.short_side} px": ours(small, args, samples, fast=True),
+            f"stock, shards of {args.short_side} px": stock(small, args, samples),
+        }
+        print(json.dumps(measure(pipelines, samples, args.repetitions), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Reading tars without tarfile. Oracle: webdataset's own reader on the same bytes."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from open_clip_ov2.data import tars
+from open_clip_ov2.data.members import GivesBack, plain_members
+from open_clip_ov2.data.skips import SkipCounter
+from open_clip_ov2.data.tars import read_tar
+
+FILES = [
+    ("0.txt", b"zero"),
+    ("0.jpg", bytes(range(1, 201)) * 4),
+    ("1.txt", b""),
+    ("1.jpg", b"x" * 512),
+    ("dir/2.txt", b"two"),
+]
+
+
+def info_of(name: str, data: bytes, **changed: Any) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in changed.items():
+        setattr(info, key, value)
+    return info
+
+
+def built(files: list[tuple[str, bytes]], tar_format: int, changes: dict[str, dict[str, Any]] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for name, data in files:
+            tar.addfile(info_of(name, data, **(changes or {}).get(name, {})), io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def slow(data: bytes) -> list[dict[str, Any]]:
+    """Samples by webdataset and tarfile alone."""
+    found: list[dict[str, Any]] = []
+    files = tar_file_expander([{"url": "u", "stream": io.BytesIO(data)}], handler=lambda _: True)
+    found += group_by_keys(files, handler=lambda _: True)
+    return found
+
+
+def fast(data: bytes, folder: Path) -> tuple[list[dict[str, Any]], int]:
+    (folder / "t.tar").write_bytes(data)
+    skips = SkipCounter(log=False)
+    samples = list(read_tar(str(folder / "t.tar"), skips))
+    return [{**sample, "__url__": "u"} for sample in samples], skips.total.total()
+
+
+def not_read(data: bytes) -> bool:
+    stream = GivesBack(io.BytesIO(data))
+    list(plain_members(stream, "u"))
+    return stream.given_back
+
+
+LONG = "long/" + "n" * 150 + ".txt"
+CASES: dict[str, tuple[Callable[[], bytes], bool]] = {  # bytes, and whether tarfile is asked
+    "ustar": (lambda: built(FILES, tarfile.USTAR_FORMAT), False),
+    "gnu": (lambda: built(FILES, tarfile.GNU_FORMAT), False),
+    "pax": (lambda: built(FILES, tarfile.PAX_FORMAT), False),
+    "pax with times": (lambda: built(FILES, tarfile.PAX_FORMAT, {n: {"mtime": 1.7e9 + 0.1} for n, _ in FILES}), False),
+    "meta": (lambda: built([("__meta__", b"m"), ("__a__/b.txt", b"m"), *FILES], tarfile.USTAR_FORMAT), False),
+    "folders": (lambda: built([("dir", b""), *FILES], tarfile.GNU_FORMAT, {"dir": {"type": tarfile.DIRTYPE}}), False),
+    "umlaut": (lambda: built([("\u00e4.txt", b"a"), *FILES], tarfile.GNU_FORMAT), False),
+    "old type": (lambda: built(FILES, tarfile.USTAR_FORMAT, {"0.jpg": {"type": tarfile.AREGTYPE}}), False),
+    "pax umlaut": (lambda: built([*FILES, ("\u00e4.txt", b"a")], tarfile.PAX_FORMAT), True),
+    "long name, pax": (lambda: built([*FILES, (LONG, b"long"), ("z.txt", b"z")], tarfile.PAX_FORMAT), True),
+    "long name, gnu": (lambda: built([*FILES, (LONG, b"long"), ("z.txt", b"z")], tarfile.GNU_FORMAT), True),
+    "prefix": (lambda: built([*FILES, (LONG.replace("nnn", "n/n"), b"p")], tarfile.USTAR_FORMAT), True),
+    "link": (lambda: built(FILES, tarfile.GNU_FORMAT, {"1.txt": {"type": tarfile.SYMTYPE, "linkname": "0.txt"}}), True),
+    "nothing": (lambda: bytes(10240), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_are_webdatasets(name: str, tmp_path: Path) -> None:
+    make, asked = CASES[name]
+    data = make()
+    assert fast(data, tmp_path) == (slow(data), 0)
+    assert not_read(data) == asked
+
+
+def test_what_the_writer_of_webdataset_makes_is_plain(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "w.tar")) as tar:
+        for number in range(3):
+            tar.write({"__key__": f"k{number}", "txt": f"text {number}", "jpg": bytes(600 * number)})
+    data = (tmp_path / "w.tar").read_bytes()
+    assert len(slow(data)) == 3
+    assert fast(data, tmp_path) == (slow(data), 0)
+    assert not not_read(data)
+
+
+def test_damage_anywhere_is_judged_as_tarfile_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same with every byte left to tarfile, for cuts and flipped bits: its samples, and every break that
+    it notices. (It reads 10 KB ahead, and so misses some that come shortly before the end.) A cut is always noticed.
+    """
+    whole = built(FILES, tarfile.PAX_FORMAT, {"0.jpg": {"mtime": 1.5}, "1.txt": {"mtime": 2.5}})
+    end = len(whole.rstrip(b"\0"))
+    rng, damaged = random.Random(0), []
+    for place in [*range(0, end, 256), *rng.choices(range(end), k=200)]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        damaged += [whole[:place], bytes(flipped)]
+    found = [fast(data, tmp_path) for data in damaged]
+    monkeypatch.setattr(tars, "plain_members", lambda stream, url: iter(stream.give_back(stream.read(1)) or ()))
+    for index, data in enumerate(damaged):
+        samples, broken = fast(data, tmp_path)
+        assert found[index][0] == samples, index
+        assert broken <= found[index][1] <= 1, index
+        assert found[index][1] == 1 or index % 2 == 1, index
+    assert {len(samples) for samples, _ in found} >= {0, 1, 2, 3}
