@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         if not 1 <= value <= most:
             raise UserError(f"--{flag} {value} lies outside 1 to {most}")
     urls, _ = expand_shards("::".join(args.shards))
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # names of files are no markup
     shrink = Shrink(args.short_side, args.quality, args.max_image_pixels)
     with Resize(urls, args.out, shrink) as resize:
         _run(resize, args.workers, console)
@@ -76,9 +76,9 @@ def _run(resize: Resize, workers: int, console: Console) -> None:
 def _tell(reports: list[ShardReport], samples: int, out: Path, console: Console) -> None:
     dropped = [row for report in reports for row in report.dropped]
     size = sum(report.bytes_out for report in reports)
-    console.print(f"{out}: {len(reports)} shards, {samples:,} samples, {size / 1e6:,.1f} MB", highlight=False)
+    console.print(f"{out}: {len(reports)} shards, {samples:,} samples, {size / 1e6:,.1f} MB")
     if dropped:
         causes = describe(Counter(cause for _, cause, _ in dropped))
         named = ", ".join(key for key, _, _ in dropped[:SHOWN]) + (", ..." if len(dropped) > SHOWN else "")
-        console.print(f"left out: {causes}: {named} (all of them: {out / LEDGER})", highlight=False)
-    console.print(f"{samples + len(dropped):,} read = {samples:,} written + {len(dropped):,} left out", highlight=False)
+        console.print(f"left out: {causes}: {named} (all of them: {out / LEDGER})")
+    console.print(f"{samples + len(dropped):,} read = {samples:,} written + {len(dropped):,} left out")
