@@ -20,7 +20,7 @@ from open_clip_ov2.errors import UserError
 
 SHOWN = 5  # dropped samples that are named; the ledger has them all
 SHORT_SIDE = 160  # the largest crop of an 84 px stage then has 1.9 times its resolution, the least (40% of area) 1.2
-QUALITY = 90  # about 14 KB for a photograph of 160 px
+QUALITY = 90  # 11 KB for a picture of 160 px (scripts/loader_bench.py)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,4 +81,5 @@ def _tell(reports: list[ShardReport], samples: int, out: Path, console: Console)
         causes = describe(Counter(cause for _, cause, _ in dropped))
         named = ", ".join(key for key, _, _ in dropped[:SHOWN]) + (", ..." if len(dropped) > SHOWN else "")
         console.print(f"left out: {causes}: {named} (all of them: {out / LEDGER})")
-    console.print(f"{samples + len(dropped):,} read = {samples:,} written + {len(dropped):,} left out")
+    read = sum(report.samples_in for report in reports)
+    console.print(f"{read:,} read = {samples:,} written + {len(dropped):,} left out")
