@@ -26,6 +26,8 @@ PIECES = [
 @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=8).map("".join)))
 @example("A photo of the Dog's 2 caf\u00e9s &amp; more")
 @example("plain ASCII, twice: plain ASCII")
+@example("no-space-for-more-than-thirty-two-characters, and on")
+@example(" ".join(["longer than the context"] * 12))
 def test_ids_are_the_same(text: str) -> None:
     try:
         expected = STOCK.encode(text)
@@ -58,5 +60,9 @@ def test_variants_keep_their_ways() -> None:
     assert remembering(canonical).encode(text) == canonical.encode(text) != STOCK.encode(text)
     for other in (OURS, len):
         assert remembering(other) is other
+    special = open_clip.SimpleTokenizer(additional_special_tokens=["a dog"])
+    assert remembering(special) is special  # a token with a space within
+    assert torch.equal(OURS(["a b c"], context_length=3), STOCK(["a b c"], context_length=3))
+    assert torch.equal(OURS("a b c"), STOCK("a b c"))
     masked = remembering(open_clip.SimpleTokenizer(context_length=6, reduction_mask="simple"))
     assert masked(["one two three four five six seven"]).shape == (1, 6)

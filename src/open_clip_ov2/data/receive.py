@@ -88,12 +88,18 @@ def torch_loader(stream: IterableDataset[Any], num_workers: int, pin_memory: boo
     return DataLoader(
         stream,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=partial(_init_worker, leaving=_leaving()),
         generator=torch.Generator(),  # or else each iteration draws from the generator that the model uses
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Torch's own would look at every key and caption for arrays to convert."""
+    return batch
 
 
 @functools.cache

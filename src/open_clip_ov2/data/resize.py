@@ -10,7 +10,9 @@ import fcntl
 import json
 import logging
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -152,8 +154,9 @@ class Resize:
 
 def _in_processes(jobs: Sequence[tuple[str, Path, Shrink]], workers: int) -> Iterator[ShardReport]:
     before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals_to_the_parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([shrink_shard.__module__])  # torch is imported once, not by each
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent)
     try:
         for done in as_completed([pool.submit(shrink_shard, *job) for job in jobs]):
             yield done.result()
@@ -165,5 +168,14 @@ def _in_processes(jobs: Sequence[tuple[str, Path, Shrink]], workers: int) -> Ite
             child.terminate()
 
 
-def _leave_signals_to_the_parent() -> None:
+def _follow_the_parent() -> None:
+    """Ctrl-C is for the parent; and where it is killed, none goes on writing what the next command writes anew."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
