@@ -1,11 +1,12 @@
-"""Images a second on one core: our loader against stock OpenCLIP's, on the same shards, captions and augmentation.
+"""Images a second of a core's time: our loader against stock OpenCLIP's, on the same shards, captions and augmentation.
 
     taskset -c 0 python scripts/loader_bench.py                  # makes its shards in a temporary folder
     taskset -c 0 python scripts/loader_bench.py --color-jitter --resolution 224 --train-data 'shards/{0..9}.tar'
 
 Stock is `open_clip_train.data.get_data` with its own transform at the crop of our family (area 40% to 100%), bicubic as
 it is. All run without worker processes, one after the other in each repetition, so that what slows the machine slows
-all of them. A repetition reads every sample once; the first one warms up and is not counted.
+all of them. The processor's time is taken, as other programs' turns are not ours. A repetition reads every sample once;
+the first one warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ def resized(shards: str, folder: Path, short_side: int) -> str:
 
 
 def seconds(start: Callable[[], Iterator[Any]], samples: int) -> float:
-    begin, seen = time.perf_counter(), 0
+    begin, seen = time.process_time(), 0
     for batch in start():
         seen += len(batch[0])
     assert seen == samples, f"{seen} samples came, not {samples}"
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def measure(pipelines: dict[str, Callable[[], Iterator[Any]]], samples: int, repetitions: int) -> dict[str, Any]:
