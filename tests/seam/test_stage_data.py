@@ -74,3 +74,11 @@ def test_the_number_of_samples_is_known(squares: Path, tmp_path: Path) -> None:
     assert ov2(["train", *flags, "--name", "run"]) == 0
     assert [row["samples_seen"] for row in results(tmp_path / "run", "train")] == [8, 16, 24, 32]
     assert parse(flags).name != parse([*flags, "--decode", "exact"]).name
+
+
+def test_fast_decoding_is_refused_where_the_crop_is_not_ours(squares: Path, tmp_path: Path, capsys) -> None:
+    """Oracle: the flag in one line."""
+    flags = [*NANO, *data_flags(squares), "--logs", str(tmp_path), "--aug-cfg", "use_timm=True", "--decode", "fast"]
+    assert ov2(["train", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--decode fast" in error

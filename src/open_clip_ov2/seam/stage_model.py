@@ -70,10 +70,16 @@ class StageModel:
         return create
 
     def _train_crop(self, aug_cfg: dict[str, Any] | None) -> RandomCrop | None:
-        """Uint8 crops, for our step; the stock one of CLIP and CoCa wants them normalised."""
+        """Uint8 crops, for our step; the stock one of CLIP and CoCa wants them normalised. Raises UserError."""
         if not self.family:
             return None
-        return train_crop(self.preprocess_cfg, aug_cfg, fast=self.options.decode != "exact")
+        crop = train_crop(self.preprocess_cfg, aug_cfg, fast=self.options.decode != "exact")
+        if crop is None and self.options.decode == "fast":
+            raise UserError(
+                "--decode fast: the crop of this --aug-cfg or --model is not the family's own, and takes whole "
+                "pictures; leave --decode out"
+            )
+        return crop
 
     def _take_over(self, model: nn.Module) -> None:
         """The weights of the stage before; its position table fitted to this stage's grid."""
