@@ -36,8 +36,8 @@ def test_tensorboard_shows_the_panels(run: Path) -> None:
     scalars = set(board.Tags()["scalars"])
     assert scalars >= {
         "train/caption_loss", "train/loss", "train/lr", "train/grad_norm", "throughput/images_per_second",
-        "throughput/tokens_per_second", "throughput/data_wait_share", "memory/peak_mb", "val/caption_loss",
-        "val/perplexity",
+        "throughput/tokens_per_second", "throughput/data_wait_share", "throughput/utilisation", "memory/peak_mb",
+        "val/caption_loss", "val/perplexity",
     }  # fmt: skip
     assert board.Tags()["images"] == ["val/captions"]
     events = board.Scalars("val/caption_loss")

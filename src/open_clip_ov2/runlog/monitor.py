@@ -6,8 +6,9 @@ Units: `_s` seconds, `memory_mb` mebibytes. The x axis of everything is samples 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from open_clip_ov2.runlog.log import FILE_ONLY
+from open_clip_ov2.runlog.meter import BottleneckWatch, Meter, device_memory
 from open_clip_ov2.runlog.progress import ProgressLine
 from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
 from open_clip_ov2.runlog.sinks import JsonLines, TensorBoard
@@ -42,7 +44,8 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """`number` counts from 1; `steps` in the whole stage, `first_step` of them done; `batch_images` in one step."""
+    """`number` counts from 1; `steps` in the whole stage, `first_step` of them done; `batch_images` in one step;
+    `workers`: data workers of a process."""
 
     number: int
     of: int
@@ -51,6 +54,8 @@ class StageInfo:
     steps: int
     samples_before: int
     batch_images: int
+    meter: Meter | None = None
+    workers: int | None = None
 
     @property
     def last_sample(self) -> int:
@@ -71,6 +76,7 @@ class RunMonitor:
         self._epoch_skips: Counter[str] = Counter()
         self._total_skips: Counter[str] = Counter()
         self._window = Window()
+        self._watch = BottleneckWatch()
         self._sinks: list[Any] = []
         self._progress: ProgressLine | None = None
         self.last: dict[str, float] = {}
@@ -85,6 +91,7 @@ class RunMonitor:
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
         """`state`: this monitor's own, from the checkpoint that the stage goes on from."""
         self._stage, self._steps = stage, stage.first_step
+        self._watch.begin(stage.workers)
         if state is not None:
             self._total_skips = Counter(state["total_skips"])
             self._epoch_images = state["epoch_images"]
@@ -155,10 +162,13 @@ class RunMonitor:
         lr: float,
         grad_norm: Tensor | float | None,
     ) -> None:
+        asked = time.perf_counter()
         values = {name: float(value) for name, value in losses.items()} | {"lr": lr}
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
-        speed = self._window.take()
+        self._window.add_seconds(time.perf_counter() - asked)
+        seconds = self._window.seconds
+        speed = self._window.take(self._stage.meter)
         memory_mb = peak_memory_mb(self._config.device_type)
         self.last = values | speed
         scalars = {f"train/{name}": value for name, value in values.items()}
@@ -171,13 +181,21 @@ class RunMonitor:
         self.status.update(
             samples_seen=samples_seen, loss=values.get("loss"), images_per_second=speed["images_per_second"]
         )
+        logger.info(self._line(samples_seen, values, speed, losses), extra={FILE_ONLY: self._progress is not None})
+        advice = self._watch.note(speed, seconds, device_memory(self._config.device_type))
+        if advice is not None:
+            logger.warning("%s", advice)
+
+    def _line(
+        self, samples_seen: int, values: Mapping[str, float], speed: Mapping[str, float], losses: Iterable[str]
+    ) -> str:
         total = self._stage.last_sample
         shown = " ".join(f"{name} {values[name]:.4g}" for name in [*losses, "lr", "grad_norm"] if name in values)
-        text = (
+        used = f", utilisation {100 * speed['utilisation']:.1f}%" if "utilisation" in speed else ""
+        return (
             f"samples {samples_seen:,} of {total:,} ({100 * samples_seen / max(total, 1):.0f}%) {shown} "
-            f"{speed['images_per_second']:.1f} images/s, waiting for data {100 * speed['data_wait_share']:.0f}%"
+            f"{speed['images_per_second']:.1f} images/s, waiting for data {100 * speed['data_wait_share']:.0f}%{used}"
         )
-        logger.info(text, extra={FILE_ONLY: self._progress is not None})
 
     @property
     def epoch_skips(self) -> dict[str, int]:

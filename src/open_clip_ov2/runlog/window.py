@@ -1,4 +1,4 @@
-"""Throughput since the last log step, and memory."""
+"""Throughput and utilisation since the last log step, and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 
 import torch
 from torch import Tensor
+
+from open_clip_ov2.runlog.meter import Meter
 
 
 class Window:
@@ -28,12 +30,24 @@ class Window:
         if tokens is not None:
             self._tokens.append(tokens)
 
-    def take(self) -> dict[str, float]:
-        """images_per_second, tokens_per_second (real caption tokens) and data_wait_share (0 to 1)."""
-        seconds = max(self._step_s, 1e-9)
+    def add_seconds(self, seconds: float) -> None:
+        """Steps that a GPU still had to do when the last one was added."""
+        self._step_s += seconds
+
+    @property
+    def seconds(self) -> float:
+        return max(self._step_s, 1e-9)
+
+    def take(self, meter: Meter | None = None) -> dict[str, float]:
+        """images_per_second, tokens_per_second (real caption tokens), data_wait_share (0 to 1) and, with a meter,
+        utilisation (model FLOPs over the devices' dense rate, 0 to 1)."""
+        seconds = self.seconds
         out = {"images_per_second": self._images / seconds, "data_wait_share": self._wait_s / seconds}
-        if self._tokens:
-            out["tokens_per_second"] = sum(float(count) for count in self._tokens) / seconds
+        tokens = sum(float(count) for count in self._tokens) if self._tokens else None
+        if tokens is not None:
+            out["tokens_per_second"] = tokens / seconds
+        if meter is not None:
+            out["utilisation"] = meter.utilisation(self._images, tokens, seconds)
         self._clear()
         return out
 

@@ -3,9 +3,10 @@
 All of it is OpenCLIP's own code; these are configs alone. The encoder is X's (patches, width, layers, heads, MLP,
 norms, no ln_pre), but for what the counterpart itself needs: a learned position table and a trained head of the text's
 width, as OpenCLIP has them, and CoCa's attentional pooler (256 queries, 8 heads: OpenCLIP's coca_ViT-L-14 and
-coca_ViT-B-32). CLIP pools patches by their mean, as X does. Text towers have the width, layers and heads of X's decoder, and CoCa's
-decoder has as many layers as its text tower (12 and 12 in both stock configs). Captions are as long as X's.
-For ov2-vit-l-14 that is coca_ViT-L-14 and ViT-L-14 but for the caption's length, ln_pre, and CLIP's pooling.
+coca_ViT-B-32). CLIP pools patches by their mean, as X does. Text towers have the width, layers and heads of X's
+decoder, and CoCa's decoder has as many layers as its text tower (12 and 12 in both stock configs). Captions are as
+long as X's. For ov2-vit-l-14 that is coca_ViT-L-14 and ViT-L-14 but for the caption's length, ln_pre, and CLIP's
+pooling.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def model_facts(
             )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"--model {name}: {error}") from error
-    return _facts(name, model)
+    return facts_of(name, model)
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
-def _facts(name: str, model: Any) -> ModelFacts:
+def facts_of(name: str, model: Any) -> ModelFacts:
+    """The same of a model that is there. Raises UserError for one that is not made of plain transformers."""
     if not isinstance(model.visual, VisionTransformer):
         raise UserError(f"--model {name}: a plan is for plain ViTs, which its image tower is not")
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)

@@ -21,6 +21,7 @@ from open_clip_ov2.runlog.monitor import StageInfo
 from open_clip_ov2.seam import baselines, evaluate, patches, shims
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.datasets import LoaderInfo, make_data
+from open_clip_ov2.seam.meter import stage_meter
 from open_clip_ov2.seam.progress import StageParts, StageProgress
 from open_clip_ov2.seam.run_folder import resolved_config, write_config
 from open_clip_ov2.seam.session import Session
@@ -189,6 +190,8 @@ class StageRun:
                 steps=progress.steps_per_epoch * args.epochs,
                 samples_before=session.samples_before,
                 batch_images=global_batch,
+                meter=stage_meter(self.built.model, args) if session.rank == 0 else None,
+                workers=args.workers,
             ),
             state["monitor"] if state else None,
         )

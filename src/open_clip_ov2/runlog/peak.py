@@ -1,0 +1,76 @@
+"""The dense matrix rate of a device, which utilisation is a share of. FLOP a second."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# Dense TFLOP/s (bf16 and fp16; fp32 as OpenCLIP's `main` runs it, with TF32), from the vendors' data sheets, figures
+# "with sparsity" halved. The first name that stands in the device's own counts.
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250.0, 1100.0),
+    ("GH200", 989.0, 494.0),
+    ("H200", 989.0, 494.0),
+    ("H100 PCIe", 756.0, 378.0),
+    ("H100 NVL", 835.0, 417.0),
+    ("H100", 989.0, 494.0),
+    ("A100", 312.0, 156.0),
+    ("L40S", 362.0, 183.0),
+    ("L4", 121.0, 60.0),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 62.5),
+    ("RTX 4090", 165.0, 82.6),
+    ("RTX 3090", 71.0, 35.6),
+)
+HALF = {"amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"}
+CPU_SIZE, GPU_SIZE = 1024, 8192  # of the square matrices measured: large enough for the full rate
+MEASURE_S = 0.3
+
+
+@dataclass(frozen=True)
+class Peak:
+    """`flops` a second of one device; `source`: "data sheet" or "measured"."""
+
+    flops: float
+    source: str
+
+
+def peak_of(device: torch.device, precision: str) -> Peak:
+    """From the table, or else measured, which takes less than a second."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = data_sheet(name, precision)
+    return known or measured_peak(device, precision)
+
+
+def data_sheet(device_name: str, precision: str) -> Peak | None:
+    words = device_name.replace("-", " ").split()
+    for name, half, full in PEAKS:
+        if all(word in words for word in name.split()):
+            return Peak(1e12 * (half if precision in HALF else full), "data sheet")
+    return None
+
+
+@functools.cache
+def measured_peak(device: torch.device, precision: str) -> Peak:
+    """The best rate of a large square product in the precision's matrix type."""
+    half = torch.float16 if precision in ("amp", "fp16", "pure_fp16") else torch.bfloat16
+    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
+    own = torch.Generator(device).manual_seed(0)  # a run's own draws must not depend on what is measured
+    dtype = half if precision in HALF else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    calls = 10 if device.type == "cuda" else 1
+    best, begin = float("inf"), time.perf_counter()
+    with torch.no_grad():
+        while time.perf_counter() - begin < MEASURE_S or best == float("inf"):
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                a @ a
+            wait()
+            best = min(best, (time.perf_counter() - start) / calls)
+    return Peak(2.0 * size**3 / best, "measured")
