@@ -46,6 +46,8 @@ def ov2_lines(text: str) -> Iterator[list[str]]:
 def check_parses(argv: list[str]) -> None:
     command, rest = argv[0], argv[1:]
     assert command in COMMANDS, command
+    if argv[:2] == ["bench", "data"]:
+        command, rest = "bench_data", rest[1:]
     if command in ("submit", "sweep") and "--" in rest:
         rest, trained = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
         if command == "submit":

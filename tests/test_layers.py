@@ -17,6 +17,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "tokenizers", "onnxruntime"}),
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
     "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
+    "bench": ({"bench", "data", "runlog", "errors", "seam"}, {"torch", "matplotlib"}),
     "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }
@@ -54,9 +55,10 @@ def test_lower_layers_import_only_what_they_may(package: str) -> None:
         assert ours(names) <= packages, file
 
 
-def test_the_launcher_knows_training_in_one_module_alone() -> None:
-    knowing = {file.name for file in (ROOT / "launch").glob("*.py") if "seam" in ours(imports(file))}
-    assert knowing == {"trainer.py"}
+@pytest.mark.parametrize(("package", "module"), [("launch", "trainer.py"), ("bench", "worker.py")])
+def test_launcher_and_benchmark_know_training_in_one_module_alone(package: str, module: str) -> None:
+    knowing = {file.name for file in (ROOT / package).glob("*.py") if "seam" in ours(imports(file))}
+    assert knowing == {module}
 
 
 def test_only_the_seam_touches_open_clip() -> None:

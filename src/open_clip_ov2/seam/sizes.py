@@ -67,7 +67,7 @@ def model_facts(
         if tokenizer:
             options["text_cfg"] = _text_cfg(tokenizer, context_length or config["text_cfg"]["context_length"])
     try:
-        with _silent(), torch.device("meta"):
+        with silent(), torch.device("meta"):
             model = open_clip.create_model(
                 name,
                 device="meta",
@@ -111,7 +111,7 @@ def _text_cfg(tokenizer: str, context_length: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """OpenCLIP warns that a model without weights is random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

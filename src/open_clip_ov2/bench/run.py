@@ -1,0 +1,117 @@
+"""Takes the measurements: contenders in turns, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from open_clip_ov2.bench.cases import BenchSettings, Case
+from open_clip_ov2.bench.client import Client, OutOfMemory
+from open_clip_ov2.bench.machine import machine_facts
+from open_clip_ov2.bench.results import Largest, Measured, Results
+from open_clip_ov2.bench.search import largest
+
+OUT_OF_MEMORY = "out of memory"
+MOST_IMAGES = 1 << 16  # of a batch that is looked for, ours: beyond what one device holds of any of these models
+BATCH_STEP = 8  # images; tensor cores want multiples of 8
+
+
+def run_bench(settings: BenchSettings, say: Callable[[str], None]) -> Results:
+    """Raises UserError, RunFailed."""
+    measured: list[Measured] = []
+    peaks: dict[str, float] = {}
+    for case in settings.cases:
+        measured += _Turns(settings, case, peaks, say).run()
+    found = [
+        _largest(settings, arm, case, say)
+        for case in _unlike(settings.cases) if settings.largest_batch
+        for arm in settings.arms
+    ]  # fmt: skip
+    return Results(tuple(measured), tuple(found), peaks, machine_facts(settings.device))
+
+
+def _unlike(cases: tuple[Case, ...]) -> list[Case]:
+    """One case of each resolution and precision."""
+    return list({(case.resolution, case.precision): case for case in reversed(cases)}.values())[::-1]
+
+
+class _Turns:
+    """All arms in one case."""
+
+    def __init__(
+        self, settings: BenchSettings, case: Case, peaks: dict[str, float], say: Callable[[str], None]
+    ) -> None:
+        self.settings, self.case, self.peaks, self.say = settings, case, peaks, say
+        self.clients: dict[str, Client] = {}
+        self.measured: dict[str, Measured] = {}
+
+    def run(self) -> list[Measured]:
+        case = self.case
+        self.say(f"{case.resolution} px, {case.precision}, batch {case.batch_size}: {', '.join(self.settings.arms)}")
+        with contextlib.ExitStack() as stack:
+            for arm in self.settings.arms:
+                self._start(arm, stack)
+            for repetition in range(self.settings.repetitions):
+                first = repetition % len(self.settings.arms)  # none always comes after the same other one
+                for arm in self.settings.arms[first:] + self.settings.arms[:first]:
+                    self._time(arm)
+                self._say_repetition(repetition)
+        return list(self.measured.values())
+
+    def _start(self, arm: str, stack: contextlib.ExitStack) -> None:
+        job = self.settings.job(arm, self.case)
+        self.measured[arm] = Measured(arm, job.model, self.case)
+        try:
+            client = stack.enter_context(Client(job))
+            if self.case.precision not in self.peaks:
+                self.peaks[self.case.precision] = client.ask("peak")["flops"]
+            memory = client.ask("memory")
+        except OutOfMemory:
+            self._failed(arm)
+            return
+        self.clients[arm] = client
+        self.measured[arm] = replace(self.measured[arm], **client.about, **memory)
+
+    def _time(self, arm: str) -> None:
+        if arm not in self.clients:
+            return
+        try:
+            step_s = self.clients[arm].ask("time", self.settings.steps)["step_s"]
+        except OutOfMemory:
+            self._failed(arm)
+            return
+        one = self.measured[arm]
+        self.measured[arm] = replace(one, step_s=(*one.step_s, step_s))
+
+    def _failed(self, arm: str) -> None:
+        self.clients.pop(arm, None)
+        one = self.measured[arm]
+        self.measured[arm] = Measured(arm, one.model, self.case, failure=OUT_OF_MEMORY)
+
+    def _say_repetition(self, repetition: int) -> None:
+        times = ", ".join(f"{arm} {1e3 * one.step_s[-1]:.0f} ms" for arm, one in self.measured.items() if one.step_s)
+        self.say(f"  {repetition + 1} of {self.settings.repetitions}: {times or OUT_OF_MEMORY}")
+
+
+def _largest(settings: BenchSettings, arm: str, case: Case, say: Callable[[str], None]) -> Largest:
+    """A process goes on as long as batches fit; after one that did not, a fresh one takes its place."""
+    job, clients = settings.job(arm, case), list[Client]()
+
+    def fits(batch_size: int) -> bool:
+        try:
+            if not clients:
+                clients.append(Client(job))
+            fitting = bool(clients[-1].ask("fits", batch_size)["fits"])
+        except OutOfMemory:
+            clients.clear()
+            fitting = False
+        say(f"  {arm} at {case.resolution} px, batch {batch_size}: {'fits' if fitting else 'too large'}")
+        return fitting
+
+    try:
+        size = largest(fits, case.batch_size, BATCH_STEP, MOST_IMAGES)
+    finally:
+        for client in clients:
+            client.close()
+    return Largest(arm, case.resolution, case.precision, size)
