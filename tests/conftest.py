@@ -10,6 +10,14 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+# Longest first: of two processes, the one that is done early takes the short files (measured with --durations).
+LONG = ("slurm/", "seam/test_resume", "seam/test_train", "export/", "data/test_data_resume", "loop/", "core/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
+
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 220), "black": (10, 10, 10)}
 
 

@@ -1,8 +1,7 @@
-"""Run under torchrun by test_step.py: gradients of one optimizer step over this process's part of a batch of 8."""
+"""Ranks of test_step.py: gradients of one optimizer step over this process's part of a batch of 8."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ def settings(world_size: int, accum_freq: int, clip: float | None = None) -> Ste
     return StepSettings(torch.device("cpu"), "fp32", world_size, accum_freq, clip, 2.0, EOS)
 
 
-def main(out: Path, accum_freq: int) -> None:
+def write_gradients(out: Path, accum_freq: int) -> int:
     torch.distributed.init_process_group("gloo")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = model_of()
@@ -62,7 +61,4 @@ def main(out: Path, accum_freq: int) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         torch.save({"gradients": gradients, "losses": result.losses(2.0), "norm": result.grad_norm}, out)
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    return 0

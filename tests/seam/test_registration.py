@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import open_clip
 import pytest
@@ -22,8 +24,7 @@ SIZES = {  # reference.md: width, depth, mlp, heads of the encoder
 }  # fmt: skip
 
 FINGERPRINT = """
-    import hashlib, io, sys, torch
-    if sys.argv[1] == "with": import open_clip_ov2
+    import hashlib, io, torch
     import open_clip
     from types import SimpleNamespace
     def digest(name):
@@ -40,20 +41,20 @@ FINGERPRINT = """
         values = [v for v in [*out.values(), *loss.values(), tokens] if torch.is_tensor(v)]
         sums = hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in values)).hexdigest()
         return [name, sums, str(train_tf), str(val_tf), str(model.visual.preprocess_cfg), type(model).__name__]
-    import json
-    print("RESULT" + json.dumps([digest(n) for n in ["ViT-S-32", "coca_ViT-B-32"] if n in open_clip.list_models()]))
+    found = [digest(name) for name in ["ViT-S-32", "coca_ViT-B-32"] if name in open_clip.list_models()]
 """
 
 
-def _fingerprint(plugin: str) -> list[list[str]]:
-    code = textwrap.dedent(FINGERPRINT)
-    run = subprocess.run([sys.executable, "-c", code, plugin], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout.split("RESULT")[1])
-
-
 def test_clip_and_coca_are_bit_for_bit_what_they_were() -> None:
-    with_plugin, without = _fingerprint("with"), _fingerprint("without")
-    assert with_plugin == without
+    """With the plugin in this process, without it in another."""
+    code = textwrap.dedent(FINGERPRINT)
+    told = code + "import json, sys; assert 'open_clip_ov2' not in sys.modules; print('RESULT' + json.dumps(found))"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment)
+    here: dict[str, Any] = {}
+    exec(code, here)
+    without = json.loads(run.stdout.split("RESULT")[1])
+    assert here["found"] == without
     assert len(without) == 2
 
 

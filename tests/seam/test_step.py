@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gradient_worker import EOS, model_of, part, settings, whole_batch
+from gradient_worker import EOS, model_of, part, settings, whole_batch, write_gradients
 from torch import Tensor
+from training import finish, start_ranks
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.seam.step import optimizer_step, windows
-
-WORKER = Path(__file__).parent / "gradient_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +52,8 @@ def test_two_processes_give_the_gradients_of_one(
     plain: tuple[dict[str, Tensor], Tensor], tmp_path: Path, processes: int, accum_freq: int
 ) -> None:
     out = tmp_path / "gradients.pt"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*torchrun, str(WORKER), str(out), str(accum_freq)], check=True, timeout=180)
+    done = finish(start_ranks(write_gradients, (out, accum_freq), processes))
+    assert [status for status, _ in done] == [0] * processes, done
     found = torch.load(out, weights_only=True)
     assert_same(found["gradients"], plain[0])
     torch.testing.assert_close(found["losses"]["caption_loss"], plain[1], atol=1e-6, rtol=0)

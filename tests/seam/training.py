@@ -59,9 +59,10 @@ _SERVER.set_forkserver_preload(["open_clip_ov2.seam.runner", "training"])  # sec
 class Rank:
     """One process of a run: a real one, forked from a server that has the imports done."""
 
-    def __init__(self, flags: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, work: Callable[..., int], args: Sequence[Any], environment: dict[str, str]) -> None:
+        """`work` is a module's function; what it returns is the exit status."""
         self._errors = Path(tempfile.mkstemp(prefix="rank-", suffix=".err")[1])
-        self._process = _SERVER.Process(target=_run_rank, args=(list(flags), environment, str(self._errors)))
+        self._process = _SERVER.Process(target=_run_rank, args=(work, tuple(args), environment, str(self._errors)))
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -80,7 +81,7 @@ class Rank:
         return self._process.exitcode, self._errors.read_text()
 
 
-def _run_rank(flags: list[str], environment: dict[str, str], errors: str) -> None:
+def _run_rank(work: Callable[..., int], args: tuple[Any, ...], environment: dict[str, str], errors: str) -> None:
     os.setsid()
     with open(os.devnull, "w") as nothing, open(errors, "w") as file:
         os.dup2(nothing.fileno(), 1)
@@ -88,21 +89,30 @@ def _run_rank(flags: list[str], environment: dict[str, str], errors: str) -> Non
     os.environ.update(environment)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # what a process has that comes from no server
-    from open_clip_ov2.cli import main
-
-    status = main(["train", *flags])
+    status = work(*args)
     sys.stderr.flush()
     sys.exit(status)
 
 
-def start(flags: list[str], processes: int) -> list[Rank]:
-    """`ov2 train` as so many ranks on this machine, as torchrun starts them but without its own process."""
+def _train(*flags: str) -> int:
+    from open_clip_ov2.cli import main
+
+    return main(["train", *flags])
+
+
+def start(flags: Sequence[str], processes: int) -> list[Rank]:
+    """`ov2 train` as so many ranks on this machine."""
+    return start_ranks(_train, flags, processes)
+
+
+def start_ranks(work: Callable[..., int], args: Sequence[Any], processes: int) -> list[Rank]:
+    """As torchrun starts them, but without its own process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [Rank(flags, {**shared, **one} if processes > 1 else {}) for one in own]
+    return [Rank(work, args, {**shared, **one} if processes > 1 else {}) for one in own]
 
 
 def finish(ranks: list[Rank], timeout_s: float = 180) -> list[tuple[int, str]]:

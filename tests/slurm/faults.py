@@ -21,6 +21,8 @@ from open_clip_ov2.runlog.status import FINISHED, read_status
 
 TOTAL_SAMPLES = 320
 RANKS = ["--nodes", "2", "--tasks-per-node", "2", "--time", "20m"]
+# For a run with many starts: most of a start is the imports, in each of its processes.
+ONE_A_NODE = ["--nodes", "2", "--tasks-per-node", "1", "--time", "20m"]
 
 
 def nano_flags(squares: Path, vocabulary: Path) -> list[str]:
@@ -56,7 +58,7 @@ def ov2(*words: str, cwd: Path, check: bool = True) -> Done:
 
 
 def torchrun(flags: list[str], processes: int, cwd: Path) -> subprocess.Popen[bytes]:
-    """The run to compare with: on one machine, without a launcher of ours."""
+    """The run to compare with in scripts/slurm_soak.py: on one machine, without a launcher of ours."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -137,11 +139,12 @@ def requeue(cluster: Cluster, job_id: str) -> None:
     subprocess.run(["scontrol", "requeue", job_id], check=True)
 
 
-def kill_a_rank(cluster: Cluster, job_id: str, rank: int = 3) -> None:
-    number = rank_processes(job_id).get(rank)
-    if number is not None:  # the run may end at this very moment
+def kill_a_rank(cluster: Cluster, job_id: str) -> None:
+    """The last one."""
+    ranks = rank_processes(job_id)
+    if ranks:  # the run may end at this very moment
         with contextlib.suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+            os.kill(ranks[max(ranks)], signal.SIGKILL)
 
 
 def preempt(cluster: Cluster, job_id: str) -> None:
