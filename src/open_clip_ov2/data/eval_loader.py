@@ -24,6 +24,7 @@ class EvalLoader(Receiver):
 
     File order, in turns of the workers. `num_samples` stops after so many samples of the files, usable or not.
     Iterating gives this process's share; `full()` everything, for what runs on one process alone.
+    Labelled sets need no captions: without `caption_keys` they are "", without a tokenizer `texts_BL` is `(B, 0)`.
     Raises UserError if the whole set has no usable sample, or a worker dies.
     """
 
@@ -31,11 +32,11 @@ class EvalLoader(Receiver):
         self,
         source: Source,
         transform: Callable[[Any], Tensor],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None = None,
         *,
         batch_size: int,
         num_workers: int,
-        caption_keys: tuple[CaptionKey, ...],
+        caption_keys: tuple[CaptionKey, ...] = (),
         rank: int = 0,
         world_size: int = 1,
         num_samples: int | None = None,
@@ -50,6 +51,12 @@ class EvalLoader(Receiver):
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.num_samples = num_samples or source.count() or 0
+
+    def fingerprint(self) -> dict[str, str | int | None]:
+        """What samples and groups there are, without tokenizer and transform, which have no name."""
+        source, decoder, _ = self._parts
+        asked = {"limit": self._limit, "group_by": str(self._group_by), "caption_keys": str(decoder.caption_keys)}
+        return {**source.fingerprint(), **asked, "max_image_pixels": decoder.max_image_pixels}
 
     def __iter__(self) -> Iterator[Batch]:
         return self.share(self._rank, self._world_size)

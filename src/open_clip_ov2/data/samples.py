@@ -78,8 +78,11 @@ class Decoder:
             return self._guarded(lambda: self.transform(image)), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
-        """Image `(C, H, W)` and the first caption there is: evaluation draws nothing. Raises SkipSample."""
-        caption = all_captions(raw, self.caption_keys)[0]
+        """Image `(C, H, W)` and the first caption there is: evaluation draws nothing. Raises SkipSample.
+
+        Without `caption_keys` no caption is looked for, and it is "".
+        """
+        caption = all_captions(raw, self.caption_keys)[0] if self.caption_keys else ""
         image = self.image(raw)
         with seeded(0):  # a transform that draws all the same neither varies nor disturbs the model's generator
             return self._guarded(lambda: self.transform(image)), caption

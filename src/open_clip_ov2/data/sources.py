@@ -1,4 +1,4 @@
-"""Raw samples in a deterministic order: webdataset tars (shards.py), a csv, or made up.
+"""Raw samples in a deterministic order: webdataset tars (shards.py), a csv, a folder of classes, or made up.
 
 The order is a function of seed, epoch, pass and consumer alone; a consumer is one data worker of one process.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from PIL import Image
 
 from open_clip_ov2.data.plan import rows_of
 from open_clip_ov2.data.position import Cursor
-from open_clip_ov2.data.samples import IMAGE_ENTRY, ImageFile
+from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
 from open_clip_ov2.data.share import Share, Source
 from open_clip_ov2.data.skips import SkipCounter
@@ -26,6 +27,7 @@ from open_clip_ov2.errors import UserError
 
 __all__ = [
     "CsvSource",
+    "ImageFolderSource",
     "Share",
     "Source",
     "SyntheticSource",
@@ -113,6 +115,67 @@ class CsvSource:
         if image:
             raw[IMAGE_ENTRY] = ImageFile((image, str(self.path.parent / image)))
         return raw
+
+
+class ImageFolderSource:
+    """Pictures by class, `folder/CLASS/any/depth/picture.jpg`: the layout of torchvision's ImageFolder.
+
+    A sample's key is its path below `folder`, its entry `cls` the name of the class. In the order of the keys; hidden
+    files and other endings are left out. Raises UserError: no such folder, no class with a picture.
+    """
+
+    resampled = False
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; one folder for each class is wanted in it")
+        self.folder = folder
+        self.names = sorted(_picture_names(folder))
+        if not self.names:
+            endings = ", ".join(IMAGE_SUFFIXES)
+            raise UserError(f"{folder}: no picture ({endings}) in a folder of it; one folder for each class is wanted")
+
+    def count(self) -> int | None:
+        return len(self.names)
+
+    def check_consumers(self, consumers: int) -> None:
+        if len(self.names) < consumers:
+            raise UserError(
+                f"{self.folder}: {len(self.names)} pictures for {consumers} data workers; use fewer --workers"
+            )
+
+    def fingerprint(self) -> dict[str, str | int]:
+        digest = hashlib.sha256(os.fsencode("\0".join(self.names)))
+        return {"pictures": len(self.names), "names": digest.hexdigest()}
+
+    def place(self, index: int) -> str:
+        return str(self.folder / self.names[index])
+
+    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
+        order = list(range(len(self.names)))
+        share.rng("rows").shuffle(order)
+        return _go_on(rows_of(order, share), self._sample, cursor or Cursor())
+
+    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
+        return (self._sample(index) for index in range(len(self.names)))
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        name = self.names[index]
+        picture = ImageFile((str(self.folder / name),))
+        return {"__key__": name, "__url__": str(self.folder), "cls": name.split("/")[0], IMAGE_ENTRY: picture}
+
+
+def _picture_names(folder: Path) -> Iterator[str]:
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(root).relative_to(folder)
+        if below.parts:  # a picture beside the folders has no class
+            wanted = (name for name in files if not name.startswith("."))
+            yield from ((below / name).as_posix() for name in wanted if _ending(name) in IMAGE_SUFFIXES)
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def _digest(path: Path) -> str:

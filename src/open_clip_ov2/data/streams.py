@@ -71,7 +71,7 @@ class _Row(NamedTuple):
 class _Collector:
     """Decoded samples until a batch is full. Keeps `skips.used`: samples delivered or waiting."""
 
-    def __init__(self, tokenizer: Tokenizer, skips: SkipCounter, group_by: CaptionKey | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, skips: SkipCounter, group_by: CaptionKey | None = None) -> None:
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
         self._rows: list[_Row] = []
 
@@ -124,6 +124,8 @@ class _Collector:
         return True
 
     def _ids(self, captions: list[str]) -> Tensor:
+        if self._tokenizer is None:
+            return torch.empty(len(captions), 0, dtype=torch.int64)
         with seeded(0):  # some tokenizers draw which words they keep
             return self._tokenizer(captions)
 
@@ -227,7 +229,7 @@ class EvalStream(_Stream):
 
     source: Source
     decoder: Decoder
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     batch_size: int
     rank: int
     world_size: int

@@ -1,0 +1,169 @@
+"""Attentive probe: one cross-attention of a learned query over frozen patch tokens, and a linear classifier.
+
+As in AIM (arXiv 2401.08541, its attentive probe): tokens standardised for each channel, keys and values projected
+without bias, the query a parameter without a projection of its own, several heads, then the classifier. CAE (arXiv
+2202.03026) began it; V-JEPA (arXiv 2404.08471) adds a residual and an MLP, which this has not.
+
+Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.labels import Labels, Split, accuracy, match_labels, per_class, ranks
+
+HEAD_WIDTH = 64  # as in every ViT of the family
+INIT_STD = 0.02  # a ViT's
+MIN_STD = 1e-6  # a channel that never changes stays 0
+BLOCK_ROWS = 64  # samples at a time where nothing is trained
+
+
+@dataclass(frozen=True)
+class AttentiveTraining:
+    """AdamW, linear warm-up and cosine to zero. The numbers are ours: papers tune them for each data set."""
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_share: float = 0.1
+    seed: int = 0
+
+
+class AttentiveHead(nn.Module):
+    """Standardised tokens `(B, N, D)` -> logits `(B, C)`."""
+
+    def __init__(self, width: int, num_classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+        self.query_D = nn.Parameter(torch.empty(width))
+        empty = nn.utils.skip_init  # nn.Linear would draw from torch's own generator
+        self.key = empty(nn.Linear, width, width, bias=False)
+        self.value = empty(nn.Linear, width, width, bias=False)
+        self.classifier = empty(nn.Linear, width, num_classes)
+        nn.init.zeros_(self.classifier.bias)
+        for weight in (self.query_D, self.key.weight, self.value.weight, self.classifier.weight):
+            nn.init.trunc_normal_(weight, std=INIT_STD, generator=generator)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        # Written out: one query needs no fused kernel, and this backward is deterministic on every device.
+        split = (self.heads, tokens_BND.shape[-1] // self.heads)
+        keys_BNHE = self.key(tokens_BND).unflatten(-1, split)
+        values_BNHE = self.value(tokens_BND).unflatten(-1, split)
+        scores_BNH = (keys_BNHE * self.query_D.view(split)).sum(-1) / math.sqrt(split[1])
+        pooled_BHE = (scores_BNH.softmax(dim=1)[..., None] * values_BNHE).sum(dim=1)
+        return self.classifier(pooled_BHE.flatten(1))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Frozen tokens of a set, standardised as they are taken; float32 on `device`."""
+
+    values_MND: Tensor
+    mean_D: Tensor
+    std_D: Tensor
+    device: torch.device
+
+    @classmethod
+    def measured(cls, values_MND: Tensor, rows_M: Tensor, device: torch.device) -> Tokens:
+        """With mean and standard deviation of each channel over the tokens of `rows_M`."""
+        total_D = torch.zeros(values_MND.shape[-1], dtype=torch.float64)
+        squares_D = torch.zeros_like(total_D)
+        for block in rows_M.split(BLOCK_ROWS):
+            tokens = values_MND[block].double().flatten(0, 1)
+            total_D += tokens.sum(dim=0)
+            squares_D += tokens.square().sum(dim=0)
+        count = len(rows_M) * values_MND.shape[1]
+        mean_D = total_D / count
+        std_D = (squares_D / count - mean_D.square()).clamp(min=MIN_STD**2).sqrt()
+        return cls(values_MND, mean_D.float(), std_D.float(), device)
+
+    def take(self, rows_B: Tensor) -> Tensor:
+        return ((self.values_MND[rows_B].float() - self.mean_D) / self.std_D).to(self.device)
+
+    def of(self, values_MND: Tensor) -> Tokens:
+        """Another set, standardised as this one."""
+        return Tokens(values_MND, self.mean_D, self.std_D, self.device)
+
+
+def attentive_probe(
+    train: Features,
+    test: Features,
+    *,
+    training: AttentiveTraining | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Accuracy on token features, JSON-ready. What is drawn depends on the seed and the training set's order alone.
+
+    The last epoch counts, no epoch is chosen. Raises UserError, see `match_labels`.
+    """
+    if train.kind != "tokens":
+        raise ValueError(f"an attentive probe takes token features, not {train.kind}")
+    training = training or AttentiveTraining()
+    labels = match_labels(train, test)
+    tokens = Tokens.measured(train.values, labels.train.rows, torch.device(device))
+    head, losses = train_head(tokens, labels.train, len(labels.names), training)
+    logits_MC = _logits(head, tokens.of(test.values), labels.test)
+    return _result(labels, ranks(logits_MC, labels.test.classes_M), training, losses)
+
+
+def train_head(
+    tokens: Tokens, split: Split, num_classes: int, training: AttentiveTraining
+) -> tuple[AttentiveHead, list[float]]:
+    """The head in evaluation mode, and the mean loss of each epoch."""
+    generator = torch.Generator().manual_seed(training.seed)  # of the CPU: the same draws on every device
+    head = AttentiveHead(tokens.values_MND.shape[-1], num_classes, generator).to(tokens.device)
+    decayed = [parameter for parameter in head.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in head.parameters() if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+    steps = training.epochs * math.ceil(len(split) / training.batch_size)
+    warmup = max(1, round(training.warmup_share * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, steps, warmup))
+    losses: list[float] = []
+    for _ in range(training.epochs):
+        total = torch.zeros((), device=tokens.device)
+        for chosen in _shuffled(len(split), training.batch_size, generator):
+            classes_B = split.classes_M[chosen].to(tokens.device)
+            loss = F.cross_entropy(head(tokens.take(split.rows[chosen])), classes_B)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(chosen)
+        losses.append(total.item() / len(split))
+    return head.eval(), losses
+
+
+def _lr_share(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _shuffled(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    return iter(torch.randperm(samples, generator=generator).split(batch_size))
+
+
+@torch.no_grad()
+def _logits(head: AttentiveHead, tokens: Tokens, split: Split) -> Tensor:
+    return torch.cat([head(tokens.take(rows)).cpu() for rows in split.rows.split(BLOCK_ROWS)])
+
+
+def _result(labels: Labels, places_M: Tensor, training: AttentiveTraining, losses: list[float]) -> dict[str, Any]:
+    return {
+        **accuracy(places_M, len(labels.names)),
+        **per_class(places_M, labels.test.classes_M, labels.names),
+        **labels.summary(),
+        "training": vars(training).copy(),
+        "train_loss": losses[-1],
+    }

@@ -1,0 +1,132 @@
+"""Labels as text -> class numbers; scores -> accuracy.
+
+Shapes: M samples, C classes (evaluate/__init__.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.features import Features
+
+
+@dataclass(frozen=True)
+class Split:
+    """One set as numbers: `rows` `(M,)` int64 of the features that are used, `classes_M` int64 their classes."""
+
+    rows: Tensor
+    classes_M: Tensor
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def part(self, chosen: Tensor) -> Split:
+        """The samples at `chosen`, int64."""
+        return Split(self.rows[chosen], self.classes_M[chosen], tuple(self.keys[row] for row in chosen.tolist()))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes are those of the training set, sorted; `skipped`: keys that count nowhere, by reason."""
+
+    names: tuple[str, ...]
+    train: Split
+    test: Split
+    skipped: dict[str, list[str]]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "n_train": len(self.train),
+            "n_test": len(self.test),
+            "n_classes": len(self.names),
+            "skipped": self.skipped,
+        }
+
+
+def match_labels(train: Features, test: Features) -> Labels:
+    """Raises UserError: features of unequal shapes, fewer than two classes, no test sample with a known class."""
+    if train.kind != test.kind or train.values.shape[1:] != test.values.shape[1:]:
+        raise ValueError(f"{train.kind} {train.values.shape} to train, {test.kind} {test.values.shape} to test")
+    names = tuple(sorted(set(train.labels) - {""}))
+    if len(names) < 2:
+        raise UserError(
+            f"the training set has {len(names)} classes in {len(train)} samples, and two are wanted; "
+            "say where the labels are, for example cls or json:label"
+        )
+    number = {name: index for index, name in enumerate(names)}
+    labels = Labels(
+        names,
+        _split(train, number),
+        _split(test, number),
+        {
+            "training sample without a label": [
+                k for k, label in zip(train.keys, train.labels, strict=True) if not label
+            ],
+            "test sample without a label": [k for k, label in zip(test.keys, test.labels, strict=True) if not label],
+            "class unknown in training": [
+                key for key, label in zip(test.keys, test.labels, strict=True) if label and label not in number
+            ],
+        },
+    )
+    if not len(labels.test):
+        raise UserError(
+            f"none of the {len(test)} test samples has a class of the training set ({', '.join(names[:3])} ...); "
+            "look at where the labels are"
+        )
+    return labels
+
+
+def _split(features: Features, number: dict[str, int]) -> Split:
+    known = [row for row, label in enumerate(features.labels) if label in number]
+    classes = [number[features.labels[row]] for row in known]
+    return Split(torch.tensor(known), torch.tensor(classes), tuple(features.keys[row] for row in known))
+
+
+def hold_out(split: Split, share: float, seed: int = 0) -> tuple[Split, Split]:
+    """(to fit, held out): `share` of each class, one sample at least but never its last; chosen by key alone, so that
+    neither the order of the samples nor other classes matter. Raises UserError if no class has two samples.
+    """
+    by_class: dict[int, list[int]] = {}
+    for row, number in enumerate(split.classes_M.tolist()):
+        by_class.setdefault(number, []).append(row)
+    held: list[int] = []
+    for rows in by_class.values():
+        rows.sort(key=lambda row: (zlib.crc32(f"{seed}/{split.keys[row]}".encode("utf-8", "replace")), split.keys[row]))
+        held += rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]
+    if not held:
+        raise UserError("no class has two training samples, so none can be held out; say the regulariser")
+    is_held = torch.zeros(len(split), dtype=torch.bool)
+    is_held[held] = True
+    return split.part((~is_held).nonzero().flatten()), split.part(is_held.nonzero().flatten())
+
+
+def ranks(scores_MC: Tensor, classes_M: Tensor) -> Tensor:
+    """Place of the true class, from 0, `(M,)` int64; of equal scores the lower class number is first, and a class with
+    score -inf (nothing speaks for it) is last.
+    """
+    true_M1 = scores_MC.gather(1, classes_M[:, None])
+    before = torch.arange(scores_MC.shape[1], device=scores_MC.device)[None] < classes_M[:, None]
+    places = ((scores_MC > true_M1) | ((scores_MC == true_M1) & before)).sum(dim=1)
+    return places.masked_fill(true_M1.flatten() == -torch.inf, scores_MC.shape[1])
+
+
+def accuracy(places_M: Tensor, num_classes: int) -> dict[str, float | None]:
+    """Shares of samples whose class is first, and among the first five (None where that is certain beforehand)."""
+    top5 = (places_M < 5).double().mean().item() if num_classes > 5 else None
+    return {"top1": (places_M == 0).double().mean().item(), "top5": top5}
+
+
+def per_class(places_M: Tensor, classes_M: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """Right and all test samples of each class, and the mean of the classes' shares (classes without any left out)."""
+    count = torch.bincount(classes_M, minlength=len(names)).tolist()
+    right = torch.bincount(classes_M[places_M == 0], minlength=len(names)).tolist()
+    rows = {name: {"right": r, "n": n} for name, r, n in zip(names, right, count, strict=True) if n}
+    mean = sum(row["right"] / row["n"] for row in rows.values()) / len(rows)
+    return {"mean_per_class": mean, "per_class": rows}

@@ -1,0 +1,185 @@
+"""Features of a set. Oracle: each picture encoded on its own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing
+import webdataset as wds
+from PIL import Image
+from probe_sets import CLS, PatchSubject, about, encoded, extract_on_rank, loader_of, to_integers, write_folder
+
+from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate import features as features_module
+from open_clip_ov2.evaluate.features import Cache, Features, extract, resolution_curve, stamp
+from open_clip_ov2.evaluate.memory import available_bytes
+from open_clip_ov2.evaluate.probes import linear_probe
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven pictures of three classes, one of them broken; a file that is no picture."""
+    folder = write_folder(tmp_path / "set", {"cat": 3, "dog": 2, "eel": 2})
+    (folder / "dog" / "00.png").write_bytes(b"not a picture")
+    (folder / "dog" / "notes.txt").write_text("no picture")
+    return folder
+
+
+def assert_same(one: Features, other: Features) -> None:
+    assert (one.kind, one.keys, one.labels, one.skips) == (other.kind, other.keys, other.labels, other.skips)
+    assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "tokens"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_every_usable_picture_in_file_order(pictures: Path, kind: Any, batch_size: int) -> None:
+    source, subject = ImageFolderSource(pictures), PatchSubject()
+    found = extract(subject, loader_of(source, batch_size=batch_size), kind=kind)
+    assert found.keys == ("cat/00.png", "cat/01.png", "cat/02.png", "dog/01.png", "eel/00.png", "eel/01.png")
+    assert found.labels == ("cat", "cat", "cat", "dog", "eel", "eel")
+    assert found.skips == {"undecodable image": 1}
+    encode = subject.pooled if kind == "pooled" else subject.tokens
+    numbers = [0, 1, 2, 101, 200, 201]
+    for value, number in zip(found.values, numbers, strict=True):
+        image = to_integers(Image.open(io.BytesIO(encoded(number))))
+        assert torch.equal(value, encode(image[None])[0])
+
+
+def test_labels_from_tars_and_from_folders_are_the_same(tmp_path: Path) -> None:
+    """Oracle: the same pictures by another source; a label in an entry, in JSON as text and as a number, and none."""
+    folder = write_folder(tmp_path / "set", {"3": 2, "4": 1})
+    numbers = [("3", 0), ("3", 1), ("4", 100)]
+    tar = str(tmp_path / "a.tar")
+    with wds.TarWriter(tar) as writer:
+        for label, number in numbers:
+            entries = {"png": encoded(number), "cls": label.encode(), "json": about(int(label))}
+            writer.write({"__key__": f"{number:03d}", **entries})
+    by_folder = extract(PatchSubject(), loader_of(ImageFolderSource(folder)))
+    for key in (CLS, CaptionKey("json", ("about", "label"))):
+        by_tar = extract(PatchSubject(), loader_of(WebDatasetSource((tar,)), group_by=key))
+        assert by_tar.labels == by_folder.labels == ("3", "3", "4")
+        assert torch.equal(by_tar.values, by_folder.values)
+    assert extract(PatchSubject(), loader_of(WebDatasetSource((tar,)), group_by=CaptionKey("none"))).labels == ("",) * 3
+
+
+def test_two_processes_give_what_one_gives(pictures: Path, tmp_path: Path) -> None:
+    """Oracle: one process, bit for bit, on both ranks."""
+    torch.multiprocessing.start_processes(extract_on_rank, (2, pictures, tmp_path), nprocs=2, start_method="forkserver")
+    for name, limit in (("all", None), ("one", 1)):
+        for kind in ("pooled", "tokens"):
+            alone = extract(PatchSubject(), loader_of(ImageFolderSource(pictures), num_samples=limit), kind=kind)
+            for rank in range(2):
+                assert_same(Features(**torch.load(tmp_path / f"{name}-{kind}-{rank}.pt")), alone)
+    assert len(list((tmp_path / "cache-0").iterdir())) == 2
+    assert not (tmp_path / "cache-1").exists()
+
+
+def test_a_cache_is_read_only_for_the_same_thing(pictures: Path, tmp_path: Path) -> None:
+    """Oracle: a subject that cannot encode gets the features all the same, but for another identity, kind or label."""
+
+    class Mute(PatchSubject):
+        def pooled(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("not from the cache")
+
+    source, cache = ImageFolderSource(pictures), Cache(tmp_path / "cache", {"checkpoint": "one"})
+    first = extract(PatchSubject(), loader_of(source), cache=cache)
+    assert_same(extract(Mute(), loader_of(source), cache=cache), first)
+    for changed, other in (({}, Cache(cache.folder, {"checkpoint": "two"})), ({"num_samples": 4}, cache)):
+        with pytest.raises(AssertionError, match="not from the cache"):
+            extract(Mute(), loader_of(source, **changed), cache=other)
+    half = extract(PatchSubject(), loader_of(source), cache=cache, dtype=torch.float16)
+    assert half.values.dtype == torch.float16
+    for file in cache.folder.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"pooled-.*cannot be read.*delete the file"):
+        extract(Mute(), loader_of(source), cache=cache)
+
+
+def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("one")
+    before = stamp([file, "pipe:cat a"])
+    assert stamp([file, "pipe:cat a"]) == before
+    file.write_text("three")
+    assert stamp([file, "pipe:cat a"]) != before
+
+
+def test_memory_that_is_not_there_is_said_before_it_is_taken(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: 7 samples x 4 tokens x 5 x 4 bytes = 560; without a count, each doubling is looked at."""
+    subject = PatchSubject()
+    monkeypatch.setattr(features_module, "available_bytes", lambda: 559)
+    with pytest.raises(UserError, match=r"tokens features of 7 x 4 x 5 need .* free; evaluate fewer"):
+        extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")
+    monkeypatch.setattr(features_module, "available_bytes", lambda: 560)
+    assert len(extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")) == 6
+    monkeypatch.setattr(ImageFolderSource, "count", lambda self: None)
+    monkeypatch.setattr(features_module, "available_bytes", lambda: 479)
+    with pytest.raises(UserError, match="tokens features of 6 x 4 x 5"):
+        extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")
+
+
+def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path: Path) -> None:
+    """Oracle: files as the kernel writes them."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:   50 kB\n")
+    assert available_bytes(meminfo, tmp_path) == 50 * 1024
+    (tmp_path / "memory.current").write_text("20000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 5000\n")
+    for limit, free in (("max", 51200), ("30000", 15000), ("90000", 51200)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert available_bytes(meminfo, tmp_path) == free
+    assert available_bytes(tmp_path / "none", tmp_path / "none") is None
+
+
+class Encoder:
+    """A model of the factory, as far as features go."""
+
+    name = "encoder"
+    abilities = frozenset({"features"})
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any) -> None:
+        self.pooled, self.tokens = model.encode_image, model.encode_image_tokens
+
+
+def test_a_real_encoder_at_several_resolutions(squares: Path) -> None:
+    """Oracle: the model's own encode_image on single pictures, within float32; labels from JSON; a curve of both."""
+    kind = CaptionKey("json", ("kind",))
+    sources = [WebDatasetSource(tuple(map(str, sorted((squares / part).iterdir())))) for part in ("train", "val")]
+    seen: dict[int, Features] = {}
+
+    def open_at(size: int) -> Any:
+        torch.manual_seed(0)
+        model, _, preprocess = open_clip.create_model_and_transforms("ov2-vit-nano-8", force_image_size=size)
+        subject = Encoder(model.eval())
+        loaders = [EvalLoader(source, preprocess, batch_size=7, num_workers=0, group_by=kind) for source in sources]
+        single = EvalLoader(sources[1], preprocess, batch_size=1, num_workers=0, group_by=kind)
+        seen[size] = extract(subject, single)
+        return subject, *loaders
+
+    def probe(train: Features, test: Features) -> dict[str, Any]:
+        assert (len(train), len(test)) == (32, 10)
+        (alone,) = [found for found in seen.values() if torch.allclose(found.values, test.values, rtol=1e-4, atol=1e-5)]
+        assert alone.keys == test.keys
+        return linear_probe(train, test, regulariser=1.0)
+
+    curve = dict(resolution_curve(open_at, (16, 32), probe))
+    assert list(curve) == [16, 32]
+    assert curve[32]["n_classes"] == 4
+    assert curve[32]["top1"] > 0.6  # four colours, which even random weights let through
+
+
+def test_a_subject_without_features_is_refused(pictures: Path) -> None:
+    class Talker(PatchSubject):
+        abilities = frozenset({"caption"})
+
+    with pytest.raises(UserError, match="patches has no image features"):
+        extract(Talker(), loader_of(ImageFolderSource(pictures)))

@@ -1,0 +1,219 @@
+"""Linear probe, k-NN, and what they share. Oracle: scikit-learn, hand-computed cases, invariances."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from probe_sets import blobs, features
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate import probes
+from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.knn import knn, nearest
+from open_clip_ov2.evaluate.labels import accuracy, hold_out, match_labels, per_class, ranks
+from open_clip_ov2.evaluate.probes import fit, linear_probe, search
+
+
+def sets(classes: int = 7, width: int = 6, spread: float = 1.0) -> tuple[Features, Features]:
+    return tuple(features(*blobs(90, classes, width, seed, spread)) for seed in (0, 1))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("regulariser", [0.3, 30.0])
+def test_logistic_regression_is_scikit_learns(
+    regulariser: float, standardise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: LogisticRegression at C = 1 / regulariser, on StandardScaler's features; in several blocks of rows."""
+    monkeypatch.setattr(probes, "BLOCK_ROWS", 32)
+    train, test = sets()
+    names = sorted(set(train.labels))
+    classes = torch.tensor([names.index(label) for label in train.labels])
+    ours = fit(train.values, classes, 7, regulariser, standardise=standardise)
+    assert ours.converged
+    scaler = StandardScaler(with_mean=standardise, with_std=standardise).fit(train.values.double())
+    theirs = LogisticRegression(C=1 / regulariser, tol=1e-12, max_iter=100_000)
+    theirs.fit(scaler.transform(train.values.double()), classes)
+    # The loss is strongly convex with regulariser / M: such a gradient is that far from the minimum at most.
+    bound = probes.TOLERANCE * theirs.coef_.size**0.5 * len(train) / regulariser
+    np.testing.assert_allclose(ours.weight_CD, theirs.coef_, rtol=0, atol=bound)
+    shift = ours.bias_C - ours.bias_C.mean()  # softmax does not see a constant added to every bias
+    np.testing.assert_allclose(shift, theirs.intercept_ - theirs.intercept_.mean(), rtol=0, atol=1e-4)
+    predicted = theirs.predict(scaler.transform(test.values.double()))
+    assert ours.logits(test.values).argmax(1).tolist() == predicted.tolist()
+    result = linear_probe(train, test, regulariser=regulariser, standardise=standardise)
+    true = np.array([names.index(label) for label in test.labels])
+    assert result["top1"] == np.mean(predicted == true)
+    top5 = np.argsort(-theirs.decision_function(scaler.transform(test.values.double())), axis=1)[:, :5]
+    assert result["top5"] == np.mean((top5 == true[:, None]).any(axis=1))
+
+
+def test_the_search_is_clips() -> None:
+    """Oracle: appendix A.3's seven points and halved steps, by hand, for peaks inside and at the ends of the range."""
+    for peak in (-6.0, -1.3, 0.0, 0.55, 6.0):
+        asked: list[float] = []
+
+        def score(exponent: float, peak: float = peak, asked: list[float] = asked) -> tuple[float, float]:
+            asked.append(exponent)
+            return -abs(exponent - peak), 0.0
+
+        best, scores = search(score)
+        assert asked[:7] == [-6, -4, -2, 0, 2, 4, 6]
+        assert abs(best - peak) <= 1 / 16
+        assert len(asked) == len(set(asked)) <= 7 + 4 * 2
+        assert list(scores) == sorted(scores)
+        assert min(scores) >= -6
+        assert max(scores) <= 6
+
+
+def test_the_regulariser_is_chosen_on_the_held_out_part() -> None:
+    """Oracle: each candidate fitted by scikit-learn to what is not held out; the chosen one is among its best."""
+    train, test = sets(classes=4, spread=2.5)
+    result = linear_probe(train, test)
+    labels = match_labels(train, test)
+    to_fit, held = hold_out(labels.train, 0.2)
+    best = max(row["held_out_top1"] for row in result["sweep"])
+    assert len(result["sweep"]) >= 13
+    for row in result["sweep"]:
+        if not 1e-2 <= row["regulariser"] <= 1e4:
+            continue  # scikit-learn's own end depends on its tolerance there
+        scaler = StandardScaler().fit(train.values[to_fit.rows].double())
+        model = LogisticRegression(C=1 / row["regulariser"], tol=1e-10, max_iter=100_000)
+        model.fit(scaler.transform(train.values[to_fit.rows].double()), to_fit.classes_M)
+        assert row["held_out_top1"] == pytest.approx(
+            model.score(scaler.transform(train.values[held.rows].double()), held.classes_M)
+        )
+        if row["regulariser"] == result["regulariser"]:
+            assert row["held_out_top1"] == best
+    assert result["regulariser"] in [row["regulariser"] for row in result["sweep"] if row["held_out_top1"] == best]
+    assert result == linear_probe(train, test)
+    assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_knn_is_scikit_learns(k: int) -> None:
+    """Oracle: KNeighborsClassifier with metric cosine, uniform and with DINO's weights exp(s / 0.07)."""
+    train, test = sets(spread=1.5)
+    result = knn(train, test, neighbours=[k])
+    weightings = {"plain": "uniform", "weighted": lambda distance: np.exp((1 - distance) / 0.07)}
+    for how, weights in weightings.items():
+        model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
+        model.fit(train.values.double(), train.labels)
+        assert result["by_k"][str(k)][how]["top1"] == model.score(test.values.double(), test.labels)
+    distances, _ = model.kneighbors(test.values.double())
+    similar, _ = nearest(train.values, test.values, k)
+    np.testing.assert_allclose(1 - similar, distances, atol=1e-8)
+    assert result["k"] == k
+    assert json.loads(json.dumps(result)) == result
+
+
+@st.composite
+def small_sets(draw: st.DrawFn) -> tuple[Features, Features]:
+    """Vectors of few small integers, so that equal ones and equal similarities are frequent."""
+    made = []
+    for least in (3, 1):
+        rows = draw(st.lists(st.tuples(*[st.integers(-1, 1)] * 3), min_size=least, max_size=12))
+        labels = [draw(st.sampled_from("abc")) for _ in rows]
+        labels[:2] = "ab"[: len(rows)]
+        made.append(features(torch.tensor(rows, dtype=torch.float32), labels[: len(rows)]))
+    return made[0], made[1]
+
+
+def shuffled(given_set: Features, order: list[int]) -> Features:
+    keys, labels = (tuple(part[row] for row in order) for part in (given_set.keys, given_set.labels))
+    return replace(given_set, keys=keys, labels=labels, values=given_set.values[order])
+
+
+@limits(max_examples=100, deadline=None)
+@given(small_sets(), st.data())
+def test_the_order_of_a_set_does_not_matter_to_knn(two: tuple[Features, Features], data: Any) -> None:
+    """Oracle: the same sets in another order; the similarities' scale-freeness."""
+    train, test = two
+    k = data.draw(st.integers(1, len(train)))
+    result = knn(train, test, neighbours=[k])
+    orders = [data.draw(st.permutations(range(len(part)))) for part in two]
+    mixed = knn(shuffled(train, orders[0]), shuffled(test, orders[1]), neighbours=[k])
+    for reason, keys in mixed.pop("skipped").items():  # in file order
+        assert sorted(keys) == sorted(result["skipped"][reason])
+    assert mixed == {name: value for name, value in result.items() if name != "skipped"}
+    assert knn(replace(train, values=4 * train.values), test, neighbours=[k]) == result
+
+
+@limits(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), min_size=3, max_size=30), st.floats(0.05, 0.6), st.data())
+def test_held_out_samples_depend_on_keys_alone(labels: list[str], share: float, data: Any) -> None:
+    """Oracle: both parts together are everything, each class keeps one to fit, and order does not matter."""
+    labels = ["a", "a", "b", *labels]
+    train = features(torch.zeros(len(labels), 1), labels)
+    to_fit, held = hold_out(match_labels(train, train).train, share)
+    assert sorted(to_fit.keys + held.keys) == sorted(train.keys)
+    assert set(to_fit.classes_M.tolist()) == set(range(len(set(labels))))
+    mixed = shuffled(train, data.draw(st.permutations(range(len(labels)))))
+    assert set(hold_out(match_labels(mixed, mixed).train, share)[1].keys) == set(held.keys)
+
+
+def test_bad_labels_are_named_and_not_counted() -> None:
+    """Oracle: the result without them; their keys."""
+    train, test = sets()
+    clean = linear_probe(train, test, regulariser=1.0), knn(train, test)
+    extra = torch.full((1, 6), 1e3)
+    bad_train = replace(
+        train, keys=(*train.keys, "lost"), labels=(*train.labels, ""), values=torch.cat([train.values, extra])
+    )
+    bad_test = replace(
+        test,
+        keys=(*test.keys, "mute", "strange"),
+        labels=(*test.labels, "", "zebra"),
+        values=torch.cat([test.values, extra, extra]),
+    )
+    skipped = {
+        "training sample without a label": ["lost"],
+        "test sample without a label": ["mute"],
+        "class unknown in training": ["strange"],
+    }
+    for result, expected in zip(
+        (linear_probe(bad_train, bad_test, regulariser=1.0), knn(bad_train, bad_test)), clean, strict=True
+    ):
+        assert result == {**expected, "skipped": skipped}
+
+
+def test_ranks_and_shares_by_hand() -> None:
+    """Oracle: by hand: equal scores go to the lower class, -inf is never right, classes without tests do not count."""
+    scores = torch.tensor([[3.0, 1, 2], [1, 1, 1], [1, 1, 0], [5, -torch.inf, -torch.inf]])
+    classes = torch.tensor([2, 0, 1, 1])
+    places = ranks(scores, classes)
+    assert places.tolist() == [1, 0, 1, 3]
+    assert accuracy(places, 3) == {"top1": 0.25, "top5": None}
+    assert accuracy(torch.tensor([0, 4, 5, 7]), 8) == {"top1": 0.25, "top5": 0.5}
+    assert per_class(places, classes, ("x", "y", "z", "none")) == {
+        "mean_per_class": 1 / 3,
+        "per_class": {"x": {"right": 1, "n": 1}, "y": {"right": 0, "n": 2}, "z": {"right": 0, "n": 1}},
+    }
+
+
+def test_what_cannot_be_probed_is_said() -> None:
+    train, test = sets()
+    one = replace(train, labels=("a",) * len(train))
+    with pytest.raises(UserError, match="1 classes in 90 samples"):
+        linear_probe(one, test)
+    with pytest.raises(UserError, match="none of the 90 test samples has a class"):
+        knn(train, replace(test, labels=("q",) * 90))
+    with pytest.raises(UserError, match="k = 91; it is from 1 to the 90"):
+        knn(train, test, neighbours=[5, 91])
+    pair = features(torch.eye(2), ["a", "b"])
+    with pytest.raises(UserError, match="no class has two training samples"):
+        linear_probe(pair, pair)
+    assert linear_probe(pair, pair, regulariser=1.0)["top1"] == 1.0
+    assert knn(pair, pair)["by_k"].keys() == {"2"}
+    with pytest.raises(ValueError, match="tokens"):
+        knn(features(torch.zeros(2, 3, 2), ["a", "b"], kind="tokens"), pair)
