@@ -19,8 +19,9 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import features as features_module
+from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
 from open_clip_ov2.evaluate.features import Cache, Features, extract, resolution_curve, stamp
-from open_clip_ov2.evaluate.memory import available_bytes
+from open_clip_ov2.evaluate.memory import available_bytes, on_disk
 from open_clip_ov2.evaluate.probes import linear_probe
 
 
@@ -116,7 +117,7 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(pictures: Path, mon
     """Oracle: 7 samples x 4 tokens x 5 x 4 bytes = 560; without a count, each doubling is looked at."""
     subject = PatchSubject()
     monkeypatch.setattr(features_module, "available_bytes", lambda: 559)
-    with pytest.raises(UserError, match=r"tokens features of 7 x 4 x 5 need .* free; evaluate fewer"):
+    with pytest.raises(UserError, match=r"tokens features of 7 x 4 x 5 need .* free; keep them on disk"):
         extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")
     monkeypatch.setattr(features_module, "available_bytes", lambda: 560)
     assert len(extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")) == 6
@@ -124,6 +125,19 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(pictures: Path, mon
     monkeypatch.setattr(features_module, "available_bytes", lambda: 479)
     with pytest.raises(UserError, match="tokens features of 6 x 4 x 5"):
         extract(subject, loader_of(ImageFolderSource(pictures)), kind="tokens")
+
+
+def test_features_on_disk_need_no_memory(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: those in memory; probes take them; no file is left; a disk too small, by the system's word."""
+    usual = extract(PatchSubject(), loader_of(ImageFolderSource(pictures)), kind="tokens")
+    monkeypatch.setattr(features_module, "available_bytes", lambda: 0)
+    found = extract(PatchSubject(), loader_of(ImageFolderSource(pictures)), kind="tokens", disk=tmp_path / "disk")
+    assert_same(found, usual)
+    short = AttentiveTraining(epochs=1)
+    assert attentive_probe(found, found, training=short) == attentive_probe(usual, usual, training=short)
+    assert list((tmp_path / "disk").iterdir()) == []
+    with pytest.raises(UserError, match=r"disk: no room for .* GB of features \(.*\); name another folder"):
+        on_disk((1 << 58,), torch.float32, tmp_path / "disk")
 
 
 def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path: Path) -> None:

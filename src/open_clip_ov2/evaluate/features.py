@@ -20,7 +20,7 @@ from torch import Tensor
 
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.memory import available_bytes
+from open_clip_ov2.evaluate.memory import available_bytes, on_disk
 from open_clip_ov2.evaluate.subject import Subject, gathered
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,13 @@ def extract(
     *,
     dtype: torch.dtype = torch.float32,
     cache: Cache | None = None,
+    disk: Path | None = None,
 ) -> Features:
     """Features of the loader's set; the same on any number of processes, each of which gets all of them.
 
-    `dtype` is what is kept: half of the memory with float16. Raises UserError: a subject without "features", or more
-    memory needed than there is.
+    `dtype` is what is kept: half of the memory with float16. `disk`: a folder in which the features lie while they are
+    used, for what main memory cannot hold; each process has a file of its own there. Raises UserError: a subject
+    without "features", or more memory needed than there is.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind {kind!r}; it is one of {', '.join(get_args(Kind))}")
@@ -94,7 +96,7 @@ def extract(
     if file and _on_all(file.is_file(), world_size):
         logger.info("%s: features read", file)
         return _read(file)
-    parts = _Parts(kind, dtype, subject.device, world_size, expected=loader.num_samples)
+    parts = _Parts(kind, dtype, subject.device, world_size, loader.num_samples, disk)
     encode = subject.pooled if kind == "pooled" else subject.tokens
     for batch in loader:
         rows = list(zip(batch.keys, batch.groups, strict=True))
@@ -108,15 +110,26 @@ def extract(
 class _Parts:
     """This process's batches, until all processes' are put together."""
 
-    def __init__(self, kind: Kind, dtype: torch.dtype, device: torch.device, world_size: int, expected: int) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        dtype: torch.dtype,
+        device: torch.device,
+        world_size: int,
+        expected: int,  # samples of the whole set; 0 where nobody has counted them
+        disk: Path | None,
+    ) -> None:
         self._kind, self._dtype, self._device, self._world_size = kind, dtype, device, world_size
-        self._expected = expected  # samples of the whole set; 0 where nobody has counted them
+        self._expected, self._disk = expected, disk
         self._rows: dict[int, tuple[str, str]] = {}
         self._batches: deque[tuple[tuple[int, ...], Tensor]] = deque()
 
     def add(self, indices: tuple[int, ...], rows: list[tuple[str, str]], values: Tensor) -> None:
         values = values.to("cpu", self._dtype)
-        self._check_memory(len(self._rows), len(rows), values[0])
+        if self._disk is None:
+            self._check_memory(len(self._rows), len(rows), values[0])
+        else:
+            values = self._empty(values.shape).copy_(values)
         self._rows.update(zip(indices, rows, strict=True))
         self._batches.append((indices, values))
 
@@ -135,7 +148,7 @@ class _Parts:
         if free is not None and needed > free:
             raise UserError(
                 f"{self._kind} features of {shape} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-                "free; evaluate fewer samples, keep float16, or use pooled features"
+                "free; keep them on disk or in float16, evaluate fewer samples, or use pooled features"
             )
 
     def assembled(self, skips: Mapping[str, int]) -> Features:
@@ -145,7 +158,7 @@ class _Parts:
         mine = ([indices for indices, _ in self._batches], self._shape(), dict(skips))
         everyone = _all_gathered(mine, self._world_size)
         shape = next(shape for _, shape, _ in everyone if shape)
-        values = torch.empty(len(rows), *shape, dtype=self._dtype)
+        values = self._empty((len(rows), *shape))
         rank = torch.distributed.get_rank() if self._world_size > 1 else 0
         for source, (batches, _, _) in enumerate(everyone):
             for indices in batches:
@@ -153,6 +166,9 @@ class _Parts:
                 values[[row_of[index] for index in indices]] = self._sent(part.to(self._dtype), source)
         keys, labels = zip(*rows.values(), strict=True)
         return Features(self._kind, keys, labels, values, _summed([counts for _, _, counts in everyone]))
+
+    def _empty(self, shape: Sequence[int]) -> Tensor:
+        return torch.empty(*shape, dtype=self._dtype) if self._disk is None else on_disk(shape, self._dtype, self._disk)
 
     def _shape(self) -> tuple[int, ...]:
         return tuple(self._batches[0][1].shape[1:]) if self._batches else ()

@@ -1,8 +1,17 @@
-"""How much main memory is to be had."""
+"""How much main memory is to be had, and tensors that need none."""
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.errors import UserError
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -30,3 +39,22 @@ def _container(cgroup: Path) -> int | None:
         return max(0, limit - used + int(stat["inactive_file"]))
     except (OSError, KeyError, ValueError):
         return None
+
+
+def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """An uninitialised tensor whose memory is a file in `folder`, already without a name: it goes with the tensor.
+
+    Raises UserError if it cannot be had: its blocks are reserved now, or writing to it could kill the process.
+    """
+    numel = math.prod(shape)
+    size = numel * dtype.itemsize
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="features-") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(*shape)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: no room for {size / 1e9:.1f} GB of features ({error.strerror}); name another folder"
+        ) from None
