@@ -149,6 +149,22 @@ def test_the_order_of_a_set_does_not_matter_to_knn(two: tuple[Features, Features
     assert knn(replace(train, values=4 * train.values), test, neighbours=[k]) == result
 
 
+def test_many_equal_pictures_are_taken_in_the_order_of_their_keys() -> None:
+    """Oracle: the same set in another order, where equal rows come at every place of the matrix product."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 37, generator=generator)[torch.arange(301) % 7]
+    numbers = torch.randint(9, (301,), generator=generator).tolist()
+    train = features(values, [str(number) for number in numbers])
+    test = features(*blobs(20, 9, 37, 1))
+    test = replace(test, labels=tuple(label[-1] for label in test.labels))
+    result = knn(train, test, neighbours=[5, 60])
+    for seed in range(3):
+        order = torch.randperm(301, generator=torch.Generator().manual_seed(seed)).tolist()
+        assert knn(shuffled(train, order), test, neighbours=[5, 60]) == result
+    _, rows = nearest(train.values, train.values[:1], 43)
+    assert rows.tolist() == [list(range(0, 301, 7))]
+
+
 @limits(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abcd"), min_size=3, max_size=30), st.floats(0.05, 0.6), st.data())
 def test_held_out_samples_depend_on_keys_alone(labels: list[str], share: float, data: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.memory import available_bytes, on_disk
+from open_clip_ov2.evaluate.memory import available_bytes, on_disk, own_pages
 from open_clip_ov2.evaluate.subject import Subject, gathered
 
 logger = logging.getLogger(__name__)
@@ -128,18 +128,17 @@ class _Parts:
         values = values.to("cpu", self._dtype)
         if self._disk is None:
             self._check_memory(len(self._rows), len(rows), values[0])
-        else:
-            values = self._empty(values.shape).copy_(values)
         self._rows.update(zip(indices, rows, strict=True))
-        self._batches.append((indices, values))
+        self._batches.append((indices, self._empty(values.shape).copy_(values)))
 
     def _check_memory(self, there: int, new: int, row: Tensor) -> None:
         """At the first batch what is to come is told; where it is not known, each doubling is looked at."""
         first, doubled = there == 0, (there + new).bit_length() > there.bit_length()
         if not (first or (doubled and not self._expected)):
             return
-        # Every process ends with everything; those of one machine share its memory.
+        # Every process ends with everything, and while that is filled has its own part; one machine's share its memory.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size))
+        local += local > 1
         samples = self._expected or 2 * (there + new)
         needed, free = samples * row.numel() * row.element_size() * local, available_bytes()
         shape = " x ".join(map(str, (samples, *row.shape)))
@@ -168,7 +167,7 @@ class _Parts:
         return Features(self._kind, keys, labels, values, _summed([counts for _, _, counts in everyone]))
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
-        return torch.empty(*shape, dtype=self._dtype) if self._disk is None else on_disk(shape, self._dtype, self._disk)
+        return own_pages(shape, self._dtype) if self._disk is None else on_disk(shape, self._dtype, self._disk)
 
     def _shape(self) -> tuple[int, ...]:
         return tuple(self._batches[0][1].shape[1:]) if self._batches else ()
