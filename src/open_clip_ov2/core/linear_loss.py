@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sums = torch.zeros(2, dtype=torch.float32, device=hidden_RD.device)
             wants_hidden, wants_weight = ctx.needs_input_grad[:2]
             d_hidden_RD = torch.empty_like(hidden_RD) if wants_hidden else None
-            d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+            d_weight_VD = None
             for start in range(0, len(hidden_RD), rows):
                 part = slice(start, start + rows)
                 hidden_cD = hidden_RD[part].to(dtype)
@@ -59,8 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits_cV = _rows(logits_cV, labels_R[part], sums, smoothing, z_loss, wants_hidden or wants_weight)
                 if d_hidden_RD is not None:
                     d_hidden_RD[part] = d_logits_cV @ head
-                if d_weight_VD is not None:
-                    _add_product(d_weight_VD, d_logits_cV, hidden_cD)
+                if wants_weight:
+                    d_weight_VD = _with_product(d_weight_VD, d_logits_cV, hidden_cD)
+            if wants_weight and d_weight_VD is None:  # no rows
+                d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(d_hidden_RD, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         nll, objective = sums.unbind()
@@ -108,9 +110,10 @@ def _rows(
     return exp_cV.mul_(factor_c1).to(logits_cV.dtype)
 
 
-def _add_product(sum_VD: Tensor, d_logits_cV: Tensor, hidden_cD: Tensor) -> None:
-    """`sum_VD += d_logits^T hidden`, the sum in float32."""
+def _with_product(sum_VD: Tensor | None, d_logits_cV: Tensor, hidden_cD: Tensor) -> Tensor:
+    """`sum_VD + d_logits^T hidden` in float32, into `sum_VD` where there is one."""
+    if sum_VD is None:
+        return (d_logits_cV.T @ hidden_cD).float()
     if d_logits_cV.dtype == torch.float32:
-        sum_VD.addmm_(d_logits_cV.T, hidden_cD)
-    else:
-        sum_VD += d_logits_cV.T @ hidden_cD
+        return sum_VD.addmm_(d_logits_cV.T, hidden_cD)
+    return sum_VD.add_(d_logits_cV.T @ hidden_cD)
