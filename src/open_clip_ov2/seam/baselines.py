@@ -18,8 +18,6 @@ from open_clip_ov2.seam.progress import StepReport
 
 logger = logging.getLogger(__name__)
 
-CLIP_EOS_ID = 49407  # OpenCLIP's built-in tokenizer, which every stock CoCa uses
-
 
 def init_coca_head(model: nn.Module) -> None:
     """Stock CoCa's decoder head comes from `torch.empty`, and its own init is never called (docs/openclip.md)."""

@@ -32,7 +32,7 @@ def check_train(argv: Sequence[str], world_size: int, gpu: bool | None = None) -
     """
     plan = parse(argv, world_size, gpu)
     samples = sum(_check_data(stage, world_size) for stage in plan.stages)
-    parameters = [_check_model(stage, plan.family) for stage in plan.stages]
+    parameters = [_check_model(stage) for stage in plan.stages]
     return CheckedRun(plan, signature(plan.config), samples, parameters[-1])
 
 
@@ -50,10 +50,10 @@ def _check_data(stage: StagePlan, world_size: int) -> int:
     return samples
 
 
-def _check_model(stage: StagePlan, family: bool) -> int:
+def _check_model(stage: StagePlan) -> int:
     """Number of its parameters."""
     args = stage.args
-    options = model_options(stage.options, args.model, args.force_context_length) if family else {}
+    options = model_options(stage.options, args.model, args.force_context_length)
     size = args.force_image_size
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import factory
-from open_clip_ov2.seam.flags import TrainOptions
+from open_clip_ov2.seam.flags import FAMILY, TrainOptions
 
 _RANGES = {
     "lr": (0, float("inf")), "wd": (0, float("inf")), "warmup": (0, float("inf")), "seed": (0, 2**32 - 1),
@@ -87,12 +87,17 @@ def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:
         "--keep-ratio": options.keep_ratio,
         "--eval-keep-ratio": options.eval_keep_ratio,
         "--fusion": options.fusion,
-        "--tokenizer": options.tokenizer,
         "--label-smoothing": options.label_smoothing,
         "--z-loss": options.z_loss,
-        "--color-jitter": options.color_jitter,
+        "--color-jitter": options.color_jitter and options.augmentation != FAMILY,
         "--decode": options.decode,
     }
     for flag, value in given.items():
         if value:
-            raise UserError(f"{flag} is for ov2 models, and --model is {theirs.model}")
+            hint = f" (--augmentation {FAMILY} gives it their transform)" if flag == "--color-jitter" else ""
+            raise UserError(f"{flag} is for ov2 models, and --model is {theirs.model}{hint}")
+    if options.augmentation == FAMILY:
+        uses_timm = theirs.aug_cfg.get("use_timm")
+        for flag, value in (("image-interpolation", theirs.image_interpolation), ("aug-cfg use_timm", uses_timm)):
+            if value:
+                raise UserError(f"--{flag}: --augmentation {FAMILY} says it already; leave one of the two out")

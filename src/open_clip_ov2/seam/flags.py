@@ -17,6 +17,7 @@ from open_clip_ov2.recipe import parse_samples
 
 DEFAULT_CAPTION_KEYS = "txt"
 DECODE = ("fast", "exact")
+FAMILY = "family"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class TrainOptions:
     z_loss: float
     color_jitter: bool
     decode: str | None
+    augmentation: str | None
     max_image_pixels: int
     shuffle_buffer: int
 
@@ -196,6 +198,12 @@ def _add_data(group: Any) -> None:
         choices=DECODE,
         help="fast: training JPEGs at a reduced scale where the crop stays twice the resolution; exact: whole, as PIL "
         "has them. The crops are the same (default: fast; CLIP and CoCa: exact)",
+    )
+    add(
+        "--augmentation",
+        choices=(FAMILY,),
+        help="family: the crop, interpolation, mean and std of ov2 models for any model, so that CLIP and CoCa see the "
+        "same pixels (default: the model's own)",
     )
     add(
         "--max-image-pixels",

@@ -104,6 +104,15 @@ def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
+def family_overrides() -> dict[str, Any]:
+    """What `create_model_and_transforms` gets so that any model sees the pixels that an ov2 model would."""
+    return {
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+        "image_interpolation": FamilyBilinear("bilinear"),
+    }
+
+
 def color_jitter_cfg() -> dict[str, Any]:
     """The `aug_cfg` of `--color-jitter`."""
     return {

@@ -14,19 +14,23 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.loop.checkpoint import RESUME_KEY
 from open_clip_ov2.seam import baselines, shims
 from open_clip_ov2.seam.arguments import StagePlan
-from open_clip_ov2.seam.flags import TrainOptions
-from open_clip_ov2.seam.preprocess import color_jitter_cfg, train_crop
+from open_clip_ov2.seam.factory import is_family_config
+from open_clip_ov2.seam.flags import FAMILY, TrainOptions
+from open_clip_ov2.seam.preprocess import color_jitter_cfg, family_overrides, train_crop
 from open_clip_ov2.seam.remembering import remembering
 from open_clip_ov2.seam.session import Session
-from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for
+from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for, with_word_pieces
+
+CHOSEN = ("image_mean", "image_std")  # what somebody chose stays, with ov2 models too
 
 
 def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
-    """What `create_model` gets for an ov2 model on top of its config. Raises UserError for a missing vocabulary."""
+    """What `create_model` gets on top of the model's config. Raises UserError for a missing vocabulary."""
     extra: dict[str, Any] = options.model_options()
     if options.tokenizer:
         config = open_clip_factory.get_model_config(name) or {}
-        extra["text_cfg"] = text_cfg_for(options.tokenizer, context_length or config["text_cfg"]["context_length"])
+        words = text_cfg_for(options.tokenizer, context_length or config["text_cfg"].get("context_length", 77))
+        extra |= {"text_cfg": words} if is_family_config(config) else with_word_pieces(name, config, words)
     return extra
 
 
@@ -48,10 +52,12 @@ class StageModel:
 
     def creates_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def create(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
-            extra = model_options(self.options, name, kwargs.get("force_context_length")) if self.family else {}
+            extra = model_options(self.options, name, kwargs.get("force_context_length"))
             if self.session.carried is not None or self._found:
                 pretrained, kwargs["pretrained_image"] = None, False
-            if self.family and self.options.color_jitter:
+            if self.options.augmentation == FAMILY and not self.family:
+                kwargs |= {**family_overrides(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
+            if self.options.color_jitter:
                 kwargs["aug_cfg"] = {**color_jitter_cfg(), **(kwargs.get("aug_cfg") or {})}
             try:
                 model, train_tf, val_tf = original(name, pretrained, **kwargs, **extra)
@@ -100,7 +106,7 @@ class StageModel:
         return found
 
     def model_options(self, args: argparse.Namespace) -> dict[str, Any]:
-        return model_options(self.options, args.model, args.force_context_length) if self.family else {}
+        return model_options(self.options, args.model, args.force_context_length)
 
     def gets_tokenizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_tokenizer(name: str, **kwargs: Any) -> Any:

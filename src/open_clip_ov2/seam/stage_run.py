@@ -28,6 +28,7 @@ from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.stage_flags import without
 from open_clip_ov2.seam.stage_model import StageModel
 from open_clip_ov2.seam.step import StepSettings, train_epoch
+from open_clip_ov2.seam.tokenizer import eos_id_of
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -282,7 +283,7 @@ class StageRun:
             accum_freq=args.accum_freq,
             grad_clip_norm=args.grad_clip_norm,
             loss_weight=args.coca_caption_loss_weight,
-            eos_id=self.built.model.text_config.eos_id if self.family else baselines.CLIP_EOS_ID,
+            eos_id=self.built.model.text_config.eos_id if self.family else eos_id_of(self.built.tokenizer),
             mean=tuple(self.built.preprocess_cfg["mean"]),
             std=tuple(self.built.preprocess_cfg["std"]),
         )

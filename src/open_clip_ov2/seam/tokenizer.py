@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,35 @@ def text_cfg_for(source: str, context_length: int) -> dict[str, Any]:
         "hf_tokenizer_name": str(path.resolve()) if path.exists() else source,
         "tokenizer_mode": MODE,
     }
+
+
+def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """The text sections of a CLIP's or CoCa's config for word pieces; `words` is what text_cfg_for gives.
+
+    OpenCLIP pools a CLIP's text at the largest id, which is the end of a caption in its own vocabulary alone: here at
+    the first eos. Its CoCa pools at a class token, and leaves [PAD] out as it does its own id 0.
+    Raises UserError.
+    """
+    text_cfg = config["text_cfg"]
+    if text_cfg.get("hf_model_name"):
+        raise UserError(f"--tokenizer: the text tower of {name} comes from the hub, with a tokenizer of its own")
+    words = {key: value for key, value in words.items() if key != "bos_id"}  # which upstream does not ask for
+    pooling = {} if text_cfg.get("embed_cls") else {"pool_type": "eos"}
+    sections: dict[str, Any] = {"text_cfg": {**text_cfg, **words, **pooling}}
+    if "multimodal_cfg" in config:
+        sizes = {key: words[key] for key in ("context_length", "vocab_size")}
+        sections["multimodal_cfg"] = {**config["multimodal_cfg"], **sizes}
+    return sections
+
+
+def eos_id_of(tokenizer: Any) -> int:
+    """The id that ends a caption."""
+    if isinstance(tokenizer, WordPieceTokenizer):
+        return EOS_ID
+    if isinstance(tokenizer, SimpleTokenizer):
+        return tokenizer.eot_token_id
+    inner = tokenizer.tokenizer  # OpenCLIP's HFTokenizer
+    return inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
 
 
 def decode_caption(tokenizer: Any, ids: Sequence[int] | Tensor, bos_id: int, eos_id: int) -> str:
