@@ -142,3 +142,16 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="neither checkpoints nor weights"):
         open_clip_ov2.open_model(tmp_path)
+
+
+def test_a_hub_that_cannot_be_asked_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A port where nothing listens. Oracle: the error, not an encoder without its decoder."""
+    from huggingface_hub import constants
+
+    from open_clip_ov2.seam.sources import _fetch_decoder
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="cannot tell whether it has a caption decoder"):
+        _fetch_decoder("hf-hub:some-lab/nothing")

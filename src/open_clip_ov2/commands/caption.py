@@ -16,6 +16,7 @@ from open_clip_ov2.commands.options import (
     add_generation,
     existing,
     generation_options,
+    paths_checked,
     values_checked,
 )
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
@@ -37,6 +38,19 @@ class Picture:
 
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    if args.every < 1:
+        raise UserError(f"--every {args.every}: it is 1 or more")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: it is 1 or more")
+    if args.out and args.out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {args.out}: no kind of picture ({', '.join(SUFFIXES)})")
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: no such folder as {args.out.parent}")
+    with paths_checked():
+        _caption_all(args)
+
+
+def _caption_all(args: argparse.Namespace) -> None:
     from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
     from open_clip_ov2.seam.sources import open_model
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.commands.options import Parser, paths_checked
 from open_clip_ov2.errors import UserError
 
 TARGETS = {
@@ -25,6 +25,11 @@ _ONLY_FOR = {"language_model": "llava", "feature_layer": "llava", "int8": "onnx"
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     _check(args)
+    with paths_checked():
+        _export(args)
+
+
+def _export(args: argparse.Namespace) -> None:
     from open_clip_ov2.export.files import new_folder
     from open_clip_ov2.seam.model_folder import encoder_of
     from open_clip_ov2.seam.sources import open_model
@@ -33,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     encoder = encoder_of(run.model, run.preprocess_cfg)
     target = args.out or _default_folder(args, run.folder)
     with new_folder(target) as folder:
-        lines = _write(args, run, encoder, folder)
+        lines = _write(args, run, encoder, folder, target.resolve().name)
         write_card(args, run, folder, run.folder.resolve().name, target.name)
     for line in lines:
         print(line)
@@ -81,8 +86,8 @@ def _default_folder(args: argparse.Namespace, folder: Path) -> Path:
     return folder / "export" / args.to
 
 
-def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path) -> list[str]:
-    """Lines worth telling."""
+def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name: str) -> list[str]:
+    """Lines worth telling. `name`: what the folder will be called."""
     if args.to == "onnx":
         from open_clip_ov2.export import onnx
 
@@ -96,19 +101,22 @@ def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path) -> li
         from open_clip_ov2.export import llava
 
         layer = llava.FEATURE_LAYER if args.feature_layer is None else args.feature_layer
-        llava.write(encoder, folder, args.language_model, layer)
-        return [f"{encoder.num_tokens} image tokens, from vision_feature_layer {layer}; the projector is new"]
-    return write_target(args.to, run, encoder, folder)
+        dtype = llava.write(encoder, folder, args.language_model, layer)
+        return [
+            f"{encoder.num_tokens} image tokens, from vision_feature_layer {layer}; the projector is new; the encoder "
+            f"is {dtype} as the language model is"
+        ]
+    return write_target(args.to, run, encoder, folder, name)
 
 
-def write_target(target: str, run: Any, encoder: Any, folder: Path, repository: str | None = None) -> list[str]:
-    """The targets that need nothing but the model. `repository`: the hub name it will have. Lines worth telling."""
+def write_target(target: str, run: Any, encoder: Any, folder: Path, name: str) -> list[str]:
+    """The targets that need nothing but the model. `name`: the folder's, or its hub name. Lines worth telling."""
     from open_clip_ov2.export import hf, open_clip, released, timm
     from open_clip_ov2.seam.model_folder import released_decoder, write_model_folder
     from open_clip_ov2.seam.sources import caption_model
 
     if target == "ov2":
-        write_model_folder(caption_model(run), encoder, run.tokenizer, folder, repository)
+        write_model_folder(caption_model(run), encoder, run.tokenizer, folder, name)
     elif target == "released":
         decoder, why_not = released_decoder(run.model, run.tokenizer)
         released.write(encoder, folder, decoder)

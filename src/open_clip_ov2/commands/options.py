@@ -53,6 +53,17 @@ def values_checked() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@contextlib.contextmanager
+def paths_checked() -> Iterator[None]:
+    """What the system says of a path that the user gave (no such folder, not to be written) as a one-line error."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror or error}") from error
+
+
 def existing(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

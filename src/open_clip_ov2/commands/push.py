@@ -50,7 +50,7 @@ def _stage(args: argparse.Namespace, folder: Path) -> None:
 
     run = open_model(args.run, image_size=args.image_size)
     encoder = encoder_of(run.model, run.preprocess_cfg)
-    for line in write_target(args.to, run, encoder, folder, repository=args.repository):
+    for line in write_target(args.to, run, encoder, folder, args.repository):
         print(line)
     write_card(args, run, folder, args.repository.split("/")[1], args.repository)
 

@@ -22,9 +22,10 @@ FEATURE_LAYER = -1
 
 def write(
     encoder: Encoder, folder: Path, language_model: Path, feature_layer: int = FEATURE_LAYER, seed: int = 0
-) -> None:
+) -> str:
     """The model, its tokenizer with an image token, and its processor. Raises UserError.
 
+    Returns the name of the dtype of all weights, which is the language model's: LLaVA's code runs in one dtype.
     `feature_layer` is transformers' `vision_feature_layer`: -1 the last block, -2 the one before.
     """
     if not -encoder.layers <= feature_layer <= -1:
@@ -51,6 +52,7 @@ def write(
     _take_weights(transformers, model, encoder, text_model)
     model.save_pretrained(folder)
     _write_processor(transformers, encoder, tokenizer, folder)
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _transformers() -> Any:
@@ -69,8 +71,13 @@ def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
             source, torch_dtype="auto", local_files_only=True, trust_remote_code=False
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--language-model {source}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # OSError, ValueError, safetensors', pickle's and torch's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--language-model {source}: cannot be loaded ({reason})") from error
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        lack = "no output embeddings" if head is None else "a bias in its output embeddings"
+        raise UserError(f"--language-model {source}: {type(model).__name__} has {lack}, which LLaVA has no place for")
     return model, tokenizer
 
 

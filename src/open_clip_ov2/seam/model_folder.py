@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from open_clip.tokenizer import HFTokenizer
+
 from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.export.encoder import Encoder
@@ -19,14 +21,16 @@ from open_clip_ov2.seam.tokenizer import MODE, WordPieceTokenizer, find_vocab
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def write_model_folder(
-    model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, repository: str | None = None
-) -> None:
-    """The whole model, decoder included. `repository` is the hub name that its vocabulary will be found under."""
+def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str) -> None:
+    """The whole model, decoder included. `name`: what the folder will be called, or its hub name; its tokenizer will
+    be found under it."""
     cfg = model_cfg(model, encoder)
     if isinstance(tokenizer, WordPieceTokenizer):
-        cfg["text_cfg"] |= {"hf_tokenizer_name": repository or folder.name, "tokenizer_mode": MODE}
+        cfg["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_mode": MODE}
         shutil.copyfile(find_vocab(tokenizer.source), folder / "vocab.txt")
+    elif isinstance(tokenizer, HFTokenizer):
+        cfg["text_cfg"] |= {"hf_tokenizer_name": name}
+        tokenizer.save_pretrained(str(folder))
     write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": preprocess_cfg(encoder)})
     write_tensors(folder / WEIGHTS, model.state_dict())
 

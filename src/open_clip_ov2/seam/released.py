@@ -71,6 +71,7 @@ def build_vision_model(**config: Any) -> VisionModel:
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
     options = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
     model = VisionModel(visual, **options)
+    model.alone_by_layout = FAMILY_KEY not in config  # nobody said so: weights.py then looks for a text tower
     model.reset_position_table()
     return model
 

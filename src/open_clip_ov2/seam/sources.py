@@ -59,12 +59,11 @@ def open_model(
         tokenizer = open_clip.get_tokenizer(where.name)
         if isinstance(model, VisionModel):
             model, tokenizer = _with_decoder(model, tokenizer, where)
+        model.to(torch.device(device)).eval()
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where.checkpoint or source}: cannot be loaded ({reason})") from error
-    model.to(torch.device(device)).eval()
+        raise UserError(f"{where.checkpoint or source}: cannot be loaded ({_first(error)})") from error
     folder = where.folder or Path(_hub_file(where.name, CONFIG)).parent
     return LoadedRun(
         model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, where.checkpoint or folder
@@ -114,6 +113,10 @@ def locate(source: str) -> Where:
     return Where(LOCAL + str(folder), folder, checkpoint)
 
 
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _hub_file(name: str, file: str) -> str:
     return open_clip_factory.download_pretrained_from_hf(name.removeprefix(HUB), filename=file)
 
@@ -131,12 +134,24 @@ def _with_decoder(model: VisionModel, tokenizer: Any, where: Where) -> tuple[nn.
 
 
 def _fetch_decoder(name: str) -> Path | None:
-    """The hub's snapshot with all three files of the decoder in it; none if the repository has no decoder."""
+    """The hub's snapshot with all three files of the decoder in it; none if the repository has no decoder.
+
+    Raises UserError if that cannot be known: a network that fails is no answer.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
-        found = Path(_hub_file(name, DECODER_CONFIG))
-    except FileNotFoundError as error:  # OpenCLIP's, for every reason
-        logger.info("%s: no caption decoder to be had (%s)", name, str(error).splitlines()[0])
+        found = Path(hf_hub_download(name.removeprefix(HUB), DECODER_CONFIG))
+    except LocalEntryNotFoundError as error:  # not in the cache, and the hub was not or could not be asked
+        if not constants.HF_HUB_OFFLINE:
+            raise UserError(f"{name}: cannot tell whether it has a caption decoder ({_first(error)})") from error
+        logger.warning("%s: offline, and no %s in the cache: an encoder alone", name, DECODER_CONFIG)
         return None
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise UserError(f"{name}: cannot tell whether it has a caption decoder ({_first(error)})") from error
     for file in (DECODER_FILE, VOCAB_FILE):
         _hub_file(name, file)
     return found.parent

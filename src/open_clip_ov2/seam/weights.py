@@ -100,6 +100,11 @@ def load_weights(model: VisionModel | CaptionModel, state: Mapping[str, Tensor],
 def _load_encoder(
     model: VisionModel | CaptionModel, encoder: dict[str, Tensor], rest: Mapping[str, Tensor], what: str
 ) -> None:
+    if rest and getattr(model, "alone_by_layout", False):
+        raise ValueError(
+            f"{what}: holds a text tower, and its config reads as an encoder's alone (vision_cfg.output_tokens: true); "
+            'for the CLIP set that to false, for its encoder add "decoder_cfg": null to model_cfg'
+        )
     expected = {VISION + key: value for key, value in model.visual.state_dict().items()}
     left = sorted({key.split(".")[0] for key in rest})
     if isinstance(model, CaptionModel) and rest and PROJECTION in encoder:  # into CLIP's space; ours is untrained
