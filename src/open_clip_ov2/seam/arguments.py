@@ -20,7 +20,7 @@ from open_clip_ov2.seam import factory
 from open_clip_ov2.seam.flag_checks import check_stage
 from open_clip_ov2.seam.flags import RunOptions, TrainOptions, build_parser, run_options, train_options
 from open_clip_ov2.seam.run_config import run_config, signature
-from open_clip_ov2.seam.stage_flags import derived_words, given, recipe_words, stage_words, without
+from open_clip_ov2.seam.stage_flags import derived_words, given, one_aug_cfg, recipe_words, stage_words, without
 
 SEED_STEP = 1_000_003  # between stages: far from the `seed + rank` that OpenCLIP seeds each process with
 
@@ -77,6 +77,8 @@ def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None =
     config = run_config(stages, world_size, ours.carry_optimizer)
     stem = f"-{recipe.source.stem}" if recipe and recipe.source and recipe.source.stem != first.model else ""
     name = first.name or f"{first.model.replace('/', '-').replace(':', '-')}{stem}-{signature(config)}"
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"--name {name}: leads out of --logs {first.logs}; say the folder by --logs")
     if ours.until_stage and ours.until_stage > len(stages):
         raise UserError(f"--until-stage {ours.until_stage}: there are {len(stages)} stages")
     return RunPlan(
@@ -117,6 +119,7 @@ def _stages(
 
 def _stage(words: list[str], said: Stage | None, index: int, world_size: int, gpu: bool) -> StagePlan:
     title = said.name or f"{said.resolution} px" if said else ""
+    words = one_aug_cfg(words)
     ours, rest = build_parser().parse_known_args(words)
     theirs = _parse_theirs(rest)
     _check_model_name(theirs.model, given(words, "--model"))

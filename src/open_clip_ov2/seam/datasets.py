@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
+from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
 from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource, WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
@@ -38,7 +38,7 @@ def dataset_type(path: str, asked: str) -> str:
 
 def caption_keys(args: argparse.Namespace, options: TrainOptions, kind: str) -> tuple[CaptionKey, ...]:
     if kind == "csv" and not options.caption_keys_given:
-        return parse_caption_keys(args.csv_caption_key)
+        return (CaptionKey(args.csv_caption_key),)  # a column's name, whatever signs are in it
     return options.caption_keys
 
 

@@ -34,6 +34,21 @@ def without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     return out
 
 
+def one_aug_cfg(words: Sequence[str]) -> list[str]:
+    """argv with all its --aug-cfg in one: of OpenCLIP's flag the last would take the place of the others, and a
+    recipe's crop scale is one of them. Of equal keys the last counts."""
+    rest, found, inside = [], {}, False
+    for word in words:
+        if word.startswith("--"):
+            inside = word.split("=")[0] == "--aug-cfg"
+            word = word.partition("=")[2] if inside else word
+        if not inside:
+            rest.append(word)
+        elif word:
+            found[word.partition("=")[0]] = word
+    return [*rest, "--aug-cfg", *found.values()] if found else rest
+
+
 def recipe_words(recipe: Recipe) -> list[str]:
     """The model and the [train] table."""
     words = ["--model", recipe.model] if recipe.model else []
