@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_clip_ov2.errors import RunFailed
-from open_clip_ov2.loop.guard import StepGuard, StockGuard, gradient_norm, step_unless
+from open_clip_ov2.loop.guard import StepGuard, StockGuard, gradient_norm, not_finite, step_unless
 
 
 def optimizer_of(fused: bool) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
@@ -70,3 +70,20 @@ def test_many_in_a_row_end_the_run_and_single_ones_do_not(caplog: pytest.LogCapt
     guard.note(yes, ["last"], 9)
     with pytest.raises(RunFailed, match=r"3 steps in a row .* last good checkpoint: checkpoints/stage_1\.pt"):
         guard.check()
+
+
+@pytest.mark.parametrize(
+    ("loss", "scale", "bad"), [(1.0, 2.0**16, False), (float("nan"), 2.0**16, True), (1.0, 1.0, True)]
+)
+def test_an_overflow_of_fp16_is_the_scalers_own(loss: float, scale: float, bad: bool) -> None:
+    """Oracle: GradScaler itself leaves the step out and halves its scale; at 1 there is nothing left to halve."""
+    weight, optimizer = optimizer_of(fused=False)
+    before = weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(weight.sum() * 0).backward()
+    weight.grad = torch.full_like(weight, float("inf"))
+    scaler.unscale_(optimizer)
+    assert bool(not_finite(torch.tensor([loss]), gradient_norm([weight]), scaler)) is bad
+    step_unless(optimizer, scaler, torch.tensor(bad))
+    assert torch.equal(weight, before)
+    assert scaler.get_scale() == scale / 2

@@ -63,6 +63,18 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
+def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
+    """A boolean scalar on the device: whether a step is bad, from its reduced losses `sums` and its gradient.
+
+    An fp16 gradient that overflows is how GradScaler looks for its scale: it leaves the step out and halves the scale.
+    That is no bad step while there is a scale to halve.
+    """
+    bad = ~torch.isfinite(sums).all()
+    if scaler is not None and scaler.get_scale() > 1:
+        return bad
+    return bad | ~torch.isfinite(grad_norm)
+
+
 def step_unless(optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
     """One optimizer step, left out where `bad` (a boolean scalar on the device) is true.
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.groups import CPU_TOKENS, GPU_TOKENS, LengthGroups, length_groups
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.loop.guard import gradient_norm, step_unless
+from open_clip_ov2.loop.guard import gradient_norm, not_finite, step_unless
 from open_clip_ov2.seam.progress import StepReport
 
 
@@ -131,7 +131,7 @@ def optimizer_step(
         totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
     grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
     totals = all_reduced(totals, settings)
-    bad = ~(torch.isfinite(grad_norm) & torch.isfinite(totals).all())
+    bad = not_finite(totals, grad_norm, scaler)
     step_unless(optimizer, scaler, bad)
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad)
 
