@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 RESUME_KEY = "open_clip_ov2"
 BEST_FILE = "best.json"
 TEMPORARY = ".tmp-"  # a file that begins so was not finished
+WAIT_WORTH_TELLING_S = 5.0  # ours: a shorter wait for the disk costs nobody anything
 _NAME = re.compile(r"stage_(\d+)(?:_samples_(\d+))?\.pt")
 
 
@@ -109,7 +110,13 @@ class CheckpointWriter:
     def save(self, name: CheckpointName, content: dict[str, Any], metric: float | None = None) -> None:
         """`content` is copied now and written later. `metric`: the validation loss at this point, if there is one."""
         copied = snapshot(content)
-        self.wait()
+        start = time.monotonic()
+        self.wait()  # never left out: where a run was saved is where it can go on from
+        if (waited := time.monotonic() - start) > WAIT_WORTH_TELLING_S:
+            logger.warning(
+                "waited %.0f s for the checkpoint before %s: saving comes more often than this disk takes "
+                "(--save-every-steps, --save-every-minutes)", waited, name.file,
+            )  # fmt: skip
         self.last_saved = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(name, copied, metric), name="checkpoint")
         self._thread.start()
