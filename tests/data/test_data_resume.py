@@ -232,3 +232,22 @@ def test_another_epoch_than_the_resumed_one_is_whole(tmp_path: Path) -> None:
     for old, new in zip(plain, resumed, strict=True):
         assert_same(old, new)
     assert resumed.state() == plain.state()
+
+
+def test_data_that_has_moved(tmp_path: Path) -> None:
+    """The same tars in another folder, and other numbers of them. Oracle: the loader that stayed; the refusal."""
+    here, there, more = (
+        WebDatasetSource(tuple(str(path) for path in good_tars(tmp_path / name, sizes)))
+        for name, sizes in (("here", [5, 5]), ("there", [5, 5]), ("more", [5, 5, 5]))
+    )
+    whole = list(loader(here, num_samples=8))
+    state = stopped(loader(here, num_samples=8), 1)
+    with pytest.raises(UserError, match="--train-data was"):
+        loader(there, num_samples=8).resume([state])
+    with pytest.raises(UserError, match=r"--train-data was 2 shards.*3 shards"):
+        loader(more, num_samples=8).resume([state], moved=True)
+    with pytest.raises(UserError, match=r"--seed was.*--override changes neither"):
+        loader(there, num_samples=8, seed=77).resume([state], moved=True)
+    moved = loader(there, num_samples=8)
+    assert moved.resume([state], moved=True)
+    assert [batch.keys for batch in moved] == [batch.keys for batch in whole[1:]]

@@ -156,6 +156,9 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(
     assert "stage 1 wd: 0.2 before, 0.5 now; stage 2 wd: 0.2 before, 0.5 now" in error
     assert "--override" in error
     assert ov2(["train", *flags, "--wd", "0.5", "--override", "--workers", "1"]) == 0
+    longer = [*without(flags, "--stage"), "--stage", "16:samples=48,lr=1e-3", "--stage", "24:samples=64,lr=5e-4"]
+    assert ov2(["train", *longer, "--override"]) == 2
+    assert "stage 2 is finished" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert ov2(["train", *without(flags, "--name"), "--name", "other"]) == 2
@@ -347,3 +350,18 @@ def test_a_recipes_train_table_reaches_the_runs_own_options(squares: Path, vocab
     best = min(rows, key=lambda row: row["caption_loss"])
     found = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert found["caption_loss"] == best["caption_loss"]
+
+
+def test_override_of_the_model_is_one_line(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between stages and within one."""
+    flags = two_stages(squares, vocabulary, tmp_path)
+    assert ov2(["train", *flags, "--until-stage", "1", "--save-every-steps", "4", "--val-frequency", "0"]) == 0
+    changed = [*flags, "--override", "--fusion", "cross_attn", "--val-frequency", "0"]
+    for _ in range(2):
+        capsys.readouterr()
+        assert ov2(["train", *changed]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "--override: another model than before: " in error
+        (tmp_path / "run" / "checkpoints" / "stage_1.pt").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from open_clip_ov2.data.receive import Receiver, torch_loader, worker_death
 from open_clip_ov2.data.resume import VERSION, Progress, Start, check_states, pack, start_from
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
 from open_clip_ov2.data.share import Source
+from open_clip_ov2.data.skips import merged
 from open_clip_ov2.data.stall import StallWatch, watched
 from open_clip_ov2.data.streams import Batch, Tokenizer, TrainStream
 from open_clip_ov2.errors import UserError
@@ -159,15 +160,16 @@ class TrainLoader(Receiver):
             "data": self._stream.source.fingerprint(),
         }
 
-    def resume(self, states: Sequence[dict[str, Any]]) -> bool:
+    def resume(self, states: Sequence[dict[str, Any]], moved: bool = False) -> bool:
         """Goes on where `states`, of all processes in the order of their ranks, were taken: sets the epoch, and lets
         the next iteration give the batches that are left of it.
 
         True: exactly the batches that the old run would have seen. False, if the number of processes, of workers or
         the batch size is another one: other batches, but no sample of a pass is lost or comes twice (resampled data
-        goes on with draws of its own). Raises UserError: other data, seed or shuffle buffer, or states missing.
+        goes on with draws of its own). `moved`: see check_states.
+        Raises UserError: other data, seed or shuffle buffer, or states missing.
         """
-        check_states(states, self._identity())
+        check_states(states, self._identity(), moved)
         stream, old = self._stream, states[0]
         now = (stream.world_size, self._workers, stream.batch_size)
         same = now == (old["world_size"], old["workers"], old["batch_size"])
@@ -175,7 +177,10 @@ class TrainLoader(Receiver):
         batches_done = min(self.num_batches, old["batches_done"]) if same else max(0, self.num_batches - left)
         start = start_from(states, stream.world_size * self._workers, stream.source.resampled, batches_done)
         self._resume_at(start, old)
-        self.skips = dict(states[stream.rank]["skips"]) if same else {}
+        if same:
+            self.skips = dict(states[stream.rank]["skips"])
+        else:  # what nobody's part is any more is the first process's
+            self.skips = merged(state["skips"] for state in states) if stream.rank == 0 else {}
         return same
 
     def _resume_at(self, start: Start, old: dict[str, Any]) -> None:

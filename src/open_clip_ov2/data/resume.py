@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from open_clip_ov2.data.position import Generation, Position
 from open_clip_ov2.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -48,8 +51,11 @@ class Progress:
         self.samples_done += global_batch
 
 
-def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any]) -> None:
-    """Raises UserError if these are not all states of one moment, or if their data is not that of `identity`."""
+def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any], moved: bool = False) -> None:
+    """Raises UserError if these are not all states of one moment, or if their data is not that of `identity`.
+
+    `moved`: the same number of shards or rows under other names is taken for the same data, with a warning.
+    """
     if not states:
         raise UserError("cannot resume: the checkpoint holds no data position; start without --resume")
     for rank, state in enumerate(states):
@@ -69,18 +75,27 @@ def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any]) -> 
                     f"cannot resume: {name} is {state[name]} for process {rank} and {states[0][name]} for process 0: "
                     "the checkpoint mixes two moments; take another one"
                 )
-        _check_identity(state, identity)
+        _check_identity(state, identity, moved)
 
 
-def _check_identity(state: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_identity(state: dict[str, Any], identity: dict[str, Any], moved: bool) -> None:
     flags = {"seed": "--seed", "shuffle_buffer": "--shuffle-buffer"}
     for name, flag in flags.items():
         if state[name] != identity[name]:
             raise _differs(flag, str(state[name]), str(identity[name]))
     old, new = state["data"], identity["data"]
-    if old != new:
+    if old != new and moved and _numbers(old) == _numbers(new):
+        logger.warning(
+            "--train-data has other names than when the checkpoint was written, and as many (%s): taken for the same "
+            "data, moved (--override)", _in_words(new, old),
+        )  # fmt: skip
+    elif old != new:
         said = [_in_words(data, other) for data, other in ((old, new), (new, old))]
         raise _differs("--train-data", *(said if said[0] != said[1] else (said[0], f"others ({said[1]})")))
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if not isinstance(value, str)}
 
 
 def _in_words(data: dict[str, Any], other: dict[str, Any]) -> str:
@@ -92,8 +107,8 @@ def _in_words(data: dict[str, Any], other: dict[str, Any]) -> str:
 
 def _differs(flag: str, old: str, new: str) -> UserError:
     return UserError(
-        f"cannot resume: {flag} was {old} when the checkpoint was written and is {new} now; use the same, or start a "
-        "new run"
+        f"cannot resume: {flag} was {old} when the checkpoint was written and is {new} now; use the same, "
+        "or start a new run (in the middle of an epoch --override changes neither seed nor amount of data)"
     )
 
 

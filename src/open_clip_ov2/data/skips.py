@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from open_clip_ov2.errors import UserError
 
@@ -93,6 +93,14 @@ class SkipCounter:
         counts = describe(self.total) or "no sample at all"
         example = f"; the last: {self.example}" if self.example else ""
         return UserError(f"the {what} data has no usable sample ({counts}{example}); look at {flag} and --caption-keys")
+
+
+def merged(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums of counts by cause."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)
 
 
 def describe(counts: Mapping[str, int]) -> str:

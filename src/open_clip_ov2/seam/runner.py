@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.loop.signals import StopSignals
 from open_clip_ov2.seam.arguments import RunPlan, parse
 from open_clip_ov2.seam.session import Session
@@ -33,6 +35,7 @@ def _run(plan: RunPlan, session: Session) -> None:
     first = 0 if state is None else state["stage"] - 1 + bool(state["stage_done"])
     until = plan.options.until_stage or len(plan.stages)
     if first >= until:
+        _refuse_a_longer_stage(plan, state)
         logger.info("nothing left to do: %s has finished stage %d of %d", plan.folder, first, len(plan.stages))
         session.monitor.status.update(stage=first, stages=len(plan.stages))
         return
@@ -53,6 +56,18 @@ def _run(plan: RunPlan, session: Session) -> None:
         if stage.args.torchcompile:
             torch.compiler.reset()  # what was compiled for the model of this stage
     session.monitor.hparams(_hparams(plan))
+
+
+def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
+    """A stage that is over has come to the end of its schedule. Raises UserError if --override asks for more of it."""
+    last = plan.stages[-1]
+    asked = (last.args.train_num_samples or 0) * last.args.epochs
+    if state is not None and plan.options.override and state["stage"] == last.number and asked > state["stage_samples"]:
+        raise UserError(
+            f"{plan.folder}: stage {last.number} is finished, its learning rate at the schedule's end, with "
+            f"{state['stage_samples']:,} samples; {asked:,} are asked for now: --name another run, with --pretrained "
+            "this one's last checkpoint"
+        )
 
 
 def _hparams(plan: RunPlan) -> dict[str, object]:

@@ -20,6 +20,7 @@ from open_clip_ov2.seam.preprocess import color_jitter_cfg, family_overrides, tr
 from open_clip_ov2.seam.remembering import remembering
 from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for, with_word_pieces
+from open_clip_ov2.seam.weights import check_fit
 
 CHOSEN = ("image_mean", "image_std")  # what somebody chose stays, with ov2 models too
 
@@ -32,6 +33,16 @@ def model_options(options: TrainOptions, name: str, context_length: int | None) 
         words = text_cfg_for(options.tokenizer, context_length or config["text_cfg"].get("context_length", 77))
         extra |= {"text_cfg": words} if is_family_config(config) else with_word_pieces(name, config, words)
     return extra
+
+
+def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
+    """Raises UserError where --override has changed the model itself."""
+    try:
+        check_fit(what, state, model.state_dict())
+    except ValueError as error:
+        raise UserError(
+            f"--override: another model than before: {error}; --name another run, and start it anew"
+        ) from error
 
 
 class StageModel:
@@ -94,6 +105,7 @@ class StageModel:
         open_clip_factory.resize_pos_embed(weights, model)
         if hasattr(model, "positional_embedding") or hasattr(getattr(model, "text", None), "positional_embedding"):
             open_clip_factory.resize_text_pos_embed(weights, model)
+        _check_model("the stage before", weights, model)
         model.load_state_dict(weights)
 
     def load(self, *_: Any, **__: Any) -> dict[str, Any]:
@@ -101,6 +113,7 @@ class StageModel:
         assert self._found is not None
         found = {key: value for key, value in self._found.items() if key != RESUME_KEY}
         self._found = None  # as large as the model
+        _check_model("the checkpoint to go on from", found["state_dict"], self.model)
         if self.session.world_size > 1:
             found["state_dict"] = {f"module.{name}": value for name, value in found["state_dict"].items()}
         return found
