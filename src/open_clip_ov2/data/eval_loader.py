@@ -73,10 +73,17 @@ class EvalLoader(Receiver):
             used = True
             yield batch
         if not used and not (world_size > 1 and self._any_usable()):
-            counts = describe(self.skips) or "no sample at all"
-            raise UserError(
-                f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys"
-            )
+            raise self._nothing_usable()
+
+    def check(self) -> None:
+        """Raises UserError if there is no usable sample; reads as far as the first, in this process."""
+        self.reset_skips()
+        if next(self.receive(iter(self._stream_of(0, 1, batch_size=1))), None) is None:
+            raise self._nothing_usable()
+
+    def _nothing_usable(self) -> UserError:
+        counts = describe(self.skips) or "no sample at all"
+        return UserError(f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys")
 
     def _any_usable(self) -> bool:
         """Whether another process has what this one's share lacks; only looked for when that is empty."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from open_clip_ov2.runlog.status import StatusFile
 from open_clip_ov2.runlog.window import Window, peak_memory_mb
 
 logger = logging.getLogger("open_clip_ov2")
+
+
+Gather = Callable[[dict[str, int]], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,15 @@ class StageInfo:
 
 
 class RunMonitor:
-    """One run, over all its stages. On ranks other than 0 it counts skipped samples and does nothing else."""
+    """One run, over all its stages. On ranks other than 0 it counts skipped samples and does nothing else.
 
-    def __init__(self, config: MonitorConfig, console: Console | None = None) -> None:
+    `gather` sums counts over all processes; all call it at the same steps, those that are logged.
+    """
+
+    def __init__(
+        self, config: MonitorConfig, console: Console | None = None, gather: Gather = lambda counts: counts
+    ) -> None:
+        self._gather = gather
         self._config = config
         self._active = config.rank == 0
         self._stage = StageInfo(1, 1, "", 0, 0, 0, 1)
@@ -74,7 +83,7 @@ class RunMonitor:
         self._epoch = 0
         self._epoch_images = 0
         self._epoch_skips: Counter[str] = Counter()
-        self._total_skips: Counter[str] = Counter()
+        self._past_skips: Counter[str] = Counter()  # of all processes, in the epochs before
         self._window = Window()
         self._watch = BottleneckWatch()
         self._sinks: list[Any] = []
@@ -93,8 +102,7 @@ class RunMonitor:
         self._stage, self._steps = stage, stage.first_step
         self._watch.begin(stage.workers)
         if state is not None:
-            self._total_skips = Counter(state["total_skips"])
-            self._epoch_images = state["epoch_images"]
+            self.restore(state)
         if not self._active:
             return
         seen = stage.samples_before + stage.first_step * stage.batch_images
@@ -110,8 +118,13 @@ class RunMonitor:
             self._progress = ProgressLine(title, stage.last_sample, self._console)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"total_skips": dict(self._total_skips), "epoch_images": self._epoch_images}
+        """For a checkpoint. What this epoch's samples were skipped for is in the data's own state."""
+        return {"total_skips": dict(self._past_skips), "epoch_images": self._epoch_images}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """`state()` of the run that this one goes on from."""
+        self._past_skips = Counter(state["total_skips"])
+        self._epoch_images = state["epoch_images"]
 
     def __enter__(self) -> RunMonitor:
         return self
@@ -119,12 +132,12 @@ class RunMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start_epoch(self, epoch: int, resumed: bool = False) -> None:
-        """`resumed`: the epoch goes on where another process left it."""
+    def start_epoch(self, epoch: int, resumed: bool = False, skips: Mapping[str, int] | None = None) -> None:
+        """`resumed`: the epoch goes on where another process left it, with so many `skips`."""
         self._epoch = epoch
         if not resumed:
             self._epoch_images = 0
-        self._epoch_skips.clear()
+        self._epoch_skips = Counter(skips or {})
 
     def step(
         self,
@@ -141,14 +154,14 @@ class RunMonitor:
     ) -> None:
         """After every optimizer step. Tensors are read (and waited for) at a log step alone."""
         self._epoch_skips.update(skipped)
+        self._steps += 1
+        skips = self._past_skips + Counter(self._gather(dict(self._epoch_skips))) if self._logs() else Counter()
         if not self._active:
             return
-        self._steps += 1
         self._epoch_images += num_images
-        self._total_skips.update(skipped)
         self._window.add(num_images, num_tokens, wait_s, step_s)
         if self._logs():
-            self._log_step(samples_seen, losses, lr, grad_norm)
+            self._log_step(samples_seen, losses, lr, grad_norm, skips)
         if self._progress is not None:
             self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
 
@@ -161,6 +174,7 @@ class RunMonitor:
         losses: Mapping[str, Tensor | float],
         lr: float,
         grad_norm: Tensor | float | None,
+        skips: Mapping[str, int],
     ) -> None:
         asked = time.perf_counter()
         values = {name: float(value) for name, value in losses.items()} | {"lr": lr}
@@ -174,7 +188,7 @@ class RunMonitor:
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"throughput/{name}": value for name, value in speed.items()}
         scalars |= {"memory/peak_mb": memory_mb, "run/stage": float(self._stage.number)}
-        scalars |= {f"data/skipped/{cause}": float(count) for cause, count in self._total_skips.items()}
+        scalars |= {f"data/skipped/{cause}": float(count) for cause, count in skips.items()}
         row = {"step": self._steps, "epoch": self._epoch, **values, **speed, "memory_mb": memory_mb}
         for sink in self._sinks:
             sink.write("train", samples_seen, scalars, row)
@@ -204,6 +218,8 @@ class RunMonitor:
 
     def end_epoch(self, skips: Mapping[str, int]) -> None:
         """Says what was skipped, over all processes."""
+        self._past_skips.update(skips)
+        self._epoch_skips.clear()
         if not self._active:
             return
         counts = sorted(skips.items(), key=lambda item: -item[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.loop.checkpoint import RESUME_KEY, CheckpointName
 from open_clip_ov2.loop.guard import StepGuard
 from open_clip_ov2.loop.random_state import get_random_state
+from open_clip_ov2.loop.signals import StopSignals
 from open_clip_ov2.seam.session import SAVE, STOP, Session
 
 
@@ -40,6 +41,27 @@ class StageParts:
     optimizer: torch.optim.Optimizer
     scaler: Any
     loader: Any
+
+
+class UntilSignal:
+    """A validation's batches; after a signal to this process the one at hand is the last, and `stopped` says so.
+
+    Schedulers signal all processes of a job. One that is signalled alone waits for the others' validation.
+    """
+
+    def __init__(self, loader: Any, signals: StopSignals) -> None:
+        self._loader, self._signals = loader, signals
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield batch
+            if self._signals.name is not None:
+                self.stopped = True
+                return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
 
 class StageProgress:

@@ -52,7 +52,7 @@ class Session:
 
     def _open(self) -> None:
         plan, folder = self.plan, self.plan.folder
-        existed = self._on_rank_0(enter_run_folder, plan, self.trains)
+        existed = self.on_rank_0(enter_run_folder, plan, self.trains)
         self._log = setup_logging(
             folder if self.rank == 0 else None, self.rank, self.console if self.rank == 0 else None,
             debug=plan.stages[0].args.debug,
@@ -75,7 +75,10 @@ class Session:
                 resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
             ),
             self.console,
+            gather=self._gathered,
         )
+        if state:
+            self.monitor.restore(state["monitor"])
         self.agreement = Agreement(self.world_size, self.device, flags=2)
         logger.info("command: ov2 train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
 
@@ -86,7 +89,7 @@ class Session:
 
     def _find_checkpoint(self) -> None:
         """Rank 0 looks, all load the same file."""
-        path = self._on_rank_0(self._newest)
+        path = self.on_rank_0(self._newest)
         if path is None:
             logger.info("no checkpoint in %s yet: starting from the beginning", self.plan.folder)
             return
@@ -101,7 +104,7 @@ class Session:
         self.found = found[1]
         return str(found[0])
 
-    def _on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Its result, on every rank; an exception of rank 0 is raised on all."""
         result: tuple[Any, Exception | None] = (None, None)
         if self.rank == 0:
@@ -113,6 +116,11 @@ class Session:
         if problem is not None:
             raise problem
         return value
+
+    def _gathered(self, counts: dict[str, int]) -> dict[str, int]:
+        from open_clip_ov2.seam.evaluate import gathered_counts  # which imports this module
+
+        return gathered_counts(counts, self.world_size)
 
     def _shared(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -22,7 +22,7 @@ from open_clip_ov2.seam import baselines, evaluate, patches, shims
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.datasets import LoaderInfo, make_data
 from open_clip_ov2.seam.meter import stage_meter
-from open_clip_ov2.seam.progress import StageParts, StageProgress
+from open_clip_ov2.seam.progress import StageParts, StageProgress, UntilSignal
 from open_clip_ov2.seam.run_folder import resolved_config, write_config
 from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.stage_flags import without
@@ -104,6 +104,8 @@ class StageRun:
     ) -> dict[str, LoaderInfo]:
         data = make_data(args, transforms, tokenizer, self.options, epoch, self.session.plan.options.stall_warning)
         self._loader = data["train"].dataloader if "train" in data else None
+        if "val" in data and self._loader is not None:  # before hours of training, not after
+            self.session.on_rank_0(data["val"].dataloader.check)
         if args.imagenet_val or args.imagenet_v2:
             from open_clip_train import data as stock_data
 
@@ -147,7 +149,8 @@ class StageRun:
                 progress.validate = lambda: self._validate(model, data, epoch, args)
             if progress.steps_in_epoch == 0:
                 loader.set_epoch(epoch)
-            monitor.start_epoch(epoch, resumed=progress.steps_in_epoch > 0)
+            resumed = progress.steps_in_epoch > 0
+            monitor.start_epoch(epoch, resumed, skips=loader.skips if resumed else {})
             if self.family:
                 before_step = (lambda: None) if args.skip_scheduler else (lambda: scheduler(progress.steps_done))
                 train_epoch(
@@ -205,7 +208,9 @@ class StageRun:
     def _restore(self, state: dict[str, Any], loader: Any) -> None:
         session, ranks = self.session, state["ranks"]
         assert self._progress is not None
-        if self._progress.steps_in_epoch and not loader.resume([rank["data"] for rank in ranks]):
+        if self._progress.steps_in_epoch and not loader.resume(
+            [rank["data"] for rank in ranks], moved=session.plan.options.override
+        ):
             logger.warning(
                 "another number of processes or data workers than before: no sample of this epoch is lost or seen "
                 "twice, but their order differs from the uninterrupted run's"
@@ -242,13 +247,17 @@ class StageRun:
     def _validate(
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
-        loader = data["val"].dataloader if "val" in data else None  # none: zero-shot classification alone
+        loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
         monitor, metrics = self.session.monitor, {}
         samples_seen = self._progress.samples_seen if self._progress else 0
         if self.built.compile_blocks:  # each length of a growing caption would be compiled anew
             torch.compiler.set_stance("force_eager")
         if loader is not None and (self.family or isinstance(evaluate.unwrap(model), CoCa)):
             metrics = evaluate.caption_loss(model, loader, self.settings(args))
+            if self.session.agreement.now(loader.stopped):
+                logger.warning("validation left off after a signal: %s samples seen, no result", f"{samples_seen:,}")
+                torch.compiler.set_stance("default")
+                return {}
         if not self.family and args.rank == 0:
             stock = self._stock_evaluate
             metrics |= baselines.stock_metrics(stock, model, loader, data, epoch, args, self.built.tokenizer)
