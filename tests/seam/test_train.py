@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_square_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import NANO, data_flags, finish, results, start
 
@@ -118,29 +119,45 @@ def test_caption_eval_and_plot_commands(
     ids=lambda flags: " ".join(flags),
 )
 def test_flags_train(squares: Path, tmp_path: Path, flags: list[str]) -> None:
-    """Oracle: every trainable weight moved, every frozen one did not, nothing is NaN."""
-    name = ["--logs", str(tmp_path), "--name", "run", "--sample-captions", "2"]
-    assert ov2(["train", *NANO, *data_flags(squares, 16), *name, *flags]) == 0
+    """Oracle: every trainable weight moved, every frozen one did not, nothing is NaN.
+
+    Without weight decay, which would move what has no gradient.
+    """
+    fusion = flags[flags.index("--fusion") + 1] if "--fusion" in flags else "prefix"
+    model = open_clip.create_model("ov2-vit-nano-8", force_image_size=24, force_context_length=12, fusion=fusion)
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert {"visual.proj", "visual.ln_post.weight"} <= frozen
+    if "--lock-image" in flags:
+        frozen |= {name for name, _ in model.named_parameters() if name.startswith("visual.")}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save(before, tmp_path / "before.pt")
+    common = ["--logs", str(tmp_path), "--name", "run", "--sample-captions", "2", "--wd", "0"]
+    common += ["--pretrained", str(tmp_path / "before.pt")]
+    assert ov2(["train", *NANO, *data_flags(squares, 16), *common, *flags]) == 0
     state = torch.load(tmp_path / "run" / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())
-    model = open_clip.create_model(f"local-dir:{tmp_path / 'run'}")
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    assert torch.equal(state["visual.proj"].float(), torch.eye(192))
-    assert {"visual.proj", "visual.ln_post.weight"} <= frozen
+    moved = {name for name, value in state.items() if not torch.equal(value, before[name].to(value.dtype))}
+    assert moved == before.keys() - frozen
     assert math.isfinite(results(tmp_path / "run", "val")[-1]["caption_loss"])
 
 
 def test_compiled_blocks_give_the_same_run(squares: Path, tmp_path: Path) -> None:
-    """Oracle: the same run without --torchcompile."""
-    losses = []
+    """Oracles: the same run without --torchcompile; dynamo's own count of the graphs that it has compiled."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    losses, graphs = [], []
     for name, flags in (("eager", []), ("compiled", ["--torchcompile"])):
         common = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--keep-ratio", "1.0"]
         common += ["--sample-captions", "0"]
         assert ov2(["train", *common, "--name", name, *flags]) == 0
         losses.append(results(tmp_path / name, "val")[-1]["caption_loss"])
+        graphs.append(counters["stats"]["unique_graphs"])
         keys = torch.load(tmp_path / name / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"].keys()
         assert not [key for key in keys if "_orig_mod" in key]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert graphs[0] == 0
+    assert graphs[1] > 0
 
 
 def torchrun(flags: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -255,8 +272,23 @@ SLIPS = {
     "no such folder of a model": (["--model", "local-dir:/nowhere"], "local-dir:/nowhere"),
     "resume from a file": (["--resume", "x.pt"], "--pretrained"),
     "most recent": (["--save-most-recent"], "--keep-checkpoints"),
+    "a name that leads out": (["--name", "../run"], "--name ../run: leads out of --logs"),
     "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),
 }
+
+
+def test_validation_data_of_which_nothing_can_be_used_is_told_before_training(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captions under a key that there is none of. Oracle: no step was made."""
+    (shard,) = write_square_shards(tmp_path / "val", 1, 4)
+    shard.write_bytes(shard.read_bytes().replace(b".txt", b".xyz"))
+    flags = [*NANO, *data_flags(squares), "--tokenizer", str(vocabulary), "--logs", str(tmp_path), "--name", "run"]
+    assert ov2(["train", *flags, "--val-data", str(shard)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the validation data has no usable sample" in error
+    assert "--val-data" in error
+    assert not (tmp_path / "run" / "results.jsonl").read_text()
 
 
 @pytest.mark.parametrize("slip", SLIPS)

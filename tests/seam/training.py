@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 NANO = ["--model", "ov2-vit-nano-8", "--force-image-size", "24", "--force-context-length", "12"]
-TIMING = {
-    "time", "images_per_second", "tokens_per_second", "data_wait_share", "memory_mb", "epoch_skips", "utilisation",
-}  # fmt: skip
+TIMING = {"time", "images_per_second", "tokens_per_second", "data_wait_share", "memory_mb", "utilisation"}
 
 
 def data_flags(squares: Path, samples: int = 32) -> list[str]:
