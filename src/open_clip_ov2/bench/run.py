@@ -72,6 +72,7 @@ class _Turns:
             return
         self.clients[arm] = client
         self.measured[arm] = replace(self.measured[arm], **client.about, **memory)
+        self.say(f"  {arm}: step memory {memory['step_bytes'] / 1e6:,.4g} MB")
 
     def _time(self, arm: str) -> None:
         if arm not in self.clients:

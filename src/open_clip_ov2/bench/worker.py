@@ -65,7 +65,9 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         pairs = self._pairs(1, self.job.case.batch_size)
-        return {"step_bytes": self._step_bytes(pairs), "fixed_bytes": self._fixed()}
+        found = {"step_bytes": self._step_bytes(pairs), "fixed_bytes": self._fixed()}
+        self._yield()
+        return found
 
     def time(self, steps: int) -> dict[str, Any]:
         """The first time all batches of the pool go before, which compiles what is to be compiled, then one does."""
@@ -79,8 +81,7 @@ class Worker:
         self.contender.run(pairs)
         self._wait()
         step_s = (time.perf_counter() - begin) / steps
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the others' turn
+        self._yield()
         return {"step_s": step_s}
 
     def fits(self, batch_size: int) -> dict[str, Any]:
@@ -110,6 +111,11 @@ class Worker:
 
     def _fixed(self) -> int:
         return fixed_bytes(self.contender.model, self.contender.optimizer)
+
+    def _yield(self) -> None:
+        """The others' turn: what the allocator keeps for later goes back to the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

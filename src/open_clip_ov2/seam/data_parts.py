@@ -47,11 +47,13 @@ def data_parts(argv: Sequence[str]) -> DataParts:
     stage = plan.stages[0]
     args, options = stage.args, stage.options
     args.rank, args.world_size, args.device = 0, 1, "cpu"
+    size = args.force_image_size
+    size = size[0] if isinstance(size, list) and len(size) == 1 else size  # as OpenCLIP's `main` reads it
     session: Any = SimpleNamespace(plan=plan, carried=None)
     built = StageModel(session, stage, None)
     with silent(), torch.device("meta"):
         _, *transforms = built.creates_model(open_clip.create_model_and_transforms)(
-            args.model, None, device="meta", force_image_size=args.force_image_size, aug_cfg=args.aug_cfg,
+            args.model, None, device="meta", force_image_size=size, aug_cfg=args.aug_cfg,
             force_context_length=args.force_context_length,
         )  # fmt: skip
     tokenizer = built.gets_tokenizer(open_clip.get_tokenizer)(args.model, context_length=args.force_context_length)

@@ -1,0 +1,73 @@
+"""A contender's step. Oracles: OpenCLIP's own optimizer rule, torch's FLOP counter, weights before and after."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_clip_ov2.bench.cases import OWN_MODELS, CaptionLengths
+from open_clip_ov2.bench.synthetic import Vocabulary, synthetic_batch
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.seam import contender as seam
+
+TINY = "ov2-bench-tiny"
+LENGTHS = CaptionLengths(16, 16, 16.0)  # the whole context: nothing is padding
+
+
+@pytest.fixture(autouse=True)
+def _models() -> None:
+    if TINY not in open_clip.list_models():
+        seam.add_models(OWN_MODELS)
+
+
+def made(model: str) -> tuple[seam.Contender, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    contender = seam.Contender(seam.ContenderOptions(model, 16, "fp32", 4, "cpu"))
+    words = Vocabulary(*seam.caption_ids(TINY))
+    return contender, [synthetic_batch(4, 16, contender.context_length, LENGTHS, words, seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("model", [TINY, f"coca-of-{TINY}", f"clip-of-{TINY}"])
+def test_a_step_trains_every_weight(model: str) -> None:
+    contender, pairs = made(model)
+    before = copy.deepcopy(contender.model.state_dict())
+    contender.run(pairs)
+    after = contender.model.state_dict()
+    trained = {name for name, parameter in contender.model.named_parameters() if parameter.requires_grad}
+    assert not {name for name in trained if torch.equal(before[name], after[name])}
+    assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("kind", ["coca", "clip"])
+def test_the_flops_of_stock_steps_are_those_that_are_run(kind: str) -> None:
+    """For ov2 test_meters.py has the same. The counter knows no fused attention on CPUs."""
+    contender, pairs = made(f"{kind}-of-{TINY}")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        contender.run(pairs)
+    counted = counter.get_total_flops() / sum(len(images) for images, _ in pairs)
+    assert contender.image_flops(LENGTHS.mean_targets) == pytest.approx(counted, rel=0.02)
+
+
+def test_no_decay_where_openclip_has_none() -> None:
+    """Oracle: the rule in OpenCLIP's `main`: vectors, norms, biases and the logit scale."""
+    contender, _ = made(f"coca-of-{TINY}")
+    plain, decayed = contender.optimizer.param_groups
+    assert plain["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == contender.args.wd > 0
+    names = {id(parameter): name for name, parameter in contender.model.named_parameters()}
+    assert all(parameter.ndim < 2 or "ln" in names[id(parameter)] for parameter in plain["params"])
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert "logit_scale" in {names[id(parameter)] for parameter in plain["params"]}
+    assert not contender.optimizer.defaults["fused"]  # `main` does not ask for it
+
+
+def test_slips() -> None:
+    with pytest.raises(UserError, match="no such model"):
+        seam.Contender(seam.ContenderOptions("ov3", 16, "fp32", 4, "cpu"))
+    with pytest.raises(UserError, match="no ov2 model"):
+        seam.caption_ids("ViT-L-14")
