@@ -37,6 +37,7 @@ class VisionModel(nn.Module):
         self.position_table_mode = position_table
         self.output_dict = output_dict
         self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
+        self.alone_by_layout = False  # whether it was taken for an encoder by its config's layout alone
 
     def position_table(self) -> Tensor:
         """The family's fixed table of this model's grid, `(1 + N, D)` float32."""

@@ -100,7 +100,7 @@ def load_weights(model: VisionModel | CaptionModel, state: Mapping[str, Tensor],
 def _load_encoder(
     model: VisionModel | CaptionModel, encoder: dict[str, Tensor], rest: Mapping[str, Tensor], what: str
 ) -> None:
-    if rest and getattr(model, "alone_by_layout", False):
+    if rest and isinstance(model, VisionModel) and model.alone_by_layout:
         raise ValueError(
             f"{what}: holds a text tower, and its config reads as an encoder's alone (vision_cfg.output_tokens: true); "
             'for the CLIP set that to false, for its encoder add "decoder_cfg": null to model_cfg'
