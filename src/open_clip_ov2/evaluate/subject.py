@@ -37,6 +37,9 @@ class Subject(Protocol):
     def tokens(self, images_BCHW: Tensor) -> Tensor:
         """For "features": all patch tokens, `(B, N, D)` float32."""
 
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """For "caption" and "contrast": ids `(C, L)` int64 on the CPU, as the model was trained with."""
+
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Any:
         """For "caption": what the decoder needs of the images, computed once for any number of candidates."""
 
@@ -46,8 +49,10 @@ class Subject(Protocol):
     def num_targets(self, texts_CL: Tensor) -> Tensor:
         """For "caption": real target tokens of each candidate, `(C,)` int64."""
 
-    def generate(self, images_BCHW: Tensor, keys: Sequence[str], **options: Any) -> list[str]:
-        """For "caption": generated captions; options as for CaptionModel.generate."""
+    def generate(
+        self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
+    ) -> list[str]:
+        """For "caption": generated captions, or the text after each prompt; options as for CaptionModel.generate."""
 
     def contrast_images(self, images_BCHW: Tensor) -> Tensor:
         """For "contrast": normalised, `(B, D)` float32."""
