@@ -11,7 +11,7 @@ from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError
 COMMANDS = {
     "train": "train a model with OpenCLIP's flags and ours",
     "plan": "what a recipe will do: tokens, steps, FLOPs, memory, hours",
-    "eval": "held-out caption loss, the same with shuffled pictures, exact captions by kind",
+    "eval": "captions, reading, questions, zero-shot, probes of any model of OpenCLIP's or ours",
     "caption": "caption pictures with a trained model",
     "convert": "the authors' checkpoints into a model of ours, and back",
     "export": "an encoder for transformers, LLaVA, timm, OpenCLIP, ONNX, the authors' code",

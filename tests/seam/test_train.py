@@ -97,12 +97,13 @@ def test_caption_eval_and_plot_commands(
     assert lines[0].startswith(f"{tmp_path}/red.png\t")
     assert len([line for line in lines if "\t" in line]) == 11
     assert Image.open(sheet).width > 400
-    flags = ["--data", inputs[1], "--group-by", "json:kind", "--tasks", "caption-loss,shuffled-loss,exact-match"]
+    flags = ["--data", inputs[1], "--group-by", "json:kind", "--tasks", "caption-loss,shuffled-loss,read-text"]
     assert ov2(["eval", str(run), *flags]) == 0
     found = json.loads((run / "eval.json").read_text())
-    assert {"caption_loss", "shuffled_caption_loss", "exact_match"} <= set(found)
-    assert sum(row["pictures"] for row in found["exact_match"].values()) == 10
-    assert set(found["exact_match"]) == {"red", "green", "blue", "black"}
+    assert {"caption-loss", "shuffled-loss", "read-text"} <= set(found)
+    kinds = found["read-text"]["by_kind"]
+    assert sum(row["pictures"] for row in kinds.values()) == 10
+    assert set(kinds) == {"red", "green", "blue", "black"}
     assert ov2(["plot", str(run), "--out", str(curves)]) == 0
     assert Image.open(curves).width > 800
 

@@ -13,9 +13,7 @@ from PIL import Image
 from open_clip_ov2.commands.options import (
     Parser,
     add_device,
-    add_generation,
     existing,
-    generation_options,
     paths_checked,
     values_checked,
 )
@@ -24,6 +22,7 @@ from open_clip_ov2.data.samples import decode_image
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.seam.eval_flags import add_generation, generation_options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 BATCH_SIZE = 32
@@ -93,16 +92,15 @@ def _parser() -> argparse.ArgumentParser:
 def _caption(run, batch: list[Picture], args: argparse.Namespace) -> list[str]:
     import torch
 
-    from open_clip_ov2.core import CaptionModel
-    from open_clip_ov2.seam.evaluate import generate_captions
-    from open_clip_ov2.seam.step import StepSettings
+    from open_clip_ov2.seam.eval_job import eval_settings
+    from open_clip_ov2.seam.subject import subject_of
 
-    if not isinstance(run.model, CaptionModel):
-        raise UserError(f"{run.folder}: not an ov2 model, which is what `ov2 caption` knows")
-    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1.0, run.model.text_config.eos_id)
+    settings = eval_settings(run.model, run.tokenizer, torch.device(args.device), world_size=1)
+    subject = subject_of(run.model, run.tokenizer, settings, name=str(args.checkpoint))
+    if "caption" not in subject.abilities:
+        raise UserError(f"{args.checkpoint}: a model without a caption decoder, so it cannot caption")
     images = torch.stack([run.preprocess(picture.image) for picture in batch])
-    names = [picture.name for picture in batch]
-    return generate_captions(run.model, images, names, run.tokenizer, settings, **generation_options(args))
+    return subject.generate(images, [picture.name for picture in batch], **generation_options(args))
 
 
 def _pictures(paths: Sequence[str], keys: tuple[CaptionKey, ...], every: int) -> Iterator[Picture]:

@@ -1,170 +1,150 @@
-"""`ov2 eval`: what a trained model knows of held-out pictures."""
+"""`ov2 eval`: what a model knows of held-out pictures. Under torchrun on several processes, with the same result."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from open_clip_ov2.commands.options import (
-    Parser,
-    add_device,
-    add_generation,
-    existing,
-    generation_options,
-    values_checked,
-)
-from open_clip_ov2.data.captions import parse_caption_keys
-from open_clip_ov2.data.loader import Batch, EvalLoader
-from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.commands.options import Parser, add_device, values_checked
+from open_clip_ov2.seam.eval_flags import EvalOptions, add_eval_flags, eval_options
 
-TASKS = ("caption-loss", "shuffled-loss", "exact-match")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Captions exactly right, of one group of pictures."""
-
-    right: int
-    pictures: int
-    guess: float | None  # probability that a uniform guess over the captions of this kind is right
-
-    @property
-    def share(self) -> float:
-        return self.right / self.pictures
-
-    @property
-    def times_guessing(self) -> float | None:
-        return self.share / self.guess if self.guess else None
+Result = Mapping[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
-    tasks = args.tasks.split(",")
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"--tasks {unknown[0]}: no such task (there are: {', '.join(TASKS)})")
-    guess = json.loads(existing(args.guess).read_text()) if args.guess else {}
-    from open_clip_ov2.core import CaptionModel
+    parser = Parser(
+        prog="ov2 eval",
+        description="Evaluate a model on held-out pictures; docs/evaluation.md defines each task.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub: or OpenCLIP's name")
+    add_eval_flags(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval.json in the run, or here")
+    add_device(parser)
+    args = parser.parse_args(argv)
+    options = eval_options(args)
+    from open_clip_ov2.seam.eval_tasks import check_tasks
+    from open_clip_ov2.seam.processes import processes
+
+    check_tasks(options.tasks)
+    with values_checked(), processes(args.device) as place:
+        results, checkpoint = _evaluate(args.run, options, place)
+    if place.rank != 0:
+        return
+    show(results, Console())
+    path = args.out or _beside(args.run)
+    text = json.dumps({"checkpoint": str(checkpoint), "data": options.data, **results}, indent=2)
+    path.write_text(text + "\n")
+    print(path)
+
+
+def _evaluate(source: str, options: EvalOptions, place: Any) -> tuple[dict[str, Any], Path]:
+    from open_clip_ov2.seam.eval_job import EvalJob, Evaluated, eval_settings
+    from open_clip_ov2.seam.eval_tasks import run_tasks
     from open_clip_ov2.seam.sources import open_model
 
-    run = open_model(args.run, args.device)
-    if not isinstance(run.model, CaptionModel):
-        raise UserError(f"{run.folder}: not an ov2 model, which is what `ov2 eval` knows so far")
-    with values_checked():
-        results = evaluate(run, _loader(run, args), tasks, args, guess)
-    _print(results, Console())
-    text = json.dumps({"checkpoint": str(run.checkpoint), "data": args.data, **results}, indent=2)
-    (args.out or run.folder / "eval.json").write_text(text + "\n")
+    def opened(image_size: int | None = None) -> Evaluated:
+        run = open_model(source, str(place.device), image_size=image_size)
+        return Evaluated(run.model, run.preprocess, run.tokenizer, str(source), run.checkpoint, opened)
+
+    model = opened()
+    settings = eval_settings(model.model, model.tokenizer, place.device, place.world_size)
+    say = partial(print, file=sys.stderr) if place.rank == 0 else _nothing
+    assert model.checkpoint is not None
+    return run_tasks(EvalJob(model, settings, options, place.rank), say), model.checkpoint
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ov2 eval", description="Evaluate a trained model on held-out pictures.", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run, a .pt of it, a model folder or hf-hub: name")
-    parser.add_argument("--data", required=True, metavar="SHARDS", help="tars, as for ov2 train --val-data")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
-    parser.add_argument("--caption-keys", default="txt", help="default: %(default)s")
-    parser.add_argument("--group-by", metavar="json:FIELD", help="exact matches by the value of this field")
-    parser.add_argument("--guess", type=Path, metavar="FILE.json", help="chance of a right guess for each group")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: RUN/eval.json")
-    add_device(parser)
-    add_generation(parser)
-    return parser
+def _beside(source: str) -> Path:
+    path = Path(source)
+    folder = path if path.is_dir() else path.parent.parent if path.is_file() else Path()
+    return folder / "eval.json"
 
 
-def _loader(run: Any, args: argparse.Namespace) -> EvalLoader:
-    urls, _ = expand_shards(args.data)
-    return EvalLoader(
-        WebDatasetSource(urls=urls, weights=None, resampled=False),
-        run.preprocess,
-        run.tokenizer,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        caption_keys=parse_caption_keys(args.caption_keys),
-        group_by=parse_caption_keys(args.group_by)[0] if args.group_by else None,
+def _nothing(line: str) -> None:
+    pass
+
+
+def show(results: Mapping[str, Result], console: Console) -> None:
+    """One line a task, and tables of what goes by kind."""
+    for task, found in results.items():
+        line = LINES.get(task, _top1)
+        console.print(f"[bold]{task:<18}[/] {line(found, results)}", highlight=False)
+        _show_skipped(found, console)
+    if "read-text" in results:
+        console.print(_reading_table(results["read-text"]))
+
+
+def _loss(found: Result, results: Mapping[str, Result]) -> str:
+    return f"{found['caption_loss']:.3f} nats a token, perplexity {found['perplexity']:.2f}"
+
+
+def _shuffled(found: Result, results: Mapping[str, Result]) -> str:
+    loss = f"{found['caption_loss']:.3f} nats a token"
+    if "caption-loss" not in results:
+        return loss
+    gap = found["caption_loss"] - results["caption-loss"]["caption_loss"]
+    return f"{loss} ({gap:+.3f}: what the pictures are worth)"
+
+
+def _scores(found: Result, results: Mapping[str, Result]) -> str:
+    return (
+        f"CIDEr {found['cider']:.3f}, BLEU-4 {found['bleu4']:.3f}, ROUGE-L {found['rouge_l']:.3f} "
+        f"of {found['pictures']:,} pictures"
     )
 
 
-def evaluate(
-    run: Any, loader: EvalLoader, tasks: Sequence[str], args: argparse.Namespace, guess: dict[str, float]
-) -> dict[str, Any]:
-    """Results by task; JSON-ready."""
-    import torch
-
-    from open_clip_ov2.seam.evaluate import caption_loss
-    from open_clip_ov2.seam.step import StepSettings
-
-    eos_id = run.model.text_config.eos_id
-    settings = StepSettings(torch.device(args.device), "fp32", 1, 1, None, 1.0, eos_id)
-    results: dict[str, Any] = {}
-    if "caption-loss" in tasks:
-        results["caption_loss"] = caption_loss(run.model, loader, settings, args.keep_ratio)["caption_loss"]
-    if "shuffled-loss" in tasks:
-        shuffled = caption_loss(run.model, shuffle_pictures(loader), settings, args.keep_ratio)
-        results["shuffled_caption_loss"] = shuffled["caption_loss"]
-    if "exact-match" in tasks:
-        results["exact_match"] = exact_match(run, loader, settings, generation_options(args), guess)
-    return results
+def _reading(found: Result, results: Mapping[str, Result]) -> str:
+    return (
+        f"exactly right {100 * found['exact_match']:.1f}% of {found['pictures']:,} pictures, "
+        f"character error rate {found['character_error_rate']:.3f}"
+    )
 
 
-def shuffle_pictures(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Each caption with the picture of the sample before it; the first batch turns round in itself."""
-    import torch
-
-    last = None
-    for batch in batches:
-        before = batch.images_BCHW[-1:] if last is None else last
-        last = batch.images_BCHW[-1:]
-        yield batch._replace(images_BCHW=torch.cat([before, batch.images_BCHW[:-1]]))
+def _answers(found: Result, results: Mapping[str, Result]) -> str:
+    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
+    return f"score {found['score']:.3f}: {rules}"
 
 
-def exact_match(
-    run: Any, loader: EvalLoader, settings: Any, options: dict[str, Any], guess: dict[str, float]
-) -> dict[str, Any]:
-    """Share of pictures whose generated caption is the true one, letter by letter but for spaces, by group."""
-    from open_clip_ov2.seam.evaluate import generate_captions
-
-    right: dict[str, int] = defaultdict(int)
-    pictures: dict[str, int] = defaultdict(int)
-    for batch in loader:
-        generated = generate_captions(run.model, batch.images_BCHW, batch.keys, run.tokenizer, settings, **options)
-        for group, text, true in zip(batch.groups, generated, batch.captions, strict=True):
-            pictures[group] += 1
-            right[group] += "".join(text.split()) == "".join(true.lower().split())
-    rows = {group: Exact(right[group], pictures[group], guess.get(group)) for group in sorted(pictures)}
-    return {
-        group or "all": {
-            "right": row.right,
-            "pictures": row.pictures,
-            "share": row.share,
-            "times_guessing": row.times_guessing,
-        }
-        for group, row in rows.items()
-    }
+def _top1(found: Result, results: Mapping[str, Result]) -> str:
+    top5 = "" if found["top5"] is None else f", top-5 {100 * found['top5']:.1f}%"
+    return f"top-1 {100 * found['top1']:.1f}%{top5} of {found['n_test']:,} pictures, {found['n_classes']} classes"
 
 
-def _print(results: dict[str, Any], console: Console) -> None:
-    if "caption_loss" in results:
-        console.print(f"held-out caption loss            {results['caption_loss']:.3f} nats a token")
-    if "shuffled_caption_loss" in results:
-        gap = results["shuffled_caption_loss"] - results.get("caption_loss", float("nan"))
-        console.print(
-            f"the same, pictures shuffled      {results['shuffled_caption_loss']:.3f} nats a token "
-            f"({gap:+.3f}: what the pictures are worth)"
+LINES: dict[str, Callable[[Result, Mapping[str, Result]], str]] = {
+    "caption-loss": _loss,
+    "shuffled-loss": _shuffled,
+    "caption": _scores,
+    "read-text": _reading,
+    "questions": _answers,
+}
+
+
+def _show_skipped(found: Result, console: Console) -> None:
+    skipped = found.get("skipped")
+    if not skipped:
+        return
+    if isinstance(skipped, Mapping):
+        said = ", ".join(f"{len(keys) if isinstance(keys, list) else keys} {why}" for why, keys in skipped.items())
+    else:
+        said = f"{len(skipped)}; the first: {skipped[0]['key']} ({skipped[0]['cause']})"
+    console.print(f"{'':<18} not counted: {said}", highlight=False)
+
+
+def _reading_table(found: Result) -> Table:
+    table = Table("kind", "pictures", "exactly right", "times guessing", "character errors", "numbers right")
+    for kind, row in found["by_kind"].items():
+        right = round(row["exact_match"] * row["pictures"])
+        times = "" if row["times_guessing"] is None else f"{row['times_guessing']:.0f}"
+        numbers = "" if row["number_accuracy"] is None else f"{100 * row['number_accuracy']:.1f}%"
+        errors = "" if row["character_error_rate"] is None else f"{row['character_error_rate']:.3f}"
+        table.add_row(
+            kind, f"{row['pictures']:,}", f"{100 * row['exact_match']:.1f}% ({right})", times, errors, numbers
         )
-    if "exact_match" in results:
-        table = Table("kind", "pictures", "captioned exactly right", "times guessing")
-        for group, row in results["exact_match"].items():
-            times = "" if row["times_guessing"] is None else f"{row['times_guessing']:.0f}"
-            table.add_row(group, str(row["pictures"]), f"{100 * row['share']:.1f}% ({row['right']})", times)
-        console.print(table)
+    return table

@@ -23,25 +23,6 @@ class Parser(argparse.ArgumentParser):
 def add_device(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: %(default)s")
-    parser.add_argument("--keep-ratio", type=float, metavar="R", help="default: the model's at evaluation")
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Flags of CaptionModel.generate."""
-    from open_clip_ov2.core.generate import GENERATION_TYPES
-
-    group = parser.add_argument_group("generation")
-    group.add_argument("--generation-type", choices=GENERATION_TYPES, default="greedy", help="default: %(default)s")
-    group.add_argument("--num-beams", type=int, default=4, help="for beam_search (default: %(default)s)")
-    group.add_argument("--top-k", type=int, default=50, help="for top_k (default: %(default)s)")
-    group.add_argument("--top-p", type=float, default=0.9, help="for top_p (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=1.0, help="for top_k and top_p (default: %(default)s)")
-    group.add_argument("--seq-len", type=int, help="longest caption in tokens (default: the context length)")
-
-
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len", "keep_ratio")
-    return {name: getattr(args, name) for name in names}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 from open_clip_ov2.seam import factory
-from open_clip_ov2.seam.flag_checks import check_stage
+from open_clip_ov2.seam.flag_checks import check_eval, check_stage
 from open_clip_ov2.seam.flags import RunOptions, TrainOptions, build_parser, run_options, train_options
 from open_clip_ov2.seam.run_config import run_config, signature
 from open_clip_ov2.seam.stage_flags import derived_words, given, one_aug_cfg, recipe_words, stage_words, without
@@ -132,6 +132,8 @@ def _stage(words: list[str], said: Stage | None, index: int, world_size: int, gp
     theirs = _parse_theirs(rest)
     options = train_options(ours)
     check_stage(options, theirs, gpu)
+    if ours.eval:
+        check_eval(ours.eval, theirs)
     summary = said.described(theirs.batch_size * theirs.accum_freq * world_size) if said else ""
     return StagePlan(index, title, summary, options, theirs, tuple(rest), given(words, "--precision"))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.loop.guard import StockGuard
-from open_clip_ov2.seam.progress import StepReport
+from open_clip_ov2.seam.step import StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Exact caption loss over a whole set, the same on any number of processes, and captions to look at.
+"""Exact caption loss over a whole set, the same on any number of processes.
 
 Shapes: B batch, N image tokens, K kept image tokens, L caption tokens.
 """
@@ -18,7 +18,6 @@ from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_
 from open_clip_ov2.core.groups import LengthGroups
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.seam.step import StepSettings, all_reduced, merge_counts
-from open_clip_ov2.seam.tokenizer import decode_caption
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
 
@@ -80,24 +79,6 @@ def _batch_nll(
     labels = caption_targets(texts, eos_id)
     assert logits.shape[:2] == labels.shape, (logits.shape, labels.shape, IGNORE_INDEX)
     return CaptionLoss()(logits, labels).nll
-
-
-@torch.no_grad()
-def generate_captions(
-    model: CaptionModel,
-    images: Tensor,
-    keys: Sequence[str],
-    tokenizer: Any,
-    settings: StepSettings,
-    **options: Any,
-) -> list[str]:
-    """Captions of normalised images `(B, 3, H, W)`, token dropping by key. Options: CaptionModel.generate's."""
-    images, _ = settings.to_device(images, torch.empty(0))
-    keep_ratio = options.pop("keep_ratio", None)
-    with settings.attention(), settings.autocast():
-        ids_BT = model.generate(images, kept_idx=eval_kept_idx(model, keys, keep_ratio), **options)
-    ids = model.text_config
-    return [decode_caption(tokenizer, row, ids.bos_id, ids.eos_id) for row in ids_BT.cpu()]
 
 
 def gathered_counts(counts: dict[str, int], world_size: int) -> dict[str, int]:

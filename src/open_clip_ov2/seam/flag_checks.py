@@ -7,6 +7,8 @@ from pathlib import Path
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import factory
+from open_clip_ov2.seam.eval_flags import options_of, source_of
+from open_clip_ov2.seam.eval_tasks import check_tasks
 from open_clip_ov2.seam.flags import FAMILY, TrainOptions
 
 _RANGES = {
@@ -80,6 +82,17 @@ def _check_family(theirs: argparse.Namespace) -> None:
     for name, why in refused.items():
         if getattr(theirs, name):
             raise UserError(f"--{name.replace('_', '-')} with --model {theirs.model}: {why}")
+
+
+def check_eval(flags: str, theirs: argparse.Namespace) -> None:
+    """`--eval`, before the first step rather than at the first validation. Raises UserError."""
+    if not theirs.val_data:
+        raise UserError("--eval: its tasks run with each validation, and there is no --val-data")
+    options = options_of(flags, "--eval")
+    check_tasks(options.tasks)
+    for data in (options.data, options.train_data):
+        if data:
+            source_of(data)
 
 
 def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ class RunOptions:
     save_every_minutes: float | None
     keep_checkpoints: int
     val_every_samples: int | None
+    eval: str | None
     max_bad_steps: int
     stall_warning: float
     sample_captions: int
@@ -245,6 +246,11 @@ def _add_keeping(group: Any) -> None:
         help="the last K are kept, and the best, and each stage's end (default: %(default)s)",
     )
     add("--val-every-samples", type=samples(1), metavar="N", help="validate every N samples too (2M, 500k)")
+    add(
+        "--eval",
+        metavar="'FLAGS'",
+        help="tasks of `ov2 eval` at each validation, with its flags: --eval '--tasks knn --data D --train-data T'",
+    )
     add(
         "--sample-captions",
         type=count(0),

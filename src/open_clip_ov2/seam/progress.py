@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.loop.checkpoint import RESUME_KEY, CheckpointName
@@ -16,21 +15,7 @@ from open_clip_ov2.loop.guard import StepGuard
 from open_clip_ov2.loop.random_state import get_random_state
 from open_clip_ov2.loop.signals import StopSignals
 from open_clip_ov2.seam.session import SAVE, STOP, Session
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step; tensors may still be on their way. `skipped`: samples by cause; `keys`: this rank's."""
-
-    losses: Mapping[str, Tensor | float]
-    lr: float
-    grad_norm: Tensor | None
-    bad: Tensor
-    keys: Sequence[str]
-    num_tokens: Tensor | None
-    wait_s: float
-    step_s: float
-    skipped: Mapping[str, int]
+from open_clip_ov2.seam.step import StepReport
 
 
 @dataclass(frozen=True)

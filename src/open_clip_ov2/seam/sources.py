@@ -27,11 +27,13 @@ LOCAL, HUB = "local-dir:", "hf-hub:"
 
 @dataclass(frozen=True)
 class Where:
-    """`name` is what OpenCLIP calls it; `checkpoint` is none if the folder's own weights are meant."""
+    """`name` is what OpenCLIP calls it; `checkpoint` is none if the folder's own weights are meant, or `pretrained`, as
+    OpenCLIP has it for a model of its registry."""
 
     name: str
     folder: Path | None
     checkpoint: Path | None
+    pretrained: str | None = None
 
 
 def open_model(
@@ -40,8 +42,9 @@ def open_model(
     """A trained model in evaluation mode. Raises UserError.
 
     `source`: a run's folder, a checkpoint in it, a folder with open_clip_config.json and weights (released or written
-    by `ov2 export` or `ov2 convert`), or a hub name with `hf-hub:`. `image_size` and `position_table` as for
-    `create_model`. With a caption decoder if there is one.
+    by `ov2 export` or `ov2 convert`), a hub name with `hf-hub:`, or a name of OpenCLIP's registry with its weights,
+    `ViT-B-32:openai`, `ViT-B-32:FILE`. `image_size` and `position_table` as for `create_model`. With a caption decoder
+    if there is one.
     """
     where = locate(str(source))
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
@@ -49,6 +52,7 @@ def open_model(
         with _quiet(where.checkpoint is not None):
             model, _, preprocess = open_clip.create_model_and_transforms(
                 where.name,
+                where.pretrained,
                 load_weights=where.checkpoint is None,
                 require_pretrained=where.checkpoint is None,
                 force_image_size=image_size,
@@ -64,10 +68,12 @@ def open_model(
         raise
     except Exception as error:
         raise UserError(f"{where.checkpoint or source}: cannot be loaded ({_first(error)})") from error
-    folder = where.folder or Path(_hub_file(where.name, CONFIG)).parent
-    return LoadedRun(
-        model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, where.checkpoint or folder
-    )
+    folder, checkpoint = where.folder, where.checkpoint
+    if where.pretrained is not None:
+        folder, checkpoint = Path(), Path(where.pretrained)
+    elif folder is None:
+        folder = Path(_hub_file(where.name, CONFIG)).parent
+    return LoadedRun(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
 
 
 @contextlib.contextmanager
@@ -105,6 +111,11 @@ def locate(source: str) -> Where:
     if source.startswith(HUB):
         return Where(source, None, None)
     path = Path(source.removeprefix(LOCAL))
+    name, _, pretrained = source.partition(":")
+    if not path.exists() and name in open_clip.list_models():
+        if not pretrained:
+            raise UserError(f"{source}: a model without weights; name them, {name}:TAG or {name}:FILE")
+        return Where(name, None, None, pretrained)
     if path.is_dir() and (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise UserError(f"{path}: neither checkpoints nor weights in it")

@@ -58,6 +58,7 @@ class StageModel:
         self.compile_blocks = self.family and stage.args.torchcompile
         self.model: Any = None
         self.tokenizer: Any = None
+        self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
         self._found = found
 
@@ -82,6 +83,7 @@ class StageModel:
             if self.compile_blocks:
                 model.compile_blocks()
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
+            self.val_transform = val_tf
             return model, self._train_crop(kwargs.get("aug_cfg")) or train_tf, val_tf
 
         return create

@@ -12,7 +12,7 @@ import torch
 from open_clip import CoCa
 from torch import nn
 
-from open_clip_ov2.core import CaptionLoss, CaptionModel
+from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.data.receive import worker_death
 from open_clip_ov2.errors import RunFailed, UserError
 from open_clip_ov2.loop.checkpoint import RESUME_KEY, snapshot
@@ -22,13 +22,14 @@ from open_clip_ov2.seam import baselines, evaluate, patches, shims
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.datasets import LoaderInfo, make_data
 from open_clip_ov2.seam.meter import stage_meter
-from open_clip_ov2.seam.progress import StageParts, StageProgress, UntilSignal
+from open_clip_ov2.seam.progress import StageParts, StageProgress
 from open_clip_ov2.seam.run_folder import resolved_config, write_config
 from open_clip_ov2.seam.session import Session
 from open_clip_ov2.seam.stage_flags import without
 from open_clip_ov2.seam.stage_model import StageModel
 from open_clip_ov2.seam.step import StepSettings, train_epoch
 from open_clip_ov2.seam.tokenizer import eos_id_of
+from open_clip_ov2.seam.validation import Validation
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -247,42 +248,13 @@ class StageRun:
     def _validate(
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
-        loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
-        monitor, metrics = self.session.monitor, {}
+        validation = Validation(self.session, self.built, self.family, self._stock_evaluate)
         samples_seen = self._progress.samples_seen if self._progress else 0
-        if self.built.compile_blocks:  # each length of a growing caption would be compiled anew
-            torch.compiler.set_stance("force_eager")
-        if loader is not None and (self.family or isinstance(evaluate.unwrap(model), CoCa)):
-            metrics = evaluate.caption_loss(model, loader, self.settings(args))
-            if self.session.agreement.now(loader.stopped):
-                logger.warning("validation left off after a signal: %s samples seen, no result", f"{samples_seen:,}")
-                torch.compiler.set_stance("default")
-                return {}
-        if not self.family and args.rank == 0:
-            stock = self._stock_evaluate
-            metrics |= baselines.stock_metrics(stock, model, loader, data, epoch, args, self.built.tokenizer)
-        if (
-            self._progress is not None
-            and (loss := metrics.get("caption_loss", metrics.get("clip_val_loss"))) is not None
-        ):
+        metrics = validation.run(model, data, epoch, args, self.settings(args), samples_seen)
+        loss = metrics.get("caption_loss", metrics.get("clip_val_loss"))
+        if self._progress is not None and loss is not None:
             self._progress.validated = (samples_seen, loss)
-        monitor.evaluation(samples_seen, epoch, metrics)
-        if self.family and args.rank == 0 and self.session.plan.options.sample_captions:
-            self._show_captions(evaluate.unwrap(model), loader, samples_seen, args)
-        if self.built.compile_blocks:
-            torch.compiler.set_stance("default")
         return metrics
-
-    def _show_captions(self, model: Any, loader: Any, samples_seen: int, args: argparse.Namespace) -> None:
-        assert isinstance(model, CaptionModel)
-        batch = next(iter(loader.full()))
-        count = self.session.plan.options.sample_captions
-        images, keys = batch.images_BCHW[:count], batch.keys[:count]
-        model.eval()
-        generated = evaluate.generate_captions(model, images, keys, self.built.tokenizer, self.settings(args))
-        cfg = self.built.preprocess_cfg
-        pictures = evaluate.to_uint8(images, cfg["mean"], cfg["std"])
-        self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
 
     def settings(self, args: argparse.Namespace) -> StepSettings:
         return StepSettings(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,7 +24,21 @@ from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.groups import CPU_TOKENS, GPU_TOKENS, LengthGroups, length_groups
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.loop.guard import gradient_norm, not_finite, step_unless
-from open_clip_ov2.seam.progress import StepReport
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step; tensors may still be on their way. `skipped`: samples by cause; `keys`: this rank's."""
+
+    losses: Mapping[str, Tensor | float]
+    lr: float
+    grad_norm: Tensor | None
+    bad: Tensor
+    keys: Sequence[str]
+    num_tokens: Tensor | None
+    wait_s: float
+    step_s: float
+    skipped: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""The tasks of `ov2 eval`, by name: what each needs of model and data, and what it gives (docs/evaluation.md).
+
+A result is JSON-ready. The numbers at its top are what an evaluation during training reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.answering import answer_questions
+from open_clip_ov2.evaluate.attentive import attentive_probe
+from open_clip_ov2.evaluate.captioning import caption_scores
+from open_clip_ov2.evaluate.features import Features, Kind
+from open_clip_ov2.evaluate.knn import knn
+from open_clip_ov2.evaluate.probes import linear_probe
+from open_clip_ov2.evaluate.questions import read_questions
+from open_clip_ov2.evaluate.reading import reading_scores
+from open_clip_ov2.evaluate.subject import Ability
+from open_clip_ov2.seam.eval_job import EvalJob
+from open_clip_ov2.seam.evaluate import caption_loss, gathered_counts
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`ability`: what the model must be able to do; `options`: fields of EvalOptions that must be given; `captions`:
+    whether the data must have captions."""
+
+    run: Callable[[EvalJob], dict[str, Any]]
+    ability: Ability
+    options: tuple[str, ...] = ()
+
+    def lacks(self, job: EvalJob) -> str | None:
+        """Why it cannot be run, if so."""
+        if self.ability not in job.subject.abilities:
+            can = ", ".join(sorted(job.subject.abilities))
+            return f"{job.evaluated.name} has no {self.ability} (it has: {can})"
+        missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(job.options, name)]
+        return f"{' and '.join(missing)} must be given" if missing else None
+
+
+def _caption_loss(job: EvalJob) -> dict[str, Any]:
+    loader = job.captioned()
+    found = caption_loss(job.evaluated.model, loader, job.settings, job.options.keep_ratio)
+    return {**found, "skipped": gathered_counts(dict(loader.skips), job.world_size)}
+
+
+def _shuffled_loss(job: EvalJob) -> dict[str, Any]:
+    pairs = job.with_shuffled_pictures()
+    return dict(caption_loss(job.evaluated.model, pairs, job.settings, job.options.keep_ratio))
+
+
+def _caption(job: EvalJob) -> dict[str, Any]:
+    rows = job.generated
+    scores = caption_scores(
+        {index: row.generated for index, row in rows.items()},
+        {index: [row.true] for index, row in rows.items()},
+        {index: row.key for index, row in rows.items()},
+    )
+    return {**asdict(scores), "skipped_samples": job.caption_skips}
+
+
+def _read_text(job: EvalJob) -> dict[str, Any]:
+    rows = job.generated
+    scores = reading_scores(
+        {index: row.generated for index, row in rows.items()},
+        {index: row.true for index, row in rows.items()},
+        {index: row.kind for index, row in rows.items()},
+        {index: row.key for index, row in rows.items()},
+    ).as_json()
+    for kind, found in scores["by_kind"].items():
+        guess = job.options.guess.get(kind)
+        found["times_guessing"] = found["exact_match"] / guess if guess else None
+    return {**scores.pop("overall"), **scores, "skipped_samples": job.caption_skips}
+
+
+def _questions(job: EvalJob) -> dict[str, Any]:
+    options = job.options
+    assert options.questions is not None
+    generation = dict(options.generation)
+
+    def answer(images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
+        return job.subject.generate(images_BCHW, keys, prompts, **generation)
+
+    scores = answer_questions(
+        read_questions(options.questions, options.question_images, options.question_rule),
+        answer,
+        job.evaluated.preprocess,
+        batch_size=options.batch_size,
+        prompt=options.prompt,
+        rank=job.rank,
+        world_size=job.world_size,
+    )
+    found = scores.as_json()
+    return {**found.pop("overall"), **found}
+
+
+def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Callable[[EvalJob], dict[str, Any]]:
+    def run(job: EvalJob) -> dict[str, Any]:
+        assert job.options.train_data is not None
+        train, test = (job.features(data, kind) for data in (job.options.train_data, job.options.data))
+        found = probe(train, test, device=job.settings.device)
+        return {**found, "skipped_samples": _skips(train, test)}
+
+    return run
+
+
+def _skips(train: Features, test: Features) -> dict[str, dict[str, int]]:
+    return {"train": dict(train.skips), "test": dict(test.skips)}
+
+
+TASKS: Mapping[str, Task] = {
+    "caption-loss": Task(_caption_loss, "caption"),
+    "shuffled-loss": Task(_shuffled_loss, "caption"),
+    "caption": Task(_caption, "caption"),
+    "read-text": Task(_read_text, "caption"),
+    "questions": Task(_questions, "caption", ("questions",)),
+    "linear-probe": Task(_probe(linear_probe, "pooled"), "features", ("train_data",)),
+    "knn": Task(_probe(knn, "pooled"), "features", ("train_data",)),
+    "attentive-probe": Task(_probe(attentive_probe, "tokens"), "features", ("train_data",)),
+}
+
+
+def check_tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks; empty for all. Raises UserError for an unknown one."""
+    if text == ALL:
+        return ()
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: no such task (there are: {', '.join(TASKS)}; or {ALL})")
+    return names
+
+
+def run_tasks(job: EvalJob, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Results by task. Raises UserError: a task that was named cannot be done; of `all`, what cannot is said."""
+    names = check_tasks(job.options.tasks)
+    results: dict[str, Any] = {}
+    for name in names or TASKS:
+        reason = TASKS[name].lacks(job)
+        if reason and names:
+            raise UserError(f"--tasks {name}: {reason}")
+        if reason:
+            say(f"{name}: left out, {reason}")
+            continue
+        results[name] = TASKS[name].run(job)
+    if not results:
+        raise UserError(f"no task can be done on {job.evaluated.name}; name one with --tasks to see why")
+    return results
+
+
+def headlines(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`task/metric` -> number, of the numbers at the top of each result."""
+    return {
+        f"{task}/{name}": float(value)
+        for task, found in results.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    }

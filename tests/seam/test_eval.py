@@ -1,0 +1,166 @@
+"""`ov2 eval` and `--eval`. Oracles: another batch size, two processes, the sums written out, images alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from eval_worker import evaluate
+from training import NANO, data_flags, finish, results, start_ranks
+
+from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.core import CaptionLoss
+
+TASKS = "caption-loss,shuffled-loss,read-text,linear-probe,knn,attentive-probe"
+
+
+@pytest.fixture(scope="module")
+def run(squares: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("logs")
+    flags = [*data_flags(squares, 16), "--logs", str(folder), "--name", "run", "--sample-captions", "0"]
+    asked = f"--tasks knn --data {squares}/val/00000.tar --train-data {squares}/train/00000.tar --label-key json:kind"
+    flags += ["--tokenizer", str(vocabulary), "--eval", asked]
+    assert ov2(["train", *NANO, *flags]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def baseline_models(baselines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP and CoCa with weights, as OpenCLIP's `local-dir:` has them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("clip_tiny", "coca_tiny"):
+        (folder / name).mkdir()
+        torch.manual_seed(0)
+        model = open_clip.create_model(f"local-dir:{baselines / name}", load_weights=False)
+        torch.save(model.state_dict(), folder / name / "open_clip_pytorch_model.bin")
+        (folder / name / "open_clip_config.json").write_text((baselines / name / "open_clip_config.json").read_text())
+    return folder
+
+
+def flags_of(squares: Path, *more: str) -> list[str]:
+    return [
+        "--data", f"{squares}/val/00000.tar", "--train-data", f"{squares}/train/{{00000..00001}}.tar",
+        "--label-key", "json:kind", "--group-by", "json:kind", *more,
+    ]  # fmt: skip
+
+
+def evaluated(model: Path, out: Path, *flags: str) -> dict[str, Any]:
+    assert ov2(["eval", str(model), *flags, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def assert_close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal but for the rounding of sums in another order."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_close(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), where
+    else:
+        assert found == expected, where
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, squares: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return evaluated(run, tmp_path_factory.mktemp("whole") / "e.json", *flags_of(squares, "--tasks", TASKS))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_batch_size_changes_nothing(
+    run: Path, squares: Path, whole: dict[str, Any], tmp_path: Path, batch_size: int
+) -> None:
+    flags = flags_of(squares, "--tasks", TASKS, "--batch-size", str(batch_size))
+    assert_close(evaluated(run, tmp_path / "e.json", *flags), whole)
+
+
+def test_two_processes_change_nothing(run: Path, squares: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    argv = [str(run), *flags_of(squares, "--tasks", TASKS, "--batch-size", "3"), "--out", str(tmp_path / "e.json")]
+    done = finish(start_ranks(evaluate, [*argv, "--device", "cpu"], 2))
+    assert [status for status, _ in done] == [0, 0], done
+    assert_close(json.loads((tmp_path / "e.json").read_text()), whole)
+
+
+def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, Any]) -> None:
+    """Oracle: one batch, its pictures rolled by one, through the model itself."""
+    from open_clip_ov2.data.captions import parse_caption_keys
+    from open_clip_ov2.data.loader import EvalLoader
+    from open_clip_ov2.data.sources import WebDatasetSource
+    from open_clip_ov2.seam.evaluate import eval_kept_idx
+    from open_clip_ov2.seam.sources import open_model
+
+    opened = open_model(run)
+    source = WebDatasetSource((f"{squares}/val/00000.tar",))
+    keys = parse_caption_keys("txt")
+    loader = EvalLoader(source, opened.preprocess, opened.tokenizer, batch_size=10, num_workers=0, caption_keys=keys)
+    (batch,) = loader
+    for task, images in (("caption-loss", batch.images_BCHW), ("shuffled-loss", batch.images_BCHW.roll(1, dims=0))):
+        kept = eval_kept_idx(opened.model, batch.keys)
+        with torch.no_grad():
+            sums = opened.model(images, batch.texts_BL, kept_idx=kept, caption_loss=CaptionLoss())
+        assert whole[task]["caption_loss"] == pytest.approx(float(sums.nll / sums.num_targets), rel=1e-5)
+
+
+def test_clip_and_coca_do_what_they_can(
+    baseline_models: Path, squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = evaluated(baseline_models / "clip_tiny", tmp_path / "clip.json", *flags_of(squares))
+    assert {"linear-probe", "knn", "attentive-probe"} <= clip.keys()
+    assert not {"caption-loss", "read-text"} & clip.keys()
+    assert "caption-loss: left out" in capsys.readouterr().err
+    coca = evaluated(baseline_models / "coca_tiny", tmp_path / "coca.json", *flags_of(squares, "--seq-len", "8"))
+    assert {"linear-probe", "caption-loss", "read-text"} <= coca.keys()
+    assert 0 < coca["caption-loss"]["caption_loss"] < 20
+
+
+def test_questions_are_asked(run: Path, squares: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    lines = [{"image": "red.png", "question": "a", "answer": "red square", "id": "q1"}]
+    lines += [{"image": "gone.png", "question": "a", "answer": "x", "id": "q2"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = [*flags_of(squares), "--tasks", "questions", "--questions", str(tmp_path / "q.jsonl")]
+    found = evaluated(run, tmp_path / "e.json", *flags)["questions"]
+    assert found["questions"] == 1
+    assert [one["key"] for one in found["skipped"]] == ["q2"]
+
+
+def test_in_the_loop_as_afterwards(run: Path, squares: Path, tmp_path: Path) -> None:
+    """Oracle: `ov2 eval` of the checkpoint of the same moment."""
+    last = results(run, "val")[-1]
+    flags = ["--data", f"{squares}/val/00000.tar", "--train-data", f"{squares}/train/00000.tar"]
+    found = evaluated(run, tmp_path / "e.json", *flags, "--label-key", "json:kind", "--tasks", "knn")
+    assert last["knn/top1"] == found["knn"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks", "nonsense"], "there are: caption-loss"),
+        (["--tasks", "knn"], "--train-data must be given"),
+        (["--tasks", "questions"], "--questions must be given"),
+        (["--batch-size", "0"], "--batch-size is at least 1"),
+        (["--classes", "nowhere.json"], "nowhere.json"),
+        (["--keep-ratios", "2"], "shares in (0, 1]"),
+    ],
+)
+def test_slips_are_one_line(
+    run: Path, squares: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert ov2(["eval", str(run), "--data", f"{squares}/val/00000.tar", *flags]) != 0
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_eval_flags_are_checked_before_training(squares: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run"]
+    assert ov2(["train", *flags, "--eval", "--tasks knn"]) != 0
+    assert "--data" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "run" / "checkpoints")
