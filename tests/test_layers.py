@@ -18,6 +18,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
     "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
     "bench": ({"bench", "data", "runlog", "errors", "seam"}, {"torch", "matplotlib"}),
+    "compare": ({"compare", "runlog", "recipe", "errors", "seam"}, {"matplotlib", "tomli"}),
     "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }
@@ -59,6 +60,11 @@ def test_lower_layers_import_only_what_they_may(package: str) -> None:
 def test_launcher_and_benchmark_know_training_in_one_module_alone(package: str, module: str) -> None:
     knowing = {file.name for file in (ROOT / package).glob("*.py") if "seam" in ours(imports(file))}
     assert knowing == {module}
+
+
+def test_comparisons_know_training_in_one_module_alone() -> None:
+    knowing = {file.name for file in (ROOT / "compare").glob("*.py") if "seam" in ours(imports(file))}
+    assert knowing == {"trainer.py"}
 
 
 def test_only_the_seam_touches_open_clip() -> None:

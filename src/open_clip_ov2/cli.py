@@ -18,6 +18,7 @@ COMMANDS = {
     "push": "a model to the hub, with its card",
     "shards": "copies of shards with smaller pictures, for a low-resolution stage",
     "bench": "a training step against CoCa and CLIP on this machine; `ov2 bench data`: the loader",
+    "compare": "models on equal terms: the same data, order and optimizer; a table and a page with plots",
     "plot": "draw the curves of one or more runs",
     "submit": "train on SLURM, or here in the background",
     "jobs": "where submitted runs stand; logs, cancel, resubmit",

@@ -1,0 +1,80 @@
+"""`ov2 compare`: models trained and evaluated on equal terms; one table, one page with plots."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from open_clip_ov2.commands.cluster_flags import split
+from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    before, after = split(argv)
+    args = _parser().parse_args(before)
+    from open_clip_ov2.compare import study, tables
+    from open_clip_ov2.compare.bench import read_costs
+    from open_clip_ov2.compare.plan import Data, shown_command
+    from open_clip_ov2.compare.reader import load_comparison
+
+    comparisons = [study.with_seeds(load_comparison(path), args.seeds, args.budget) for path in args.files]
+    names = [comparison.name for comparison in comparisons]
+    if len(set(names)) < len(names):
+        raise UserError(f"two comparisons are called {next(n for n in names if names.count(n) > 1)}: rename a file")
+    data = Data(args.train_data, args.val_data, args.probe_data or args.train_data, tuple(after))
+    console = Console()
+    whole = study.Study(
+        comparisons=tuple(comparisons),
+        data=data,
+        folder=args.out,
+        logs=args.logs or args.out / "runs",
+        at_once=args.jobs,
+        command=shown_command(args.files, data),
+        costs=read_costs(args.bench) if args.bench else {},
+    )
+    for found in study.carry_out(whole, lambda text: console.print(text, highlight=False)):
+        table = Table(*tables.header(found), box=None, pad_edge=False, title=found.comparison.title)
+        for row in tables.rows(found):
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="ov2 compare",
+        usage="ov2 compare FILE.toml... --train-data SHARDS --val-data SHARDS [flags] [-- FLAGS OF OV2 TRAIN]",
+        description="Train and evaluate models on equal terms. The same command goes on where it was stopped, and "
+        "reads what is done. Flags after `--` are for all runs.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE.toml", help="comparisons; one page for all of them")
+    add("--train-data", required=True, metavar="SHARDS", help="as for ov2 train")
+    add("--val-data", required=True, metavar="SHARDS", help="held out: validation and evaluations")
+    add("--probe-data", metavar="SHARDS", help="what probes are fitted to (default: --train-data)")
+    add("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="default: compare")
+    add("--logs", type=Path, metavar="FOLDER", help="where runs lie (default: OUT/runs)")
+    add("--jobs", type=_jobs, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
+    add("--seeds", type=_seeds, metavar="S,S,...", help="instead of the files'")
+    add("--budget", type=float, metavar="N", help="samples (or seconds) instead of the files', to try things out")
+    add("--bench", type=Path, metavar="FILE.json", help="of `ov2 bench --json`: step memory and largest batch")
+    return parser
+
+
+def _jobs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = text.split(",")
+    if not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r}: different whole numbers, separated by commas")
+    return [int(seed) for seed in seeds]

@@ -1,0 +1,110 @@
+"""Images/s of each arm, measured before anything is trained: short runs of `ov2 train`, in turn, nothing beside them.
+
+Arms take turns within a repetition, so that what a machine does meanwhile falls on all of them alike; the ratio of two
+arms is taken within each repetition. A run's own clock would be wrong where several run side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from open_clip_ov2.compare import trainer
+from open_clip_ov2.compare.processes import Job, run_all, threads_each
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.runlog.curves import read_results
+
+LOGS_EACH = 8  # log steps of a measured run; what lies before the second one is warm-up
+SPEED_FILE = "speed.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """images/s of each repetition, and the process's largest resident set in MiB."""
+
+    images_per_second: tuple[float, ...]
+    memory_mb: float
+    machine: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.images_per_second)
+
+
+def machine(threads: int) -> str:
+    return f"{platform.machine()} {platform.system()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def key_of(argv: Sequence[str], threads: int) -> str:
+    """The same line on the same threads is measured once."""
+    return hashlib.sha256("\0".join([*argv, str(threads)]).encode()).hexdigest()[:16]
+
+
+def load(folder: Path) -> dict[str, Speed]:
+    path = folder / SPEED_FILE
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    return {key: Speed(tuple(v["images_per_second"]), v["memory_mb"], v["machine"]) for key, v in found.items()}
+
+
+def measure(
+    lines: Mapping[str, Sequence[str]],
+    *,
+    samples: int,
+    batches: Mapping[str, int],
+    repetitions: int,
+    folder: Path,
+    at_once: int,
+    say: Callable[[str], None],
+) -> dict[str, Speed]:
+    """Speed of each line (`ov2 train` without --logs and --name) that is not known yet; all in folder/speed.json.
+
+    `batches`: images in a step of each line. `at_once`: runs side by side later, whose threads each run gets here too.
+    """
+    threads = threads_each(at_once)
+    known = load(folder)
+    keys = {title: key_of(argv, threads) for title, argv in lines.items()}
+    left = [title for title in lines if keys[title] not in known]
+    found: dict[str, list[tuple[float, float]]] = {title: [] for title in left}
+    scratch = folder / "measured"
+    for repetition in range(repetitions if left else 0):
+        for title in left:
+            steps = max(1, samples // batches[title])
+            argv = [*lines[title], "--log-every-n-steps", str(max(1, steps // LOGS_EACH))]
+            found[title].append(_once(title, argv, scratch, threads))
+        shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
+        say(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
+    for title, values in found.items():
+        rates = tuple(rate for rate, _ in values)
+        known[keys[title]] = Speed(rates, max(memory for _, memory in values), machine(threads))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({key: asdict(value) for key, value in known.items()}, indent=1)
+    (folder / SPEED_FILE).write_text(text + "\n")
+    return {title: known[key] for title, key in keys.items()}
+
+
+def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
+    """(images/s, MiB)."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    job = Job(f"measuring {title}", trainer.train_command(argv, scratch, "run"), scratch / "out.txt")
+    run_all([job], 1, lambda *_: None, threads=threads)
+    rows = [row for row in read_results(scratch / "run") if row["kind"] == "train"]
+    rate = rate_of(rows)
+    shutil.rmtree(scratch)
+    return rate, float(rows[-1]["memory_mb"])
+
+
+def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Images/s from the second log step to the last, by the clock. Raises UserError where there is no third."""
+    if len(rows) < 3:
+        raise UserError("[measure] samples: too few to time (at least 4 steps)")
+    first, last = rows[1], rows[-1]
+    return (last["samples_seen"] - first["samples_seen"]) / (last["time"] - first["time"])

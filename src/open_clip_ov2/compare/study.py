@@ -1,0 +1,261 @@
+"""From comparisons to a page: measure, train what is not trained, evaluate what is not evaluated, gather, write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from open_clip_ov2.compare import page, plots, speed, tables, trainer
+from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
+from open_clip_ov2.compare.plan import Data, Run, arm_words, global_batch, runs, words
+from open_clip_ov2.compare.processes import Job, run_all
+from open_clip_ov2.compare.results import (
+    ArmResult,
+    Cost,
+    Found,
+    as_json,
+    by_metric,
+    check_metrics,
+    learning_curve,
+    read_evaluations,
+)
+from open_clip_ov2.runlog.curves import read_results
+
+Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
+
+
+@dataclass(frozen=True)
+class Study:
+    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share where they are equal."""
+
+    comparisons: tuple[Comparison, ...]
+    data: Data
+    folder: Path
+    logs: Path
+    at_once: int
+    command: str
+    costs: Mapping[str, Cost]  # by model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run, where it lies, and its evaluations' files."""
+
+    run: Run
+    known: trainer.Known
+    evaluations: tuple[Path, ...]
+
+
+def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
+    """All of it; what is there already is read. Raises UserError."""
+    speeds = _measure(study, say)
+    planned = {one.name: _plan(study, one, speeds[one.name]) for one in study.comparisons}
+    _train(study, [run for group in planned.values() for run in group], say)
+    _evaluate(study, [(one, run) for one in study.comparisons for run in planned[one.name]], say)
+    found = [_gather(study, one, planned[one.name], speeds[one.name]) for one in study.comparisons]
+    write(study, found)
+    return found
+
+
+# --- speed and plan ------------------------------------------------------------------------------------
+
+
+def _stage_lines(study: Study, comparison: Comparison) -> dict[tuple[str, int], list[str]]:
+    """What is measured: each stage of each arm by itself."""
+    out = {}
+    for arm in comparison.arms:
+        batch = global_batch(comparison, arm)
+        samples = max(4, comparison.measured_samples // batch) * batch
+        for index, stage in enumerate(arm.stages):
+            out[arm.name, index] = arm_words(comparison, arm, study.data, [(stage.resolution, samples)])
+    return out
+
+
+def _measure(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
+    """By comparison. Equal lines of several comparisons are measured once."""
+    out: dict[str, Speeds] = {}
+    for comparison in study.comparisons:
+        lines = _stage_lines(study, comparison)
+        titles = {where: _stage_title(comparison.arm(where[0]), where[1]) for where in lines}
+        measured = speed.measure(
+            {titles[where]: line for where, line in lines.items()},
+            samples=comparison.measured_samples,
+            batches={titles[where]: global_batch(comparison, comparison.arm(where[0])) for where in lines},
+            repetitions=comparison.repetitions,
+            folder=study.folder,
+            at_once=study.at_once,
+            say=say,
+        )
+        out[comparison.name] = {
+            arm.name: tuple(measured[titles[arm.name, index]] for index in range(len(arm.stages)))
+            for arm in comparison.arms
+        }
+    return out
+
+
+def _stage_title(arm: Arm, index: int) -> str:
+    return arm.name if len(arm.stages) == 1 else f"{arm.name} at {arm.stages[index].resolution} px"
+
+
+def _flops(study: Study, comparison: Comparison, arm: Arm) -> tuple[float, ...]:
+    """Of one image by stage."""
+    stages = [(stage.resolution, global_batch(comparison, arm)) for stage in arm.stages]
+    return trainer.look_at(arm_words(comparison, arm, study.data, stages), study.logs).flops
+
+
+def _plan(study: Study, comparison: Comparison, speeds: Speeds) -> list[Trained]:
+    rates = {name: [one.median for one in by_stage] for name, by_stage in speeds.items()}
+    flops = {arm.name: _flops(study, comparison, arm) for arm in comparison.trained}
+    out = []
+    for run in runs(comparison, study.data, comparison.seeds, rates, flops):
+        known = trainer.look_at(run.argv, study.logs)
+        files = [
+            study.folder / "evaluations" / f"{known.name}-{_digest(_eval_words(study, evaluation))}.json"
+            for evaluation in _evaluations(comparison, run)
+        ]
+        out.append(Trained(run, known, tuple(files)))
+    return out
+
+
+# --- training and evaluating ---------------------------------------------------------------------------
+
+
+def _train(study: Study, trained: Sequence[Trained], say: Callable[[str], None]) -> None:
+    jobs = {}
+    for one in trained:
+        if not trainer.is_finished(one.known.run_dir):
+            title = f"{one.run.arm.name}, seed {one.run.seed}"
+            command = trainer.train_command(one.run.argv, study.logs, one.known.name)
+            jobs[one.known.name] = Job(title, tuple(command), study.folder / "logs" / f"{one.known.name}.txt")
+    _run("training", list(jobs.values()), len({one.known.name for one in trained}), study, say)
+
+
+def _evaluations(comparison: Comparison, run: Run) -> list[Evaluation]:
+    return [one for one in comparison.evaluations if not one.arms or run.arm.name in one.arms]
+
+
+def _eval_words(study: Study, evaluation: Evaluation) -> list[str]:
+    """Flags of `ov2 eval` but for --out."""
+    given = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
+    given += ["--train-data", study.data.probe] if evaluation.train_data else []
+    return [*given, *words(evaluation.flags)]
+
+
+def _digest(argv: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(argv).encode()).hexdigest()[:8]
+
+
+def _evaluate(study: Study, trained: Sequence[tuple[Comparison, Trained]], say: Callable[[str], None]) -> None:
+    jobs, total = {}, set()
+    for comparison, one in trained:
+        for evaluation, file in zip(_evaluations(comparison, one.run), one.evaluations, strict=True):
+            total.add(file)
+            if not file.is_file():
+                argv = [*_eval_words(study, evaluation), "--out", str(file)]
+                title = f"{one.run.arm.name}, seed {one.run.seed}: {', '.join(evaluation.tasks)}"
+                log = study.folder / "logs" / f"{file.stem}.txt"
+                jobs[file] = Job(title, tuple(trainer.eval_command(one.known.run_dir, argv)), log)
+    (study.folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    _run("evaluation", list(jobs.values()), len(total), study, say)
+
+
+def _run(what: str, jobs: Sequence[Job], total: int, study: Study, say: Callable[[str], None]) -> None:
+    if total > len(jobs):
+        say(f"{what}: {total - len(jobs)} of {total} are done already")
+    finished = 0
+
+    def done(job: Job, seconds: float) -> None:
+        nonlocal finished
+        finished += 1
+        say(f"{what} {finished} of {len(jobs)}: {job.title} ({seconds:.0f} s)")
+
+    run_all(jobs, study.at_once, done)
+
+
+# --- gathering and writing -----------------------------------------------------------------------------
+
+
+def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], speeds: Speeds) -> Found:
+    evaluated = {id(one): read_evaluations(one.evaluations) for one in trained}
+    rates = {arm.name: _rates(arm, speeds[arm.name]) for arm in comparison.arms}
+    arms = []
+    for arm in comparison.arms:
+        own = [one for one in trained if one.run.arm.name == arm.name]
+        records = [read_results(one.known.run_dir) for one in own]
+        result = ArmResult(
+            name=arm.name,
+            model=arm.model,
+            trained=arm.trained,
+            seeds=tuple(one.run.seed for one in own),
+            stage_samples=own[0].run.stage_samples if own else (),
+            flops=_mean_flops(own[0], arm) if own else sum(_flops(study, comparison, arm)) / len(arm.stages),
+            rates=rates[arm.name],
+            stage_rates=tuple(one.median for one in speeds[arm.name]),
+            ratios=tuple(
+                mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
+            ),
+            memory_mb=max(one.memory_mb for one in speeds[arm.name]),
+            cost=study.costs.get(arm.model, Cost()),
+            over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
+            values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
+            learning={
+                metric.key: tuple(learning_curve(rows, metric.learning) for rows in records)
+                for metric in comparison.metrics
+                if metric.learning
+            },
+        )
+        arms.append(result)
+    check_metrics(comparison, {key for values in evaluated.values() for key in values}, arms)
+    return Found(comparison, tuple(arms), next(iter(speeds.values()))[0].machine)
+
+
+def _rates(arm: Arm, by_stage: Sequence[speed.Speed]) -> tuple[float, ...]:
+    """Images/s over all stages, by repetition: the shares' harmonic mean."""
+    each = zip(*(one.images_per_second for one in by_stage), strict=True)
+    return tuple(1 / sum(s.share / rate for s, rate in zip(arm.stages, rates, strict=True)) for rates in each)
+
+
+def _mean_flops(one: Trained, arm: Arm) -> float:
+    return sum(stage.share * value for stage, value in zip(arm.stages, one.known.flops, strict=True))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+TERMS = (
+    "Within a comparison every arm has the same pictures, captions, order, crops, vocabulary, optimizer flags and "
+    "seeds, but for what its name says.",
+    "Images/s are measured before training: short runs of the arms in turn, nothing beside them; the median and the "
+    "range. Ratios are taken within each repetition. Seconds are samples over these images/s, since the clock of runs "
+    "trained side by side, or on a busy machine, says little.",
+    "Learning curves and final figures are of held-out pictures; ± is the standard deviation of seeds (n - 1).",
+)
+
+
+def write(study: Study, found: Sequence[Found]) -> list[Path]:
+    """index.html, results.md, results.csv and results.json."""
+    title = found[0].comparison.title if len(found) == 1 else "Comparisons"
+    drawn = [(one, plots.plots(one)) for one in found]
+    told = [f"# {title}", "", f"    {study.command}", "", *(f"- {term}" for term in TERMS)]
+    for one in found:
+        told += ["", f"## {one.comparison.title}", "", one.comparison.about, "", page.budget(one), ""]
+        told += [tables.markdown(one), *one.comparison.notes]
+    texts = {
+        "index.html": page.page(title, drawn, study.command, TERMS),
+        "results.md": "\n".join(told) + "\n",
+        "results.csv": tables.csv_text(found),
+        "results.json": as_json(found),
+    }
+    study.folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (study.folder / name).write_text(text, encoding="utf-8")
+    return [study.folder / name for name in texts]
+
+
+def with_seeds(comparison: Comparison, seeds: Sequence[int] | None, budget: float | None) -> Comparison:
+    """The command line's seeds and budget in the file's place."""
+    changed = replace(comparison, seeds=tuple(seeds)) if seeds else comparison
+    return replace(changed, budget=budget) if budget else changed
