@@ -21,7 +21,8 @@ tasks = ["linear-probe", "knn"]
 train-data = true                        # gets --train-data (--probe-data of `ov2 compare`)
 arms = ["ov2"]                           # default: all
 flags = { label-key = "json:label" }
-[[metric]]                               # a column: a figure of the evaluations' JSON by its dotted path
+[[metric]]                               # a column: a figure of the evaluations' JSON by its dotted path, or, as in
+                                         # run.caption_loss, of the last validation in training
 key = "linear-probe.top1"
 title = "linear probe"
 unit = "%"

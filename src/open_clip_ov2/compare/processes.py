@@ -20,7 +20,7 @@ class Job:
     """`title` is for people; what the command prints goes to `log`."""
 
     title: str
-    command: Sequence[str]
+    command: tuple[str, ...]
     log: Path
 
 
@@ -62,7 +62,7 @@ def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            list(job.command), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, **counts},
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ def measure(
 def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
     """(images/s, MiB)."""
     shutil.rmtree(scratch, ignore_errors=True)
-    job = Job(f"measuring {title}", trainer.train_command(argv, scratch, "run"), scratch / "out.txt")
+    job = Job(f"measuring {title}", tuple(trainer.train_command(argv, scratch, "run")), scratch / "out.txt")
     run_all([job], 1, lambda *_: None, threads=threads)
     rows = [row for row in read_results(scratch / "run") if row["kind"] == "train"]
     rate = rate_of(rows)

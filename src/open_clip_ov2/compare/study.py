@@ -18,6 +18,7 @@ from open_clip_ov2.compare.results import (
     as_json,
     by_metric,
     check_metrics,
+    flatten,
     learning_curve,
     read_evaluations,
 )
@@ -36,7 +37,7 @@ class Study:
     logs: Path
     at_once: int
     command: str
-    costs: Mapping[str, Cost]  # by model
+    costs: Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _run(what: str, jobs: Sequence[Job], total: int, study: Study, say: Callable
 
 
 def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], speeds: Speeds) -> Found:
-    evaluated = {id(one): read_evaluations(one.evaluations) for one in trained}
+    evaluated = {id(one): _figures(one) for one in trained}
     rates = {arm.name: _rates(arm, speeds[arm.name]) for arm in comparison.arms}
     arms = []
     for arm in comparison.arms:
@@ -197,7 +198,7 @@ def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], sp
                 mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
             ),
             memory_mb=max(one.memory_mb for one in speeds[arm.name]),
-            cost=study.costs.get(arm.model, Cost()),
+            cost=study.costs.get((arm.model, arm.stages[-1].resolution), Cost()),
             over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
             values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
             learning={
@@ -209,6 +210,12 @@ def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], sp
         arms.append(result)
     check_metrics(comparison, {key for values in evaluated.values() for key in values}, arms)
     return Found(comparison, tuple(arms), next(iter(speeds.values()))[0].machine)
+
+
+def _figures(one: Trained) -> dict[str, float]:
+    """Of its evaluations, and under `run.` those of its last validation in training."""
+    validations = [row for row in read_results(one.known.run_dir) if row["kind"] == "val"]
+    return read_evaluations(one.evaluations) | (flatten(validations[-1], "run") if validations else {})
 
 
 def _rates(arm: Arm, by_stage: Sequence[speed.Speed]) -> tuple[float, ...]:

@@ -1,0 +1,79 @@
+"""Commands side by side, and images/s from a run's records. Oracles are named at each test."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from open_clip_ov2.compare.bench import read_costs
+from open_clip_ov2.compare.processes import Job, run_all
+from open_clip_ov2.compare.results import Cost
+from open_clip_ov2.compare.speed import rate_of
+from open_clip_ov2.errors import UserError
+
+
+def job(folder: Path, name: str, code: str) -> Job:
+    return Job(name, (sys.executable, "-S", "-c", code), folder / f"{name}.txt")
+
+
+def test_side_by_side(tmp_path: Path) -> None:
+    """Oracle: each command counts the others' marks; two at once see two, and never three."""
+    code = (
+        f"import pathlib, time, os; f = pathlib.Path({str(tmp_path)!r}); m = f / ('at-' + str(os.getpid())); m.touch();"
+        "end = time.time() + 0.5\nseen = 0\n"
+        "while time.time() < end: seen = max(seen, len(list(f.glob('at-*')))); time.sleep(0.01)\n"
+        "m.unlink(); print(seen, os.environ['OMP_NUM_THREADS'])"
+    )
+    finished: list[str] = []
+    jobs = [job(tmp_path, name, code) for name in "abcd"]
+    run_all(jobs, 2, lambda one, seconds: finished.append(one.title), threads=3)
+    assert sorted(finished) == list("abcd")
+    told = [one.log.read_text().split() for one in jobs]
+    assert max(int(seen) for seen, _ in told) == 2
+    assert {threads for _, threads in told} == {"3"}
+
+
+def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
+    """Oracle: the other's own handler, which runs when it is asked to stop."""
+    patient = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(75)));"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    other = job(tmp_path, "other", patient)
+    wait = f"import time\nwhile 'up' not in open({str(other.log)!r}).read(): time.sleep(0.01)\n"
+    failing = job(tmp_path, "one", wait + "print('ov2: error: no such shard'); raise SystemExit(2)")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"^one: no such shard \(exit status 2; all of it: .*one.txt\)$"):
+        run_all([other, failing], 2, lambda *_: None)
+    assert time.monotonic() - begun < 30
+    assert other.log.read_text().split() == ["up", "saved"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_rate() -> None:
+    """Oracle: by hand. Warm-up, before the second record, does not count."""
+    rows = [{"samples_seen": s, "time": t} for s, t in ((32, 9.0), (320, 20.0), (640, 21.0), (960, 22.0))]
+    assert rate_of(rows) == 320
+    with pytest.raises(UserError, match="too few"):
+        rate_of(rows[:2])
+
+
+def test_what_the_benchmark_wrote(tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    file = tmp_path / "bench.json"
+    measured = [
+        {"arm": "ov2", "model": "ov2-x", "resolution": 32, "precision": "fp32", "step_bytes": 3 * 2**20},
+        {"arm": "ov2", "model": "ov2-x", "resolution": 32, "precision": "amp_bf16", "step_bytes": 9},
+        {"arm": "coca", "model": "coca-of-ov2-x", "resolution": 32, "precision": "fp32", "step_bytes": 0},
+    ]
+    largest = [{"arm": "ov2", "resolution": 32, "precision": "fp32", "batch_size": 77}]
+    file.write_text(json.dumps({"measured": measured, "largest_batch": largest}))
+    assert read_costs(file) == {("ov2-x", 32): Cost(3.0, 77), ("coca-of-ov2-x", 32): Cost(None, None)}
+    file.write_text("{}")
+    with pytest.raises(UserError, match="not what `ov2 bench --json` writes"):
+        read_costs(file)

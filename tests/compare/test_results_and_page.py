@@ -1,0 +1,178 @@
+"""Figures, table and page of a comparison made up here. Oracles are named at each test."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from open_clip_ov2.compare import page, plots, tables
+from open_clip_ov2.compare.config import Arm, ArmStage, Comparison, Metric
+from open_clip_ov2.compare.results import (
+    ArmResult,
+    Cost,
+    Found,
+    Summary,
+    as_json,
+    check_metrics,
+    flatten,
+    learning_curve,
+    mean_curve,
+    summary,
+)
+from open_clip_ov2.errors import UserError
+
+LOSS = Metric("caption_loss", "caption loss", "nats", better="lower", digits=2, learning="caption_loss")
+PROBE = Metric("probe.top1", "probe <top-1>", "%", scale=100)
+VOID = {"meta", "path", "use", "rect", "br", "link", "img"}
+
+
+def arm_result(name: str, rates: tuple[float, ...], **changes: object) -> ArmResult:
+    fields = {
+        "name": name, "model": f"model-{name}", "trained": True, "seeds": (0, 1), "stage_samples": (4000,),
+        "flops": 1e9, "rates": rates, "stage_rates": (rates[0],), "ratios": tuple(rate / 200 for rate in rates),
+        "memory_mb": 700.0, "cost": Cost(), "over": None, "values": {}, "learning": {},
+    }  # fmt: skip
+    return ArmResult(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def found() -> Found:
+    curve = (((2000.0, 3.0), (4000.0, 2.0)), ((2000.0, 3.4), (4000.0, 2.2)))
+    values = {"caption_loss": (2.0, 2.2), "probe.top1": (0.5, 0.6)}
+    ours = arm_result(
+        "ov2", (200.0, 220.0, 180.0), values=values, learning={"caption_loss": curve}, over=0.35, cost=Cost(100.0, 512)
+    )
+    clip = arm_result("CLIP", (150.0, 150.0, 150.0), values={"probe.top1": (0.4, 0.4)}, over=1.0)
+    stock = arm_result("stock", (20.0, 20.0, 20.0), trained=False, seeds=(), stage_samples=())
+    arms = tuple(Arm(one.name, one.model, {}, (ArmStage(32, 1.0),), one.trained) for one in (ours, clip, stock))
+    comparison = Comparison(
+        "small", "Small & fair", "Which?", "samples", 4000.0, (0, 1), "ov2", {}, arms, 3, 256, (), (LOSS, PROBE),
+        curve_over="keep-ratio",
+    )  # fmt: skip
+    return Found(comparison, (ours, clip, stock), "a machine")
+
+
+def test_summary() -> None:
+    """Oracle: numpy."""
+    values = np.random.default_rng(0).normal(size=7).tolist()
+    told = summary(values)
+    assert told is not None
+    assert told.sd == pytest.approx(np.std(values, ddof=1))
+    assert (told.mean, told.n) == (pytest.approx(np.mean(values)), 7)
+    assert summary([1.0]) == Summary(1.0, None, 1)
+    assert summary([]) is None
+
+
+def test_flatten() -> None:
+    """Oracle: by hand."""
+    tree = {"a": {"b c": 1, "d": [2.5, {"e": 3}]}, "text": "x", "yes": True, "none": None}
+    assert flatten(tree) == {"a.b c": 1.0, "a.d.0": 2.5, "a.d.1.e": 3.0}
+
+
+def test_curves() -> None:
+    """Oracle: by hand. Validations alone; over seeds only where all have a value."""
+    records = [
+        {"kind": "train", "samples_seen": 10, "x": 9.0}, {"kind": "val", "samples_seen": 10, "x": 1.0},
+        {"kind": "val", "samples_seen": 20, "x": None}, {"kind": "val", "samples_seen": 30, "x": 2.0},
+    ]  # fmt: skip
+    curve = learning_curve(records, "x")
+    assert curve == ((10.0, 1.0), (30.0, 2.0))
+    (point,) = mean_curve([curve, ((30.0, 4.0),)])
+    assert (point[0], point[1].mean) == (30.0, 3.0)
+
+
+def test_a_metric_that_nobody_has(found: Found) -> None:
+    check_metrics(found.comparison, set(), found.arms)
+    with pytest.raises(UserError, match=r"metric probe.top1: no evaluation has it \(there are: probe.acc\)"):
+        check_metrics(found.comparison, {"probe.acc"}, [arm_result("ov2", (1.0,), values={"caption_loss": (1.0,)})])
+
+
+def test_table(found: Found) -> None:
+    """Oracle: by hand."""
+    assert tables.markdown(found).splitlines() == [
+        "|  | images/s | × ov2 | step memory, MiB | largest batch | samples | training, s | caption loss, nats ↓ "
+        "| probe <top-1>, % ↑ |",
+        "|" + "---|" * 9,
+        "| ov2 | 200 (180–220) | 1.00 (0.90–1.10) | 100 | 512 | 4 K | 20 | 2.10 ± 0.14 | **55.0 ± 7.1** |",
+        "| CLIP | 150 | 0.75 | – | – | 4 K | 27 | – | 40.0 ± 0.0 |",
+        "| stock | 20 | 0.10 | – | – | – | – | – | – |",
+    ]
+
+
+def test_csv_has_every_number(found: Found) -> None:
+    """Oracle: csv's own reader, and the figures put in."""
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text([found]))))
+    (probe,) = (row for row in rows if row["arm"] == "ov2" and row["quantity"] == "probe.top1")
+    assert [float(value) for value in probe["values"].split()] == [50, 60]
+    assert float(probe["mean"]) == 55
+    assert not [row for row in rows if row["arm"] == "CLIP" and row["quantity"] == "caption_loss"]
+    assert json.loads(as_json([found]))[0]["arms"][0]["rates"] == [200.0, 220.0, 180.0]
+
+
+class Reader(HTMLParser):
+    """Tags balance; ids and what points to them are collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value or "")
+            if key in ("href", "xlink:href", "src") and value:
+                self.addresses.append(value)
+            self.targets += re.findall(r"url\(#([^)]+)\)", value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_stands_alone(found: Found) -> None:
+    """Oracle: Python's HTML parser. Every tag closes, ids are unique, nothing is fetched, every plot is there."""
+    drawn = plots.plots(found)
+    assert [plot.name for plot in drawn] == [
+        "small-speed", "small-caption-loss-over-samples", "small-caption-loss-over-seconds", "small-finals",
+        "small-over-keep-ratio",
+    ]  # fmt: skip
+    text = page.page("All <of> it", [(found, drawn)], "ov2 compare small.toml", ["One term & another."])
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert len(reader.ids) == len(set(reader.ids))
+    assert {plot.name for plot in drawn} <= set(reader.ids)
+    assert set(reader.targets) <= set(reader.ids)
+    assert all(address[1:] in reader.ids for address in reader.addresses if address.startswith("#"))
+    assert [address for address in reader.addresses if not address.startswith("#")] == []
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not places
+    assert text.count("<svg") == len(drawn)
+    assert "<script" not in text
+    assert "All &lt;of&gt; it" in text
+    assert "probe &lt;top-1&gt;" in text
+
+
+def test_plots_take_the_pages_colour_and_repeat(found: Found) -> None:
+    """The same figures give the same bytes, so that a page in a repository changes where figures do."""
+    one, other = plots.plots(found), plots.plots(found)
+    assert one == other
+    for plot in one:
+        assert "currentColor" in plot.svg
+        assert plots.INK not in plot.svg
