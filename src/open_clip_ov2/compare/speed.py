@@ -42,17 +42,10 @@ def machine(threads: int) -> str:
     return f"{platform.machine()} {platform.system()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def key_of(argv: Sequence[str], threads: int) -> str:
-    """The same line on the same threads is measured once."""
-    return hashlib.sha256("\0".join([*argv, str(threads)]).encode()).hexdigest()[:16]
-
-
-def load(folder: Path) -> dict[str, Speed]:
-    path = folder / SPEED_FILE
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())
-    return {key: Speed(tuple(v["images_per_second"]), v["memory_mb"], v["machine"]) for key, v in found.items()}
+def key_of(lines: Mapping[str, Sequence[str]], threads: int) -> str:
+    """Lines that were measured in turns with others stand for no others."""
+    told = "\0".join(word for title, argv in lines.items() for word in (title, *argv))
+    return hashlib.sha256(f"{told}\0{threads}".encode()).hexdigest()[:16]
 
 
 def measure(
@@ -65,30 +58,32 @@ def measure(
     at_once: int,
     say: Callable[[str], None],
 ) -> dict[str, Speed]:
-    """Speed of each line (`ov2 train` without --logs and --name) that is not known yet; all in folder/speed.json.
+    """Speed of each line (`ov2 train` without --logs and --name), kept in folder/speed.json.
 
     `batches`: images in a step of each line. `at_once`: runs side by side later, whose threads each run gets here too.
     """
-    threads = threads_each(at_once)
-    known = load(folder)
-    keys = {title: key_of(argv, threads) for title, argv in lines.items()}
-    left = [title for title in lines if keys[title] not in known]
-    found: dict[str, list[tuple[float, float]]] = {title: [] for title in left}
-    scratch = folder / "measured"
-    for repetition in range(repetitions if left else 0):
-        for title in left:
-            steps = max(1, samples // batches[title])
-            argv = [*lines[title], "--log-every-n-steps", str(max(1, steps // LOGS_EACH))]
-            found[title].append(_once(title, argv, scratch, threads))
-        shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
-        say(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
-    for title, values in found.items():
-        rates = tuple(rate for rate, _ in values)
-        known[keys[title]] = Speed(rates, max(memory for _, memory in values), machine(threads))
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({key: asdict(value) for key, value in known.items()}, indent=1)
-    (folder / SPEED_FILE).write_text(text + "\n")
-    return {title: known[key] for title, key in keys.items()}
+    threads, file = threads_each(at_once), folder / SPEED_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    key = key_of(lines, threads)
+    if key not in known or len(next(iter(known[key].values()))["images_per_second"]) < repetitions:
+        found: dict[str, list[tuple[float, float]]] = {title: [] for title in lines}
+        for repetition in range(repetitions):
+            for title, argv in lines.items():
+                steps = max(1, samples // batches[title])
+                logged = [*argv, "--log-every-n-steps", str(max(1, steps // LOGS_EACH))]
+                found[title].append(_once(title, logged, folder / "measured", threads))
+            shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
+            say(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
+        known[key] = {title: asdict(_speed(values, threads)) for title, values in found.items()}
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return {
+        title: Speed(tuple(one["images_per_second"]), one["memory_mb"], one["machine"])
+        for title, one in known[key].items()
+    }
+
+
+def _speed(values: Sequence[tuple[float, float]], threads: int) -> Speed:
+    return Speed(tuple(rate for rate, _ in values), max(memory for _, memory in values), machine(threads))
 
 
 def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:

@@ -75,7 +75,8 @@ def _stage_lines(study: Study, comparison: Comparison) -> dict[tuple[str, int], 
 
 
 def _measure(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
-    """By comparison. Equal lines of several comparisons are measured once."""
+    """By comparison, whose arms take turns."""
+    study.folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, Speeds] = {}
     for comparison in study.comparisons:
         lines = _stage_lines(study, comparison)
