@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
         logs=args.logs or args.out / "runs",
         at_once=args.jobs,
         command=shown_command(args.files, data),
+        title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
         costs=read_costs(args.bench) if args.bench else {},
     )
     for found in study.carry_out(whole, lambda text: console.print(text, highlight=False)):
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--probe-data", metavar="SHARDS", help="what probes are fitted to (default: --train-data)")
     add("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="default: compare")
     add("--logs", type=Path, metavar="FOLDER", help="where runs lie (default: OUT/runs)")
+    add("--title", metavar="TEXT", help="of the page")
     add("--jobs", type=_jobs, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
     add("--seeds", type=_seeds, metavar="S,S,...", help="instead of the files'")
     add("--budget", type=float, metavar="N", help="samples (or seconds) instead of the files', to try things out")

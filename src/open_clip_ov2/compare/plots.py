@@ -141,7 +141,7 @@ def _finals(found: Found) -> Plot:
     metrics, arms = found.comparison.metrics, found.trained
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
-    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, (0.8 + 0.3 * len(arms)) * lines)
+    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, (1.0 + 0.3 * len(arms)) * lines)
     for index, (axes, metric) in enumerate(zip(panels, metrics, strict=False)):
         for place, arm in enumerate(reversed(arms)):
             values = [metric.scale * one for one in arm.values.get(metric.key, ())]
@@ -171,7 +171,7 @@ def _over_flag(found: Found) -> Plot:
     metrics = found.comparison.metrics
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
-    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, 2.5 * lines)
+    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, 2.6 * lines)
     for axes, metric in zip(panels, metrics, strict=False):
         points = [(arm.over, summary(arm.values.get(metric.key, ()))) for arm in arms]
         told = [(x, one) for x, one in points if one is not None]

@@ -37,6 +37,7 @@ class Study:
     logs: Path
     at_once: int
     command: str
+    title: str
     costs: Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
 
 
@@ -245,14 +246,13 @@ TERMS = (
 
 def write(study: Study, found: Sequence[Found]) -> list[Path]:
     """index.html, results.md, results.csv and results.json."""
-    title = found[0].comparison.title if len(found) == 1 else "Comparisons"
     drawn = [(one, plots.plots(one)) for one in found]
-    told = [f"# {title}", "", f"    {study.command}", "", *(f"- {term}" for term in TERMS)]
+    told = [f"# {study.title}", "", f"    {study.command}", "", *(f"- {term}" for term in TERMS)]
     for one in found:
         told += ["", f"## {one.comparison.title}", "", one.comparison.about, "", page.budget(one), ""]
         told += [tables.markdown(one), *one.comparison.notes]
     texts = {
-        "index.html": page.page(title, drawn, study.command, TERMS),
+        "index.html": page.page(study.title, drawn, study.command, TERMS),
         "results.md": "\n".join(told) + "\n",
         "results.csv": tables.csv_text(found),
         "results.json": as_json(found),
