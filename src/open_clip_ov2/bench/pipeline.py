@@ -40,7 +40,8 @@ class Stage:
 
 
 def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, *, samples: int, batch_size: int) -> list[Stage]:
-    """Each stage by itself over the same samples, in this process. Raises UserError: none that can be used."""
+    """Each stage by itself over the same samples, in this process: its processor's time. Raises UserError: none that
+    can be used."""
     raws, reading = _timed(lambda: list(itertools.islice(_endless(source), samples)))
     captions, captioning = _each(raws, lambda raw: choose_caption(raw, decoder.caption_keys, random.Random(0)))
     _, whole = _each(raws, decoder.image)
@@ -72,21 +73,21 @@ def _endless(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _timed(make: Callable[[], Made]) -> tuple[Made, float]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     made = make()
-    return made, time.perf_counter() - begin
+    return made, time.process_time() - begin
 
 
 def _each(items: Sequence[Item], make: Callable[[Item], Made]) -> tuple[list[Made], float]:
     """What was made of those that could be used, and the seconds for all."""
     made: list[Made] = []
-    begin = time.perf_counter()
+    begin = time.process_time()
     for item in items:
         try:
             made.append(make(item))
         except SkipSample:
             continue
-    return made, time.perf_counter() - begin
+    return made, time.process_time() - begin
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -94,7 +95,8 @@ def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def loader_speed(loader: TrainLoader, workers: int, samples: int) -> float:
-    """Images a second of a TrainLoader once it runs: what its workers had ready at the beginning does not count."""
+    """Images a second, by the clock, of a TrainLoader once it runs: what its workers had ready at the beginning does
+    not count."""
     batches = iter(loader)
     for _ in range(1 + 2 * workers):  # torch keeps two batches a worker ahead
         next(batches)

@@ -26,7 +26,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """One arm in one case. `step_s`: seconds of a step, one a repetition, in the order of the repetitions.
+    """One arm in one case. `step_s`: seconds of a step by the clock, one a repetition, in their order; `cpu_s`: of all
+    processors together, which others at work on the machine change less.
 
     `step_bytes`: the step's peak above weights, gradients and optimizer state, which are `fixed_bytes`. `image_flops`:
     model FLOPs of an image and its caption. `failure` says why there is nothing else.
@@ -36,6 +37,7 @@ class Measured:
     model: str
     case: Case
     step_s: tuple[float, ...] = ()
+    cpu_s: tuple[float, ...] = ()
     step_bytes: int = 0
     fixed_bytes: int = 0
     image_flops: float = 0.0
@@ -77,11 +79,11 @@ class Results:
         return [one for one in self.measured if one.case == case]
 
 
-def time_ratio(one: Measured, reference: Measured) -> Spread | None:
+def time_ratio(mine: Sequence[float], reference: Sequence[float]) -> Spread | None:
     """How many times the reference's time, within each repetition: what slows the machine slows both."""
-    if not one.step_s or not reference.step_s:
+    if not mine or not reference:
         return None
-    return Spread.of([mine / theirs for mine, theirs in zip(one.step_s, reference.step_s, strict=True)])
+    return Spread.of([one / other for one, other in zip(mine, reference, strict=True)])
 
 
 def memory_ratio(one: Measured, reference: Measured) -> float | None:

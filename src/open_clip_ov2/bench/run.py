@@ -78,12 +78,12 @@ class _Turns:
         if arm not in self.clients:
             return
         try:
-            step_s = self.clients[arm].ask("time", self.settings.steps)["step_s"]
+            found = self.clients[arm].ask("time", self.settings.steps)
         except OutOfMemory:
             self._failed(arm)
             return
         one = self.measured[arm]
-        self.measured[arm] = replace(one, step_s=(*one.step_s, step_s))
+        self.measured[arm] = replace(one, step_s=(*one.step_s, found["step_s"]), cpu_s=(*one.cpu_s, found["cpu_s"]))
 
     def _failed(self, arm: str) -> None:
         self.clients.pop(arm, None)
