@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from open_clip_ov2.bench.cases import BenchSettings, Case
 from open_clip_ov2.bench.client import Client, OutOfMemory
-from open_clip_ov2.bench.machine import machine_facts
 from open_clip_ov2.bench.results import Largest, Measured, Results
 from open_clip_ov2.bench.search import largest
 
@@ -17,18 +16,21 @@ MOST_IMAGES = 1 << 16  # of a batch that is looked for, ours: beyond what one de
 BATCH_STEP = 8  # images; tensor cores want multiples of 8
 
 
-def run_bench(settings: BenchSettings, say: Callable[[str], None]) -> Results:
-    """Raises UserError, RunFailed."""
-    measured: list[Measured] = []
-    peaks: dict[str, float] = {}
+def run_bench(settings: BenchSettings, say: Callable[[str], None]) -> Iterator[Results]:
+    """All that is known after each case and each largest batch, so that what ends early leaves what it had found.
+
+    Raises UserError, RunFailed.
+    """
+    results = Results((), (), {}, {})
     for case in settings.cases:
-        measured += _Turns(settings, case, peaks, say).run()
-    found = [
-        _largest(settings, arm, case, say)
-        for case in _unlike(settings.cases) if settings.largest_batch
-        for arm in settings.arms
-    ]  # fmt: skip
-    return Results(tuple(measured), tuple(found), peaks, machine_facts(settings.device))
+        turns = _Turns(settings, case, results, say)
+        measured = (*results.measured, *turns.run())
+        results = replace(results, measured=measured, peak_flops=turns.peaks, machine=turns.machine)
+        yield results
+    for case in _unlike(settings.cases) if settings.largest_batch else ():
+        for arm in settings.arms:
+            results = replace(results, largest=(*results.largest, _largest(settings, arm, case, say)))
+            yield results
 
 
 def _unlike(cases: tuple[Case, ...]) -> list[Case]:
@@ -39,10 +41,9 @@ def _unlike(cases: tuple[Case, ...]) -> list[Case]:
 class _Turns:
     """All arms in one case."""
 
-    def __init__(
-        self, settings: BenchSettings, case: Case, peaks: dict[str, float], say: Callable[[str], None]
-    ) -> None:
-        self.settings, self.case, self.peaks, self.say = settings, case, peaks, say
+    def __init__(self, settings: BenchSettings, case: Case, before: Results, say: Callable[[str], None]) -> None:
+        self.settings, self.case, self.say = settings, case, say
+        self.peaks, self.machine = dict(before.peak_flops), before.machine
         self.clients: dict[str, Client] = {}
         self.measured: dict[str, Measured] = {}
 
@@ -65,7 +66,8 @@ class _Turns:
         try:
             client = stack.enter_context(Client(job))
             if self.case.precision not in self.peaks:
-                self.peaks[self.case.precision] = client.ask("peak")["flops"]
+                found = client.ask("peak")
+                self.peaks[self.case.precision], self.machine = found["flops"], found["machine"]
             memory = client.ask("memory")
         except OutOfMemory:
             self._failed(arm)

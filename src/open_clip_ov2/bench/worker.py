@@ -1,6 +1,6 @@
 """The process that one contender lives in: a job on stdin's first line, then questions, a line of JSON each.
 
-    peak                  -> {"flops": measured dense matrix rate}
+    peak                  -> {"flops": measured dense matrix rate, "machine": in words}
     memory                -> {"step_bytes", "fixed_bytes"}
     time STEPS            -> {"step_s", "cpu_s"}: seconds of one of them, by the clock and of all processors
     fits BATCH_SIZE       -> {"fits": bool}
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.bench.cases import OWN_MODELS, CaptionLengths, Case, Job
+from open_clip_ov2.bench.machine import machine_facts
 from open_clip_ov2.bench.step_memory import fixed_bytes, step_bytes
 from open_clip_ov2.bench.synthetic import Vocabulary, synthetic_batch
 from open_clip_ov2.errors import UserError
@@ -61,7 +62,8 @@ class Worker:
         return {"image_flops": self.contender.image_flops(self.job.lengths.mean_targets)}
 
     def peak(self) -> dict[str, Any]:
-        return {"flops": measured_peak(self.device, self.job.case.precision).flops}
+        flops = measured_peak(self.device, self.job.case.precision).flops
+        return {"flops": flops, "machine": machine_facts(self.job.device)}
 
     def memory(self) -> dict[str, Any]:
         pairs = self._pairs(1, self.job.case.batch_size)

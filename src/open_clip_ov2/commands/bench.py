@@ -33,13 +33,13 @@ def main(argv: Sequence[str]) -> None:
     from open_clip_ov2.bench.report import as_json, as_markdown
     from open_clip_ov2.bench.run import run_bench
 
-    results = run_bench(settings, lambda line: print(line, file=sys.stderr, flush=True))
     said = (shlex.join(["ov2", "bench", *argv]), datetime.date.today().isoformat())
-    page = as_markdown(settings, results, *said)
-    paths["json"].write_text(json.dumps(as_json(settings, results, *said), indent=2) + "\n", encoding="utf-8")
-    paths["md"].write_text(page, encoding="utf-8")
-    plot_results(results, paths["png"])
-    print(page)
+    for results in run_bench(settings, lambda line: print(line, file=sys.stderr, flush=True)):
+        plain = as_json(settings, results, *said)
+        paths["json"].write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        paths["md"].write_text(as_markdown(settings, results, *said), encoding="utf-8")
+        plot_results(results, paths["png"])
+    print(paths["md"].read_text(encoding="utf-8"))
     print(", ".join(str(path) for path in paths.values()))
 
 
