@@ -118,6 +118,21 @@ def test_a_bare_file_goes_into_a_model_of_ours_encoder_only(suffix: str, tmp_pat
     torch.testing.assert_close(larger.visual.positional_embedding.data, plain_table(12, 192), atol=1e-6, rtol=0)
 
 
+def test_an_encoder_file_on_top_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Oracles: the file's tensors; the decoder of --pretrained; a key that is missing."""
+    state, whole = nano_state(), open_clip.create_model("ov2-vit-nano-8").state_dict()
+    torch.save(state, tmp_path / "encoder.bin")
+    torch.save(whole, tmp_path / "whole.pt")
+    paths = {"pretrained": str(tmp_path / "whole.pt"), "pretrained_image_path": str(tmp_path / "encoder.bin")}
+    model, _, _ = open_clip.create_model_and_transforms("ov2-vit-nano-8", **paths)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[f"visual.{key}"], value) for key, value in state.items())
+    assert all(torch.equal(loaded[key], whole[key]) for key in whole if key.startswith("text_decoder."))
+    torch.save({key: value for key, value in state.items() if key != "ln_post.bias"}, tmp_path / "encoder.bin")
+    with pytest.raises(ValueError, match=r"1 missing \(visual\.ln_post\.bias\)"):
+        open_clip.create_model("ov2-vit-nano-8", **paths)
+
+
 def test_an_openvision_1_checkpoint_stays_openclips_and_gives_its_encoder_to_ours(tmp_path: Path, caplog) -> None:
     """Oracles: OpenCLIP without the plugin, by its own class; the file's tensors. The config is a released one's."""
     cfg = config("l")

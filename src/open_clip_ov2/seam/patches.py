@@ -73,6 +73,13 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch("open_clip", "load_checkpoint", weights.load_strictly, "the same function under its public name"),
     Patch(
         "open_clip.factory",
+        "create_model",
+        released.load_image_weights_strictly,
+        "pretrained_image_path is loaded with strict=False upstream, and its errors are logged and passed over",
+    ),
+    Patch("open_clip", "create_model", released.load_image_weights_strictly, "the same function under its public name"),
+    Patch(
+        "open_clip.factory",
         "_find_checkpoint_in_dir",
         released.check_local_config,
         "a folder's config without vision_cfg is a bare KeyError upstream",

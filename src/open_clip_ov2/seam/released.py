@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from open_clip import factory as open_clip_factory
 from open_clip import model as open_clip_model
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel, sincos_2d
 from open_clip_ov2.export.encoder import mlp_ratio
 from open_clip_ov2.seam.factory import FAMILY_KEY, VISION_FIXED, build_caption_model, check_keys
-from open_clip_ov2.seam.weights import TABLE_TOLERANCE, check_fit, read_tensors
+from open_clip_ov2.seam.weights import TABLE_TOLERANCE, check_fit, load_encoder_file, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def build_vision_model(**config: Any) -> VisionModel:
     vision_cfg = complete_vision_cfg(config["vision_cfg"])
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
     options = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
-    model = VisionModel(visual, **options)
+    model: Any = VisionModel(visual, **options)
     model.alone_by_layout = FAMILY_KEY not in config  # nobody said so: weights.py then looks for a text tower
     model.reset_position_table()
     return model
@@ -177,6 +178,21 @@ def dispatch_model_class(original: Callable[..., nn.Module]) -> Callable[..., nn
 
     model_class.__name__ = original.__name__  # OpenCLIP logs it
     return model_class
+
+
+def load_image_weights_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`pretrained_image_path` for models of ours; any other is upstream's."""
+
+    def create_model(model_name: str, *args: Any, **kwargs: Any) -> Any:
+        path = kwargs.get("pretrained_image_path")
+        config = open_clip_factory.get_model_config(model_name) if path else None
+        if config is None or not (FAMILY_KEY in config or is_vision_only(config)):
+            return original(model_name, *args, **kwargs)
+        model = original(model_name, *args, **{**kwargs, "pretrained_image_path": None})
+        load_encoder_file(model, str(path))
+        return model
+
+    return create_model
 
 
 def check_local_config(original: Callable[..., Any]) -> Callable[..., Any]:

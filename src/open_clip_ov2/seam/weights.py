@@ -141,6 +141,13 @@ def _fit_table(model: VisionModel | CaptionModel, encoder: dict[str, Tensor], wh
         logger.info("%s: table of %d positions %sd for %s", what, len(stored), model.position_table_mode, grid)
 
 
+def load_encoder_file(model: VisionModel | CaptionModel, path: str) -> None:
+    """The encoder of a file, whatever else the file holds. Raises ValueError."""
+    encoder, rest = split_encoder(path, read_tensors(path))
+    with torch.no_grad():
+        _load_encoder(model, encoder, rest, path)
+
+
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
 
 
