@@ -18,6 +18,7 @@ from training import NANO, data_flags, finish, results, start
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
+from open_clip_ov2.seam.tokenizer import text_cfg_for
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,14 @@ def test_caption_eval_and_plot_commands(
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_flags_train(squares: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_flags_train(squares: Path, vocabulary: Path, tmp_path: Path, flags: list[str]) -> None:
     """Oracle: every trainable weight moved, every frozen one did not, nothing is NaN.
 
     Without weight decay, which would move what has no gradient.
     """
     fusion = flags[flags.index("--fusion") + 1] if "--fusion" in flags else "prefix"
-    model = open_clip.create_model("ov2-vit-nano-8", force_image_size=24, force_context_length=12, fusion=fusion)
+    text_cfg = text_cfg_for(str(vocabulary), 12)
+    model = open_clip.create_model("ov2-vit-nano-8", force_image_size=24, fusion=fusion, text_cfg=text_cfg)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     assert {"visual.proj", "visual.ln_post.weight"} <= frozen
     if "--lock-image" in flags:
@@ -133,7 +135,7 @@ def test_flags_train(squares: Path, tmp_path: Path, flags: list[str]) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save(before, tmp_path / "before.pt")
     common = ["--logs", str(tmp_path), "--name", "run", "--sample-captions", "2", "--wd", "0"]
-    common += ["--pretrained", str(tmp_path / "before.pt")]
+    common += ["--pretrained", str(tmp_path / "before.pt"), "--tokenizer", str(vocabulary)]
     assert ov2(["train", *NANO, *data_flags(squares, 16), *common, *flags]) == 0
     state = torch.load(tmp_path / "run" / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())
@@ -142,7 +144,7 @@ def test_flags_train(squares: Path, tmp_path: Path, flags: list[str]) -> None:
     assert math.isfinite(results(tmp_path / "run", "val")[-1]["caption_loss"])
 
 
-def test_compiled_blocks_give_the_same_run(squares: Path, tmp_path: Path) -> None:
+def test_compiled_blocks_give_the_same_run(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
     """Oracles: the same run without --torchcompile; dynamo's own count of the graphs that it has compiled."""
     from torch._dynamo.utils import counters
 
@@ -150,7 +152,7 @@ def test_compiled_blocks_give_the_same_run(squares: Path, tmp_path: Path) -> Non
     losses, graphs = [], []
     for name, flags in (("eager", []), ("compiled", ["--torchcompile"])):
         common = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--keep-ratio", "1.0"]
-        common += ["--sample-captions", "0"]
+        common += ["--sample-captions", "0", "--tokenizer", str(vocabulary)]
         assert ov2(["train", *common, "--name", name, *flags]) == 0
         losses.append(results(tmp_path / name, "val")[-1]["caption_loss"])
         graphs.append(counters["stats"]["unique_graphs"])
