@@ -22,9 +22,12 @@ from open_clip_ov2.compare.results import (
     learning_curve,
     read_evaluations,
 )
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.runlog.curves import read_results
 
 Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
+FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
+Costs = Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Study:
     at_once: int
     command: str
     title: str
-    costs: Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
+    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,14 @@ class Trained:
 
 def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
     """All of it; what is there already is read. Raises UserError."""
+    flops = {one.name: {arm.name: _flops(study, one, arm) for arm in one.arms} for one in study.comparisons}
     speeds = _measure(study, say)
-    planned = {one.name: _plan(study, one, speeds[one.name]) for one in study.comparisons}
+    planned = {one.name: _plan(study, one, speeds[one.name], flops[one.name]) for one in study.comparisons}
     _train(study, [run for group in planned.values() for run in group], say)
     _evaluate(study, [(one, run) for one in study.comparisons for run in planned[one.name]], say)
-    found = [_gather(study, one, planned[one.name], speeds[one.name]) for one in study.comparisons]
+    found = [
+        _gather(one, study.costs, planned[one.name], speeds[one.name], flops[one.name]) for one in study.comparisons
+    ]
     write(study, found)
     return found
 
@@ -103,14 +109,17 @@ def _stage_title(arm: Arm, index: int) -> str:
 
 
 def _flops(study: Study, comparison: Comparison, arm: Arm) -> tuple[float, ...]:
-    """Of one image by stage."""
+    """Of one image by stage; flags and model are looked at before anything is measured. Raises UserError."""
     stages = [(stage.resolution, global_batch(comparison, arm)) for stage in arm.stages]
-    return trainer.look_at(arm_words(comparison, arm, study.data, stages), study.logs).flops
+    argv = [*arm_words(comparison, arm, study.data, stages), "--val-data", study.data.val]
+    try:
+        return trainer.look_at(argv, study.logs).flops
+    except UserError as error:
+        raise UserError(f"{comparison.name}: arm {arm.name}: {error}") from error
 
 
-def _plan(study: Study, comparison: Comparison, speeds: Speeds) -> list[Trained]:
+def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: FlopsByArm) -> list[Trained]:
     rates = {name: [one.median for one in by_stage] for name, by_stage in speeds.items()}
-    flops = {arm.name: _flops(study, comparison, arm) for arm in comparison.trained}
     out = []
     for run in runs(comparison, study.data, comparison.seeds, rates, flops):
         known = trainer.look_at(run.argv, study.logs)
@@ -180,7 +189,9 @@ def _run(what: str, jobs: Sequence[Job], total: int, study: Study, say: Callable
 # --- gathering and writing -----------------------------------------------------------------------------
 
 
-def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], speeds: Speeds) -> Found:
+def _gather(
+    comparison: Comparison, costs: Costs, trained: Sequence[Trained], speeds: Speeds, flops: FlopsByArm
+) -> Found:
     evaluated = {id(one): _figures(one) for one in trained}
     rates = {arm.name: _rates(arm, speeds[arm.name]) for arm in comparison.arms}
     arms = []
@@ -193,14 +204,14 @@ def _gather(study: Study, comparison: Comparison, trained: Sequence[Trained], sp
             trained=arm.trained,
             seeds=tuple(one.run.seed for one in own),
             stage_samples=own[0].run.stage_samples if own else (),
-            flops=_mean_flops(own[0], arm) if own else sum(_flops(study, comparison, arm)) / len(arm.stages),
+            flops=sum(stage.share * value for stage, value in zip(arm.stages, flops[arm.name], strict=True)),
             rates=rates[arm.name],
             stage_rates=tuple(one.median for one in speeds[arm.name]),
             ratios=tuple(
                 mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
             ),
             memory_mb=max(one.memory_mb for one in speeds[arm.name]),
-            cost=study.costs.get((arm.model, arm.stages[-1].resolution), Cost()),
+            cost=costs.get((arm.model, arm.stages[-1].resolution), Cost()),
             over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
             values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
             learning={
@@ -224,10 +235,6 @@ def _rates(arm: Arm, by_stage: Sequence[speed.Speed]) -> tuple[float, ...]:
     """Images/s over all stages, by repetition: the shares' harmonic mean."""
     each = zip(*(one.images_per_second for one in by_stage), strict=True)
     return tuple(1 / sum(s.share / rate for s, rate in zip(arm.stages, rates, strict=True)) for rates in each)
-
-
-def _mean_flops(one: Trained, arm: Arm) -> float:
-    return sum(stage.share * value for stage, value in zip(arm.stages, one.known.flops, strict=True))
 
 
 def _number(value: object) -> float | None:
