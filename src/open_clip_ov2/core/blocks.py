@@ -128,6 +128,10 @@ class SelfBlock(nn.Module):
         x_BSD = x_BSD[:, start:] + attended_BSD
         return x_BSD + self.mlp(self.ln_2(x_BSD)), kv
 
+    def project(self, x_BSD: Tensor) -> KeyValue:
+        """Keys and values alone, of positions whose outputs nobody reads."""
+        return self.attn.project_context(self.ln_1(x_BSD))
+
 
 class CrossBlock(nn.Module):
     """Pre-norm cross-attention to the image tokens and MLP (reference: text_decoder_v2.py, ln_x, ln_u, ln_mlp)."""

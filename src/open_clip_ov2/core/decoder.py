@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,6 +137,35 @@ class TextDecoder(nn.Module):
                 out = block(*arguments)
             x_BLD = out if isinstance(block, CrossBlock) else out[0]
         return x_BLD
+
+    def image_cache(self, image_tokens_BKD: Tensor) -> DecoderCache:
+        """Keys and values of the image, `(B, K, image width)`, for `after_image`; captions do not change them."""
+        x_BKD = image_BKD = self.image_projection(image_tokens_BKD)
+        crosses, cache = self.config.fusion == "cross_attn", DecoderCache()
+        for index, block in enumerate(self.blocks):
+            if isinstance(block, CrossBlock):
+                kv = block.project_context(image_BKD)
+            elif crosses or index == len(self.blocks) - 1:  # text among itself; or nobody reads the image's outputs
+                kv = cast(SelfBlock, block).project(x_BKD[:, :0] if crosses else x_BKD)
+            else:
+                x_BKD, kv = block(x_BKD, None, self.config.fusion == "causal")
+            cache.entries.append(kv)
+        return cache
+
+    def after_image(self, ids_T: Tensor, cache: DecoderCache, sees_TT: Tensor) -> Tensor:
+        """Hidden states `(B, T, D)`, normed, of the tokens `(T,)` int64 after each image of the cache.
+
+        `sees_TT` boolean: which of the tokens each one sees, beside the whole image and itself.
+        """
+        images, like = len(cache.entries[0].key), cache.entries[0].key
+        x_BTD = self._embed(ids_T, like).expand(images, -1, -1)
+        for block, entry in zip(self.blocks, cache.entries, strict=True):
+            if isinstance(block, CrossBlock):
+                x_BTD = block(x_BTD, kv=entry)
+            else:
+                mask_TS = F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
+                x_BTD, _ = block(x_BTD, mask_TS, past=entry)
+        return self.ln_final(x_BTD)
 
     def prefill(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> tuple[Tensor, DecoderCache]:
         """Start a generation: hidden state of the LAST caption position `(B, D)`, and the cache."""

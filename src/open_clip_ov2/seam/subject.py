@@ -14,6 +14,8 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionModel, VisionModel, caption_targets, image_features
+from open_clip_ov2.core.candidates import candidate_nll
+from open_clip_ov2.core.decoder import DecoderCache
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.subject import Ability, Subject
@@ -189,22 +191,16 @@ class CaptionSubject(_Captions, FeatureSubject):
         return frozenset({"features", "caption"})
 
     @torch.no_grad()
-    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Tensor:
-        """Kept image tokens, `(B, K, D)`."""
+    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> DecoderCache:
         images, _ = self.settings.to_device(images_BCHW, torch.empty(0))
         with self.settings.attention(), self.settings.autocast():
-            return self.model.encode_kept_tokens(images, kept_idx=eval_kept_idx(self.model, keys, self.keep_ratio))
+            kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+            return self.model.text_decoder.image_cache(self.model.encode_kept_tokens(images, kept_idx=kept_idx))
 
     @torch.no_grad()
-    def nll(self, prefix: Tensor, texts_CL: Tensor) -> Tensor:
-        decoder, found = self.model.text_decoder, []
-        for ids_cL in _chunked(texts_CL, self.settings.eos_id, len(prefix), self.model.vocab_size):
-            ids_RL = ids_cL.to(self.device).repeat(len(prefix), 1)
-            with self.settings.attention(), self.settings.autocast():
-                hidden_RLD = decoder(prefix.repeat_interleave(len(ids_cL), dim=0), ids_RL[:, :-1])
-                logits_RLV = decoder.lm_head(hidden_RLD)
-            found.append(_row_nll(logits_RLV, caption_targets(ids_RL, self.settings.eos_id)).view(len(prefix), -1))
-        return torch.cat(found, dim=1)
+    def nll(self, prefix: DecoderCache, texts_CL: Tensor) -> Tensor:
+        with self.settings.attention(), self.settings.autocast():
+            return candidate_nll(self.model.text_decoder, prefix, texts_CL, self.settings.eos_id)
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
         keep_ratio = options.pop("keep_ratio", None)
