@@ -8,6 +8,7 @@ embedding and attention alone orders it (core/decoder.py).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,15 @@ class CaptionTree:
 def caption_trees(texts_CL: Tensor, eos_id: int, max_nodes: int) -> list[CaptionTree]:
     """Trees of at most `max_nodes` nodes, unless one caption has more. Equal captions are in the same tree.
 
-    `texts_CL` int64 on the CPU, [bos] caption [eos] padding.
+    `texts_CL` int64 on the CPU, [bos] caption [eos] padding. The last trees are remembered: a set of candidates goes
+    with batch after batch of images.
     """
+    return _trees(texts_CL.contiguous().numpy().tobytes(), texts_CL.shape[1], eos_id, max_nodes)
+
+
+@functools.lru_cache(maxsize=1)
+def _trees(ids: bytes, length: int, eos_id: int, max_nodes: int) -> list[CaptionTree]:
+    texts_CL = torch.frombuffer(bytearray(ids), dtype=torch.int64).view(-1, length)
     lengths = (caption_targets(texts_CL, eos_id) != IGNORE_INDEX).sum(dim=1).tolist()
     rows = [row[: length + 1] for row, length in zip(texts_CL.tolist(), lengths, strict=True)]
     order = sorted(range(len(rows)), key=rows.__getitem__)

@@ -5,18 +5,29 @@ Shapes: C channels, H and W pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.captions import CaptionKey, all_captions, group_text
 from open_clip_ov2.data.receive import Receiver, torch_loader
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
 from open_clip_ov2.data.share import Source
-from open_clip_ov2.data.skips import describe
+from open_clip_ov2.data.skips import SkipCounter, SkipSample, describe
 from open_clip_ov2.data.streams import Batch, EvalStream, Tokenizer
 from open_clip_ov2.errors import UserError
+
+
+class Described(NamedTuple):
+    """A sample's words: `place` as in `Batch.indices`, all its captions, what stands under the loader's `group_by`."""
+
+    place: int
+    key: str
+    captions: tuple[str, ...]
+    group: str
 
 
 class EvalLoader(Receiver):
@@ -84,6 +95,15 @@ class EvalLoader(Receiver):
     def _nothing_usable(self) -> UserError:
         counts = describe(self.skips) or "no sample at all"
         return UserError(f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys")
+
+    def described(self) -> Iterator[Described]:
+        """Every sample of the whole set in file order, without decoding its picture, which may prove unusable."""
+        source, decoder, _ = self._parts
+        for index, raw in enumerate(islice(source.in_order(SkipCounter(log=False)), self._limit)):
+            captions: tuple[str, ...] = ()
+            with contextlib.suppress(SkipSample):
+                captions = tuple(all_captions(raw, decoder.caption_keys)) if decoder.caption_keys else ()
+            yield Described(index, raw["__key__"], captions, group_text(raw, self._group_by))
 
     def _any_usable(self) -> bool:
         """Whether another process has what this one's share lacks; only looked for when that is empty."""
