@@ -43,8 +43,8 @@ def ov2(fusion: str) -> CaptionModel:
         keep_ratio=0.5,
     )
     with torch.no_grad():  # untrained, all captions are about equally likely
-        model.text_decoder.lm_head.weight.mul_(4)
-        model.text_decoder.token_embedding.weight.mul_(50)
+        model.text_decoder.lm_head.weight.mul_(2)
+        model.text_decoder.token_embedding.weight.mul_(10)
     return model
 
 
@@ -108,6 +108,17 @@ def test_equal_captions_are_equally_likely_and_images_do_not_see_each_other(fusi
     assert torch.equal(together[:, 0], together[:, 6])
     apart = [one.nll(one.prefix(images()[i : i + 1], KEYS[i : i + 1]), texts) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-4, rtol=0)
+
+
+def test_all_tokens_where_all_are_asked_for() -> None:
+    """Oracle: a whole pass with every token kept, of a model that by itself keeps half of them."""
+    model, texts = ov2("prefix").eval(), tokenized(CAPTIONS[:1])
+    one = subject(model, keep_ratio=1.0)
+    with torch.no_grad():
+        logits = model(images(), texts.expand(3, -1), keep_ratio=1.0)["logits"]
+    labels = caption_targets(texts, EOS).expand(3, -1)
+    wanted = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
+    torch.testing.assert_close(one.nll(one.prefix(images(), KEYS), texts)[:, 0], wanted, atol=1e-4, rtol=0)
 
 
 def test_sums_are_those_of_the_caption_loss() -> None:

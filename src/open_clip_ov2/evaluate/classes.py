@@ -98,7 +98,8 @@ def classify(
 ) -> dict[str, Any]:
     """Accuracy of the class with the highest score, JSON-ready; the same on any number of processes.
 
-    `scores`: `(B, C)` of a batch, compared to so many `decimals`. `skipped`: keys by reason, in no average. Of equal scores the first class is first.
+    `scores`: `(B, C)` of a batch, compared to so many `decimals`; of equal ones the first class is first.
+    `skipped`: keys by reason, in no average.
     Raises UserError if no sample is left.
     """
     rows: dict[int, _Row] = {}

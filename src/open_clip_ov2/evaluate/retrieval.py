@@ -107,7 +107,8 @@ def scored(
 ) -> tuple[Scores, Tensor, dict[str, Any]]:
     """(scores, the texts of its columns as places in `captions.texts` `(U,)`, what there is of each, JSON-ready).
 
-    `scores`: `(B, all texts)` of a batch, compared to so many `decimals`. Raises UserError if fewer than two pictures or texts are left.
+    `scores`: `(B, all texts)` of a batch, compared to so many `decimals`.
+    Raises UserError if fewer than two pictures or texts are left.
     """
     keys: dict[int, str] = {}
     skipped: dict[int, str] = {}

@@ -36,12 +36,14 @@ def kept_by_key(keys: Sequence[str], num_tokens: int, kept: int) -> Tensor:
 
 
 def eval_kept_idx(model: CaptionModel, keys: Sequence[str], keep_ratio: float | None = None) -> Tensor | None:
-    """`kept_by_key` at the model's evaluation ratio or the one given; None where all tokens are kept."""
+    """`kept_by_key` at the model's evaluation ratio or the one given; None where the model by itself keeps all."""
     rows, columns = model.visual.grid_size
     num_tokens = rows * columns
-    kept = num_kept(num_tokens, model.token_drop.eval_keep_ratio if keep_ratio is None else keep_ratio)
-    device = model.visual.positional_embedding.device
-    return None if kept == num_tokens else kept_by_key(keys, num_tokens, kept).to(device)
+    own = num_kept(num_tokens, model.token_drop.eval_keep_ratio)
+    kept = own if keep_ratio is None else num_kept(num_tokens, keep_ratio)
+    if kept == own == num_tokens:
+        return None
+    return kept_by_key(keys, num_tokens, kept).to(model.visual.positional_embedding.device)
 
 
 @torch.no_grad()

@@ -1,0 +1,266 @@
+"""Classes and retrieval by scores. Oracles: hand-computed cases, a plain sort, a whole forward pass for each pair,
+OpenCLIP's own zero-shot classifier."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scored_sets import (
+    BROKEN,
+    CLASSES,
+    EOS,
+    LENGTH,
+    SAMPLES,
+    SETTINGS,
+    TEMPLATES,
+    loader_of,
+    model,
+    pictures,
+    results,
+    results_on_rank,
+    subject,
+    tokenizer,
+    write_set,
+)
+from torch import Tensor
+
+from open_clip_ov2.core import VisionModel, caption_targets
+from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.classes import Classes, classify
+from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
+from open_clip_ov2.evaluate.retrieval import (
+    Captions,
+    Scores,
+    both_ways,
+    log_mean,
+    places_of_pictures,
+    places_of_texts,
+    scored,
+)
+from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
+from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
+from open_clip_ov2.seam.evaluate import caption_loss, eval_kept_idx
+from open_clip_ov2.seam.subject import subject_of
+
+USED = [row for row in SAMPLES if row[0] not in BROKEN]
+TEXTS = list(dict.fromkeys(text for _, _, captions in USED for text in captions))
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("scored") / "some.tar")
+
+
+def of(values: Any, own: list[tuple[int, ...]]) -> Scores:
+    values_MU = torch.as_tensor(values, dtype=torch.float64)
+    return Scores(torch.arange(len(own)), own, values_MU, 1, 4)
+
+
+def test_recall_by_hand() -> None:
+    """Three pictures, four texts; the second picture has two of them, and the first and second share one."""
+    scores = of([[9, 1, 2, 3], [5, 8, 7, 0], [6, 2, 4, 5]], [(0,), (0, 2), (3,)])
+    # Texts before the first own one: none; text 1 (8 > 7); text 0 (6 > 5).
+    assert places_of_texts(scores) == {0: 0, 1: 1, 2: 1}
+    # Text 0 is the first picture's, with the highest score. 2: the second's, highest. 3: the third's, highest.
+    # Text 1 is nobody's own in this case, which `scored` never lets happen; the others are asked about.
+    assert places_of_pictures(scores)[[0, 2, 3]].tolist() == [0, 0, 0]
+    worse = of([[1, 9], [2, 3], [3, 4]], [(0,), (1,), (1,)])
+    assert places_of_pictures(worse).tolist() == [2, 1]
+    found = both_ways(of(torch.eye(12)[[1, 0, *range(2, 12)]], [(place,) for place in range(12)]))
+    assert found["image_to_text"] == {"recall_at_1": 10 / 12, "recall_at_5": 1.0, "recall_at_10": 1.0}
+    few = both_ways(of([[2, 1], [2, 1]], [(0,), (1,)]))
+    assert few["image_to_text"] == {"recall_at_1": 0.5, "recall_at_5": None, "recall_at_10": None}
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_places_are_those_of_a_plain_sort(data: st.DataObject) -> None:
+    """Oracle: sort all by (score, place in the list), and look for the first right one. Few values, so many ties."""
+    pictures, texts = data.draw(st.integers(2, 6)), data.draw(st.integers(2, 6))
+    numbers = st.lists(st.integers(0, 3), min_size=texts, max_size=texts)
+    values = data.draw(st.lists(numbers, min_size=pictures, max_size=pictures))
+    own = [tuple(data.draw(st.sets(st.integers(0, texts - 1), min_size=1))) for _ in range(pictures)]
+    scores = of(values, own)
+    for picture, row in enumerate(values):
+        order = sorted(range(texts), key=lambda text: (-row[text], text))
+        assert places_of_texts(scores)[picture] == min(order.index(text) for text in own[picture])
+    places = places_of_pictures(scores).tolist()
+    for text in {text for of_one in own for text in of_one}:
+        order = sorted(range(pictures), key=lambda picture: (-values[picture][text], picture))
+        assert places[text] == min(order.index(picture) for picture in range(pictures) if text in own[picture])
+
+
+def test_a_text_that_is_likely_of_any_picture_loses_that_by_correction() -> None:
+    """Hand-computed: p(text 0) is 0.5 and p(text 1) 0.2 on average; 0.4 / 0.5 < 0.3 / 0.2."""
+    scores = of([[math.log(0.6), math.log(0.1)], [math.log(0.4), math.log(0.3)]], [(0,), (1,)])
+    torch.testing.assert_close(log_mean(scores).exp(), torch.tensor([0.5, 0.2]).double())
+    assert places_of_texts(scores) == {0: 0, 1: 1}
+    assert places_of_texts(scores.changed(scores.values_mU - log_mean(scores))) == {0: 0, 1: 0}
+
+
+@functools.cache
+def pair_scores(texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """(log p `(6, texts)`, targets of each text), a whole pass for each pair."""
+    made, keys, rows = model(), [key for key, _, _ in USED], []
+    ids = tokenizer()(list(texts), context_length=LENGTH)
+    labels = caption_targets(ids, EOS)
+    for key, image in zip(keys, pictures(keys), strict=True):
+        with torch.no_grad():
+            kept_idx = eval_kept_idx(made, [key] * len(texts))
+            logits = made(image.expand(len(texts), -1, -1, -1), ids, kept_idx=kept_idx)["logits"]
+        nll = torch.nn.functional.cross_entropy(logits.double().transpose(1, 2), labels, reduction="none")
+        rows.append(-nll.sum(dim=1))
+    return torch.stack(rows), (labels >= 0).sum(dim=1)
+
+
+def share_right(best: list[int]) -> float:
+    """Of the four pictures whose class is known."""
+    return sum(CLASSES.number.get(label) == best[row] for row, (_, label, _) in enumerate(USED)) / 4
+
+
+def plain_recall(values: Tensor, by_text: bool) -> dict[str, float | None]:
+    right = torch.tensor([[text in captions for text in TEXTS] for _, _, captions in USED])
+    values, right = (values.T, right.T) if by_text else (values, right)
+    order = values.argsort(dim=1, descending=True)
+    first = right.gather(1, order).int().argmax(dim=1)
+    return {f"recall_at_{k}": float((first < k).double().mean()) if k < values.shape[1] else None for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_by_likelihood(some: Path, normalise: bool) -> None:
+    """Oracle: each pair by a whole pass; argmax over classes of the mean over templates; a sort. Captions of broken
+    pictures are no candidates; "a dog" and "a cat" belong to two pictures each."""
+    log_p, targets = pair_scores(tuple(template.replace("{}", n) for n in CLASSES.names for template in TEMPLATES))
+    log_p = log_p / targets if normalise else log_p
+    found = zero_shot_likelihood(subject(), loader_of(some), CLASSES, TEMPLATES, length_normalise=normalise)
+    assert found["top1"] == share_right(log_p.view(6, 3, 2).mean(dim=-1).argmax(dim=1).tolist())
+    assert (found["top5"], found["n_test"], found["n_classes"]) == (None, 4, 3)
+    assert found["skipped"] == {"no label": ["k5"], "unknown class": ["k3"], "score is not finite": []}
+    log_p, targets = pair_scores(tuple(TEXTS))
+    prior = log_p.logsumexp(dim=0) - math.log(6)
+    divisor = targets if normalise else 1
+    found = likelihood_retrieval(subject(), loader_of(some), length_normalise=normalise)
+    assert (found["n_images"], found["n_texts"], found["skipped"]) == (6, 7, {"score is not finite": []})
+    assert found["image_to_text"] == pytest.approx(plain_recall(log_p / divisor, by_text=False))
+    assert found["text_to_image"] == pytest.approx(plain_recall(log_p / divisor, by_text=True))
+    corrected = plain_recall((log_p - prior) / divisor, by_text=False)
+    assert found["image_to_text_prior_corrected"] == pytest.approx(corrected)
+
+
+def test_batch_size_does_not_matter(some: Path) -> None:
+    one, *others = [results(some, batch_size=size) for size in (1, 3, 7)]
+    assert all(other == one for other in others)
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """Oracle: one process. In the second set every picture of the second process is broken."""
+    write_set(tmp_path / "some.tar")
+    write_set(tmp_path / "half.tar", broken=("k1", "k3", "k5", "k7"))
+    torch.multiprocessing.start_processes(results_on_rank, (2, tmp_path), nprocs=2, start_method="forkserver")
+    alone = [results(tmp_path / name) for name in ("some.tar", "half.tar")]
+    assert alone[1]["retrieval"]["n_images"] == 4
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+
+
+@pytest.mark.parametrize("name", ["clip_tiny", "coca_tiny"])
+def test_contrastive_is_open_clips(name: str, some: Path, baselines: Path) -> None:
+    """Oracle: open_clip.build_zero_shot_classifier; in retrieval, OpenCLIP's features and a sort."""
+    torch.manual_seed(0)
+    made = open_clip.create_model(f"local-dir:{baselines}/{name}", load_weights=False).eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{baselines}/{name}")
+    one = subject_of(made, tokens, SETTINGS)
+    with torch.no_grad():
+        images_BD = made.encode_image(pictures([key for key, _, _ in USED]), normalize=True)
+        texts_UD = made.encode_text(tokens(TEXTS), normalize=True)
+    weights_DC = open_clip.build_zero_shot_classifier(made, tokens, CLASSES.names, TEMPLATES)
+    found = zero_shot_contrastive(one, loader_of(some), CLASSES, TEMPLATES)
+    assert found["top1"] == share_right((images_BD @ weights_DC).argmax(dim=1).tolist())
+    assert found["skipped"]["unknown class"] == ["k3"]
+    retrieved = contrastive_retrieval(one, loader_of(some))
+    assert retrieved["image_to_text"] == pytest.approx(plain_recall(images_BD @ texts_UD.T, by_text=False))
+    assert retrieved["text_to_image"] == pytest.approx(plain_recall(images_BD @ texts_UD.T, by_text=True))
+
+
+def test_classes_from_data_and_files(tmp_path: Path, some: Path) -> None:
+    assert Classes.in_data(loader_of(some)).names == ("c", "d", "e", "x")
+    file = tmp_path / "classes.json"
+    file.write_text('["cat", "dog"]')
+    assert Classes.read(file) == Classes.of(["cat", "dog"])
+    assert Classes.of(["cat", "dog"]).number == {"cat": 0, "dog": 1, "0": 0, "1": 1}
+    assert Classes.of(["1", "dog"]).number == {"1": 0, "dog": 1}  # a name goes before a place
+    file.write_text('{"7": "cat", "9": "dog"}')
+    assert (Classes.read(file).names, Classes.read(file).number) == (("cat", "dog"), {"7": 0, "9": 1})
+    for text in ("{", '"cat"', "[1, 2]", '["cat"]', '["cat", "cat"]', '["cat", " "]', '{"1": "cat", "2": "cat"}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="class"):
+            Classes.read(file)
+    with pytest.raises(UserError, match="0 labels"):
+        Classes.in_data(loader_of(some, group_by=CaptionKey("none")))
+    with pytest.raises(UserError, match="wanted in it"):
+        CLASSES.texts(["a photo"])
+
+
+def test_a_score_that_is_not_finite_is_reported_by_key(some: Path) -> None:
+    def scores(batch: Batch) -> Tensor:
+        rows = [[0.0, float("nan"), 0.0] if key == "k0" else [0.0, 0.0, 1.0] for key in batch.keys]
+        return torch.tensor(rows)
+
+    found = classify(loader_of(some), CLASSES, scores, 1, 4)
+    assert found["skipped"]["score is not finite"] == ["k0"]
+    assert (found["n_test"], found["top1"]) == (3, 2 / 3)
+    assert found["mean_per_class"] == 0.5  # of dog and eel: no cat is left
+    with pytest.raises(UserError, match="1 with no label, 3 with unknown class, 2 with score is not finite"):
+        classify(loader_of(some), Classes.of({"c": "a", "d": "b", "q": "c"}), lambda b: scores(b) * math.nan, 1, 4)
+    part, columns, counts = scored(loader_of(some), Captions.of(loader_of(some)), lambda b: scores(b)[:, [1] * 9], 1, 4)
+    assert (counts["skipped"], counts["n_images"]) == ({"score is not finite": ["k0"]}, 5)
+    assert columns.tolist() == [0, 3, 4, 5, 6, 7]  # without what only the first and the broken pictures have
+    assert part.indices_m.tolist() == [2, 3, 4, 5, 6]
+
+
+def test_who_cannot_is_told(some: Path, baselines: Path) -> None:
+    encoder = subject_of(VisionModel(model().visual), tokenizer(), SETTINGS, name="enc")
+    for task in (zero_shot_likelihood, likelihood_retrieval):
+        with pytest.raises(UserError, match="enc cannot caption"):
+            task(encoder, loader_of(some))
+    for task in (zero_shot_contrastive, contrastive_retrieval):
+        with pytest.raises(UserError, match="enc has no text tower"):
+            task(encoder, loader_of(some))
+    with pytest.raises(UserError, match="two pictures"):
+        likelihood_retrieval(subject(), loader_of(some, num_samples=2))
+
+
+def test_curves(some: Path) -> None:
+    """Oracle: the caption loss with that ratio asked for; resolutions in order, one model at a time."""
+    made = model()
+
+    def loss(one: Any, loader: Any) -> dict[str, float]:
+        return caption_loss(one.model, loader, SETTINGS, one.keep_ratio)
+
+    found = keep_ratio_curve(lambda ratio: subject(keep_ratio=ratio), loader_of(some), [1.0, 0.25], loss)
+    wanted = {f"{ratio:g}": caption_loss(made, loader_of(some), SETTINGS, ratio) for ratio in (0.25, 1.0)}
+    assert found == wanted
+    assert found["0.25"]["caption_loss"] != found["1"]["caption_loss"]
+    for ratios, message in (([0.0], "not 0.0"), ([], "none at all"), ([0.01], "keeps none of 16")):
+        with pytest.raises(UserError, match=message):
+            keep_ratio_curve(lambda ratio: subject(keep_ratio=ratio), loader_of(some), ratios, loss)
+    opened: list[int] = []
+
+    def open_at(image_size: int) -> Any:
+        opened.append(image_size)
+        return subject(), loader_of(some)
+
+    assert list(resolution_curve(open_at, [48, 24], lambda one, loader: {"n": len(opened)})) == ["24", "48"]
+    assert opened == [24, 48]
