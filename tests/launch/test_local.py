@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from open_clip_ov2.cli import main
+from open_clip_ov2.launch import state as state_of
 
 
 def ov2(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -41,6 +42,9 @@ def test_a_local_run_is_left_alone_cancelled_and_resubmitted(
         time.sleep(0.2)
     seen = json.loads(status.read_text())["samples_seen"]
     assert (tmp_path / "logs" / "run" / "checkpoints" / f"stage_1_samples_{seen}.pt").is_file()
+    while state_of.of_run("logs/run", []).alive:  # it has saved, and is about to leave
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     capsys.readouterr()
     assert main(["jobs", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
