@@ -16,7 +16,10 @@ from training import NANO, data_flags, finish, results, start_ranks
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
 
-TASKS = "caption-loss,shuffled-loss,read-text,linear-probe,knn,attentive-probe"
+TASKS = (
+    "caption-loss,shuffled-loss,read-text,likelihood,likelihood-retrieval,linear-probe,knn,attentive-probe,keep-ratios,"
+    "image-sizes"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def baseline_models(baselines: Path, tmp_path_factory: pytest.TempPathFactory) -
 def flags_of(squares: Path, *more: str) -> list[str]:
     return [
         "--data", f"{squares}/val/00000.tar", "--train-data", f"{squares}/train/{{00000..00001}}.tar",
-        "--label-key", "json:kind", "--group-by", "json:kind", *more,
+        "--label-key", "json:kind", "--group-by", "json:kind", "--image-sizes", "16,24", *more,
     ]  # fmt: skip
 
 
@@ -110,11 +113,11 @@ def test_clip_and_coca_do_what_they_can(
     baseline_models: Path, squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = evaluated(baseline_models / "clip_tiny", tmp_path / "clip.json", *flags_of(squares))
-    assert {"linear-probe", "knn", "attentive-probe"} <= clip.keys()
+    assert {"linear-probe", "knn", "attentive-probe", "zero-shot", "retrieval", "image-sizes"} <= clip.keys()
     assert not {"caption-loss", "read-text"} & clip.keys()
     assert "caption-loss: left out" in capsys.readouterr().err
     coca = evaluated(baseline_models / "coca_tiny", tmp_path / "coca.json", *flags_of(squares, "--seq-len", "8"))
-    assert {"linear-probe", "caption-loss", "read-text"} <= coca.keys()
+    assert {"linear-probe", "caption-loss", "read-text", "likelihood", "zero-shot"} <= coca.keys()
     assert 0 < coca["caption-loss"]["caption_loss"] < 20
 
 

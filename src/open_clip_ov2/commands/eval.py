@@ -75,7 +75,7 @@ def show(results: Mapping[str, Result], console: Console) -> None:
     """One line a task, and tables of what goes by kind."""
     for task, found in results.items():
         line = LINES.get(task, _top1)
-        console.print(f"[bold]{task:<18}[/] {line(found, results)}", highlight=False)
+        console.print(f"[bold]{task:<20}[/] {line(found, results)}", highlight=False)
         _show_skipped(found, console)
     if "read-text" in results:
         console.print(_reading_table(results["read-text"]))
@@ -117,12 +117,40 @@ def _top1(found: Result, results: Mapping[str, Result]) -> str:
     return f"top-1 {100 * found['top1']:.1f}%{top5} of {found['n_test']:,} pictures, {found['n_classes']} classes"
 
 
+def _recalls(found: Result, results: Mapping[str, Result]) -> str:
+    ways = {"picture to text": found["image_to_text"], "text to picture": found["text_to_image"]}
+    return "; ".join(f"{way} {_recall(row)}" for way, row in ways.items())
+
+
+def _recall(row: Result) -> str:
+    shares = {k: row[f"recall_at_{k}"] for k in (1, 5, 10)}
+    return ", ".join(f"R@{k} {100 * share:.1f}%" for k, share in shares.items() if share is not None)
+
+
+def _keep_ratios(found: Result, results: Mapping[str, Result]) -> str:
+    rows = found["by_keep_ratio"].items()
+    return "nats a token: " + ", ".join(f"{row['caption_loss']:.3f} at {ratio}" for ratio, row in rows)
+
+
+def _image_sizes(found: Result, results: Mapping[str, Result]) -> str:
+    said = []
+    for size, row in found["by_image_size"].items():
+        parts = [f"{row['caption-loss']['caption_loss']:.3f} nats"] if "caption-loss" in row else []
+        parts += [f"k-NN {100 * row['knn']['top1']:.1f}%"] if "knn" in row else []
+        said.append(f"{size} px: {' and '.join(parts) or 'no task'}")
+    return ", ".join(said)
+
+
 LINES: dict[str, Callable[[Result, Mapping[str, Result]], str]] = {
     "caption-loss": _loss,
     "shuffled-loss": _shuffled,
     "caption": _scores,
     "read-text": _reading,
     "questions": _answers,
+    "likelihood-retrieval": _recalls,
+    "retrieval": _recalls,
+    "keep-ratios": _keep_ratios,
+    "image-sizes": _image_sizes,
 }
 
 
@@ -134,7 +162,7 @@ def _show_skipped(found: Result, console: Console) -> None:
         said = ", ".join(f"{len(keys) if isinstance(keys, list) else keys} {why}" for why, keys in skipped.items())
     else:
         said = f"{len(skipped)}; the first: {skipped[0]['key']} ({skipped[0]['cause']})"
-    console.print(f"{'':<18} not counted: {said}", highlight=False)
+    console.print(f"{'':<20} not counted: {said}", highlight=False)
 
 
 def _reading_table(found: Result) -> Table:

@@ -16,6 +16,7 @@ from open_clip_ov2.data.share import Source
 from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource, check_shards_exist, expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import PLACE
+from open_clip_ov2.evaluate.classes import TEMPLATES, Classes
 from open_clip_ov2.evaluate.question_answering import RULES
 
 GENERATION = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len", "keep_ratio")
@@ -37,11 +38,11 @@ class EvalOptions:
     question_images: Path | None = None
     question_rule: str = "exact"
     prompt: str = PLACE
-    classes: Mapping[str, str] | None = None
-    templates: tuple[str, ...] | None = None
+    classes: Classes | None = None
+    templates: tuple[str, ...] = TEMPLATES
     length_normalise: bool = False
     keep_ratio: float | None = None
-    keep_ratios: tuple[float, ...] = KEEP_RATIOS
+    keep_ratios: tuple[float, ...] = ()  # KEEP_RATIOS, as far as they keep a token
     image_sizes: tuple[int, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
@@ -80,7 +81,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     _add_classes(parser.add_argument_group("classes and probes").add_argument)
     _add_questions(parser.add_argument_group("questions").add_argument)
     group = parser.add_argument_group("robustness").add_argument
-    group("--keep-ratios", type=_numbers, default=KEEP_RATIOS, metavar="R,R,...", help="default: 1,0.5,0.35,0.25,0.1")
+    group("--keep-ratios", type=_numbers, default=(), metavar="R,R,...", help="default: 1,0.5,0.35,0.25,0.1")
     group(
         "--image-sizes", type=_sizes, default=(), metavar="PX,PX,...", help="resolutions (default: the model's alone)"
     )
@@ -134,8 +135,8 @@ def eval_options(args: argparse.Namespace) -> EvalOptions:
         question_images=args.question_images,
         question_rule=args.question_rule,
         prompt=args.prompt,
-        classes=_classes(args.classes) if args.classes else None,
-        templates=tuple(_json(args.templates, list, "a list of texts")) if args.templates else None,
+        classes=Classes.read(args.classes) if args.classes else None,
+        templates=tuple(_json(args.templates, list, "a list of texts")) if args.templates else TEMPLATES,
         length_normalise=args.length_normalise,
         keep_ratio=args.keep_ratio,
         keep_ratios=args.keep_ratios,
@@ -158,11 +159,6 @@ def source_of(text: str) -> Source:
 
 def _key(text: str | None) -> CaptionKey | None:
     return parse_caption_keys(text)[0] if text else None
-
-
-def _classes(path: Path) -> dict[str, str]:
-    found = _json(path, (dict, list), "a list of names, or an object of names by label")
-    return {name: name for name in found} if isinstance(found, list) else found
 
 
 def _json(path: Path, kind: Any, wanted: str) -> Any:

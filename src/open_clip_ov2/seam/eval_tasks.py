@@ -11,18 +11,25 @@ from typing import Any
 
 from torch import Tensor
 
+from open_clip_ov2.core import CaptionModel
+from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe
 from open_clip_ov2.evaluate.captioning import caption_scores
 from open_clip_ov2.evaluate.features import Features, Kind
 from open_clip_ov2.evaluate.knn import knn
+from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
 from open_clip_ov2.evaluate.probes import linear_probe
 from open_clip_ov2.evaluate.questions import read_questions
 from open_clip_ov2.evaluate.reading import reading_scores
-from open_clip_ov2.evaluate.subject import Ability
+from open_clip_ov2.evaluate.robustness import keep_ratio_curve
+from open_clip_ov2.evaluate.subject import Ability, Subject
+from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
+from open_clip_ov2.seam.eval_flags import KEEP_RATIOS
 from open_clip_ov2.seam.eval_job import EvalJob
 from open_clip_ov2.seam.evaluate import caption_loss, gathered_counts
+from open_clip_ov2.seam.subject import subject_of
 
 ALL = "all"
 
@@ -111,6 +118,59 @@ def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Callable[[EvalJo
     return run
 
 
+def _likelihood(job: EvalJob) -> dict[str, Any]:
+    options = job.options
+    return zero_shot_likelihood(
+        job.subject, job.labelled(), options.classes, options.templates,
+        length_normalise=options.length_normalise, world_size=job.world_size,
+    )  # fmt: skip
+
+
+def _zero_shot(job: EvalJob) -> dict[str, Any]:
+    options = job.options
+    return zero_shot_contrastive(
+        job.subject, job.labelled(), options.classes, options.templates, world_size=job.world_size
+    )
+
+
+def _likelihood_retrieval(job: EvalJob) -> dict[str, Any]:
+    normalise = job.options.length_normalise
+    return likelihood_retrieval(job.subject, job.captioned(), length_normalise=normalise, world_size=job.world_size)
+
+
+def _retrieval(job: EvalJob) -> dict[str, Any]:
+    return contrastive_retrieval(job.subject, job.captioned(), world_size=job.world_size)
+
+
+def _keep_ratios(job: EvalJob) -> dict[str, Any]:
+    """Caption loss by share of kept tokens."""
+    at, settings = job.evaluated, job.settings
+
+    def measure(subject: Subject, loader: EvalLoader) -> dict[str, Any]:
+        return caption_loss(at.model, loader, settings, getattr(subject, "keep_ratio", None))
+
+    def subject_at(ratio: float) -> Subject:
+        return subject_of(at.model, at.tokenizer, settings, name=at.name, keep_ratio=ratio)
+
+    rows, columns = at.model.visual.grid_size if isinstance(at.model, CaptionModel) else (1, 1)
+    ratios = job.options.keep_ratios or [ratio for ratio in KEEP_RATIOS if ratio * rows * columns >= 1]
+    return {"by_keep_ratio": keep_ratio_curve(subject_at, job.captioned(), ratios, measure)}
+
+
+def _image_sizes(job: EvalJob) -> dict[str, Any]:
+    """Caption loss where the model captions, and k-NN where there is labelled training data, by resolution."""
+    open_at = job.evaluated.at_size
+    if open_at is None:
+        raise UserError("image-sizes: a model in training keeps its resolution; evaluate its checkpoint")
+    rows: dict[str, Any] = {}
+    for image_size in sorted(set(job.options.image_sizes)):
+        at = EvalJob(open_at(image_size), job.settings, job.options, job.rank)
+        rows[str(image_size)] = {
+            name: TASKS[name].run(at) for name in ("caption-loss", "knn") if TASKS[name].lacks(at) is None
+        }
+    return {"by_image_size": rows}
+
+
 def _skips(train: Features, test: Features) -> dict[str, dict[str, int]]:
     return {"train": dict(train.skips), "test": dict(test.skips)}
 
@@ -120,10 +180,16 @@ TASKS: Mapping[str, Task] = {
     "shuffled-loss": Task(_shuffled_loss, "caption"),
     "caption": Task(_caption, "caption"),
     "read-text": Task(_read_text, "caption"),
+    "likelihood": Task(_likelihood, "caption", ("label_key",)),
+    "likelihood-retrieval": Task(_likelihood_retrieval, "caption"),
+    "zero-shot": Task(_zero_shot, "contrast", ("label_key",)),
+    "retrieval": Task(_retrieval, "contrast"),
     "questions": Task(_questions, "caption", ("questions",)),
     "linear-probe": Task(_probe(linear_probe, "pooled"), "features", ("train_data",)),
     "knn": Task(_probe(knn, "pooled"), "features", ("train_data",)),
     "attentive-probe": Task(_probe(attentive_probe, "tokens"), "features", ("train_data",)),
+    "keep-ratios": Task(_keep_ratios, "caption"),
+    "image-sizes": Task(_image_sizes, "features", ("image_sizes",)),
 }
 
 
