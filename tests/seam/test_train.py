@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_square_shards
+from square_shards import write_square_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import NANO, data_flags, finish, results, start
 

@@ -19,16 +19,7 @@ Result = Mapping[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(
-        prog="ov2 eval",
-        description="Evaluate a model on held-out pictures; docs/evaluation.md defines each task.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub: or OpenCLIP's name")
-    add_eval_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval.json in the run, or here")
-    add_device(parser)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     options = eval_options(args)
     from open_clip_ov2.seam.eval_tasks import check_tasks
     from open_clip_ov2.seam.processes import processes
@@ -43,6 +34,19 @@ def main(argv: Sequence[str]) -> None:
     text = json.dumps({"checkpoint": str(checkpoint), "data": options.data, **results}, indent=2)
     path.write_text(text + "\n")
     print(path)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="ov2 eval",
+        description="Evaluate a model on held-out pictures; docs/evaluation.md defines each task.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub: or NAME:WEIGHTS")
+    add_eval_flags(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval.json in the run, or here")
+    add_device(parser)
+    return parser
 
 
 def _evaluate(source: str, options: EvalOptions, place: Any) -> tuple[dict[str, Any], Path]:

@@ -1,9 +1,10 @@
 """Floating-point operations of one image, from plain sizes.
 
 A multiply-add counts as two; backward is twice forward, but for the pixels, which want no gradient. Attention counts
-whole rows, as torch's FlopCounterMode does and as a kernel with a mask computes it; `triangular` counts the half of
-the decoder's and text tower's attention that a causal mask needs, as published tables often do. Left out, being less
-than 1%: norms, activations, the optimizer, and the matrix of a contrastive loss.
+whole rows, as torch's FlopCounterMode does and as a kernel with a mask computes it. An ov2 model's last encoder block
+is computed for the kept tokens alone, its last decoder block for the caption. `published` counts as published tables
+do: last blocks at all positions, and of the decoder's and text tower's attention the half that a causal mask needs.
+Left out, being less than 1%: norms, activations, the optimizer, and the matrix of a contrastive loss.
 """
 
 from __future__ import annotations
@@ -106,10 +107,16 @@ def _mlp(tower: Tower, rows: int) -> float:
     return 2 * linear(rows, tower.width, tower.mlp_width)
 
 
-def _self_block(tower: Tower, rows: int, share: float) -> float:
-    """`share` of the rows x rows attention weights is computed."""
-    attention = 4.0 * rows * rows * tower.width * share  # weights, then values
-    return 4 * linear(rows, tower.width, tower.width) + attention + _mlp(tower, rows)
+def _self_block(tower: Tower, rows: int, share: float, read: int | None = None) -> float:
+    """`share` of the attention weights is computed; `read`: the rows whose output somebody reads, all by default."""
+    read = rows if read is None else read
+    attention = 4.0 * read * rows * tower.width * share  # weights, then values
+    projections = 2 * linear(read, tower.width, tower.width) + 2 * linear(rows, tower.width, tower.width)
+    return projections + attention + _mlp(tower, read)
+
+
+def _stack(tower: Tower, rows: int, share: float, read: int | None = None) -> float:
+    return (tower.layers - 1) * _self_block(tower, rows, share) + _self_block(tower, rows, share, read)
 
 
 def _cross_block(tower: Tower, rows: int, context: int) -> float:
@@ -125,21 +132,21 @@ def _blocks(forward: float) -> Flops:
     return Flops(forward, 2 * forward, blocks=forward)
 
 
-def encoder_flops(encoder: Encoder, patches: int, tokens: int) -> Flops:
-    """`patches` are embedded, `tokens` go through the blocks: fewer with patch dropout."""
+def encoder_flops(encoder: Encoder, patches: int, tokens: int, read: int | None = None) -> Flops:
+    """`patches` are embedded, `tokens` go through the blocks: fewer with patch dropout. `read` as for `_self_block`."""
     embedding = linear(patches, 3 * encoder.patch_size**2, encoder.tower.width)
     head = linear(1, encoder.pooled_width, encoder.embed_dim)
-    blocks = _blocks(encoder.tower.layers * _self_block(encoder.tower, tokens, 1.0))
+    blocks = _blocks(_stack(encoder.tower, tokens, 1.0, read))
     return blocks + Flops(embedding, embedding) + (_trained(head) if encoder.trained_head else Flops(head, 0.0))
 
 
-def decoder_flops(sizes: CaptionSizes, tokens: Tokens, share: float) -> Flops:
+def decoder_flops(sizes: CaptionSizes, tokens: Tokens, share: float, read: int | None = None) -> Flops:
     tower, image_width = sizes.decoder, sizes.encoder.tower.width
     if sizes.fusion == "cross_attn":  # self- and cross-attention blocks in turn, `layers` of them together
         pair = _self_block(tower, tokens.text, share) + _cross_block(tower, tokens.text, tokens.kept)
         blocks = tower.layers // 2 * pair
     else:
-        blocks = tower.layers * _self_block(tower, tokens.kept + tokens.text, share)
+        blocks = _stack(tower, tokens.kept + tokens.text, share, read)
     return _blocks(blocks) + _trained(linear(tokens.kept, image_width, tower.width))
 
 
@@ -154,11 +161,13 @@ def _pooler_flops(sizes: CocaSizes, tokens: int) -> Flops:
     return _trained(2 * linear(queries, width, width) + keys_values + 4.0 * queries * tokens * width)
 
 
-def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, triangular: bool = False) -> dict[str, Flops]:
+def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, published: bool = False) -> dict[str, Flops]:
     """Of one image, by part of the model."""
-    share = 0.5 if triangular else 1.0
+    share = 0.5 if published else 1.0
     encoder = sizes.encoder
-    parts = {"encoder": encoder_flops(encoder, patches, tokens.encoder)}
+    part = isinstance(sizes, CaptionSizes) and not published
+    dropped = tokens.kept < tokens.encoder - 1  # the class token aside
+    parts = {"encoder": encoder_flops(encoder, patches, tokens.encoder, tokens.kept if part and dropped else None)}
     if isinstance(sizes, ClipSizes):
         return parts | {"text encoder": _text_flops(sizes.text, tokens.text, encoder.embed_dim, share)}
     if isinstance(sizes, CocaSizes):
@@ -171,6 +180,6 @@ def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, triangular: bool =
             "decoder": _blocks(tower.layers * pair),
         }
     else:
-        parts["decoder"] = decoder_flops(sizes, tokens, share)
+        parts["decoder"] = decoder_flops(sizes, tokens, share, tokens.text if part else None)
     parts["head"] = _trained(linear(tokens.targets, sizes.decoder.width, sizes.vocab))
     return parts
