@@ -200,6 +200,7 @@ def test_classes_from_data_and_files(tmp_path: Path, some: Path) -> None:
     file.write_text('["cat", "dog"]')
     assert Classes.read(file) == Classes.of(["cat", "dog"])
     assert Classes.of(["cat", "dog"]).number == {"cat": 0, "dog": 1, "0": 0, "1": 1}
+    assert Classes.of({"cat": "cat", "dog": "dog"}) == Classes.of(["cat", "dog"])
     assert Classes.of(["1", "dog"]).number == {"1": 0, "dog": 1}  # a name goes before a place
     file.write_text('{"7": "cat", "9": "dog"}')
     assert (Classes.read(file).names, Classes.read(file).number) == (("cat", "dog"), {"7": 0, "9": 1})

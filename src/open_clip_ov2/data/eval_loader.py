@@ -69,6 +69,15 @@ class EvalLoader(Receiver):
         asked = {"limit": self._limit, "group_by": str(self._group_by), "caption_keys": str(decoder.caption_keys)}
         return {**source.fingerprint(), **asked, "max_image_pixels": decoder.max_image_pixels}
 
+    def described(self) -> Iterator[Described]:
+        """Every sample of the whole set in file order, without decoding its picture, which may prove unusable."""
+        source, decoder, _ = self._parts
+        for index, raw in enumerate(islice(source.in_order(SkipCounter(log=False)), self._limit)):
+            captions: tuple[str, ...] = ()
+            with contextlib.suppress(SkipSample):
+                captions = tuple(all_captions(raw, decoder.caption_keys)) if decoder.caption_keys else ()
+            yield Described(index, raw["__key__"], captions, group_text(raw, self._group_by))
+
     def __iter__(self) -> Iterator[Batch]:
         return self.share(self._rank, self._world_size)
 
@@ -95,15 +104,6 @@ class EvalLoader(Receiver):
     def _nothing_usable(self) -> UserError:
         counts = describe(self.skips) or "no sample at all"
         return UserError(f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys")
-
-    def described(self) -> Iterator[Described]:
-        """Every sample of the whole set in file order, without decoding its picture, which may prove unusable."""
-        source, decoder, _ = self._parts
-        for index, raw in enumerate(islice(source.in_order(SkipCounter(log=False)), self._limit)):
-            captions: tuple[str, ...] = ()
-            with contextlib.suppress(SkipSample):
-                captions = tuple(all_captions(raw, decoder.caption_keys)) if decoder.caption_keys else ()
-            yield Described(index, raw["__key__"], captions, group_text(raw, self._group_by))
 
     def _any_usable(self) -> bool:
         """Whether another process has what this one's share lacks; only looked for when that is empty."""

@@ -35,8 +35,8 @@ class Classes:
 
     @classmethod
     def of(cls, given: Sequence[str] | Mapping[str, str]) -> Classes:
-        """{label: name}, or names, whose labels are they themselves, or their places from 0 on where all of these are
-        free. Raises UserError: fewer than two classes, an empty name, one name twice.
+        """{label: name}, or names (or {name: name}), whose labels are they themselves and, unless one of them is such a
+        number, their places from 0 on. Raises UserError: fewer than two classes, an empty name, one name twice.
         """
         named = dict(given) if isinstance(given, Mapping) else {name: name for name in given}
         names = tuple(named.values())
@@ -46,7 +46,7 @@ class Classes:
             raise UserError(f"the classes: {what}; two or more are wanted, each with a name of its own")
         number = {str(label): place for place, label in enumerate(named)}
         places = {str(place): place for place in range(len(names))}
-        if not isinstance(given, Mapping) and not number.keys() & places.keys():
+        if names == tuple(named) and not number.keys() & places.keys():
             number |= places
         return cls(names, number)
 

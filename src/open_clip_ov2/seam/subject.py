@@ -256,14 +256,17 @@ class CocaSubject(_Captions, ContrastSubject):
 
     @torch.no_grad()
     def nll(self, prefix: CocaImages, texts_CL: Tensor) -> Tensor:
+        """Its text tower sees no image, so each candidate goes through it once."""
         found, batch = [], len(prefix.latent_BD)
         vocab = self.model.text_decoder.text_projection.shape[1]
         for ids_cL in _chunked(texts_CL, self.settings.eos_id, batch, vocab):
-            ids_RL = ids_cL.to(self.device).repeat(batch, 1)
-            latent, tokens = prefix.rows(torch.arange(batch, device=self.device).repeat_interleave(len(ids_cL)))
+            ids_cL = ids_cL.to(self.device)
+            images_RND = prefix.tokens_BND.repeat_interleave(len(ids_cL), dim=0)
             with self.settings.attention(), self.settings.autocast():
-                logits_RLV = self.model(None, ids_RL, image_latent=latent, image_embs=tokens)["logits"]
-            found.append(_row_nll(logits_RLV, caption_targets(ids_RL, self.settings.eos_id)).view(batch, -1))
+                words_cLD = self.model.text(ids_cL)[1][:, :-1]
+                logits_RLV = self.model.text_decoder(images_RND, words_cLD.repeat(batch, 1, 1))
+            labels_RL = caption_targets(ids_cL, self.settings.eos_id).repeat(batch, 1)
+            found.append(_row_nll(logits_RLV, labels_RL).view(batch, -1))
         return torch.cat(found, dim=1)
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
