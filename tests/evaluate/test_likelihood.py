@@ -200,11 +200,13 @@ def test_classes_from_data_and_files(tmp_path: Path, some: Path) -> None:
     file.write_text('["cat", "dog"]')
     assert Classes.read(file) == Classes.of(["cat", "dog"])
     assert Classes.of(["cat", "dog"]).number == {"cat": 0, "dog": 1, "0": 0, "1": 1}
-    assert Classes.of({"cat": "cat", "dog": "dog"}) == Classes.of(["cat", "dog"])
-    assert Classes.of(["1", "dog"]).number == {"1": 0, "dog": 1}  # a name goes before a place
+    assert Classes.of({"cat": "cat", "dog": "dog"}).number == {"cat": 0, "dog": 1}
+    assert Classes.of(["cat", "dog", "cat"]).number == {"dog": 1, "0": 0, "1": 1, "2": 2}  # which cat, nobody knows
+    assert Classes.of(open_clip.IMAGENET_CLASSNAMES).number["999"] == 999
+    assert Classes.of(["1", "dog"]).number == {"1": 0, "dog": 1}  # a name, not a place
     file.write_text('{"7": "cat", "9": "dog"}')
     assert (Classes.read(file).names, Classes.read(file).number) == (("cat", "dog"), {"7": 0, "9": 1})
-    for text in ("{", '"cat"', "[1, 2]", '["cat"]', '["cat", "cat"]', '["cat", " "]', '{"1": "cat", "2": "cat"}'):
+    for text in ("{", '"cat"', "[1, 2]", '["cat"]', '["cat", "cat"]', '["cat", " "]', '{"1": 2, "2": "cat"}'):
         file.write_text(text)
         with pytest.raises(UserError, match="class"):
             Classes.read(file)
@@ -223,6 +225,11 @@ def test_a_score_that_is_not_finite_is_reported_by_key(some: Path) -> None:
     assert found["skipped"]["score is not finite"] == ["k0"]
     assert (found["n_test"], found["top1"]) == (3, 2 / 3)
     assert found["mean_per_class"] == 0.5  # of dog and eel: no cat is left
+    same = Classes.of({"c": "cat", "d": "cat", "e": "eel"})  # the first of equals is chosen
+    found = classify(loader_of(some), same, lambda batch: torch.tensor([[1.0, 1.0, 0.0]] * len(batch.keys)), 1, 4)
+    assert found["per_class"] == {
+        "cat (0)": {"right": 1, "n": 1}, "cat (1)": {"right": 0, "n": 1}, "eel": {"right": 0, "n": 2},
+    }  # fmt: skip
     with pytest.raises(UserError, match="1 with no label, 3 with unknown class, 2 with score is not finite"):
         classify(loader_of(some), Classes.of({"c": "a", "d": "b", "q": "c"}), lambda b: scores(b) * math.nan, 1, 4)
     part, columns, counts = scored(loader_of(some), Captions.of(loader_of(some)), lambda b: scores(b)[:, [1] * 9], 1, 4)

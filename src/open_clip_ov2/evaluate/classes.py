@@ -6,6 +6,7 @@ Shapes: B batch, C classes, P templates, M samples.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +36,20 @@ class Classes:
 
     @classmethod
     def of(cls, given: Sequence[str] | Mapping[str, str]) -> Classes:
-        """{label: name}, or names (or {name: name}), whose labels are they themselves and, unless one of them is such a
-        number, their places from 0 on. Raises UserError: fewer than two classes, an empty name, one name twice.
+        """{label: name}; or names, whose labels are their places from 0 on, and they themselves unless two are the same
+        (ImageNet's list has such) or one of them is a number. Raises UserError: fewer than two classes, an empty name.
         """
-        named = dict(given) if isinstance(given, Mapping) else {name: name for name in given}
-        names = tuple(named.values())
-        wrong = sorted({str(name) for name in names if not isinstance(name, str) or not name.strip()})
-        if wrong or len(names) < max(2, len(given)) or len(set(names)) < len(names):
-            what = f"{wrong[0]!r} is no name" if wrong else f"{len(set(names))} names of {len(given)} classes"
-            raise UserError(f"the classes: {what}; two or more are wanted, each with a name of its own")
-        number = {str(label): place for place, label in enumerate(named)}
-        places = {str(place): place for place in range(len(names))}
-        if names == tuple(named) and not number.keys() & places.keys():
-            number |= places
+        names = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)
+        wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+        if wrong or len(set(names)) < 2:
+            what = f"{wrong[0]!r} is no name" if wrong else f"{len(set(names))} different names, and two are wanted"
+            raise UserError(f"the classes: {what}")
+        if isinstance(given, Mapping):
+            return cls(names, {str(label): place for place, label in enumerate(given)})
+        count = Counter(names)
+        number = {name: place for place, name in enumerate(names) if count[name] == 1}
+        if not any(name.isdecimal() for name in names):
+            number |= {str(place): place for place in range(len(names))}
         return cls(names, number)
 
     @classmethod
@@ -76,6 +78,12 @@ class Classes:
                 f"the data has {len(labels)} labels, and two are wanted; say where they are (cls, json:KEY)"
             )
         return cls.of(labels)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Names that are all different: `cat (0)` and `cat (2)` where two classes are called the same."""
+        count = Counter(self.names)
+        return tuple(name if count[name] == 1 else f"{name} ({place})" for place, name in enumerate(self.names))
 
     def texts(self, templates: Sequence[str]) -> list[str]:
         """Each class in each template, class by class. Raises UserError for a template without `{}`."""
@@ -117,7 +125,7 @@ def classify(
     places_M, classes_M = torch.tensor([row.place for row in used]), torch.tensor([row.number for row in used])
     return {
         **accuracy(places_M, len(classes.names)),
-        **per_class(places_M, classes_M, classes.names),
+        **per_class(places_M, classes_M, classes.shown),
         "n_test": len(used),
         "n_classes": len(classes.names),
         "skipped": skipped,
