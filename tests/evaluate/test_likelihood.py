@@ -251,24 +251,21 @@ def test_who_cannot_is_told(some: Path, baselines: Path) -> None:
 
 
 def test_curves(some: Path) -> None:
-    """Oracle: the caption loss with that ratio asked for; resolutions in order, one model at a time."""
+    """Oracle: nll of a subject that keeps so many tokens, summed over all targets. Sizes in order, once each."""
     made = model()
-
-    def loss(one: Any, loader: Any) -> dict[str, float]:
-        return caption_loss(one.model, loader, SETTINGS, one.keep_ratio)
-
-    found = keep_ratio_curve(lambda ratio: subject(keep_ratio=ratio), loader_of(some), [1.0, 0.25], loss)
-    wanted = {f"{ratio:g}": caption_loss(made, loader_of(some), SETTINGS, ratio) for ratio in (0.25, 1.0)}
-    assert found == wanted
-    assert found["0.25"]["caption_loss"] != found["1"]["caption_loss"]
-    for ratios, message in (([0.0], "not 0.0"), ([], "none at all"), ([0.01], "keeps none of 16")):
+    found = keep_ratio_curve(lambda ratio: caption_loss(made, loader_of(some), SETTINGS, ratio), [1.0, 0.25])
+    for name, ratio in (("0.25", 0.25), ("1", 1.0)):
+        one, total, targets = subject(keep_ratio=ratio), 0.0, 0
+        for batch in loader_of(some):
+            total += float(one.nll(one.prefix(batch.images_BCHW, batch.keys), batch.texts_BL).diagonal().sum())
+            targets += int(one.num_targets(batch.texts_BL).sum())
+        assert found[name]["caption_loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert found["0.25"]["caption_loss"] != pytest.approx(found["1"]["caption_loss"], rel=1e-5)
+    for ratios, message in (([0.0], "not 0.0"), ([], "none at all"), ([0.01], "0.01: .* keeps none of 16")):
         with pytest.raises(UserError, match=message):
-            keep_ratio_curve(lambda ratio: subject(keep_ratio=ratio), loader_of(some), ratios, loss)
-    opened: list[int] = []
-
-    def open_at(image_size: int) -> Any:
-        opened.append(image_size)
-        return subject(), loader_of(some)
-
-    assert list(resolution_curve(open_at, [48, 24], lambda one, loader: {"n": len(opened)})) == ["24", "48"]
-    assert opened == [24, 48]
+            keep_ratio_curve(lambda ratio: caption_loss(made, loader_of(some), SETTINGS, ratio), ratios)
+    sizes: list[int] = []
+    assert list(resolution_curve(lambda size: {"n": sizes.append(size)}, [48, 24, 48])) == ["24", "48"]
+    assert sizes == [24, 48]
+    with pytest.raises(UserError, match="not 0"):
+        resolution_curve(lambda size: {}, [0, 24])

@@ -1,48 +1,37 @@
-"""A measure over a range of one setting: share of image tokens kept, or resolution in px."""
+"""Any measure over a range of one setting: share of image tokens kept, or resolution in px."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.subject import Subject
-
-Measure = Callable[[Subject, EvalLoader], Mapping[str, Any]]  # JSON-ready, of a subject and a set
 
 
-def keep_ratio_curve(
-    subject_at: Callable[[float], Subject], loader: EvalLoader, keep_ratios: Sequence[float], measure: Measure
-) -> dict[str, Any]:
-    """`{"0.25": result, ...}` of one model that keeps so many of its image tokens. Raises UserError: a ratio outside
-    (0, 1], one that keeps no token, a subject that cannot caption.
+def keep_ratio_curve(measure: Callable[[float], Mapping[str, Any]], keep_ratios: Sequence[float]) -> dict[str, Any]:
+    """`{"0.25": result, ...}`, results JSON-ready, of one model that keeps such a share of its image tokens.
+
+    Raises UserError: a ratio outside (0, 1], or one that leaves the model no token.
     """
     wrong = [ratio for ratio in keep_ratios if not 0 < ratio <= 1]
     if wrong or not keep_ratios:
         raise UserError(f"keep ratios lie in (0, 1], not {wrong[0] if wrong else 'none at all'}")
     rows: dict[str, Any] = {}
     for ratio in sorted(set(keep_ratios)):
-        subject = subject_at(ratio)
-        if "caption" not in subject.abilities:
-            raise UserError(f"{subject.name} has no caption decoder, which is what drops image tokens")
         try:
-            rows[f"{ratio:g}"] = dict(measure(subject, loader))
-        except ValueError as error:  # no token would be left
-            raise UserError(f"{subject.name}: {error}") from error
+            rows[f"{ratio:g}"] = dict(measure(ratio))
+        except ValueError as error:  # core.num_kept's
+            raise UserError(f"keep ratio {ratio:g}: {error}") from error
     return rows
 
 
-def resolution_curve(
-    open_at: Callable[[int], tuple[Subject, EvalLoader]], image_sizes: Iterable[int], measure: Measure
-) -> dict[str, Any]:
-    """`{"224": result, ...}` by image size in px, one model in memory at a time; `features.resolution_curve` is that of
-    a probe. `open_at` gives a model with its position table fitted to the size, and a loader with its preprocessing.
+def resolution_curve(measure: Callable[[int], Mapping[str, Any]], image_sizes: Sequence[int]) -> dict[str, Any]:
+    """`{"224": result, ...}` by image size in px, in order of size; that of a probe is `features.resolution_curve`.
+
+    `measure` opens the model with its position table fitted to the size, so that one at a time is in memory. Raises
+    UserError for sizes below one.
     """
-    rows: dict[str, Any] = {}
-    for image_size in sorted(set(image_sizes)):
-        subject, loader = open_at(image_size)
-        rows[str(image_size)] = dict(measure(subject, loader))
-    if not rows:
-        raise UserError("no image size to measure at")
-    return rows
+    wrong = [size for size in image_sizes if size < 1]
+    if wrong or not image_sizes:
+        raise UserError(f"image sizes in pixels are wanted, not {wrong[0] if wrong else 'none at all'}")
+    return {str(size): dict(measure(size)) for size in sorted(set(image_sizes))}
