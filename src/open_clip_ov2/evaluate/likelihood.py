@@ -84,7 +84,7 @@ def likelihood_retrieval(
     places = places_of_texts(scores.changed(corrected_mU))
     return {
         **both_ways(scores.changed(plain_mU)),
-        "image_to_text_prior_corrected": recall(torch.tensor(list(places.values())), len(chosen_U)),
+        **recall("image_to_text_prior_corrected", torch.tensor(list(places.values())), len(chosen_U)),
         **counts,
         "length_normalise": length_normalise,
     }

@@ -97,9 +97,10 @@ def log_mean(scores: Scores) -> Tensor:
     return torch.stack([sum_U for sum_U, _ in sums]).logsumexp(dim=0) - math.log(sum(count for _, count in sums))
 
 
-def recall(places: Tensor, candidates: int) -> dict[str, float | None]:
-    """Shares of `places` int64 among the first 1, 5 and 10; None where that is certain beforehand."""
-    return {f"recall_at_{k}": (places < k).double().mean().item() if k < candidates else None for k in RECALL_AT}
+def recall(what: str, places: Tensor, candidates: int) -> dict[str, float | None]:
+    """`{what}_recall_at_1`, 5, 10: shares of `places` int64 among the first; None where that is certain beforehand."""
+    shares = {k: (places < k).double().mean().item() for k in RECALL_AT if k < candidates}
+    return {f"{what}_recall_at_{k}": shares.get(k) for k in RECALL_AT}
 
 
 def scored(
@@ -143,8 +144,8 @@ def both_ways(scores: Scores) -> dict[str, Any]:
     by_picture = places_of_texts(scores)
     by_text_U = places_of_pictures(scores)
     return {
-        "image_to_text": recall(torch.tensor(list(by_picture.values())), len(by_text_U)),
-        "text_to_image": recall(by_text_U, len(by_picture)),
+        **recall("image_to_text", torch.tensor(list(by_picture.values())), len(by_text_U)),
+        **recall("text_to_image", by_text_U, len(by_picture)),
     }
 
 
