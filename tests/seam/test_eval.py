@@ -15,6 +15,7 @@ from training import NANO, data_flags, finish, results, start_ranks
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.seam.baselines import init_coca_head
 
 TASKS = (
     "caption-loss,shuffled-loss,read-text,likelihood,likelihood-retrieval,linear-probe,knn,attentive-probe,keep-ratios,"
@@ -40,6 +41,7 @@ def baseline_models(baselines: Path, tmp_path_factory: pytest.TempPathFactory) -
         (folder / name).mkdir()
         torch.manual_seed(0)
         model = open_clip.create_model(f"local-dir:{baselines / name}", load_weights=False)
+        init_coca_head(model)  # which OpenCLIP leaves as the memory was
         torch.save(model.state_dict(), folder / name / "open_clip_pytorch_model.bin")
         (folder / name / "open_clip_config.json").write_text((baselines / name / "open_clip_config.json").read_text())
     return folder

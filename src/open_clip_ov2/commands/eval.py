@@ -122,12 +122,12 @@ def _top1(found: Result, results: Mapping[str, Result]) -> str:
 
 
 def _recalls(found: Result, results: Mapping[str, Result]) -> str:
-    ways = {"picture to text": found["image_to_text"], "text to picture": found["text_to_image"]}
-    return "; ".join(f"{way} {_recall(row)}" for way, row in ways.items())
+    ways = {"picture to text": "image_to_text", "text to picture": "text_to_image"}
+    return "; ".join(f"{way} {_recall(found, name)}" for way, name in ways.items())
 
 
-def _recall(row: Result) -> str:
-    shares = {k: row[f"recall_at_{k}"] for k in (1, 5, 10)}
+def _recall(found: Result, name: str) -> str:
+    shares = {k: found[f"{name}_recall_at_{k}"] for k in (1, 5, 10)}
     return ", ".join(f"R@{k} {100 * share:.1f}%" for k, share in shares.items() if share is not None)
 
 

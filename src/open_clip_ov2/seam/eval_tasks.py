@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from open_clip_ov2.core import CaptionModel
-from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe
@@ -23,13 +22,12 @@ from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_li
 from open_clip_ov2.evaluate.probes import linear_probe
 from open_clip_ov2.evaluate.questions import read_questions
 from open_clip_ov2.evaluate.reading import reading_scores
-from open_clip_ov2.evaluate.robustness import keep_ratio_curve
-from open_clip_ov2.evaluate.subject import Ability, Subject
+from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
+from open_clip_ov2.evaluate.subject import Ability
 from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
 from open_clip_ov2.seam.eval_flags import KEEP_RATIOS
 from open_clip_ov2.seam.eval_job import EvalJob
 from open_clip_ov2.seam.evaluate import caption_loss, gathered_counts
-from open_clip_ov2.seam.subject import subject_of
 
 ALL = "all"
 
@@ -144,17 +142,14 @@ def _retrieval(job: EvalJob) -> dict[str, Any]:
 
 def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     """Caption loss by share of kept tokens."""
-    at, settings = job.evaluated, job.settings
+    model = job.evaluated.model
 
-    def measure(subject: Subject, loader: EvalLoader) -> dict[str, Any]:
-        return caption_loss(at.model, loader, settings, getattr(subject, "keep_ratio", None))
+    def measure(ratio: float) -> dict[str, Any]:
+        return caption_loss(model, job.captioned(), job.settings, ratio)
 
-    def subject_at(ratio: float) -> Subject:
-        return subject_of(at.model, at.tokenizer, settings, name=at.name, keep_ratio=ratio)
-
-    rows, columns = at.model.visual.grid_size if isinstance(at.model, CaptionModel) else (1, 1)
+    rows, columns = model.visual.grid_size if isinstance(model, CaptionModel) else (1, 1)
     ratios = job.options.keep_ratios or [ratio for ratio in KEEP_RATIOS if ratio * rows * columns >= 1]
-    return {"by_keep_ratio": keep_ratio_curve(subject_at, job.captioned(), ratios, measure)}
+    return {"by_keep_ratio": keep_ratio_curve(measure, ratios)}
 
 
 def _image_sizes(job: EvalJob) -> dict[str, Any]:
@@ -162,13 +157,12 @@ def _image_sizes(job: EvalJob) -> dict[str, Any]:
     open_at = job.evaluated.at_size
     if open_at is None:
         raise UserError("image-sizes: a model in training keeps its resolution; evaluate its checkpoint")
-    rows: dict[str, Any] = {}
-    for image_size in sorted(set(job.options.image_sizes)):
+
+    def measure(image_size: int) -> dict[str, Any]:
         at = EvalJob(open_at(image_size), job.settings, job.options, job.rank)
-        rows[str(image_size)] = {
-            name: TASKS[name].run(at) for name in ("caption-loss", "knn") if TASKS[name].lacks(at) is None
-        }
-    return {"by_image_size": rows}
+        return {name: TASKS[name].run(at) for name in ("caption-loss", "knn") if TASKS[name].lacks(at) is None}
+
+    return {"by_image_size": resolution_curve(measure, job.options.image_sizes)}
 
 
 def _skips(train: Features, test: Features) -> dict[str, dict[str, int]]:
