@@ -16,7 +16,7 @@ if [ ! -f "$BENCH/bench.json" ]; then # step memory and largest batch, captions 
 fi
 ov2 compare configs/compare/{ov2-coca-clip,keep-ratio,two-stage}.toml \
   --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \
-  --val-data "$DATA/held-out/rendered-00000.tar" --probe-data "$DATA/train/rendered-0000{0..3}.tar" \
+  --val-data "$DATA/held-out/rendered-00000.tar" --probe-data "$DATA/train/rendered-0000{0..1}.tar" \
   --title "Captions alone, or contrastive too: a small study on pictures that a CPU can learn" \
   --bench "$BENCH/bench.json" --jobs "${JOBS:-2}" --out "$DEMO/study" ${BUDGET:+--budget "$BUDGET"} ${SEEDS:+--seeds "$SEEDS"}
 mkdir -p "$OUT"
