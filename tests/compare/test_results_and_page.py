@@ -176,3 +176,10 @@ def test_plots_take_the_pages_colour_and_repeat(found: Found) -> None:
     for plot in one:
         assert "currentColor" in plot.svg
         assert plots.INK not in plot.svg
+
+
+def test_equal_means_have_no_winner(found: Found) -> None:
+    """Oracle: by hand."""
+    same = [arm_result(name, (1.0,), values={"probe.top1": (0.0, 0.0)}) for name in ("ov2", "CLIP")]
+    assert tables.best(found) == {"probe.top1": "ov2"}
+    assert tables.best(Found(found.comparison, tuple(same), "a machine")) == {}

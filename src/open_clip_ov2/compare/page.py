@@ -29,7 +29,7 @@ th:first-child, td:first-child { text-align: left; }
 td.best { background: var(--best); font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; }
-figure.large { grid-column: 1 / -1; }
+figure.large { grid-column: 1 / -1; max-width: 60rem; }
 figure svg { height: auto; max-width: 100%; display: block; }
 code { font: .85rem/1.5 ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 pre { padding: .75rem 1rem; border: 1px solid var(--line); border-radius: 6px; white-space: pre-wrap; }

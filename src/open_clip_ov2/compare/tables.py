@@ -63,13 +63,15 @@ def value(metric: Metric, arm: ArmResult) -> str:
 
 
 def best(found: Found) -> dict[str, str]:
-    """The arm with the best mean of each metric, where more than one arm has it."""
+    """The arm with the best mean of each metric, where more than one arm has it and no other the same."""
     out = {}
     for metric in found.comparison.metrics:
         means = {arm.name: statistics.fmean(arm.values[metric.key]) for arm in found.arms if metric.key in arm.values}
         if len(means) > 1:
             pick = max if metric.better == "higher" else min
-            out[metric.key] = pick(means, key=lambda name: means[name])
+            winner = pick(means, key=lambda name: means[name])
+            if list(means.values()).count(means[winner]) == 1:
+                out[metric.key] = winner
     return out
 
 
