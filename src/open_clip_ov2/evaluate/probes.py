@@ -27,6 +27,7 @@ FINEST_STEP = 1 / 8
 MAX_ITERATIONS = 1000
 HELD_OUT = 0.2  # ours: CLIP does not say which part of a training set without a validation set it holds out
 TOLERANCE = 1e-7  # ours: largest entry of the gradient of the mean loss; scikit-learn's default is 1e-4
+SEARCH_TOLERANCE = 1e-4  # ours, and scikit-learn's default: in the search, which needs an order and not a minimum
 # Ours: rounding of a loss in float64. Larger steps are no end: weak regularisers have many before the minimum.
 LEAST_CHANGE = 1e-15
 BLOCK_ROWS = 1 << 15  # ours: logits of 1000 classes in float64 take 0.26 GB
@@ -174,7 +175,7 @@ def _held_out_score(
 ) -> tuple[float, float]:
     """(share right, minus mean cross-entropy)."""
     to_fit, held = parts
-    model = _fit_split(features, to_fit, labels, regulariser, options)
+    model = _fit_split(features, to_fit, labels, regulariser, {**options, "tolerance": SEARCH_TOLERANCE})
     logits_MC = model.logits(features.values[held.rows])
     top1 = (ranks(logits_MC, held.classes_M) == 0).double().mean().item()
     return top1, -F.cross_entropy(logits_MC, held.classes_M).item()
