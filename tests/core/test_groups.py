@@ -10,6 +10,7 @@ import torch.fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets
 from open_clip_ov2.core.groups import LENGTH_STEP, LengthGroups, length_groups
@@ -100,6 +101,7 @@ def test_lengths_share_their_compiled_graphs() -> None:
     """Oracle: a backend that counts. Every number of rows and length after the first few runs what is there."""
     model = build("prefix")
     torch.compiler.reset()
+    counters.clear()
     graphs: list[torch.fx.GraphModule] = []
 
     def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
@@ -112,3 +114,4 @@ def test_lengths_share_their_compiled_graphs() -> None:
         gradients(model, length_groups(captions(lengths), EOS, min_tokens=24), captions(lengths))
         seen.append(len(graphs))
     assert 0 < seen[1] == seen[-1]
+    assert not counters["graph_break"]

@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 import torch.multiprocessing
@@ -15,14 +14,12 @@ from PIL import Image
 from probe_sets import CLS, PatchSubject, about, encoded, extract_on_rank, loader_of, to_integers, write_folder
 
 from open_clip_ov2.data.captions import CaptionKey
-from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import features as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
-from open_clip_ov2.evaluate.features import Cache, Features, extract, resolution_curve, stamp
+from open_clip_ov2.evaluate.features import Cache, Features, extract, stamp
 from open_clip_ov2.evaluate.memory import available_bytes, on_disk
-from open_clip_ov2.evaluate.probes import linear_probe
 
 
 @pytest.fixture
@@ -162,33 +159,6 @@ class Encoder:
 
     def __init__(self, model: Any) -> None:
         self.pooled, self.tokens = model.encode_image, model.encode_image_tokens
-
-
-def test_a_real_encoder_at_several_resolutions(squares: Path) -> None:
-    """Oracle: the model's own encode_image on single pictures, within float32; labels from JSON; a curve of both."""
-    kind = CaptionKey("json", ("kind",))
-    sources = [WebDatasetSource(tuple(map(str, sorted((squares / part).iterdir())))) for part in ("train", "val")]
-    seen: dict[int, Features] = {}
-
-    def open_at(size: int) -> Any:
-        torch.manual_seed(0)
-        model, _, preprocess = open_clip.create_model_and_transforms("ov2-vit-nano-8", force_image_size=size)
-        subject = Encoder(model.eval())
-        loaders = [EvalLoader(source, preprocess, batch_size=7, num_workers=0, group_by=kind) for source in sources]
-        single = EvalLoader(sources[1], preprocess, batch_size=1, num_workers=0, group_by=kind)
-        seen[size] = extract(subject, single)
-        return subject, *loaders
-
-    def probe(train: Features, test: Features) -> dict[str, Any]:
-        assert (len(train), len(test)) == (32, 10)
-        (alone,) = [found for found in seen.values() if torch.allclose(found.values, test.values, rtol=1e-4, atol=1e-5)]
-        assert alone.keys == test.keys
-        return linear_probe(train, test, regulariser=1.0)
-
-    curve = dict(resolution_curve(open_at, (16, 32), probe))
-    assert list(curve) == [16, 32]
-    assert curve[32]["n_classes"] == 4
-    assert curve[32]["top1"] > 0.6  # four colours, which even random weights let through
 
 
 def test_a_subject_without_features_is_refused(pictures: Path) -> None:

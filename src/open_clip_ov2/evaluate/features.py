@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -212,24 +212,3 @@ def _read(file: Path) -> Features:
     except Exception as error:  # torch, zipfile and pickle each have their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: features that cannot be read ({reason}); delete the file") from error
-
-
-Opened = tuple[Subject, EvalLoader, EvalLoader]  # a model at one resolution, training set, test set
-
-
-def resolution_curve(
-    open_at: Callable[[int], Opened],
-    image_sizes: Sequence[int],
-    probe: Callable[[Features, Features], dict[str, Any]],
-    *,
-    world_size: int = 1,
-    kind: Kind = "pooled",
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(image size in px, result) of a probe fitted anew at each resolution, one model and one set in memory at a time.
-
-    `open_at` gives a model with its position table fitted to the size, and loaders with its preprocessing.
-    """
-    for image_size in image_sizes:
-        subject, train_loader, test_loader = open_at(image_size)
-        train, test = (extract(subject, loader, world_size, kind) for loader in (train_loader, test_loader))
-        yield image_size, probe(train, test)

@@ -26,7 +26,7 @@ def keep_ratio_curve(measure: Callable[[float], Mapping[str, Any]], keep_ratios:
 
 
 def resolution_curve(measure: Callable[[int], Mapping[str, Any]], image_sizes: Sequence[int]) -> dict[str, Any]:
-    """`{"224": result, ...}` by image size in px, in order of size; that of a probe is `features.resolution_curve`.
+    """`{"224": result, ...}` by image size in px, in order of size.
 
     `measure` opens the model with its position table fitted to the size, so that one at a time is in memory. Raises
     UserError for sizes below one.
