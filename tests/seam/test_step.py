@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gradient_worker import EOS, model_of, part, settings, whole_batch, write_gradients
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import finish, start_ranks
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
@@ -76,3 +79,52 @@ def test_windows_leave_an_incomplete_one_out_and_targets_are_counted() -> None:
     batch = whole_batch()
     assert [len(window) for window in windows([batch] * 7, 3)] == [3, 3]
     assert settings(1, 1).groups(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))
+
+
+class Questions(TorchDispatchMode):
+    """Notes the operators that would make the host wait for a GPU."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.ASKING:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_a_step_asks_the_device_nothing(accum_freq: int) -> None:
+    """Oracle: the operators themselves. Grouping captions by length asks, of ids that are still on the CPU."""
+    model, batch, options = model_of(), whole_batch(), settings(1, accum_freq, clip=1.0)
+    size = 8 // accum_freq
+    window = [part(batch, start, start + size) for start in range(0, 8, size)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    with Questions() as of_ids:
+        for one in window:
+            options.groups(one.texts_BL)
+    with Questions() as of_step:
+        optimizer_step(model, window, CaptionLoss(label_smoothing=0.1, z_loss=1e-4), optimizer, None, options)
+    assert of_step.asked == of_ids.asked
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts host synchronisations, which a GPU alone has")
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_a_step_never_waits_for_the_gpu(precision: str) -> None:
+    """Oracle: CUDA's own debug mode, which raises where the host waits."""
+    model = model_of().cuda()
+    options = replace(settings(1, 1, clip=1.0), device=torch.device("cuda"), precision=precision)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    batch = whole_batch()
+    batch = batch._replace(images_BCHW=batch.images_BCHW.pin_memory(), texts_BL=batch.texts_BL.pin_memory())
+    optimizer_step(model, [batch], CaptionLoss(), optimizer, None, options)  # allocates, and makes optimizer state
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer_step(model, [batch], CaptionLoss(), optimizer, None, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
