@@ -20,7 +20,8 @@ run ov2 train --recipe configs/demo.toml --tokenizer "$DATA/tokenizer" \
   --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \
   --val-data "$DATA/held-out/rendered-00000.tar" \
   --precision "$PRECISION" --report-to tensorboard --logs "$DEMO/logs" --name ov2-nano
-run ov2 eval "$RUN" --data "$DATA/held-out/rendered-00000.tar" --caption-keys json:captions \
+run ov2 eval "$RUN" --tasks caption-loss,shuffled-loss,read-text --data "$DATA/held-out/rendered-00000.tar" \
+  --caption-keys json:captions \
   --group-by json:kind --guess "$DATA/guess.json"
 run ov2 plot "$RUN" --out "$DEMO/curves.png"
 run ov2 caption "$DATA/held-out/rendered-00000.tar" "$DATA/held-out/emoji-00000.tar" --caption-keys json:captions \

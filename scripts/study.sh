@@ -12,7 +12,7 @@ python scripts/demo_data.py "$DATA"
 BENCH="$DEMO/study/bench"
 if [ ! -f "$BENCH/bench.json" ]; then # step memory and largest batch, captions as long as the demo's
   ov2 bench --model ov2-vit-nano-8 --resolution 32 --precision amp_bf16 --batch-size 32 --repetitions 3 --steps 4 \
-    --caption-tokens 6:24:14 --threads 1 --largest-batch --memory-limit-gb 4 --out "$BENCH"
+    --caption-tokens 6:24:14 --threads 1 --largest-batch --memory-limit-gb 1 --out "$BENCH"
 fi
 ov2 compare configs/compare/{ov2-coca-clip,keep-ratio,two-stage}.toml \
   --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \

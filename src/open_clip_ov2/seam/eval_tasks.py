@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +35,14 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Task:
-    """`ability`: what the model must be able to do; `options`: fields of EvalOptions that must be given; `captions`:
-    whether the data must have captions."""
+    """`ability`: what the model must be able to do; `options`: fields of EvalOptions that must be given; `module`: what
+    must be installed; `named_only`: left out of `all`, for it takes pictures x texts."""
 
     run: Callable[[EvalJob], dict[str, Any]]
     ability: Ability
     options: tuple[str, ...] = ()
+    module: str | None = None
+    named_only: bool = False
 
     def lacks(self, job: EvalJob) -> str | None:
         """Why it cannot be run, if so."""
@@ -47,7 +50,11 @@ class Task:
             can = ", ".join(sorted(job.subject.abilities))
             return f"{job.evaluated.name} has no {self.ability} (it has: {can})"
         missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(job.options, name)]
-        return f"{' and '.join(missing)} must be given" if missing else None
+        if missing:
+            return f"{' and '.join(missing)} must be given"
+        if self.module is not None and find_spec(self.module) is None:
+            return f"{self.module} is not installed (pip install 'open_clip_ov2[eval]')"
+        return None
 
 
 def _caption_loss(job: EvalJob) -> dict[str, Any]:
@@ -172,10 +179,10 @@ def _skips(train: Features, test: Features) -> dict[str, dict[str, int]]:
 TASKS: Mapping[str, Task] = {
     "caption-loss": Task(_caption_loss, "caption"),
     "shuffled-loss": Task(_shuffled_loss, "caption"),
-    "caption": Task(_caption, "caption"),
+    "caption": Task(_caption, "caption", module="pycocoevalcap"),
     "read-text": Task(_read_text, "caption"),
     "likelihood": Task(_likelihood, "caption", ("label_key",)),
-    "likelihood-retrieval": Task(_likelihood_retrieval, "caption"),
+    "likelihood-retrieval": Task(_likelihood_retrieval, "caption", named_only=True),
     "zero-shot": Task(_zero_shot, "contrast", ("label_key",)),
     "retrieval": Task(_retrieval, "contrast"),
     "questions": Task(_questions, "caption", ("questions",)),
@@ -202,7 +209,7 @@ def run_tasks(job: EvalJob, say: Callable[[str], None] = lambda line: None) -> d
     """Results by task. Raises UserError: a task that was named cannot be done; of `all`, what cannot is said."""
     names = check_tasks(job.options.tasks)
     results: dict[str, Any] = {}
-    for name in names or TASKS:
+    for name in names or [name for name, task in TASKS.items() if not task.named_only]:
         reason = TASKS[name].lacks(job)
         if reason and names:
             raise UserError(f"--tasks {name}: {reason}")
