@@ -18,8 +18,8 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
     "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
     "bench": ({"bench", "data", "runlog", "errors", "seam"}, {"torch", "matplotlib"}),
-    "compare": ({"compare", "runlog", "recipe", "errors", "seam"}, {"matplotlib", "tomli"}),
-    "launch": ({"launch", "runlog", "errors", "seam"}, {"submitit", "tomli", "matplotlib", "torch"}),
+    "compare": ({"compare", "runlog", "recipe", "errors", "seam"}, {"matplotlib"}),
+    "launch": ({"launch", "runlog", "recipe", "errors", "seam"}, {"submitit", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }
 

@@ -116,7 +116,8 @@ def test_the_studies_are_fair(path: Path) -> None:
     """Oracle: the rule of the page. Arms differ in their model, stages and keep ratio, and in nothing else."""
     comparison = load_comparison(path)
     for arm in comparison.arms:
-        assert set(arm.flags) <= {"keep-ratio"}, arm.name
+        assert set(arm.flags) <= {"keep-ratio", "decode"}, arm.name
+        assert arm.flags.get("decode", "exact") == "exact"  # all that CLIP and CoCa have
     assert comparison.flags["augmentation"] == "family"
     assert "tokenizer" in comparison.flags
     assert len(comparison.seeds) == 3

@@ -166,7 +166,7 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     ("old", "new", "part"),
     [
         (RECIPE, "", "no stage"),
-        (RECIPE, "model = ", "not valid TOML"),
+        (RECIPE, "model = ", "not TOML"),
         (RECIPE, "stage = 3", "[[stage]]"),
         ('"2M"', '"2Q"', "stage 1: samples: '2Q' is not a number of samples"),
         ("samples = 200_000", "samples = 2e5", "stage 2: samples: 200000.0 is not a number of samples"),
@@ -207,7 +207,7 @@ def test_bad_toml_names_its_line(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"model = '\xe9'")
-    for name, part in (("nowhere.toml", "No such file"), ("", "cannot read"), ("latin.toml", "not UTF-8")):
+    for name, part in (("nowhere.toml", "No such file"), ("", "cannot be read"), ("latin.toml", "not UTF-8")):
         with pytest.raises(UserError, match=part):
             load_recipe(tmp_path / name)
 

@@ -17,7 +17,8 @@ from open_clip_ov2.launch import cluster, report, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import SLURM
 from open_clip_ov2.launch.plan import show_plan
-from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep, words
+from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
+from open_clip_ov2.recipe.toml import flag_words
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,7 +80,7 @@ def _work(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[ClusterOp
     made = []
     for run in expand(sweep):
         place = ["--logs", str(folder), "--name", run.name]
-        flags = [*words(run.base), *more, *words(run.own), *place]
+        flags = [*flag_words(run.base), *more, *flag_words(run.own), *place]
         try:
             made.append(submit.member_of(flags, clusters, run.own))
         except UserError as error:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_clip_ov2.compare.config import Arm, Comparison, Flags
+from open_clip_ov2.compare.config import Arm, Comparison
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe.toml import flag_words
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
 
@@ -32,26 +33,13 @@ class Run:
     argv: tuple[str, ...]
 
 
-def words(flags: Flags) -> list[str]:
-    """argv. True is a flag without a value, false no flag at all."""
-    out: list[str] = []
-    for key, value in flags.items():
-        if value is True:
-            out.append(f"--{key}")
-        elif isinstance(value, list):
-            out += [f"--{key}", *map(str, value)]
-        elif value is not False:
-            out += [f"--{key}", str(value)]
-    return out
-
-
 def arm_words(comparison: Comparison, arm: Arm, data: Data, stages: Sequence[tuple[int, int]]) -> list[str]:
     """`ov2 train` for an arm but for its seed; `stages` are (px, samples). An arm's flags win over all others."""
     common = {key: value for key, value in comparison.flags.items() if key not in arm.flags}
     told = [f"{resolution}:samples={samples}" for resolution, samples in stages]
     staged = [word for text in told for word in ("--stage", text)]
     given = ["--model", arm.model, "--train-data", data.train]
-    return [*given, *words(common), *data.more, *words(arm.flags), *staged]
+    return [*given, *flag_words(common), *data.more, *flag_words(arm.flags), *staged]
 
 
 def global_batch(comparison: Comparison, arm: Arm) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +12,7 @@ from typing import Any
 from open_clip_ov2.compare.config import MODES, Arm, ArmStage, Comparison, Evaluation, Flags, Metric
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from open_clip_ov2.recipe.toml import read_toml
 
 BETTER = ("higher", "lower")
 SET_BY_US = ("name", "logs", "model", "seed", "stage", "recipe", "train-data", "val-data", "force-image-size", "epochs")
@@ -25,13 +20,7 @@ SET_BY_US = ("name", "logs", "model", "seed", "stage", "recipe", "train-data", "
 
 def load_comparison(path: Path) -> Comparison:
     """Raises UserError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML ({error})") from error
-    return _Reader(str(path)).comparison(table, path.stem)
+    return _Reader(str(path)).comparison(read_toml(path), path.stem)
 
 
 class _Reader:

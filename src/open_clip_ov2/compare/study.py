@@ -9,7 +9,7 @@ from pathlib import Path
 
 from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
-from open_clip_ov2.compare.plan import Data, Run, arm_words, global_batch, runs, words
+from open_clip_ov2.compare.plan import Data, Run, arm_words, global_batch, runs
 from open_clip_ov2.compare.processes import Job, run_all
 from open_clip_ov2.compare.results import (
     ArmResult,
@@ -23,6 +23,7 @@ from open_clip_ov2.compare.results import (
     read_evaluations,
 )
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe.toml import flag_words
 from open_clip_ov2.runlog.curves import read_results
 
 Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
@@ -152,7 +153,7 @@ def _eval_words(study: Study, evaluation: Evaluation) -> list[str]:
     """Flags of `ov2 eval` but for --out."""
     given = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
     given += ["--train-data", study.data.probe] if evaluation.train_data else []
-    return [*given, *words(evaluation.flags)]
+    return [*given, *flag_words(evaluation.flags)]
 
 
 def _digest(argv: Sequence[str]) -> str:

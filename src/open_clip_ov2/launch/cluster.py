@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -12,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from open_clip_ov2.recipe.toml import read_toml
 
 FILE_HERE = Path("ov2-cluster.toml")
 FILE_OF_USER = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
@@ -97,12 +92,7 @@ def minutes(text: str | int) -> int:
 
 def of_file(path: Path) -> dict[str, Any]:
     """Fields of ClusterOptions from a TOML file. Raises UserError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML ({error})") from error
+    table = read_toml(path)
     return {name: value for key, raw in table.items() for name, value in [_checked(key, raw, f"{path}: ")]}
 
 

@@ -15,7 +15,6 @@ model = "coca_ViT-B-16"
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,11 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from open_clip_ov2.recipe.toml import read_toml
 
 KEYS = ("name", "base", "grid", "set", "run")
 OURS = ("name", "logs")  # the sweep names its runs and their place
@@ -58,12 +53,7 @@ class SweepRun:
 
 def load_sweep(path: Path) -> Sweep:
     """Raises UserError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML ({error})") from error
+    table = read_toml(path)
     unknown = [key for key in table if key not in KEYS]
     if unknown:
         raise UserError(f"{path}: {unknown[0]}: no such key (there are: {', '.join(KEYS)})")
@@ -144,16 +134,3 @@ def short(value: Any) -> str:
     if isinstance(value, list):
         return "x".join(map(short, value))
     return str(value).rstrip("/").split("/")[-1]
-
-
-def words(flags: Flags) -> list[str]:
-    """argv. True is a flag without a value, false no flag at all."""
-    out: list[str] = []
-    for key, value in flags.items():
-        if value is True:
-            out.append(f"--{key}")
-        elif isinstance(value, list):
-            out += [f"--{key}", *map(str, value)]
-        elif value is not False:
-            out += [f"--{key}", str(value)]
-    return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,7 @@ from typing import Any
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.keys import STAGE_KEYS, kebab, read_stage, stage_items, unknown_key
 from open_clip_ov2.recipe.stage import FlagValue, Recipe, Stage
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from open_clip_ov2.recipe.toml import read_toml
 
 TOP_KEYS = ("model", "train", "stage")
 _BARE_KEY = re.compile(r"[a-z0-9-]+")
@@ -44,15 +39,7 @@ _NOT_FLAGS = {"model": "model stands at the top of the file", "recipe": "this is
 def load_recipe(path: Path | str) -> Recipe:
     """Raises UserError: one line with the file, the stage (counted from 1) and the key."""
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this recipe ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text, so no recipe ({error.reason} at byte {error.start})") from error
-    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
-        raise UserError(f"{path}: not valid TOML: {error}") from error
-    return read_recipe(content, path)
+    return read_recipe(read_toml(path), path)
 
 
 def read_recipe(content: Mapping[str, Any], path: Path) -> Recipe:
