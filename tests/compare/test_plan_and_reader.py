@@ -113,10 +113,10 @@ def test_slips(tmp_path: Path, before: str, after: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_studies_are_fair(path: Path) -> None:
-    """Oracle: the rule of the page. Arms differ in their model, stages and keep ratio, and in nothing else."""
+    """Oracle: the rule of the page. Arms differ in their model, stages, keep ratio and optimizer, and in nothing else."""
     comparison = load_comparison(path)
     for arm in comparison.arms:
-        assert set(arm.flags) <= {"keep-ratio", "decode"}, arm.name
+        assert set(arm.flags) <= {"keep-ratio", "decode", "lr", "opt"}, arm.name
         assert arm.flags.get("decode", "exact") == "exact"  # all that CLIP and CoCa have
     assert comparison.flags["augmentation"] == "family"
     assert "tokenizer" in comparison.flags

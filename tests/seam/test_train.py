@@ -144,6 +144,22 @@ def test_flags_train(squares: Path, vocabulary: Path, tmp_path: Path, flags: lis
     assert math.isfinite(results(tmp_path / "run", "val")[-1]["caption_loss"])
 
 
+def test_muon_moves_hidden_matrices_alone(squares: Path, tmp_path: Path, vocabulary: Path) -> None:
+    """Oracle: the optimizer's own groups in the checkpoint, and the model's names."""
+    flags = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
+    flags += ["--tokenizer", str(vocabulary), "--opt", "timm/muon", "--beta1", "0.9", "--beta2", "0.95"]
+    assert ov2(["train", *flags]) == 0
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "stage_1.pt", weights_only=True)
+    groups, state = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+    muon = [index for group in groups for index in group["params"] if "momentum_buffer" in state.get(index, {})]
+    shapes = {tuple(state[index]["momentum_buffer"].shape) for index in muon}
+    words = saved["state_dict"]["text_decoder.lm_head.weight"].shape[0]
+    assert (576, 192) in shapes  # query, key and value of a block
+    assert not any(words in shape for shape in shapes)
+    assert len(shapes) > 3
+    assert math.isfinite(results(tmp_path / "run", "val")[-1]["caption_loss"])
+
+
 def test_compiled_blocks_give_the_same_run(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
     """Oracles: the same run without --torchcompile; dynamo's own count of the graphs that it has compiled."""
     from torch._dynamo.utils import counters

@@ -110,6 +110,7 @@ RUN: dict[tuple[str, str], str] = {
     ),
     ("open_clip_train.main", "evaluate"): "upstream's needs text features, and sums CoCa's caption loss wrongly",
     ("open_clip_train.main", "optim"): "no weight decay on the token embedding; fused AdamW",
+    ("timm.optim", "create_optimizer_v2"): "--opt timm/muon: embeddings and head are AdamW's",
     ("open_clip_train.train", "maybe_compute_generative_loss"): (
         "upstream's value counts padding and sums every 100th batch; ours stands in its place"
     ),

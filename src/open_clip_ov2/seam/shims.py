@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,7 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from open_clip_ov2.errors import UserError
+
 logger = logging.getLogger(__name__)
+
+# Matrices that are no map between hidden layers, which Muon's authors leave to AdamW.
+NOT_HIDDEN = ("*embedding*", "*lm_head*", "*text_projection*", "*conv1*", "*logit_scale*")
 
 
 def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]) -> Any:
@@ -29,6 +35,22 @@ def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]
         return torch.optim.AdamW(groups, fused=True, **kwargs)
 
     return SimpleNamespace(AdamW=adamw)
+
+
+def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of timm's `create_optimizer_v2`: Muon moves the matrices between hidden layers, AdamW all else, by
+    the same learning rate (Jordan et al. 2024; the size of an update is timm's default, Moonlight's rule, arXiv
+    2502.16982, section 2.2, which keeps AdamW's learning rates). Raises UserError for a timm that cannot tell them apart.
+    """
+
+    def create(model: nn.Module, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
+        if "muon" in opt:
+            if "fallback_list" not in inspect.signature(original).parameters:
+                raise UserError(f"--opt timm/{opt}: needs timm 1.0.20 or newer")
+            kwargs["fallback_list"] = NOT_HIDDEN
+        return original(model, opt, **kwargs)
+
+    return create
 
 
 def carry_moments(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:

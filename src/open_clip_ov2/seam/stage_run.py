@@ -94,6 +94,7 @@ class StageRun:
             (main, "train_one_epoch"): self._trains,
             (main, "evaluate"): self._evaluates,
             (main, "optim"): self.built.optim,
+            ("timm.optim", "create_optimizer_v2"): shims.muon_for_hidden_matrices,
             ("open_clip_train.train", "maybe_compute_generative_loss"): lambda _: lambda model_out: None,
             ("torch.nn.parallel", "DistributedDataParallel"): shims.ddp_on_any_device,
         }
