@@ -113,7 +113,7 @@ def test_slips(tmp_path: Path, before: str, after: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_studies_are_fair(path: Path) -> None:
-    """Oracle: the rule of the page. Arms differ in their model, stages, keep ratio and optimizer, and in nothing else."""
+    """Oracle: the rule of the page. Arms differ in model, stages, keep ratio and optimizer, and in nothing else."""
     comparison = load_comparison(path)
     for arm in comparison.arms:
         assert set(arm.flags) <= {"keep-ratio", "decode", "lr", "opt"}, arm.name

@@ -40,7 +40,8 @@ def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]
 def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
     """In the place of timm's `create_optimizer_v2`: Muon moves the matrices between hidden layers, AdamW all else, by
     the same learning rate (Jordan et al. 2024; the size of an update is timm's default, Moonlight's rule, arXiv
-    2502.16982, section 2.2, which keeps AdamW's learning rates). Raises UserError for a timm that cannot tell them apart.
+    2502.16982, section 2.2, which keeps AdamW's learning rates). Raises UserError for a timm that cannot tell them
+    apart.
     """
 
     def create(model: nn.Module, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
