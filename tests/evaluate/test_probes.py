@@ -234,3 +234,8 @@ def test_what_cannot_be_probed_is_said() -> None:
     assert knn(pair, pair)["by_k"].keys() == {"2"}
     with pytest.raises(ValueError, match="tokens"):
         knn(features(torch.zeros(2, 3, 2), ["a", "b"], kind="tokens"), pair)
+
+
+def test_scores_that_are_no_numbers_are_never_right() -> None:
+    scores = torch.tensor([[float("nan"), 1.0], [0.0, float("nan")], [2.0, 1.0]])
+    assert ranks(scores, torch.tensor([0, 0, 0])).tolist() == [2, 2, 0]

@@ -123,6 +123,40 @@ def test_clip_and_coca_do_what_they_can(
     assert 0 < coca["caption-loss"]["caption_loss"] < 20
 
 
+def test_all_goes_on_where_a_task_cannot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures without captions and with numbers for labels: what needs captions or names is left out and said."""
+    from PIL import Image
+
+    for number in (0, 1):
+        (tmp_path / "set" / str(number)).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (30, 30), ("red", "blue")[number]).save(tmp_path / "set" / str(number) / f"{index}.png")
+    flags = ["--data", str(tmp_path / "set"), "--train-data", str(tmp_path / "set")]
+    found = evaluated(run, tmp_path / "e.json", *flags)
+    assert {"linear-probe", "knn", "attentive-probe"} <= found.keys()
+    said = capsys.readouterr().err
+    assert "likelihood: left out, the data's labels are numbers" in said
+    assert "caption-loss: left out" in said
+
+
+def test_results_of_other_tasks_stay(run: Path, squares: Path, tmp_path: Path) -> None:
+    for task in ("caption-loss", "knn"):
+        found = evaluated(run, tmp_path / "e.json", *flags_of(squares, "--tasks", task))
+    assert {"caption-loss", "knn"} <= found.keys()
+    other = evaluated(run, tmp_path / "e.json", "--data", f"{squares}/train/00000.tar", "--tasks", "caption-loss")
+    assert "knn" not in other
+
+
+def test_features_of_two_models_are_kept_apart(baseline_models: Path, squares: Path, tmp_path: Path) -> None:
+    """Oracle: the same without a cache. Both models have one preprocessing."""
+    for name in ("clip_tiny", "coca_tiny", "clip_tiny"):
+        flags = flags_of(squares, "--tasks", "linear-probe")
+        plain = evaluated(baseline_models / name, tmp_path / "e.json", *flags)
+        kept = evaluated(baseline_models / name, tmp_path / "f.json", *flags, "--cache", str(tmp_path / "cache"))
+        assert_close(kept["linear-probe"], plain["linear-probe"])
+    assert len(list((tmp_path / "cache").glob("pooled-*"))) == 4
+
+
 def test_questions_are_asked(run: Path, squares: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -153,6 +187,9 @@ def test_in_the_loop_as_afterwards(run: Path, squares: Path, tmp_path: Path) -> 
         (["--batch-size", "0"], "--batch-size is at least 1"),
         (["--classes", "nowhere.json"], "nowhere.json"),
         (["--keep-ratios", "2"], "shares in (0, 1]"),
+        (["--label-key", "cls,json:label"], "--label-key: 'cls,json:label' names 2 places"),
+        (["--group-by", "json:"], "--group-by: "),
+        (["--out", "nowhere/e.json"], "nowhere/e.json: cannot be written there"),
     ],
 )
 def test_slips_are_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +20,16 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import study, tables
     from open_clip_ov2.compare.bench import read_costs
-    from open_clip_ov2.compare.plan import Data, shown_command
-    from open_clip_ov2.compare.reader import load_comparison
+    from open_clip_ov2.compare.plan import Data
+    from open_clip_ov2.compare.reader import BATCH, SET_BY_US, load_comparison
 
     comparisons = [study.with_seeds(load_comparison(path), args.seeds, args.budget) for path in args.files]
     names = [comparison.name for comparison in comparisons]
     if len(set(names)) < len(names):
         raise UserError(f"two comparisons are called {next(n for n in names if names.count(n) > 1)}: rename a file")
+    taken = [word for word in after if word.removeprefix("--") in (*SET_BY_US, *BATCH)]
+    if taken:
+        raise UserError(f"{taken[0]} after `--`: the comparison's file or ov2 compare itself says that")
     data = Data(args.train_data, args.val_data, args.probe_data or args.train_data, tuple(after))
     console = Console()
     whole = study.Study(
@@ -34,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         folder=args.out,
         logs=args.logs or args.out / "runs",
         at_once=args.jobs,
-        command=shown_command(args.files, data),
+        command=shlex.join(["ov2", "compare", *argv]),
         title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
         costs=read_costs(args.bench) if args.bench else {},
     )
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--title", metavar="TEXT", help="of the page")
     add("--jobs", type=_jobs, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
     add("--seeds", type=_seeds, metavar="S,S,...", help="instead of the files'")
-    add("--budget", type=float, metavar="N", help="samples (or seconds) instead of the files', to try things out")
+    add("--budget", type=_budget, metavar="N", help="samples (or seconds) instead of the files', to try things out")
     add("--bench", type=Path, metavar="FILE.json", help="of `ov2 bench --json`: step memory and largest batch")
     return parser
 
@@ -73,6 +77,16 @@ def _jobs(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _budget(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _seeds(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from open_clip_ov2.commands.options import Parser, add_device, values_checked
+from open_clip_ov2.commands.options import Parser, add_device, paths_checked, values_checked
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam.eval_flags import EvalOptions, add_eval_flags, eval_options
 
 Result = Mapping[str, Any]
@@ -25,15 +27,38 @@ def main(argv: Sequence[str]) -> None:
     from open_clip_ov2.seam.processes import processes
 
     check_tasks(options.tasks)
+    path = args.out or _beside(args.run)
+    _check_writable(path)
     with values_checked(), processes(args.device) as place:
         results, checkpoint = _evaluate(args.run, options, place)
     if place.rank != 0:
         return
     show(results, Console())
-    path = args.out or _beside(args.run)
-    text = json.dumps({"checkpoint": str(checkpoint), "data": options.data, **results}, indent=2)
-    path.write_text(text + "\n")
+    _write(path, {"checkpoint": str(checkpoint), "data": options.data}, results)
     print(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of work. Raises UserError."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written there; name a file in a folder that exists and is yours (--out)")
+
+
+def _write(path: Path, of: dict[str, str], results: Mapping[str, Result]) -> None:
+    """What the file has of other tasks on the same model and data stays in it."""
+    before: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+    if not isinstance(before, dict) or any(before.get(key) != value for key, value in of.items()):
+        before = {}
+    part = path.with_name(f".{path.name}.part")
+    with paths_checked():
+        part.write_text(json.dumps({**before, **of, **results}, indent=2) + "\n")
+        part.replace(path)
 
 
 def _parser() -> Parser:
@@ -159,14 +184,19 @@ LINES: dict[str, Callable[[Result, Mapping[str, Result]], str]] = {
 
 
 def _show_skipped(found: Result, console: Console) -> None:
-    skipped = found.get("skipped")
-    if not skipped:
-        return
+    said = [text for name in ("skipped", "skipped_samples") for text in _causes(found.get(name) or {})]
+    if said:
+        console.print(f"{'':<20} not counted: {', '.join(said)}", highlight=False)
+
+
+def _causes(skipped: Any) -> list[str]:
     if isinstance(skipped, Mapping):
-        said = ", ".join(f"{len(keys) if isinstance(keys, list) else keys} {why}" for why, keys in skipped.items())
-    else:
-        said = f"{len(skipped)}; the first: {skipped[0]['key']} ({skipped[0]['cause']})"
-    console.print(f"{'':<20} not counted: {said}", highlight=False)
+        parts = {why: len(keys) if isinstance(keys, list) else keys for why, keys in skipped.items()}
+        nested = [text for part in parts.values() if isinstance(part, Mapping) for text in _causes(part)]
+        return [f"{count} {why}" for why, count in parts.items() if not isinstance(count, Mapping) and count] + nested
+    first = skipped[0]
+    key, cause = (first["key"], first["cause"]) if isinstance(first, Mapping) else (first.key, first.cause)
+    return [f"{len(skipped)}, the first: {key} ({cause})"]
 
 
 def _reading_table(found: Result) -> Table:

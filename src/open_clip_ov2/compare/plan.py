@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from open_clip_ov2.compare.config import Arm, Comparison
 from open_clip_ov2.errors import UserError
@@ -108,11 +107,3 @@ def seconds_at(samples: float, counts: Sequence[int], rates: Sequence[float]) ->
 
 def safe_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._+=-" else "-" for c in text)
-
-
-def shown_command(files: Sequence[Path], data: Data) -> str:
-    """The command that makes the page again, for the page."""
-    given = [f"--train-data '{data.train}'", f"--val-data '{data.val}'"]
-    given += [f"--probe-data '{data.probe}'"] if data.probe != data.train else []
-    more = ["--", *data.more] if data.more else []
-    return " ".join(["ov2 compare", *map(str, files), *given, *more])

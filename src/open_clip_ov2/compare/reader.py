@@ -14,6 +14,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
 from open_clip_ov2.recipe.toml import read_toml
 
+BATCH = ("batch-size", "accum-freq", "global-batch")
 BETTER = ("higher", "lower")
 SET_BY_US = ("name", "logs", "model", "seed", "stage", "recipe", "train-data", "val-data", "force-image-size", "epochs")
 

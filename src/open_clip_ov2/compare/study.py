@@ -30,6 +30,8 @@ Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
 FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
 Costs = Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
 
+KEEP_RATIO = 0.35  # of the family's models where nobody says another (arXiv 2509.01644, section 3)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -212,7 +214,7 @@ def _gather(
                 mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
             ),
             memory_mb=max(one.memory_mb for one in speeds[arm.name]),
-            cost=costs.get((arm.model, arm.stages[-1].resolution), Cost()),
+            cost=costs.get((arm.model, arm.stages[-1].resolution), Cost()) if _as_measured(arm) else Cost(),
             over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
             values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
             learning={
@@ -269,6 +271,11 @@ def write(study: Study, found: Sequence[Found]) -> list[Path]:
     for name, text in texts.items():
         (study.folder / name).write_text(text, encoding="utf-8")
     return [study.folder / name for name in texts]
+
+
+def _as_measured(arm: Arm) -> bool:
+    """Whether `ov2 bench` has measured such an arm: it takes each model at the family's keep ratio."""
+    return arm.flags.get("keep-ratio", KEEP_RATIO) == KEEP_RATIO
 
 
 def with_seeds(comparison: Comparison, seeds: Sequence[int] | None, budget: float | None) -> Comparison:

@@ -86,9 +86,9 @@ class Resize:
 
     def _refuse_other_things(self) -> None:
         there = sorted(path.name for path in self.folder.iterdir())
-        known = {LEDGER, SIZES, *self._names, *(f".{name}.part" for name in self._names)}
+        known = {LEDGER, SIZES, f".{SIZES}.part", *self._names, *(f".{name}.part" for name in self._names)}
         if LEDGER in there:
-            known |= {json.loads(line).get("name", "") for line in self._whole_lines()}
+            known |= {entry.get("name", "") for entry in self._entries()}
         other = [name for name in there if name not in known or (LEDGER not in there)]
         if other:
             raise UserError(f"{self.folder}: holds other things ({', '.join(other[:3])}); name a folder of its own")
@@ -97,21 +97,28 @@ class Resize:
         """Without what a kill left of the last one."""
         return (self.folder / LEDGER).read_text("utf-8").split("\n")[:-1]
 
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in self._whole_lines()]
+        except ValueError:
+            raise UserError(f"{self.folder / LEDGER}: damaged; begin anew in another folder") from None
+
     def _read_ledger(self) -> None:
         lines = self._whole_lines()
         self._ledger.truncate(sum(len(line.encode()) + 1 for line in lines))
         if not lines:
             return self._append({"settings": asdict(self.shrink)})
-        before = json.loads(lines[0])["settings"]
+        entries = self._entries()
+        before = entries[0]["settings"]
         if before != asdict(self.shrink):
             asked = asdict(self.shrink)
             said = ", ".join(
                 f"{key} {before.get(key)}, not {asked[key]}" for key in asked if asked[key] != before.get(key)
             )
             raise UserError(f"{self.folder}: was begun with {said}; say the same, or name another folder")
-        for line in lines[1:]:
-            report = ShardReport(**json.loads(line))
-            if (self.folder / report.name).is_file():
+        for entry in entries[1:]:
+            report, path = ShardReport(**entry), self.folder / entry["name"]
+            if path.is_file() and path.stat().st_size == report.bytes_out:  # another one is made again
                 self.reports[report.name] = report
         for name, url in self._names.items():
             if name in self.reports and self.reports[name].source != url:
@@ -144,7 +151,7 @@ class Resize:
         for name, report in self.reports.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != report.bytes_out:
-                raise UserError(f"{path}: gone or changed since it was written; remove {LEDGER} and begin anew")
+                raise UserError(f"{path}: gone or changed since it was written; the same command makes it again")
         sizes = {name: report.samples_out for name, report in sorted(self.reports.items())}
         part = self.folder / f".{SIZES}.part"
         part.write_text(json.dumps(sizes, indent=1) + "\n")

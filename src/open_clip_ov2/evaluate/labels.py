@@ -109,12 +109,13 @@ def hold_out(split: Split, share: float, seed: int = 0) -> tuple[Split, Split]:
 
 def ranks(scores_MC: Tensor, classes_M: Tensor) -> Tensor:
     """Place of the true class, from 0, `(M,)` int64; of equal scores the lower class number is first, and a class with
-    score -inf (nothing speaks for it) is last.
+    score -inf (nothing speaks for it) is last, as is one among scores that are not numbers.
     """
     true_M1 = scores_MC.gather(1, classes_M[:, None])
     before = torch.arange(scores_MC.shape[1], device=scores_MC.device)[None] < classes_M[:, None]
     places = ((scores_MC > true_M1) | ((scores_MC == true_M1) & before)).sum(dim=1)
-    return places.masked_fill(true_M1.flatten() == -torch.inf, scores_MC.shape[1])
+    never_M = (true_M1.flatten() == -torch.inf) | scores_MC.isnan().any(dim=1)
+    return places.masked_fill(never_M, scores_MC.shape[1])
 
 
 def accuracy(places_M: Tensor, num_classes: int) -> dict[str, float | None]:

@@ -123,20 +123,27 @@ def eval_options(args: argparse.Namespace) -> EvalOptions:
     """Raises UserError for a file that is missing or is not what it should be."""
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size is at least 1, --workers at least 0")
+    templates = tuple(_json(args.templates, list, "a list of texts")) if args.templates else TEMPLATES
+    wrong = [text for text in templates if not isinstance(text, str) or "{}" not in text]
+    if wrong:
+        raise UserError(f"{args.templates}: {wrong[0]!r} is no text with {{}} in it, where the class goes")
+    guess = _json(args.guess, dict, "an object of numbers") if args.guess else {}
+    if not all(isinstance(chance, (int, float)) and 0 < chance <= 1 for chance in guess.values()):
+        raise UserError(f"{args.guess}: chances in (0, 1] are wanted")
     return EvalOptions(
         data=args.data,
         tasks=args.tasks,
         train_data=args.train_data,
         caption_keys=parse_caption_keys(args.caption_keys),
-        label_key=_key(args.label_key),
-        group_by=_key(args.group_by),
-        guess=_json(args.guess, dict, "an object of numbers") if args.guess else {},
+        label_key=_key("--label-key", args.label_key),
+        group_by=_key("--group-by", args.group_by),
+        guess=guess,
         questions=args.questions,
         question_images=args.question_images,
         question_rule=args.question_rule,
         prompt=args.prompt,
         classes=Classes.read(args.classes) if args.classes else None,
-        templates=tuple(_json(args.templates, list, "a list of texts")) if args.templates else TEMPLATES,
+        templates=templates,
         length_normalise=args.length_normalise,
         keep_ratio=args.keep_ratio,
         keep_ratios=args.keep_ratios,
@@ -157,8 +164,16 @@ def source_of(text: str) -> Source:
     return WebDatasetSource(urls=urls, weights=None, resampled=False)
 
 
-def _key(text: str | None) -> CaptionKey | None:
-    return parse_caption_keys(text)[0] if text else None
+def _key(flag: str, text: str | None) -> CaptionKey | None:
+    if text is None:
+        return None
+    try:
+        keys = parse_caption_keys(text)
+    except UserError as error:
+        raise UserError(f"{flag}: {str(error).removeprefix('--caption-keys: ')}") from None
+    if len(keys) > 1:
+        raise UserError(f"{flag}: {text!r} names {len(keys)} places; one is wanted")
+    return keys[0]
 
 
 def _json(path: Path, kind: Any, wanted: str) -> Any:

@@ -28,6 +28,7 @@ from open_clip_ov2.seam.subject import subject_of
 from open_clip_ov2.seam.tokenizer import eos_id_of
 
 NO_TEXT = -1  # the end of text of a model without any
+WEIGHTS = (".pt", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class EvalJob:
     @cached_property
     def subject(self) -> Subject:
         at = self.evaluated
+        if self.options.keep_ratio is not None and not isinstance(at.model, CaptionModel):
+            raise UserError(f"--keep-ratio: {at.name} drops no tokens; leave the flag out")
         return subject_of(at.model, at.tokenizer, self.settings, name=at.name, keep_ratio=self.options.keep_ratio)
 
     def captioned(self) -> EvalLoader:
@@ -110,10 +113,12 @@ class EvalJob:
     def _cache(self, data: str) -> Cache | None:
         if self.options.cache is None:
             return None
-        if self.evaluated.checkpoint is None:
+        at = self.evaluated
+        if at.checkpoint is None:
             raise UserError("--cache: features of a model in training are not kept")
-        files = [self.evaluated.checkpoint, *_files(data)]
-        identity = {"files": stamp(files), "preprocess": repr(self.evaluated.preprocess)}
+        weights = _weights(at.checkpoint) if at.checkpoint.is_dir() else [at.checkpoint]
+        files = stamp([*weights, *_files(data)])
+        identity = {"model": at.name, "files": files, "preprocess": repr(at.preprocess)}
         return Cache(self.options.cache, identity)
 
     @cached_property
@@ -144,10 +149,14 @@ class EvalJob:
             last = pictures_BCHW[-1:]
             if len(rest.keys) and number % self.world_size == self.rank:
                 yield rest._replace(images_BCHW=shifted)
-        if first is None or last is None or torch.equal(first.images_BCHW, last):
-            raise UserError(f"{self.options.data}: shuffled pictures want at least two different ones")
+        if first is None or last is None or (number == 0 and len(batch.keys) == 1):
+            raise UserError(f"{self.options.data}: shuffled pictures want at least two")
         if self.rank == 0:
             yield first._replace(images_BCHW=last)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS)
 
 
 def _files(data: str) -> list[str | Path]:

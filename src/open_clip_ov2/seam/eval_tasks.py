@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 
 from open_clip_ov2.core import CaptionModel
+from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe
@@ -26,32 +28,44 @@ from open_clip_ov2.evaluate.reading import reading_scores
 from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
 from open_clip_ov2.evaluate.subject import Ability
 from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
-from open_clip_ov2.seam.eval_flags import KEEP_RATIOS
+from open_clip_ov2.seam.eval_flags import KEEP_RATIOS, EvalOptions
 from open_clip_ov2.seam.eval_job import EvalJob
 from open_clip_ov2.seam.evaluate import caption_loss, gathered_counts
 
 ALL = "all"
+CONSTANTS = ("temperature", "regulariser", "num_samples")  # numbers of a result that measure nothing
 
 
 @dataclass(frozen=True)
 class Task:
     """`ability`: what the model must be able to do; `options`: fields of EvalOptions that must be given; `module`: what
-    must be installed; `named_only`: left out of `all`, for it takes pictures x texts."""
+    must be installed; `named_only`: left out of `all`, for it takes pictures x texts; `labels`: wants labels, which a
+    folder has; `drops_tokens`: of ov2 models alone."""
 
     run: Callable[[EvalJob], dict[str, Any]]
     ability: Ability
     options: tuple[str, ...] = ()
     module: str | None = None
     named_only: bool = False
+    labels: bool = False
+    drops_tokens: bool = False
 
     def lacks(self, job: EvalJob) -> str | None:
         """Why it cannot be run, if so."""
         if self.ability not in job.subject.abilities:
             can = ", ".join(sorted(job.subject.abilities))
             return f"{job.evaluated.name} has no {self.ability} (it has: {can})"
-        missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(job.options, name)]
+        if self.drops_tokens and not isinstance(job.evaluated.model, CaptionModel):
+            return f"{job.evaluated.name} drops no tokens"
+        return self.lacks_flags(job.options)
+
+    def lacks_flags(self, options: EvalOptions) -> str | None:
+        """The part that no model is wanted for."""
+        missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(options, name)]
         if missing:
             return f"{' and '.join(missing)} must be given"
+        if self.labels and not options.label_key and not Path(options.data).is_dir():
+            return "--label-key must be given"
         if self.module is not None and find_spec(self.module) is None:
             return f"{self.module} is not installed (pip install 'open_clip_ov2[eval]')"
         return None
@@ -60,7 +74,7 @@ class Task:
 def _caption_loss(job: EvalJob) -> dict[str, Any]:
     loader = job.captioned()
     found = caption_loss(job.evaluated.model, loader, job.settings, job.options.keep_ratio)
-    return {**found, "skipped": gathered_counts(dict(loader.skips), job.world_size)}
+    return _with_skips(job, loader, found)
 
 
 def _shuffled_loss(job: EvalJob) -> dict[str, Any]:
@@ -123,28 +137,34 @@ def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Callable[[EvalJo
     return run
 
 
+def _with_skips(job: EvalJob, loader: EvalLoader, found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "skipped_samples": gathered_counts(dict(loader.skips), job.world_size)}
+
+
 def _likelihood(job: EvalJob) -> dict[str, Any]:
-    options = job.options
-    return zero_shot_likelihood(
-        job.subject, job.labelled(), options.classes, options.templates,
+    options, loader = job.options, job.labelled()
+    found = zero_shot_likelihood(
+        job.subject, loader, options.classes, options.templates,
         length_normalise=options.length_normalise, world_size=job.world_size,
     )  # fmt: skip
+    return _with_skips(job, loader, found)
 
 
 def _zero_shot(job: EvalJob) -> dict[str, Any]:
-    options = job.options
-    return zero_shot_contrastive(
-        job.subject, job.labelled(), options.classes, options.templates, world_size=job.world_size
-    )
+    options, loader = job.options, job.labelled()
+    found = zero_shot_contrastive(job.subject, loader, options.classes, options.templates, world_size=job.world_size)
+    return _with_skips(job, loader, found)
 
 
 def _likelihood_retrieval(job: EvalJob) -> dict[str, Any]:
-    normalise = job.options.length_normalise
-    return likelihood_retrieval(job.subject, job.captioned(), length_normalise=normalise, world_size=job.world_size)
+    loader, normalise = job.captioned(), job.options.length_normalise
+    found = likelihood_retrieval(job.subject, loader, length_normalise=normalise, world_size=job.world_size)
+    return _with_skips(job, loader, found)
 
 
 def _retrieval(job: EvalJob) -> dict[str, Any]:
-    return contrastive_retrieval(job.subject, job.captioned(), world_size=job.world_size)
+    loader = job.captioned()
+    return _with_skips(job, loader, contrastive_retrieval(job.subject, loader, world_size=job.world_size))
 
 
 def _keep_ratios(job: EvalJob) -> dict[str, Any]:
@@ -154,7 +174,7 @@ def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     def measure(ratio: float) -> dict[str, Any]:
         return caption_loss(model, job.captioned(), job.settings, ratio)
 
-    rows, columns = model.visual.grid_size if isinstance(model, CaptionModel) else (1, 1)
+    rows, columns = cast(CaptionModel, model).visual.grid_size
     ratios = job.options.keep_ratios or [ratio for ratio in KEEP_RATIOS if ratio * rows * columns >= 1]
     return {"by_keep_ratio": keep_ratio_curve(measure, ratios)}
 
@@ -181,15 +201,15 @@ TASKS: Mapping[str, Task] = {
     "shuffled-loss": Task(_shuffled_loss, "caption"),
     "caption": Task(_caption, "caption", module="pycocoevalcap"),
     "read-text": Task(_read_text, "caption"),
-    "likelihood": Task(_likelihood, "caption", ("label_key",)),
+    "likelihood": Task(_likelihood, "caption", labels=True),
     "likelihood-retrieval": Task(_likelihood_retrieval, "caption", named_only=True),
-    "zero-shot": Task(_zero_shot, "contrast", ("label_key",)),
+    "zero-shot": Task(_zero_shot, "contrast", labels=True),
     "retrieval": Task(_retrieval, "contrast"),
     "questions": Task(_questions, "caption", ("questions",)),
     "linear-probe": Task(_probe(linear_probe, "pooled"), "features", ("train_data",)),
     "knn": Task(_probe(knn, "pooled"), "features", ("train_data",)),
     "attentive-probe": Task(_probe(attentive_probe, "tokens"), "features", ("train_data",)),
-    "keep-ratios": Task(_keep_ratios, "caption"),
+    "keep-ratios": Task(_keep_ratios, "caption", drops_tokens=True),
     "image-sizes": Task(_image_sizes, "features", ("image_sizes",)),
 }
 
@@ -216,7 +236,12 @@ def run_tasks(job: EvalJob, say: Callable[[str], None] = lambda line: None) -> d
         if reason:
             say(f"{name}: left out, {reason}")
             continue
-        results[name] = TASKS[name].run(job)
+        try:
+            results[name] = TASKS[name].run(job)
+        except UserError as error:  # of the data, which is the same on all ranks
+            if names:
+                raise
+            say(f"{name}: left out, {error}")
     if not results:
         raise UserError(f"no task can be done on {job.evaluated.name}; name one with --tasks to see why")
     return results
@@ -228,5 +253,5 @@ def headlines(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         f"{task}/{name}": float(value)
         for task, found in results.items()
         for name, value in found.items()
-        if isinstance(value, float)
+        if isinstance(value, float) and name not in CONSTANTS
     }

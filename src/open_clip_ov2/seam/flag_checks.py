@@ -8,7 +8,7 @@ from pathlib import Path
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import factory
 from open_clip_ov2.seam.eval_flags import options_of, source_of
-from open_clip_ov2.seam.eval_tasks import check_tasks
+from open_clip_ov2.seam.eval_tasks import TASKS, check_tasks
 from open_clip_ov2.seam.flags import FAMILY, TrainOptions
 
 _RANGES = {
@@ -89,7 +89,15 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
     if not theirs.val_data:
         raise UserError("--eval: its tasks run with each validation, and there is no --val-data")
     options = options_of(flags, "--eval")
-    check_tasks(options.tasks)
+    for name in check_tasks(options.tasks):
+        reason = TASKS[name].lacks_flags(options)
+        if reason or name == "image-sizes":
+            raise UserError(f"--eval: {name}: {reason or 'a model in training keeps its resolution'}")
+    if options.cache or (options.questions and not options.questions.is_file()):
+        cause = (
+            "features of a model in training are not kept" if options.cache else f"{options.questions}: no such file"
+        )
+        raise UserError(f"--eval: {cause}")
     for data in (options.data, options.train_data):
         if data:
             source_of(data)
