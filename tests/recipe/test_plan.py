@@ -102,7 +102,7 @@ def test_a_baseline_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "part"),
     [
         ([], "give a recipe file, or --model NAME --stage"),
-        (["nowhere.toml"], "nowhere.toml: cannot read"),
+        (["nowhere.toml"], "nowhere.toml: cannot be read"),
         ([L14, "--stage", "84:samples=1"], "one or the other"),
         (["--stage", "84:samples=1"], "--model is missing"),
         (["--model", "ov2-vit-l-15", "--stage", "84:samples=1"], "near: ov2-vit-l-14"),
