@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The comparisons of docs/results: ov2 against CoCa and CLIP, keep ratios, two stages; three seeds each. Less than 40
-# minutes on 2 quiet CPU cores. It goes on where it was stopped; BUDGET=2000 SEEDS=0 tries it out in a few minutes.
+# The comparisons of docs/results: ov2 against CoCa and CLIP, keep ratios, two stages; three seeds each. About an hour
+# on 2 CPU cores. It goes on where it was stopped; BUDGET=2000 SEEDS=0 tries it out in a few minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
