@@ -155,6 +155,11 @@ def test_features_of_two_models_are_kept_apart(baseline_models: Path, squares: P
         kept = evaluated(baseline_models / name, tmp_path / "f.json", *flags, "--cache", str(tmp_path / "cache"))
         assert_close(kept["linear-probe"], plain["linear-probe"])
     assert len(list((tmp_path / "cache").glob("pooled-*"))) == 4
+    on_disk = evaluated(baseline_models / "clip_tiny", tmp_path / "g.json", *flags, "--feature-disk", str(tmp_path))
+    assert_close(on_disk["linear-probe"], plain["linear-probe"])
+    (tmp_path / "file").write_text("")
+    wrong = ["--feature-disk", str(tmp_path / "file"), "--out", str(tmp_path / "h.json")]
+    assert ov2(["eval", str(baseline_models / "clip_tiny"), *flags, *wrong]) == 2  # no folder to lie in
 
 
 def test_questions_are_asked(run: Path, squares: Path, tmp_path: Path) -> None:

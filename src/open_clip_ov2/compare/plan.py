@@ -103,7 +103,3 @@ def seconds_at(samples: float, counts: Sequence[int], rates: Sequence[float]) ->
         seconds += within / rate
         left -= within
     return seconds
-
-
-def safe_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._+=-" else "-" for c in text)

@@ -147,7 +147,7 @@ class _Parts:
         if free is not None and needed > free:
             raise UserError(
                 f"{self._kind} features of {shape} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-                "free; keep them on disk or in float16, evaluate fewer samples, or use pooled features"
+                "free; keep them on disk (--feature-disk) or in float16, evaluate fewer samples, or use pooled features"
             )
 
     def assembled(self, skips: Mapping[str, int]) -> Features:

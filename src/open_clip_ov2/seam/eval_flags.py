@@ -48,6 +48,7 @@ class EvalOptions:
     batch_size: int = 64
     workers: int = 0
     cache: Path | None = None
+    feature_disk: Path | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,6 +92,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 def _add_classes(add: Any) -> None:
     add("--train-data", metavar="DATA", help="labelled, for linear-probe, knn and attentive-probe")
     add("--cache", type=Path, metavar="FOLDER", help="keep features here")
+    add("--feature-disk", type=Path, metavar="FOLDER", help="features lie here while used, for what memory cannot hold")
     add("--classes", type=Path, metavar="FILE.json", help="[names] or {label: name} (default: the labels of --data)")
     add("--templates", type=Path, metavar="FILE.json", help='["a photo of a {}.", ...] (default: "a photo of a {}.")')
     add("--length-normalise", action="store_true", help="likelihoods a token, not a caption")
@@ -152,6 +154,7 @@ def eval_options(args: argparse.Namespace) -> EvalOptions:
         batch_size=args.batch_size,
         workers=args.workers,
         cache=args.cache,
+        feature_disk=args.feature_disk,
     )
 
 

@@ -106,7 +106,12 @@ class EvalJob:
     def features(self, data: str, kind: Kind) -> Features:
         if (data, kind) not in self._features:
             self._features[data, kind] = extract(
-                self.subject, self.labelled(data), self.world_size, kind, cache=self._cache(data)
+                self.subject,
+                self.labelled(data),
+                self.world_size,
+                kind,
+                cache=self._cache(data),
+                disk=self.options.feature_disk,
             )
         return self._features[data, kind]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -32,9 +32,6 @@ class FamilyBilinear(str):
 
     It travels in `preprocess_cfg`, so the right crop comes out however the model was made.
     """
-
-
-_STOCK = asdict(PreprocessCfg())
 
 
 def family_preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
