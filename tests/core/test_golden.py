@@ -9,6 +9,7 @@ from golden_files import CASES, GoldenCase
 
 from open_clip_ov2.convert import from_flax
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets, gather_tokens
+from open_clip_ov2.core.packing import pack_captions
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -45,7 +46,8 @@ def test_logits_and_loss(case: GoldenCase) -> None:
 def test_every_gradient_norm(case: GoldenCase, checkpointing: bool) -> None:
     model = case.build().train()
     model.set_grad_checkpointing(checkpointing)
-    sums = model(case.images, case["in/labels"].long(), kept_idx=case["kept_idx"].long(), caption_loss=CaptionLoss())
+    captions = pack_captions(case["in/labels"].long(), 2, min_tokens=8)
+    sums = model(case.images, kept_idx=case["kept_idx"].long(), captions=captions, caption_loss=CaptionLoss())
     loss = sums.objective / sums.num_targets
     torch.testing.assert_close(loss, case["loss"], atol=1e-6, rtol=0)
     loss.backward()

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.recipe import Stage
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, Tokens, Tower, flops
 from open_clip_ov2.recipe.memory import LOGIT_BYTES, PRECISION, Memory, activation_bytes, fixed_bytes
@@ -41,7 +42,8 @@ def loss_of(model: Any, ids_BL: Tensor, resolution: int) -> Tensor:
     """What training minimises, on noise."""
     image = torch.rand(BATCH, 3, resolution, resolution)
     if hasattr(model, "token_drop"):
-        return model(image, ids_BL, caption_loss=CaptionLoss()).objective
+        packed = pack_captions(ids_BL, model.text_config.eos_id, 1)
+        return model(image, captions=packed, caption_loss=CaptionLoss()).objective
     out = model(image, ids_BL)
     features = (out["image_features"], out["text_features"]) if isinstance(out, dict) else out[:2]
     total = sum(feature.square().sum() for feature in features)

@@ -25,14 +25,14 @@ def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 def test_the_whole_schedule_of_l14(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: 2.66e21 FLOP and 1,871 H100-hours at half the ceiling for 12.8 B samples at 84 px and 1.02 B at 224,
-    computed elsewhere; 1.72 to 1.76 times that for a model with a text encoder."""
+    computed elsewhere with whole attention in the decoder, 1% more than ours; 1.72 to 1.76 times that for a model with a text encoder."""
     plan = planned(capsys, L14, "--gpus", "64")
     first, second, _ = plan["stages"]
     assert [stage["tokens"]["encoder"] for stage in plan["stages"]] == [37, 257, 577]
     assert [stage["tokens"]["kept"] for stage in plan["stages"]] == [12, 89, 201]
     assert first["tokens"]["text"] == 127
-    assert first["flop"] + second["flop"] == pytest.approx(2.66e21, rel=0.01)
-    assert first["gpu_hours"] + second["gpu_hours"] == pytest.approx(1871, rel=0.01)
+    assert first["flop"] + second["flop"] == pytest.approx(0.99 * 2.66e21, rel=0.005)
+    assert first["gpu_hours"] + second["gpu_hours"] == pytest.approx(0.99 * 1871, rel=0.005)
     assert first["steps"] == 390_982  # 12,811,670,000 / 32,768 = 390,981.1
     assert first["warmup_steps"] == 1564
     assert first["lr"] == pytest.approx(1.024e-3)
@@ -62,7 +62,7 @@ def test_flags_override_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         "--grad-checkpointing", "--precision", "fp32",
     )  # fmt: skip
     stage, before = changed["stages"][1], usual["stages"][1]
-    assert stage["tokens"] == {"encoder": 257, "kept": 128, "text": 127, "targets": 60.0}
+    assert stage["tokens"] == {"encoder": 257, "kept": 128, "text": 60, "targets": 60.0}
     assert stage["batch_size"] == 64  # the largest divisor of 16,384 up to 100
     assert (stage["precision"], stage["grad_checkpointing"]) == ("fp32", True)
     assert stage["memory_bytes"]["per_image"] < before["memory_bytes"]["per_image"]

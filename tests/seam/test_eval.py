@@ -15,6 +15,7 @@ from training import NANO, data_flags, finish, results, start_ranks
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.seam.baselines import init_coca_head
 
 TASKS = (
@@ -104,10 +105,11 @@ def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, An
     keys = parse_caption_keys("txt")
     loader = EvalLoader(source, opened.preprocess, opened.tokenizer, batch_size=10, num_workers=0, caption_keys=keys)
     (batch,) = loader
+    captions = pack_captions(batch.texts_BL, opened.model.text_config.eos_id, 1)
     for task, images in (("caption-loss", batch.images_BCHW), ("shuffled-loss", batch.images_BCHW.roll(1, dims=0))):
         kept = eval_kept_idx(opened.model, batch.keys)
         with torch.no_grad():
-            sums = opened.model(images, batch.texts_BL, kept_idx=kept, caption_loss=CaptionLoss())
+            sums = opened.model(images, kept_idx=kept, captions=captions, caption_loss=CaptionLoss())
         assert whole[task]["caption_loss"] == pytest.approx(float(sums.nll / sums.num_targets), rel=1e-5)
 
 

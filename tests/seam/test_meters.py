@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.runlog.meter import JUDGED_S, BottleneckWatch, DeviceMemory, Meter, bottleneck
 from open_clip_ov2.runlog.peak import Peak, data_sheet, measured_peak
 from open_clip_ov2.runlog.window import Window
@@ -32,10 +33,10 @@ def captions(model: Any, lengths: list[int]) -> Tensor:
 
 
 def counted(model: Any, ids_BL: Tensor) -> float:
-    """FLOPs of the whole batch, forward and backward."""
-    images = torch.rand(len(ids_BL), 3, 64, 64)
+    """FLOPs of the whole batch in one group, so padded to its longest caption, forward and backward."""
+    images, packed = torch.rand(len(ids_BL), 3, 64, 64), pack_captions(ids_BL, model.text_config.eos_id, 1 << 20)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images, ids_BL, caption_loss=CaptionLoss()).objective.backward()
+        model(images, captions=packed, caption_loss=CaptionLoss()).objective.backward()
     return float(counter.get_total_flops())
 
 

@@ -78,7 +78,7 @@ def test_clipping_scales_the_update() -> None:
 def test_windows_leave_an_incomplete_one_out_and_targets_are_counted() -> None:
     batch = whole_batch()
     assert [len(window) for window in windows([batch] * 7, 3)] == [3, 3]
-    assert settings(1, 1).groups(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))
+    assert settings(1, 1).packed(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))
 
 
 class Questions(TorchDispatchMode):
@@ -99,14 +99,14 @@ class Questions(TorchDispatchMode):
 
 @pytest.mark.parametrize("accum_freq", [1, 2])
 def test_a_step_asks_the_device_nothing(accum_freq: int) -> None:
-    """Oracle: the operators themselves. Grouping captions by length asks, of ids that are still on the CPU."""
+    """Oracle: the operators themselves. Packing captions asks, of ids that are still on the CPU."""
     model, batch, options = model_of(), whole_batch(), settings(1, accum_freq, clip=1.0)
     size = 8 // accum_freq
     window = [part(batch, start, start + size) for start in range(0, 8, size)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     with Questions() as of_ids:
         for one in window:
-            options.groups(one.texts_BL)
+            options.packed(one.texts_BL)
     with Questions() as of_step:
         optimizer_step(model, window, CaptionLoss(label_smoothing=0.1, z_loss=1e-4), optimizer, None, options)
     assert of_step.asked == of_ids.asked

@@ -33,19 +33,18 @@ def test_it_is_the_float_transform_bit_for_bit(aug_cfg: dict[str, object] | None
         rows.append(crop(IMAGE))
     images = torch.stack(rows)
     assert images.dtype == torch.uint8
-    texts = torch.zeros(8, 4, dtype=torch.long)
     ours = settings(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
-    assert torch.equal(ours.to_device(images, texts)[0], torch.stack(expected))
-    halves = settings("pure_bf16", mean=tuple(cfg["mean"]), std=tuple(cfg["std"])).to_device(images, texts)[0]
+    assert torch.equal(ours.pixels(images), torch.stack(expected))
+    halves = settings("pure_bf16", mean=tuple(cfg["mean"]), std=tuple(cfg["std"])).pixels(images)
     assert torch.equal(halves, torch.stack(expected).bfloat16())
 
 
 def test_floats_are_taken_as_normalised_and_uint8_needs_the_statistics() -> None:
     """Oracle: the tensor put in; the error's words."""
     floats = torch.randn(2, 3, 4, 4)
-    assert torch.equal(settings(mean=(0.5,) * 3, std=(0.5,) * 3).to_device(floats, torch.zeros(2))[0], floats)
+    assert torch.equal(settings(mean=(0.5,) * 3, std=(0.5,) * 3).pixels(floats), floats)
     with pytest.raises(ValueError, match="no mean and std"):
-        settings().to_device(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2))
+        settings().pixels(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
 def test_other_transforms_stay_as_they_are() -> None:

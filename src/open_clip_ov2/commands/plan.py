@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run("--fusion", metavar="F")
     run(
         "--mean-caption-tokens", type=_positive(float), metavar="M",
-        help="real tokens of a caption, end of text included; only these reach an ov2 model's head (default: all)",
+        help="real tokens of a caption, end of text included; an ov2 model computes little else (default: all)",
     )  # fmt: skip
     return parser
 

@@ -1,20 +1,23 @@
 """The text decoder over [image tokens ; caption tokens].
 
-Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary.
+Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary; t caption positions of
+all rows together, T with the image tokens (core/packing.py).
 Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVision's prefix-LM).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from open_clip_ov2.core.blocks import CrossBlock, KeyValue, LayerNorm, SelfBlock
+from open_clip_ov2.core.blocks import CrossBlock, KeyValue, LayerNorm, PackedRows, SelfBlock
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
@@ -55,6 +58,13 @@ def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> 
     mask_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     mask_SS[:, :prefix] = True
     return mask_SS
+
+
+def _caption_mask(before: int, length: int, device: torch.device) -> Tensor:
+    """`(length, before + length)`: captions see `before` image tokens, and what came before in the caption."""
+    if device.type == "cuda":
+        return causal_lower_right(length, before + length)  # a form that fused kernels know, with no mask to read
+    return prefix_mask(before, before + length, device)[before:]
 
 
 class TextDecoder(nn.Module):
@@ -103,40 +113,47 @@ class TextDecoder(nn.Module):
 
     def forward(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> Tensor:
         """`(B, K, image width)`, `(B, L)` int64 -> hidden states of the caption positions `(B, L, D)`, normed."""
+        shape = (ids_BL.shape[0], ids_BL.shape[1])
+        return self.packed(image_tokens_BKD, ids_BL.flatten(), (shape,)).unflatten(0, shape)
+
+    def packed(self, image_tokens_BKD: Tensor, ids_t: Tensor, parts: tuple[tuple[int, int], ...]) -> Tensor:
+        """Captions side by side, see PackedCaptions: `(B, K, image width)`, `(t,)` int64 -> hidden states `(t, D)`,
+        normed. The rows of `image_tokens_BKD` are in the order of the groups."""
         image_BKD = self.image_projection(image_tokens_BKD)
-        text_BLD = self._embed(ids_BL, image_BKD)
-        if self.config.fusion == "cross_attn":
-            return self.ln_final(self._run_cross(text_BLD, image_BKD))
-        return self.ln_final(self._run(torch.cat([image_BKD, text_BLD], dim=1), image_BKD.shape[1]))
+        text_tD = self._embed(ids_t, image_BKD)
+        crosses = self.config.fusion == "cross_attn"
+        batch, num_image, _ = image_BKD.shape
+        before = 0 if crosses else num_image
+        masks = tuple(_caption_mask(before, length, text_tD.device) for _, length in parts)
+        rows = PackedRows(batch, before, parts, masks)
+        if crosses:
+            return self.ln_final(self._run_cross(text_tD, image_BKD, rows))
+        return self.ln_final(self._run(torch.cat([image_BKD.flatten(0, 1), text_tD]), rows))
 
-    def _run(self, x_BSD: Tensor, num_image: int) -> Tensor:
-        """`(B, K + L, D)` -> `(B, L, D)`: of the last block's outputs only the caption positions are read."""
-        total = x_BSD.shape[1]
+    def _run(self, x_TD: Tensor, rows: PackedRows) -> Tensor:
+        """`(T, D)` -> `(t, D)`: of the last block's outputs only the caption positions are read."""
+        *blocks, last = [cast(SelfBlock, block) for block in self.blocks]
         causal = self.config.fusion == "causal"
-        mask_SS = prefix_mask(0 if causal else num_image, total, x_BSD.device)
-        for index, block in enumerate(self.blocks):
-            last = index == len(self.blocks) - 1
-            start = num_image if last else 0
-            unmasked = causal and not last  # causal attention of equal lengths needs no mask, and has a faster kernel
-            arguments = (x_BSD, None if unmasked else mask_SS[start:], unmasked, None, start)
-            if self.grad_checkpointing and self.training:
-                x_BSD, _ = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BSD, _ = block(*arguments)
-        return x_BSD
+        for block in blocks:
+            x_TD = self._maybe_again(block.packed, x_TD, rows, causal)
+        return self._maybe_again(last.packed_last, x_TD, rows)
 
-    def _embed(self, ids_BL: Tensor, like: Tensor) -> Tensor:
-        return self.token_embedding(ids_BL).to(like.dtype)
-
-    def _run_cross(self, x_BLD: Tensor, image_BKD: Tensor) -> Tensor:
+    def _run_cross(self, x_tD: Tensor, image_BKD: Tensor, rows: PackedRows) -> Tensor:
         for block in self.blocks:
-            arguments = (x_BLD, image_BKD) if isinstance(block, CrossBlock) else (x_BLD, None, True)
-            if self.grad_checkpointing and self.training:
-                out = checkpoint(block, *arguments, use_reentrant=False)
+            if isinstance(block, CrossBlock):
+                x_tD = self._maybe_again(block.packed, x_tD, image_BKD, rows)
             else:
-                out = block(*arguments)
-            x_BLD = out if isinstance(block, CrossBlock) else out[0]
-        return x_BLD
+                x_tD = self._maybe_again(cast(SelfBlock, block).packed, x_tD, rows, True)
+        return x_tD
+
+    def _maybe_again(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Its result; with gradient checkpointing it is computed again in the backward pass."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _embed(self, ids: Tensor, like: Tensor) -> Tensor:
+        return self.token_embedding(ids).to(like.dtype)
 
     def image_cache(self, image_tokens_BKD: Tensor) -> DecoderCache:
         """Keys and values of the image, `(B, K, image width)`, for `after_image`; captions do not change them."""
@@ -161,7 +178,7 @@ class TextDecoder(nn.Module):
         x_BTD = self._embed(ids_T, like).expand(images, -1, -1)
         for block, entry in zip(self.blocks, cache.entries, strict=True):
             if isinstance(block, CrossBlock):
-                x_BTD = block(x_BTD, kv=entry)
+                x_BTD = block(x_BTD, entry)
             else:
                 mask_TS = F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
                 x_BTD, _ = block(x_BTD, mask_TS, past=entry)
@@ -180,7 +197,7 @@ class TextDecoder(nn.Module):
         for block in self.blocks:
             if isinstance(block, CrossBlock):
                 kv = block.project_context(image_BKD)
-                x = block(x, kv=kv)
+                x = block(x, kv)
             else:
                 x, kv = block(x, mask_SS, causal)
             cache.entries.append(kv)
@@ -192,7 +209,7 @@ class TextDecoder(nn.Module):
         grown = DecoderCache()
         for block, entry in zip(self.blocks, cache.entries, strict=True):
             if isinstance(block, CrossBlock):
-                x_B1D, kv = block(x_B1D, kv=entry), entry
+                x_B1D, kv = block(x_B1D, entry), entry
             else:
                 x_B1D, kv = block(x_B1D, past=entry)
             grown.entries.append(kv)

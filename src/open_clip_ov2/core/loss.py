@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,26 +71,12 @@ class CaptionLoss(nn.Module):
             objective = objective + self.z_loss * (logits_TV.logsumexp(-1).square() * real_T).sum()
         return CaptionLossSums(nll, objective, real_T.sum())
 
-    def from_hidden(
-        self, hidden: Tensor, lm_head: nn.Linear, labels: Tensor, num_targets: int | None = None
-    ) -> CaptionLossSums:
-        """From the decoder's hidden states `(..., D)` and labels `(...)`; only real targets reach the head, and
-        their logits never exist at once.
+    def from_hidden(self, hidden_RD: Tensor, lm_head: nn.Linear, labels_R: Tensor) -> CaptionLossSums:
+        """From the decoder's hidden states at the real targets, and those; their logits never exist at once.
 
-        `num_targets`, their number, lets the selection run without asking the device for it. Of the sums only the
-        objective has a gradient.
+        Of the sums only the objective has a gradient.
         """
-        labels_T = labels.flatten()
-        real_T = labels_T != IGNORE_INDEX
-        if num_targets is None:
-            index_R = real_T.nonzero()[:, 0]
-        else:
-            index_R = real_T.nonzero_static(size=num_targets)[:, 0]
         nll, objective = linear_cross_entropy(
-            hidden.flatten(0, -2).index_select(0, index_R),
-            lm_head.weight,
-            labels_T.index_select(0, index_R),
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
+            hidden_RD, lm_head.weight, labels_R, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-        return CaptionLossSums(nll, objective, real_T.sum())
+        return CaptionLossSums(nll, objective, torch.full((), len(labels_R), device=labels_R.device))

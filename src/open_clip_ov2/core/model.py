@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip_ov2.core.blocks import CrossBlock, SelfBlock
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
-from open_clip_ov2.core.groups import LengthGroups
 from open_clip_ov2.core.last_block import block_at, kept_tokens
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
+from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
 
@@ -116,47 +117,38 @@ class CaptionModel(nn.Module):
         *,
         kept_idx: Tensor | None = None,
         keep_ratio: float | None = None,
+        captions: PackedCaptions | None = None,
         caption_loss: CaptionLoss | None = None,
-        groups: LengthGroups | None = None,
     ) -> dict[str, Tensor] | tuple[Tensor, ...] | CaptionLossSums:
         """One pass over images `(B, 3, H, W)` and ids `(B, L)` int64.
 
-        With `caption_loss`, its sums, computed inside so that DDP sees every parameter at work (`groups`, made of
-        `text` while it was on the CPU, spares the decoder padding and the device questions). Otherwise
-        `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`, or that pair as a
-        tuple if `output_dict` is off. Without text: `{"image_features": (B, D), "image_embs": (B, N, D)}`.
+        `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`, or that pair as a tuple if
+        `output_dict` is off. Without text: `{"image_features": (B, D), "image_embs": (B, N, D)}`. With `captions` and
+        `caption_loss` in place of text, the sums of the loss, computed inside so that DDP sees every parameter at work.
         `kept_idx` `(B, K)` or `keep_ratio` replace the model's own token dropping.
         """
         if image is None:
             raise ValueError("an ov2 model has no text encoder: give it images, or images and text")
-        if text is None:
+        if text is None and captions is None:
             pooled_BD, tokens_BND = self.visual(image)
             image_out = {"image_features": pooled_BD, "image_embs": tokens_BND}
             return image_out if self.output_dict else tuple(image_out.values())
         kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
-        if caption_loss is not None:
-            return self._loss_sums(kept_BKD, text, caption_loss, groups)
+        if captions is not None:
+            if caption_loss is None:
+                raise ValueError("packed captions are for the loss: give caption_loss too")
+            return self._loss_sums(kept_BKD, captions, caption_loss)
+        assert text is not None
         labels_BL = caption_targets(text, self.text_config.eos_id)
         hidden_BLD = self.text_decoder(kept_BKD, text[:, :-1])
         out = {"logits": self.text_decoder.lm_head(hidden_BLD), "labels": labels_BL}
         return out if self.output_dict else tuple(out.values())
 
-    def _loss_sums(
-        self, kept_BKD: Tensor, text: Tensor, caption_loss: CaptionLoss, groups: LengthGroups | None
-    ) -> CaptionLossSums:
-        parts: tuple[tuple[int, int], ...] = ((len(text), text.shape[1]),)
-        if groups is not None:
-            parts = groups.parts
-            if len(parts) > 1:
-                kept_BKD, text = kept_BKD.index_select(0, groups.order_B), text.index_select(0, groups.order_B)
-        hidden, labels, first = [], [], 0
-        for rows, length in parts:
-            ids_bl = text[first : first + rows, :length]
-            hidden.append(self.text_decoder(kept_BKD[first : first + rows], ids_bl[:, :-1]).flatten(0, 1))
-            labels.append(caption_targets(ids_bl, self.text_config.eos_id).flatten())
-            first += rows
-        num_targets = groups.num_targets if groups is not None else None
-        return caption_loss.from_hidden(torch.cat(hidden), self.text_decoder.lm_head, torch.cat(labels), num_targets)
+    def _loss_sums(self, kept_BKD: Tensor, captions: PackedCaptions, caption_loss: CaptionLoss) -> CaptionLossSums:
+        kept_BKD = kept_BKD.index_select(0, captions.order_B)
+        hidden_tD = self.text_decoder.packed(kept_BKD, captions.ids_t, captions.parts)
+        hidden_RD = hidden_tD.index_select(0, captions.index_R)
+        return caption_loss.from_hidden(hidden_RD, self.text_decoder.lm_head, captions.labels_R)
 
     @torch.no_grad()
     def generate(
@@ -227,10 +219,10 @@ class CaptionModel(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile each block in place, with torch.compile's `options`; the state dict's keys stay as they are.
 
-        Captions differ in length, so one graph with a dynamic length serves the decoder.
+        Of the decoder's what works token by token, for a number of tokens that differs from step to step.
         """
         for block in self.visual.transformer.resblocks:
             block.compile(**options)
         self._last_block = torch.compile(block_at, **options)
         for block in self.text_decoder.blocks:
-            block.compile(dynamic=True, **options)
+            cast(SelfBlock | CrossBlock, block).compile_tokenwise(**options)

@@ -1,8 +1,9 @@
 """Floating-point operations of one image, from plain sizes.
 
 A multiply-add counts as two; backward is twice forward, but for the pixels, which want no gradient. Attention counts
-whole rows, as torch's FlopCounterMode does and as a kernel with a mask computes it. An ov2 model's last encoder block
-is computed for the kept tokens alone, its last decoder block for the caption. `published` counts as published tables
+whole rows, as torch's FlopCounterMode does and as a kernel with a mask computes it; an ov2 decoder's image tokens see
+those of the image alone. An ov2 model's last encoder block is computed for the kept tokens alone, its last decoder
+block for the caption. `published` counts as published tables
 do: last blocks at all positions, and of the decoder's and text tower's attention the half that a causal mask needs.
 Left out, being less than 1%: norms, activations, the optimizer, and the matrix of a contrastive loss.
 """
@@ -74,7 +75,7 @@ class Tokens:
     """Tokens of one image and its caption.
 
     `encoder`: all that the ViT sees, class token included. `kept`: image tokens that a decoder sees. `text`: caption
-    positions computed, padding included. `targets`: positions whose logits are computed.
+    positions computed, padding included where it is. `targets`: positions whose logits are computed.
     """
 
     encoder: int
@@ -107,16 +108,12 @@ def _mlp(tower: Tower, rows: int) -> float:
     return 2 * linear(rows, tower.width, tower.mlp_width)
 
 
-def _self_block(tower: Tower, rows: int, share: float, read: int | None = None) -> float:
-    """`share` of the attention weights is computed; `read`: the rows whose output somebody reads, all by default."""
+def _self_block(tower: Tower, rows: int, pairs: float, read: int | None = None) -> float:
+    """`pairs` of a query and a key are computed; `read`: the rows whose output somebody reads, all by default."""
     read = rows if read is None else read
-    attention = 4.0 * read * rows * tower.width * share  # weights, then values
+    attention = 4.0 * pairs * tower.width  # weights, then values
     projections = 2 * linear(read, tower.width, tower.width) + 2 * linear(rows, tower.width, tower.width)
     return projections + attention + _mlp(tower, read)
-
-
-def _stack(tower: Tower, rows: int, share: float, read: int | None = None) -> float:
-    return (tower.layers - 1) * _self_block(tower, rows, share) + _self_block(tower, rows, share, read)
 
 
 def _cross_block(tower: Tower, rows: int, context: int) -> float:
@@ -136,22 +133,30 @@ def encoder_flops(encoder: Encoder, patches: int, tokens: int, read: int | None 
     """`patches` are embedded, `tokens` go through the blocks: fewer with patch dropout. `read` as for `_self_block`."""
     embedding = linear(patches, 3 * encoder.patch_size**2, encoder.tower.width)
     head = linear(1, encoder.pooled_width, encoder.embed_dim)
-    blocks = _blocks(_stack(encoder.tower, tokens, 1.0, read))
+    tower, whole = encoder.tower, _self_block(encoder.tower, tokens, tokens * tokens)
+    last = whole if read is None else _self_block(tower, tokens, read * tokens, read)
+    blocks = _blocks((tower.layers - 1) * whole + last)
     return blocks + Flops(embedding, embedding) + (_trained(head) if encoder.trained_head else Flops(head, 0.0))
 
 
-def decoder_flops(sizes: CaptionSizes, tokens: Tokens, share: float, read: int | None = None) -> Flops:
-    tower, image_width = sizes.decoder, sizes.encoder.tower.width
+def decoder_flops(sizes: CaptionSizes, tokens: Tokens, *, published: bool = False) -> Flops:
+    tower, image_width, text, image = sizes.decoder, sizes.encoder.tower.width, tokens.text, tokens.kept
+    share = 0.5 if published else 1.0
+    both = image + text
     if sizes.fusion == "cross_attn":  # self- and cross-attention blocks in turn, `layers` of them together
-        pair = _self_block(tower, tokens.text, share) + _cross_block(tower, tokens.text, tokens.kept)
+        pair = _self_block(tower, text, share * text * text) + _cross_block(tower, text, image)
         blocks = tower.layers // 2 * pair
+    elif published:
+        blocks = tower.layers * _self_block(tower, both, share * both * both)
     else:
-        blocks = _stack(tower, tokens.kept + tokens.text, share, read)
-    return _blocks(blocks) + _trained(linear(tokens.kept, image_width, tower.width))
+        whole = _self_block(tower, both, image * image + text * both)
+        blocks = (tower.layers - 1) * whole + _self_block(tower, both, text * both, text)
+    return _blocks(blocks) + _trained(linear(image, image_width, tower.width))
 
 
 def _text_flops(text: Tower, length: int, embed_dim: int, share: float) -> Flops:
-    return _blocks(text.layers * _self_block(text, length, share)) + _trained(linear(1, text.width, embed_dim))
+    blocks = text.layers * _self_block(text, length, share * length * length)
+    return _blocks(blocks) + _trained(linear(1, text.width, embed_dim))
 
 
 def _pooler_flops(sizes: CocaSizes, tokens: int) -> Flops:
@@ -172,7 +177,7 @@ def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, published: bool = 
         return parts | {"text encoder": _text_flops(sizes.text, tokens.text, encoder.embed_dim, share)}
     if isinstance(sizes, CocaSizes):
         tower = sizes.decoder
-        pair = _self_block(tower, tokens.text, share) + _cross_block(tower, tokens.text, tokens.kept)
+        pair = _self_block(tower, tokens.text, share * tokens.text**2) + _cross_block(tower, tokens.text, tokens.kept)
         parts |= {
             "pooler": _pooler_flops(sizes, tokens.encoder),
             # Its class token, and the last token, which the decoder only predicts.
@@ -180,6 +185,6 @@ def flops(sizes: ModelSizes, patches: int, tokens: Tokens, *, published: bool = 
             "decoder": _blocks(tower.layers * pair),
         }
     else:
-        parts["decoder"] = decoder_flops(sizes, tokens, share, tokens.text if part else None)
+        parts["decoder"] = decoder_flops(sizes, tokens, published=published)
     parts["head"] = _trained(linear(tokens.targets, sizes.decoder.width, sizes.vocab))
     return parts

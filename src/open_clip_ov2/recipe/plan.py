@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,7 +171,8 @@ def count_tokens(sizes: ModelSizes, resolution: int, settings: Settings) -> Toke
     kept = int(seen * sum(settings.keep) / 2)
     if kept < 1:
         raise UserError(f"keep-ratio {settings.keep[0]:g} keeps none of {seen} image tokens at {resolution} px")
-    return Tokens(seen + 1, kept, text, min(float(text), settings.mean_caption_tokens or text))
+    targets = min(float(text), settings.mean_caption_tokens or text)
+    return Tokens(seen + 1, kept, math.ceil(targets), targets)  # captions are packed: next to no padding is computed
 
 
 def stage_cost(

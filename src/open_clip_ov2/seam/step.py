@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_clip_ov2.core import CaptionLoss
-from open_clip_ov2.core.groups import CPU_TOKENS, GPU_TOKENS, LengthGroups, length_groups
+from open_clip_ov2.core.packing import CPU_TOKENS, GPU_TOKENS, PackedCaptions, pack_captions
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.loop.guard import gradient_norm, not_finite, step_unless
 
@@ -68,19 +68,18 @@ class StepSettings:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
-    def groups(self, texts_BL: Tensor) -> LengthGroups:
-        """Captions by length, made of ids that are still on the CPU."""
-        return length_groups(texts_BL, self.eos_id, CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+    def packed(self, texts_BL: Tensor) -> PackedCaptions:
+        """Captions side by side, made of ids that are still on the CPU."""
+        return pack_captions(texts_BL, self.eos_id, CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
 
-    def to_device(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Uint8 pictures go over as they are, and become what ToTensor and Normalize make of them there."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """On the device. Uint8 pictures go over as they are, and become what ToTensor and Normalize make of them."""
         dtype = get_input_dtype(self.precision)
-        texts = texts.to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
-            return images.to(self.device, dtype=dtype, non_blocking=True), texts
+            return images.to(self.device, dtype=dtype, non_blocking=True)
         pixels = images.to(self.device, non_blocking=True).float().div_(255)
         pixels = pixels.sub_(_of_channels(self.mean, self.device)).div_(_of_channels(self.std, self.device))
-        return pixels if dtype is None else pixels.to(dtype), texts
+        return pixels if dtype is None else pixels.to(dtype)
 
 
 @functools.cache
@@ -129,17 +128,17 @@ def optimizer_step(
     The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
     divided by the targets of all of them, and multiplied by the world size that DDP divides by.
     """
-    groups = [settings.groups(batch.texts_BL) for batch in window]
-    count = float(sum(group.num_targets for group in groups))
+    captions = [settings.packed(batch.texts_BL) for batch in window]
+    count = float(sum(packed.num_targets for packed in captions))
     num_targets = all_reduced(torch.full((), count, device=settings.device), settings)
     scale = settings.loss_weight * settings.world_size / num_targets
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2, device=settings.device)
-    for index, (batch, group) in enumerate(zip(window, groups, strict=True)):
-        images, texts = settings.to_device(batch.images_BCHW, batch.texts_BL)
+    for index, (batch, packed) in enumerate(zip(window, captions, strict=True)):
+        images, packed = settings.pixels(batch.images_BCHW), packed.to(settings.device)
         with settings.attention(), _sync_only(model, index == len(window) - 1):
             with settings.autocast():
-                sums = model(images, texts, caption_loss=loss, groups=group.to(settings.device))
+                sums = model(images, captions=packed, caption_loss=loss)
                 weighted = sums.objective * scale
             (weighted if scaler is None else scaler.scale(weighted)).backward()
         totals += torch.stack([sums.nll.detach(), sums.objective.detach()])

@@ -70,7 +70,7 @@ class FeatureSubject:
     @torch.no_grad()
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """What `encode_image` gives: CLIP's and CoCa's with their projection."""
-        images, _ = self.settings.to_device(images_BCHW, torch.empty(0))
+        images = self.settings.pixels(images_BCHW)
         with self.settings.attention(), self.settings.autocast():
             return self.model.encode_image(images, normalize=False).float()
 
@@ -79,7 +79,7 @@ class FeatureSubject:
         """Patch tokens after the last block, without norm or pooler."""
         if not hasattr(self.model.visual, "transformer"):
             raise UserError(f"{self.name}: patch tokens are those of OpenCLIP's own ViTs, and this encoder is another")
-        images, _ = self.settings.to_device(images_BCHW, torch.empty(0))
+        images = self.settings.pixels(images_BCHW)
         with self.settings.attention(), self.settings.autocast():
             return image_features(self.model.visual, images).float()
 
@@ -151,7 +151,7 @@ class _Captions:
         for length in sorted({len(row) for row in ids}):
             rows = [row for row, given in enumerate(ids) if len(given) == length]
             prompt_BT = torch.stack([ids[row] for row in rows]).to(self.settings.device)
-            images, _ = self.settings.to_device(images_BCHW[rows], torch.empty(0))
+            images = self.settings.pixels(images_BCHW[rows])
             with self.settings.attention(), self.settings.autocast():
                 out_BT = self._continued(images, [keys[row] for row in rows], prompt_BT, **options)
             bos_id = int(prompt_BT[0, 0])
@@ -192,7 +192,7 @@ class CaptionSubject(_Captions, FeatureSubject):
 
     @torch.no_grad()
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> DecoderCache:
-        images, _ = self.settings.to_device(images_BCHW, torch.empty(0))
+        images = self.settings.pixels(images_BCHW)
         with self.settings.attention(), self.settings.autocast():
             kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
             return self.model.text_decoder.image_cache(self.model.encode_kept_tokens(images, kept_idx=kept_idx))
@@ -249,7 +249,7 @@ class CocaSubject(_Captions, ContrastSubject):
 
     @torch.no_grad()
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> CocaImages:
-        images, _ = self.settings.to_device(images_BCHW, torch.empty(0))
+        images = self.settings.pixels(images_BCHW)
         with self.settings.attention(), self.settings.autocast():
             out = self.model(images)
         return CocaImages(out["image_features"], out["image_embs"])

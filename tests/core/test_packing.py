@@ -1,4 +1,4 @@
-"""Captions in groups of similar length. Oracle: the same model over the whole padded batch."""
+"""Captions without padding. Oracle: the same model over the whole padded batch, by its logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets
-from open_clip_ov2.core.groups import LENGTH_STEP, LengthGroups, length_groups
+from open_clip_ov2.core.packing import PackedCaptions, pack_captions
 from open_clip_ov2.seam.factory import build_caption_model
 
 BOS, EOS, CONTEXT = 1, 2, 30
@@ -46,28 +46,38 @@ LENGTHS = st.lists(st.integers(0, CONTEXT - 1), min_size=1, max_size=9)
 
 @settings(deadline=None)
 @given(LENGTHS, st.integers(1, 200))
-def test_every_target_is_in_one_group(lengths: list[int], min_tokens: int) -> None:
+def test_every_target_is_there_once_after_its_own_inputs(lengths: list[int], min_tokens: int) -> None:
+    """Oracle: each row taken apart by hand."""
     ids = captions(lengths)
-    groups = length_groups(ids, EOS, min_tokens)
-    assert sorted(groups.order_B.tolist()) == list(range(len(lengths)))
-    found, first = 0, 0
-    for rows, length in groups.parts:
-        assert length % LENGTH_STEP == 0 or length == CONTEXT
-        part = ids[groups.order_B[first : first + rows]]
-        assert (caption_targets(part, EOS)[:, length - 1 :] == IGNORE_INDEX).all()
-        found += int((caption_targets(part[:, :length], EOS) != IGNORE_INDEX).sum())
-        first += rows
-    assert first == len(lengths)
-    assert found == groups.num_targets == int((caption_targets(ids, EOS) != IGNORE_INDEX).sum())
+    packed = pack_captions(ids, EOS, min_tokens)
+    assert sorted(packed.order_B.tolist()) == list(range(len(lengths)))
+    found, rows = [], iter(packed.order_B.tolist())
+    start = 0
+    for count, positions in packed.parts:
+        for _ in range(count):
+            row = next(rows)
+            assert packed.ids_t[start : start + positions].tolist() == ids[row, :positions].tolist()
+            real = int((caption_targets(ids[row : row + 1], EOS) != IGNORE_INDEX).sum())
+            found += [(start + place, int(ids[row, place + 1])) for place in range(real)]
+            start += positions
+    assert start == len(packed.ids_t)
+    assert found == list(zip(packed.index_R.tolist(), packed.labels_R.tolist(), strict=True))
+    assert packed.num_targets == len(found)
 
 
-def gradients(model: CaptionModel, groups: LengthGroups | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: CaptionModel, packed: PackedCaptions | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Packed, or from the logits of the whole batch."""
     images = torch.randn(len(ids), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(
         model.text_decoder.lm_head.weight.dtype
     )
     kept = torch.rand(len(ids), 16, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
+    loss = CaptionLoss(label_smoothing=0.1, z_loss=1e-3)
     model.zero_grad()
-    sums = model(images, ids, kept_idx=kept, caption_loss=CaptionLoss(label_smoothing=0.1, z_loss=1e-3), groups=groups)
+    if packed is None:
+        out = model(images, ids, kept_idx=kept)
+        sums = loss(out["logits"], out["labels"])
+    else:
+        sums = model(images, kept_idx=kept, captions=packed, caption_loss=loss)
     sums.objective.backward()
     return sums.nll.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -79,27 +89,28 @@ def model(request: pytest.FixtureRequest) -> CaptionModel:
 
 @settings(deadline=None, max_examples=12)
 @given(lengths=LENGTHS, min_tokens=st.integers(1, 60))
-def test_groups_change_neither_loss_nor_gradient(model: CaptionModel, lengths: list[int], min_tokens: int) -> None:
+def test_packing_changes_neither_loss_nor_gradient(model: CaptionModel, lengths: list[int], min_tokens: int) -> None:
     ids = captions(lengths)
     nll, plain = gradients(model, None, ids)
-    grouped_nll, grouped = gradients(model, length_groups(ids, EOS, min_tokens), ids)
-    torch.testing.assert_close(grouped_nll, nll)
-    assert grouped.keys() == plain.keys()
-    for name, gradient in grouped.items():
-        torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)  # sums and head in float32
+    packed_nll, packed = gradients(model, pack_captions(ids, EOS, min_tokens), ids)
+    torch.testing.assert_close(packed_nll.float(), nll)  # logits' loss and the head are in float32
+    assert packed.keys() == plain.keys()
+    for name, gradient in packed.items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_hardly_computed() -> None:
-    """Oracle: by hand. One caption of 29 words beside seven of 3: padded, 8 x 30 positions."""
-    groups = length_groups(captions([3] * 4 + [29] + [3] * 3), EOS, min_tokens=8)
-    assert groups.num_targets == 7 * 4 + 29
-    assert groups.parts == ((2, 30), (2, 8), (2, 8), (2, 8))
-    assert groups.order_B[0] == 4
+    """Oracle: by hand. One caption of 29 words beside seven of 3: padded, 8 x 29 positions."""
+    packed = pack_captions(captions([3] * 4 + [29] + [3] * 3), EOS, min_tokens=8)
+    assert packed.num_targets == 7 * 4 + 29
+    assert packed.parts == ((2, 29), (2, 4), (2, 4), (2, 4))
+    assert packed.order_B[0] == 4
 
 
-def test_lengths_share_their_compiled_graphs() -> None:
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attn"])
+def test_lengths_share_their_compiled_graphs(fusion: str) -> None:
     """Oracle: a backend that counts. Every number of rows and length after the first few runs what is there."""
-    model = build("prefix")
+    model = build(fusion)
     torch.compiler.reset()
     counters.clear()
     graphs: list[torch.fx.GraphModule] = []
@@ -111,7 +122,7 @@ def test_lengths_share_their_compiled_graphs() -> None:
     model.compile_blocks(backend=counting)
     seen = []
     for lengths in ([5] * 6, [9] * 5 + [29], [3, 20, 12, 7, 1, 1], [16] * 6, [2] * 6):
-        gradients(model, length_groups(captions(lengths), EOS, min_tokens=24), captions(lengths))
+        gradients(model, pack_captions(captions(lengths), EOS, min_tokens=24), captions(lengths))
         seen.append(len(graphs))
     assert 0 < seen[1] == seen[-1]
     assert not counters["graph_break"]

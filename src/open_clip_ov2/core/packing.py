@@ -1,0 +1,68 @@
+"""Captions of one batch side by side without padding.
+
+Shapes: B batch, L caption tokens, t caption positions of all rows together, R real targets among them.
+What works token by token runs over all t positions at once; attention alone goes group by group of captions of similar
+length. Which samples a step sees, and its gradient, stay the same: rows of a batch do not see each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
+
+# Caption tokens that a group has on average at least. Measured: docs/performance.md, "Text".
+CPU_TOKENS, GPU_TOKENS = 256, 2048
+
+
+@dataclass(frozen=True)
+class PackedCaptions:
+    """What the decoder reads and is to predict; all int64.
+
+    `order_B`: the batch's rows, longest captions first. `parts`: (rows, positions) of each group in that order.
+    `ids_t`: the decoder's inputs, group by group, row by row. `index_R`: where among those the real targets stand;
+    `labels_R`: the targets.
+    """
+
+    order_B: Tensor
+    parts: tuple[tuple[int, int], ...]
+    ids_t: Tensor
+    index_R: Tensor
+    labels_R: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.labels_R)
+
+    def to(self, device: torch.device) -> PackedCaptions:
+        """There without waiting for it: a GPU takes what is pinned while the host goes on."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+                values[name] = pinned.to(device, non_blocking=True)
+        return PackedCaptions(**values)
+
+
+def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCaptions:
+    """Groups of equal numbers of rows, as many as leave `min_tokens` real targets to each on average.
+
+    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU: nothing here asks a device.
+    """
+    labels_BL = caption_targets(texts_BL, eos_id)
+    targets_B = (labels_BL != IGNORE_INDEX).sum(dim=1)
+    order_B = targets_B.argsort(descending=True, stable=True)
+    batch = len(texts_BL)
+    rows = -(-batch // max(1, min(batch, int(targets_B.sum()) // min_tokens)))
+    groups = order_B.split(rows)
+    longest = [max(1, int(targets_B[group[0]])) for group in groups]
+    parts = tuple((len(group), length) for group, length in zip(groups, longest, strict=True))
+    ids_t, labels_t = (
+        torch.cat([values[group, :length].flatten() for group, length in zip(groups, longest, strict=True)])
+        for values in (texts_BL, labels_BL)
+    )
+    index_R = (labels_t != IGNORE_INDEX).nonzero()[:, 0]
+    return PackedCaptions(order_B, parts, ids_t, index_R, labels_t[index_R])
