@@ -67,10 +67,9 @@ def test_every_target_is_there_once_after_its_own_inputs(lengths: list[int], min
 
 def gradients(model: CaptionModel, packed: PackedCaptions | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Packed, or from the logits of the whole batch."""
-    images = torch.randn(len(ids), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(
-        model.text_decoder.lm_head.weight.dtype
-    )
-    kept = torch.rand(len(ids), 16, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
+    head = model.text_decoder.lm_head.weight
+    images = torch.randn(len(ids), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(head)
+    kept = torch.rand(len(ids), 16, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5].to(head.device)
     loss = CaptionLoss(label_smoothing=0.1, z_loss=1e-3)
     model.zero_grad()
     if packed is None:
@@ -97,6 +96,23 @@ def test_packing_changes_neither_loss_nor_gradient(model: CaptionModel, lengths:
     assert packed.keys() == plain.keys()
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's kernels take the mask in another form")
+@pytest.mark.parametrize("fusion", ["prefix", "causal", "cross_attn"])
+def test_a_gpus_kernels_agree(fusion: str) -> None:
+    """Oracle: the CPU in float64, from logits; bfloat16 within its rounding."""
+    ids = captions([5, 29, 12, 3, 17, 9])
+    nll, plain = gradients(build(fusion).double(), None, ids)
+    packed = pack_captions(ids, EOS, 24).to(torch.device("cuda"))
+    for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):
+        model = build(fusion).cuda()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            found_nll, found = gradients(model, packed, ids)
+        torch.testing.assert_close(found_nll.cpu().double(), nll.double(), atol=0, rtol=tolerance)
+        for name, gradient in found.items():
+            error = (gradient.cpu().double() - plain[name]).norm() / plain[name].norm().clamp(min=1e-6)
+            assert error < tolerance, (name, autocast, float(error))
 
 
 def test_padding_is_hardly_computed() -> None:

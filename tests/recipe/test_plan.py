@@ -25,7 +25,8 @@ def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 def test_the_whole_schedule_of_l14(capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: 2.66e21 FLOP and 1,871 H100-hours at half the ceiling for 12.8 B samples at 84 px and 1.02 B at 224,
-    computed elsewhere with whole attention in the decoder, 1% more than ours; 1.72 to 1.76 times that for a model with a text encoder."""
+    computed elsewhere with whole attention in the decoder, 1% more than ours;
+    1.72 to 1.76 times that for a model with a text encoder."""
     plan = planned(capsys, L14, "--gpus", "64")
     first, second, _ = plan["stages"]
     assert [stage["tokens"]["encoder"] for stage in plan["stages"]] == [37, 257, 577]

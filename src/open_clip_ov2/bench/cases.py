@@ -55,6 +55,7 @@ class Job:
     case: Case
     device: str
     compile: bool
+    memory_budget: float | None
     keep_ratio: float | None
     lengths: CaptionLengths
     memory_limit_gb: float | None
@@ -70,6 +71,7 @@ class BenchSettings:
     cases: tuple[Case, ...]
     device: str
     compile: bool
+    memory_budget: float | None
     keep_ratio: float | None
     lengths: CaptionLengths
     repetitions: int
@@ -86,6 +88,7 @@ class BenchSettings:
             case=case,
             device=self.device,
             compile=self.compile,
+            memory_budget=self.memory_budget,
             keep_ratio=self.keep_ratio if arm == "ov2" else None,
             lengths=self.lengths,
             memory_limit_gb=self.memory_limit_gb,

@@ -25,13 +25,15 @@ class Client:
     """A contender's process. Raises UserError for a model that cannot be built, OutOfMemory, RunFailed."""
 
     def __init__(self, job: Job) -> None:
+        """Begins; `about` waits until the model is there."""
         self.job = job
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "open_clip_ov2.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
-        self.about = self._exchange(asdict(job))
+        self._about: dict[str, Any] | None = None
+        self._send(asdict(job))
 
     def __enter__(self) -> Client:
         return self
@@ -39,18 +41,27 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, *question: Any) -> dict[str, Any]:
-        return self._exchange(question)
+    @property
+    def about(self) -> dict[str, Any]:
+        if self._about is None:
+            self._about = self._reply()
+        return self._about
 
-    def _exchange(self, value: Any) -> dict[str, Any]:
+    def ask(self, *question: Any) -> dict[str, Any]:
+        assert self.about
+        self._send(question)
+        return self._reply()
+
+    def _send(self, value: Any) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its reply says why
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        try:
             line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
         except BaseException:
             self.close()
             raise

@@ -51,8 +51,11 @@ class _Turns:
         case = self.case
         self.say(f"{case.resolution} px, {case.precision}, batch {case.batch_size}: {', '.join(self.settings.arms)}")
         with contextlib.ExitStack() as stack:
-            for arm in self.settings.arms:
-                self._start(arm, stack)
+            jobs = {arm: self.settings.job(arm, case) for arm in self.settings.arms}
+            clients = {arm: stack.enter_context(Client(job)) for arm, job in jobs.items()}  # they build side by side
+            for arm, client in clients.items():
+                self.measured[arm] = Measured(arm, client.job.model, case)
+                self._begin(arm, client)
             for repetition in range(self.settings.repetitions):
                 first = repetition % len(self.settings.arms)  # none always comes after the same other one
                 for arm in self.settings.arms[first:] + self.settings.arms[:first]:
@@ -60,11 +63,8 @@ class _Turns:
                 self._say_repetition(repetition)
         return list(self.measured.values())
 
-    def _start(self, arm: str, stack: contextlib.ExitStack) -> None:
-        job = self.settings.job(arm, self.case)
-        self.measured[arm] = Measured(arm, job.model, self.case)
+    def _begin(self, arm: str, client: Client) -> None:
         try:
-            client = stack.enter_context(Client(job))
             if self.case.precision not in self.peaks:
                 found = client.ask("peak")
                 self.peaks[self.case.precision], self.machine = found["flops"], found["machine"]

@@ -40,9 +40,10 @@ def caption_lengths(count: int, lengths: CaptionLengths, seed: int) -> list[int]
 def synthetic_batch(
     batch_size: int, resolution: int, context_length: int, lengths: CaptionLengths, words: Vocabulary, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Images `(B, 3, R, R)` float32, normal, and ids `(B, L)` int64, padded; the same for the same seed."""
+    """Images `(B, 3, R, R)` uint8, noise, and ids `(B, L)` int64, padded; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    images_B3RR = torch.randn(batch_size, 3, resolution, resolution, generator=generator)
+    shape = (batch_size, 3, resolution, resolution)
+    images_B3RR = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     special = {words.bos_id, words.eos_id, words.pad_id}
     usable = torch.tensor([word for word in range(words.size) if word not in special])
     drawn_BL = usable[torch.randint(len(usable), (batch_size, lengths.high), generator=generator)]

@@ -53,6 +53,7 @@ class Worker:
                 device=job.device,
                 compile=job.compile,
                 keep_ratio=job.keep_ratio,
+                memory_budget=job.memory_budget,
             )
         )
         self._pool: list[tuple[Tensor, Tensor]] = []
@@ -103,7 +104,9 @@ class Worker:
     def _pairs(self, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         job, context = self.job, self.contender.context_length
         pairs = [
-            synthetic_batch(batch_size, job.case.resolution, context, job.lengths, self.words, seed)
+            self.contender.loaded(
+                *synthetic_batch(batch_size, job.case.resolution, context, job.lengths, self.words, seed)
+            )
             for seed in range(count)
         ]
         pinned = self.device.type == "cuda"  # as the loaders of both do there

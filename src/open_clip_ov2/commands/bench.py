@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption-tokens", default="12:128:64", metavar="LOW:HIGH:MEAN",
         help="tokens of a caption, begin and end included (default: %(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="ov2 block by block, the others as OpenCLIP's --torchcompile does it")
+    add("--memory-budget", type=float, metavar="F", help="with --compile: ov2 train's --activation-memory-budget")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, help="default: %(default)s")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
@@ -95,6 +96,8 @@ def bench_settings(args: argparse.Namespace) -> BenchSettings:
             raise UserError(f"--{flag} {value}: at least 1")
     if args.largest_batch and not gpu and args.memory_limit_gb is None:
         raise UserError("--largest-batch on a CPU: say --memory-limit-gb, up to which memory is counted")
+    if args.memory_budget is not None and not (args.compile and 0 <= args.memory_budget <= 1):
+        raise UserError(f"--memory-budget {args.memory_budget:g}: from 0 to 1, and with --compile")
     arms = tuple(dict.fromkeys(args.arms.split(",")))
     return BenchSettings(
         model=args.model or setting.model,
@@ -102,6 +105,7 @@ def bench_settings(args: argparse.Namespace) -> BenchSettings:
         cases=tuple(Case(px, precision, size) for px in resolutions for precision in precisions for size in sizes),
         device=args.device,
         compile=args.compile,
+        memory_budget=args.memory_budget,
         keep_ratio=args.keep_ratio,
         lengths=CaptionLengths.parse(args.caption_tokens),
         repetitions=args.repetitions,

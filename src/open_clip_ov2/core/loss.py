@@ -7,13 +7,14 @@ end-of-text token included.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core.linear_loss import linear_cross_entropy
+from open_clip_ov2.core.linear_loss import linear_cross_entropy, softmax_rows
 
 IGNORE_INDEX = -100  # torch's own; stands for every padded target
 
@@ -52,6 +53,11 @@ class CaptionLoss(nn.Module):
             raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self._softmax: Callable[..., Tensor] = softmax_rows
+
+    def compile_softmax(self, **options: Any) -> None:
+        """torch.compile what runs over all logits of a chunk, with torch.compile's `options`."""
+        self._softmax = torch.compile(softmax_rows, **options)
 
     def forward(self, logits: Tensor, labels: Tensor) -> CaptionLossSums:
         """`(..., V)` any float dtype, `(...)` int64 with IGNORE_INDEX. Computed in float32."""
@@ -77,6 +83,11 @@ class CaptionLoss(nn.Module):
         Of the sums only the objective has a gradient.
         """
         nll, objective = linear_cross_entropy(
-            hidden_RD, lm_head.weight, labels_R, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+            hidden_RD,
+            lm_head.weight,
+            labels_R,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softmax=self._softmax,
         )
         return CaptionLossSums(nll, objective, torch.full((), len(labels_R), device=labels_R.device))

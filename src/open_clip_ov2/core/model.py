@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, SelfBlock
+from open_clip_ov2.core.budget import within_budget
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
@@ -216,11 +217,15 @@ class CaptionModel(nn.Module):
             "text_decoder.token_embedding.weight",
         }
 
-    def compile_blocks(self, **options: Any) -> None:
+    def compile_blocks(self, *, memory_budget: float | None = None, **options: Any) -> None:
         """torch.compile each block in place, with torch.compile's `options`; the state dict's keys stay as they are.
 
         Of the decoder's what works token by token, for a number of tokens that differs from step to step.
+        `memory_budget`: the share, 0 to 1, of what backward would like to have kept; the rest is computed again, what
+        costs least for its size first. None keeps what torch.compile keeps by itself.
         """
+        if memory_budget is not None:
+            options["backend"] = within_budget(memory_budget)
         for block in self.visual.transformer.resblocks:
             block.compile(**options)
         self._last_block = torch.compile(block_at, **options)

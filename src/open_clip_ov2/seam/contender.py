@@ -38,6 +38,7 @@ class ContenderOptions:
     batch_size: int
     device: str
     compile: bool = False
+    memory_budget: float | None = None  # with `compile`, of an ov2 model: see CaptionModel.compile_blocks
     keep_ratio: float | None = None
 
 
@@ -59,8 +60,12 @@ class Contender:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device=self.device.type) if options.precision == "amp" else None
         self.model.train()
-        self.trained: Any = self._compiled()
         self.loss: Any = CaptionLoss() if self.family else open_clip.create_loss(self.args)
+        self.trained: Any = self._compiled()
+
+    @property
+    def _preprocess(self) -> dict[str, Any]:
+        return self.model.visual.preprocess_cfg
 
     @property
     def context_length(self) -> int:
@@ -89,7 +94,8 @@ class Contender:
         if not self.options.compile:
             return self.model
         if self.family:
-            self.model.compile_blocks()
+            self.model.compile_blocks(memory_budget=self.options.memory_budget)
+            self.loss.compile_softmax()
             return self.model
         return torch.compile(self.model)  # type: ignore[return-value]
 
@@ -104,8 +110,15 @@ class Contender:
             optim = shims.optim_for(lambda: (dict(self.model.named_parameters()), self.model.no_weight_decay()))
         return optim.AdamW(groups, lr=self.args.lr, betas=(self.args.beta1, self.args.beta2), eps=self.args.eps)
 
+    def loaded(self, images: Tensor, texts: Tensor) -> Pair:
+        """Uint8 images as its loader hands them over: ours as they are, stock OpenCLIP's normalised float32."""
+        if self.family:
+            return images, texts
+        mean, std = (torch.tensor(self._preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return images.float().div_(255).sub_(mean).div_(std), texts
+
     def run(self, pairs: Sequence[Pair]) -> None:
-        """One update for each pair, on images `(B, 3, H, W)` and ids `(B, L)` in the host's memory."""
+        """One update for each pair `loaded`, of images `(B, 3, H, W)` and ids `(B, L)` in the host's memory."""
         if self.family:
             self._run_ours(pairs)
         else:
@@ -120,6 +133,8 @@ class Contender:
             grad_clip_norm=self.args.grad_clip_norm,
             loss_weight=self.args.coca_caption_loss_weight,
             eos_id=self.model.text_config.eos_id,
+            mean=tuple(self._preprocess["mean"]),
+            std=tuple(self._preprocess["std"]),
         )
         for images_BCHW, texts_BL in pairs:
             batch = Batch(images_BCHW, texts_BL, keys=[], captions=[], groups=[], skipped={})

@@ -124,7 +124,10 @@ class StageRun:
     def _creates_loss(self, original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def create_loss(args: argparse.Namespace) -> nn.Module:
             if self.family:
-                return CaptionLoss(label_smoothing=self.options.label_smoothing, z_loss=self.options.z_loss)
+                loss = CaptionLoss(label_smoothing=self.options.label_smoothing, z_loss=self.options.z_loss)
+                if self.built.compile_blocks:
+                    loss.compile_softmax()
+                return loss
             weights = {
                 "contrastive_loss": args.coca_contrastive_loss_weight,
                 "caption_loss": args.coca_caption_loss_weight,

@@ -63,7 +63,7 @@ class StepSettings:
 
     def attention(self) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward, which may recompute. In bfloat16 on a CPU torch's plain attention, which has its
-        scores in float32 too: the fused kernel takes twice as long there (scripts/loss_bench.py)."""
+        scores in float32 too: the fused kernel takes twice as long there (scripts/kernel_bench.py)."""
         if self.device.type == "cpu" and self.precision != "fp32":
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
