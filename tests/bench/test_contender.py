@@ -29,7 +29,9 @@ def made(model: str) -> tuple[seam.Contender, list[tuple[torch.Tensor, torch.Ten
     torch.manual_seed(0)
     contender = seam.Contender(seam.ContenderOptions(model, 16, "fp32", 4, "cpu"))
     words = Vocabulary(*seam.caption_ids(TINY))
-    return contender, [synthetic_batch(4, 16, contender.context_length, LENGTHS, words, seed) for seed in range(2)]
+    return contender, [
+        contender.loaded(*synthetic_batch(4, 16, contender.context_length, LENGTHS, words, seed)) for seed in range(2)
+    ]
 
 
 @pytest.mark.parametrize("model", [TINY, f"coca-of-{TINY}", f"clip-of-{TINY}"])

@@ -25,7 +25,7 @@ RESULTS = Results(
     {"device": "a chip", "torch": "2.9"},
 )
 SETTINGS = BenchSettings(
-    "X", ("ov2", "coca"), (SMALL, LARGE), "cpu", False, None, CaptionLengths(), 3, 2, True, None, None
+    "X", ("ov2", "coca"), (SMALL, LARGE), "cpu", False, None, None, CaptionLengths(), 3, 2, True, None, None
 )
 
 
