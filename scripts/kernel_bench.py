@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from open_clip_ov2.core import CaptionLoss, linear_loss
-from open_clip_ov2.core.decoder import prefix_mask
+from open_clip_ov2.core.class_token import class_token_attention
 from open_clip_ov2.core.linear_loss import linear_cross_entropy, softmax_rows
+from open_clip_ov2.core.rows import prefix_mask
 
 # (targets, width, words); (batch, heads, tokens, width of a head).
 CPU_LOSS, GPU_LOSS = (1024, 256, 32_000), (16_384, 768, 32_000)
 CPU_SHAPES = [(16, 6, 65, 64), (8, 6, 257, 64), (4, 6, 577, 64)]
-GPU_SHAPES = [(256, 16, 257, 64), (512, 16, 37, 64), (64, 16, 577, 64)]
+GPU_SHAPES = [(256, 16, 257, 64), (256, 16, 256, 64), (512, 16, 37, 64), (64, 16, 577, 64)]
 CAPTIONS = [(32, 12, 64, 89, 64), (64, 12, 64, 12, 64)]  # (rows, heads, caption tokens, image tokens, width of a head)
 
 Arms = dict[str, Callable[[], Tensor]]
@@ -117,6 +119,23 @@ class Bench:
             backends |= {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
         self.show(f"attention {shape}, {dtype}", {name: partial(attend, which) for name, which in backends.items()})
 
+    def class_token(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Queries, keys and values beside each other, as the encoder has them."""
+        batch, heads, tokens, width = shape
+
+        def together(qkv: Tensor) -> Tensor:
+            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        apart, joined = torch.compile(class_token_attention), torch.compile(together)
+        qkv = self.random(batch, tokens, 3 * heads * width, dtype=dtype)
+        gradient = torch.randn(batch, tokens, heads * width, device=self.device, dtype=dtype)
+        arms: Arms = {
+            "together": lambda: (joined(qkv) * gradient).sum(),
+            "class token apart": lambda: (apart(qkv, heads) * gradient).sum(),
+        }
+        self.show(f"encoder's {shape}, {dtype}", arms)
+
     def captions(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Caption tokens that see the image tokens and the captions before them."""
         rows, heads, text, image, width = shape
@@ -167,23 +186,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--only", nargs="*", metavar="GROUP", help="loss, attention, captions, class_token, patches")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     bench = Bench(args.device, args.repetitions)
     gpu = bench.device.type == "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{args.threads} threads'}")
+    groups: dict[str, list[tuple[Any, ...]]] = {
+        "loss": [()],
+        "attention": [(shape,) for shape in (GPU_SHAPES if gpu else CPU_SHAPES)],
+        "captions": [(shape,) for shape in CAPTIONS] if gpu else [],
+        "class_token": [(GPU_SHAPES[0],)] if gpu else [],
+        "patches": [(224, 256), (84, 512)] if gpu else [(112, 16, 384)],
+    }
     for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):
-        bench.loss(dtype)
-        for shape in GPU_SHAPES if gpu else CPU_SHAPES:
-            bench.attention(dtype, shape)
-        if gpu:
-            for shape in CAPTIONS:
-                bench.captions(dtype, shape)
-            bench.patches(dtype, 224, 256)
-            bench.patches(dtype, 84, 512)
-        else:
-            bench.patches(dtype, 112, 16, width=384)
+        for name in args.only or groups:
+            for arguments in groups[name]:
+                getattr(bench, name)(dtype, *arguments)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 from test_generate import EOS, tiny
 
 from open_clip_ov2.core import FUSIONS, CaptionLoss, sincos_2d
-from open_clip_ov2.core.decoder import prefix_mask
 from open_clip_ov2.core.packing import pack_captions
+from open_clip_ov2.core.rows import prefix_mask
 
 
 def test_position_table_is_not_open_clips() -> None:

@@ -25,7 +25,7 @@ def build(fusion: str) -> CaptionModel:
         embed_dim=32,
         vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
         text_cfg={"context_length": CONTEXT, "vocab_size": 40, "bos_id": BOS, "eos_id": EOS},
-        decoder_cfg={"width": 24, "layers": 2, "heads": 2, "mlp_width": 32, "fusion": fusion},
+        decoder_cfg={"width": 32, "layers": 2, "heads": 2, "mlp_width": 32, "fusion": fusion},
         keep_ratio=0.35,
     ).train()
 

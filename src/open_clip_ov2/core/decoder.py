@@ -1,7 +1,7 @@
 """The text decoder over [image tokens ; caption tokens].
 
 Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary; t caption positions of
-all rows together, T with the image tokens (core/packing.py).
+all rows together, T with the image tokens (core/rows.py).
 Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVision's prefix-LM).
 """
 
@@ -14,10 +14,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from open_clip_ov2.core.blocks import CrossBlock, KeyValue, LayerNorm, PackedRows, SelfBlock
+from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, Rows, SelfBlock
+from open_clip_ov2.core.rows import KeyValue, Parts, packed_rows, prefix_mask
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
@@ -51,20 +51,6 @@ class DecoderCache:
     def reorder(self, rows: Tensor) -> DecoderCache:
         """The cache of the given rows of the batch, `(B',)` int64."""
         return DecoderCache([entry.reorder(rows) for entry in self.entries])
-
-
-def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> Tensor:
-    """`(S, S)` boolean, True where allowed: all see the whole prefix, the rest also what came before."""
-    mask_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-    mask_SS[:, :prefix] = True
-    return mask_SS
-
-
-def _caption_mask(before: int, length: int, device: torch.device) -> Tensor:
-    """`(length, before + length)`: captions see `before` image tokens, and what came before in the caption."""
-    if device.type == "cuda":
-        return causal_lower_right(length, before + length)  # a form that fused kernels know, with no mask to read
-    return prefix_mask(before, before + length, device)[before:]
 
 
 class TextDecoder(nn.Module):
@@ -116,21 +102,19 @@ class TextDecoder(nn.Module):
         shape = (ids_BL.shape[0], ids_BL.shape[1])
         return self.packed(image_tokens_BKD, ids_BL.flatten(), (shape,)).unflatten(0, shape)
 
-    def packed(self, image_tokens_BKD: Tensor, ids_t: Tensor, parts: tuple[tuple[int, int], ...]) -> Tensor:
+    def packed(self, image_tokens_BKD: Tensor, ids_t: Tensor, parts: Parts) -> Tensor:
         """Captions side by side, see PackedCaptions: `(B, K, image width)`, `(t,)` int64 -> hidden states `(t, D)`,
         normed. The rows of `image_tokens_BKD` are in the order of the groups."""
         image_BKD = self.image_projection(image_tokens_BKD)
         text_tD = self._embed(ids_t, image_BKD)
         crosses = self.config.fusion == "cross_attn"
-        batch, num_image, _ = image_BKD.shape
-        before = 0 if crosses else num_image
-        masks = tuple(_caption_mask(before, length, text_tD.device) for _, length in parts)
-        rows = PackedRows(batch, before, parts, masks)
+        before = 0 if crosses else image_BKD.shape[1]
+        rows = packed_rows(before, parts, image_BKD, self.config.width // self.config.heads)
         if crosses:
             return self.ln_final(self._run_cross(text_tD, image_BKD, rows))
         return self.ln_final(self._run(torch.cat([image_BKD.flatten(0, 1), text_tD]), rows))
 
-    def _run(self, x_TD: Tensor, rows: PackedRows) -> Tensor:
+    def _run(self, x_TD: Tensor, rows: Rows) -> Tensor:
         """`(T, D)` -> `(t, D)`: of the last block's outputs only the caption positions are read."""
         *blocks, last = [cast(SelfBlock, block) for block in self.blocks]
         causal = self.config.fusion == "causal"
@@ -138,7 +122,7 @@ class TextDecoder(nn.Module):
             x_TD = self._maybe_again(block.packed, x_TD, rows, causal)
         return self._maybe_again(last.packed_last, x_TD, rows)
 
-    def _run_cross(self, x_tD: Tensor, image_BKD: Tensor, rows: PackedRows) -> Tensor:
+    def _run_cross(self, x_tD: Tensor, image_BKD: Tensor, rows: Rows) -> Tensor:
         for block in self.blocks:
             if isinstance(block, CrossBlock):
                 x_tD = self._maybe_again(block.packed, x_tD, image_BKD, rows)

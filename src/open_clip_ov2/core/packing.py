@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
+from open_clip_ov2.core.rows import Parts
 
-# Caption tokens that a group has on average at least. Measured: docs/performance.md, "Text".
-CPU_TOKENS, GPU_TOKENS = 256, 2048
+# Real targets that a group has on average at least. Measured: scripts/step_bench.py. Half precision on a GPU has a
+# kernel for rows of any length (core/rows.py), so every row is a group there.
+CPU_TOKENS, GPU_TOKENS, GPU_HALF_TOKENS = 128, 4096, 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class PackedCaptions:
     """
 
     order_B: Tensor
-    parts: tuple[tuple[int, int], ...]
+    parts: Parts
     ids_t: Tensor
     index_R: Tensor
     labels_R: Tensor

@@ -16,6 +16,7 @@ from open_clip import model as open_clip_model
 from torch import Tensor, nn
 
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, sincos_2d
+from open_clip_ov2.core.tower import use_fast_parts
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def build_caption_model(**config: Any) -> CaptionModel:
     if config["embed_dim"] != vision_cfg["width"]:
         raise ValueError(f"an ov2 model has embed_dim = vision_cfg.width, got {config['embed_dim']}")
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
+    use_fast_parts(visual)
     init_vision(visual)
     decoder_cfg = {**config[FAMILY_KEY]}
     if "fusion" in config:

@@ -19,6 +19,7 @@ from open_clip import model as open_clip_model
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel, sincos_2d
+from open_clip_ov2.core.tower import use_fast_parts
 from open_clip_ov2.export.encoder import mlp_ratio
 from open_clip_ov2.seam.factory import FAMILY_KEY, VISION_FIXED, build_caption_model, check_keys
 from open_clip_ov2.seam.weights import TABLE_TOLERANCE, check_fit, load_encoder_file, read_tensors
@@ -70,6 +71,7 @@ def build_vision_model(**config: Any) -> VisionModel:
     check_keys("model config", config, _TOP_KEYS)
     vision_cfg = complete_vision_cfg(config["vision_cfg"])
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
+    use_fast_parts(visual)
     options = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
     model: Any = VisionModel(visual, **options)
     model.alone_by_layout = FAMILY_KEY not in config  # nobody said so: weights.py then looks for a text tower
