@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from open_clip_ov2.core import CaptionLoss, linear_loss
-from open_clip_ov2.core.class_token import class_token_attention
 from open_clip_ov2.core.linear_loss import linear_cross_entropy, softmax_rows
 from open_clip_ov2.core.rows import prefix_mask
 
@@ -119,23 +118,6 @@ class Bench:
             backends |= {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
         self.show(f"attention {shape}, {dtype}", {name: partial(attend, which) for name, which in backends.items()})
 
-    def class_token(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """Queries, keys and values beside each other, as the encoder has them."""
-        batch, heads, tokens, width = shape
-
-        def together(qkv: Tensor) -> Tensor:
-            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-        apart, joined = torch.compile(class_token_attention), torch.compile(together)
-        qkv = self.random(batch, tokens, 3 * heads * width, dtype=dtype)
-        gradient = torch.randn(batch, tokens, heads * width, device=self.device, dtype=dtype)
-        arms: Arms = {
-            "together": lambda: (joined(qkv) * gradient).sum(),
-            "class token apart": lambda: (apart(qkv, heads) * gradient).sum(),
-        }
-        self.show(f"encoder's {shape}, {dtype}", arms)
-
     def captions(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Caption tokens that see the image tokens and the captions before them."""
         rows, heads, text, image, width = shape
@@ -186,7 +168,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", nargs="*", metavar="GROUP", help="loss, attention, captions, class_token, patches")
+    parser.add_argument("--only", nargs="*", metavar="GROUP", help="loss, attention, captions, patches")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -197,7 +179,6 @@ def main() -> None:
         "loss": [()],
         "attention": [(shape,) for shape in (GPU_SHAPES if gpu else CPU_SHAPES)],
         "captions": [(shape,) for shape in CAPTIONS] if gpu else [],
-        "class_token": [(GPU_SHAPES[0],)] if gpu else [],
         "patches": [(224, 256), (84, 512)] if gpu else [(112, 16, 384)],
     }
     for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_clip_ov2.bench.cases import OWN_MODELS, CaptionLengths, Case, Job
 from open_clip_ov2.bench.worker import Worker
-from open_clip_ov2.core import class_token
 from open_clip_ov2.seam import contender as seam
 from open_clip_ov2.seam import step
 
@@ -32,8 +31,8 @@ def build(args: argparse.Namespace, budget: str) -> Worker:
     case = Case(args.resolution, args.precision, args.batch_size)
     job = Job(
         arm="ov2", model=args.model, words_of=args.words_of or args.model, case=case, device=args.device,
-        compile=args.compile, memory_budget=None if budget == "none" else float(budget), keep_ratio=None, lengths=CaptionLengths(),
-        memory_limit_gb=None, threads=None,
+        compile=args.compile, memory_budget=None if budget == "none" else float(budget), keep_ratio=None,
+        lengths=CaptionLengths(), memory_limit_gb=None, threads=None,
     )  # fmt: skip
     return Worker(job)
 
@@ -90,15 +89,12 @@ def main() -> None:
     add("--group-tokens", type=lambda text: [int(part) for part in text.split(",")], default=[step.CPU_TOKENS])
     add("--memory-budget", type=lambda text: text.split(","), default=["none"])
     add("--attention", type=lambda text: text.split(","), default=["default"])
-    add("--class-token", choices=("apart", "together"), default="apart", help="in compiled attention on a GPU")
     add("--words-of", metavar="MODEL", help="an ov2 model, whose vocabulary captions come from (default: --model)")
     add("--repetitions", type=int, default=3)
     add("--steps", type=int, default=4)
     add("--profile", action="store_true")
     args = parser.parse_args()
     seam.add_models(OWN_MODELS)
-    if args.class_token == "together":
-        class_token.pays = lambda _: False
     for budget, attention in itertools.product(args.memory_budget, args.attention):
         measure(args, budget, attention)
 

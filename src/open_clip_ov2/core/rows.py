@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
+from open_clip_ov2.core.attention import scaled_dot_product
+
 Parts = tuple[tuple[int, int], ...]  # (rows, caption positions of each) of every group, in order
 RAGGED_HEAD_STEP, RAGGED_HEAD_MOST = 8, 256  # what FlashAttention-2 takes
 
@@ -44,7 +46,10 @@ def key_value(kv_BS2D: Tensor, heads: int) -> KeyValue:
 def attend(q_BSD: Tensor, kv: KeyValue, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """`(B, S, D)` -> the same. `mask` boolean `(S, C)`, True where attention is allowed."""
     q_BHSd = split_heads(q_BSD, heads)
-    out = F.scaled_dot_product_attention(q_BHSd, kv.key, kv.value, attn_mask=mask, is_causal=causal)
+    if mask is None:
+        out = scaled_dot_product(q_BHSd, kv.key, kv.value, causal=causal)
+    else:
+        out = F.scaled_dot_product_attention(q_BHSd, kv.key, kv.value, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core import class_token
+from open_clip_ov2.core.attention import scaled_dot_product
 
 
 def use_fast_parts(visual: nn.Module) -> None:
@@ -56,15 +56,12 @@ class SelfAttention(nn.MultiheadAttention):
             return super().forward(query, key, value, *args, **kwargs)
         weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         if query is key:
-            qkv_BS3D = F.linear(query, weight, bias)
-            if class_token.pays(qkv_BS3D):
-                return self.out_proj(class_token.class_token_attention(qkv_BS3D, self.num_heads)), None
-            parts = qkv_BS3D.chunk(3, dim=-1)
+            parts = F.linear(query, weight, bias).chunk(3, dim=-1)
         else:
             kv = F.linear(key, weight[width:], bias[width:]).chunk(2, dim=-1)
             parts = (F.linear(query, weight[:width], bias[:width]), *kv)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        out_BHSd = F.scaled_dot_product_attention(q, k, v)
+        out_BHSd = scaled_dot_product(q, k, v)
         return self.out_proj(out_BHSd.transpose(1, 2).flatten(2)), None
 
     @property
