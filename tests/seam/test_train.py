@@ -256,6 +256,8 @@ SLIPS = {
     "fusion": (["--fusion", "concat"], "prefix"),
     "caption keys": (["--caption-keys", "json:=3"], "--caption-keys"),
     "label smoothing": (["--label-smoothing", "1"], "--label-smoothing"),
+    "budget uncompiled": (["--activation-memory-budget", "0.5"], "add --torchcompile"),
+    "budget": (["--activation-memory-budget", "1.5", "--torchcompile"], "--activation-memory-budget"),
     "z-loss": (["--z-loss", "-1"], "--z-loss"),
     "tokenizer": (["--tokenizer", "./nowhere"], "--tokenizer ./nowhere"),
     "pixels": (["--max-image-pixels", "zero"], "--max-image-pixels"),

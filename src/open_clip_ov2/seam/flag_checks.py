@@ -61,6 +61,8 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) ->
     unknown = set(theirs.report_to.split(",")) - {"", "tensorboard"}
     if unknown:
         raise UserError(f"--report-to {theirs.report_to}: ov2 writes tensorboard and results.jsonl, nothing else")
+    if options.activation_memory_budget is not None and not theirs.torchcompile:
+        raise UserError("--activation-memory-budget: torch.compile keeps to it; add --torchcompile")
     if family:
         _check_family(theirs)
     else:
@@ -110,6 +112,7 @@ def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:
         "--fusion": options.fusion,
         "--label-smoothing": options.label_smoothing,
         "--z-loss": options.z_loss,
+        "--activation-memory-budget": options.activation_memory_budget is not None,
         "--color-jitter": options.color_jitter and options.augmentation != FAMILY,
         "--decode": options.decode,
     }

@@ -32,6 +32,7 @@ class TrainOptions:
     tokenizer: str | None
     label_smoothing: float
     z_loss: float
+    activation_memory_budget: float | None
     color_jitter: bool
     decode: str | None
     augmentation: str | None
@@ -181,6 +182,13 @@ def _add_model(group: Any) -> None:
         default=0.0,
         metavar="W",
         help="weight of the squared log partition function (default: 0)",
+    )
+    add(
+        "--activation-memory-budget",
+        type=number(0, 1),
+        metavar="F",
+        help="with --torchcompile: the share of its activations that a block keeps; backward computes the rest again, "
+        "what costs least time for its memory first (default: what torch.compile keeps, 1)",
     )
 
 

@@ -81,7 +81,7 @@ class StageModel:
             elif not pretrained and not self._found:
                 baselines.init_coca_head(model)
             if self.compile_blocks:
-                model.compile_blocks()
+                model.compile_blocks(memory_budget=self.options.activation_memory_budget)
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
             self.val_transform = val_tf
             return model, self._train_crop(kwargs.get("aug_cfg")) or train_tf, val_tf
