@@ -1,7 +1,8 @@
 """Memory of one training step on one GPU, estimated from plain sizes. Bytes.
 
 Counted: what autograd keeps of blocks and logits, weights, gradients, Adam's moments. An estimate for code without
-fusion; allocator slack and the framework's own gigabyte come on top.
+fusion; allocator slack, the framework's own gigabyte, and the one chunk of logits that an ov2 loss holds at a time come
+on top. Measured against it: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -72,10 +73,12 @@ def activation_bytes(
     else:
         kept = sum(layers * _block_bytes(tower, rows, context, precision) for tower, layers, rows, context in stacks)
     pixels = 3 * resolution**2 * (4 + (precision.activation if precision.activation < 4 else 0))
-    return kept + pixels + _head_bytes(sizes, tokens)
+    return kept + pixels + _head_bytes(sizes, tokens, precision)
 
 
-def _head_bytes(sizes: ModelSizes, tokens: Tokens) -> float:
+def _head_bytes(sizes: ModelSizes, tokens: Tokens, precision: Precision) -> float:
+    if isinstance(sizes, CaptionSizes):  # its logits never exist together: hidden states, and their gradient
+        return tokens.targets * sizes.decoder.width * 2 * precision.activation
     return 0.0 if isinstance(sizes, ClipSizes) else tokens.targets * sizes.vocab * LOGIT_BYTES
 
 
