@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from open_clip_ov2.core import CaptionLoss, CaptionModel
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.seam.factory import build_caption_model
+from open_clip_ov2.seam.shims import ddp_on_any_device
 from open_clip_ov2.seam.step import StepSettings, optimizer_step
 
 BOS, EOS = 10, 11
@@ -46,7 +47,7 @@ def settings(world_size: int, accum_freq: int, clip: float | None = None) -> Ste
     return StepSettings(torch.device("cpu"), "fp32", world_size, accum_freq, clip, 2.0, EOS)
 
 
-def write_gradients(out: Path, accum_freq: int) -> int:
+def write_gradients(out: Path, accum_freq: int, reduction: str = "fp32") -> int:
     torch.distributed.init_process_group("gloo")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = model_of()
@@ -54,9 +55,8 @@ def write_gradients(out: Path, accum_freq: int) -> int:
     starts = [rank * 8 // world_size + index * size for index in range(accum_freq)]
     window = [part(whole_batch(), start, start + size) for start in starts]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    result = optimizer_step(
-        DistributedDataParallel(model), window, CaptionLoss(), optimizer, None, settings(world_size, accum_freq)
-    )
+    ddp = ddp_on_any_device(DistributedDataParallel, reduction)(model)
+    result = optimizer_step(ddp, window, CaptionLoss(), optimizer, None, settings(world_size, accum_freq))
     if rank == 0:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         torch.save({"gradients": gradients, "losses": result.losses(2.0), "norm": result.grad_norm}, out)

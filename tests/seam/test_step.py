@@ -64,6 +64,16 @@ def test_two_processes_give_the_gradients_of_one(
     torch.testing.assert_close(found["norm"], total)
 
 
+def test_gradients_summed_in_bfloat16(plain: tuple[dict[str, Tensor], Tensor], tmp_path: Path) -> None:
+    """Oracle: the plain gradient within bfloat16's rounding of two halves, and every entry a bfloat16 number."""
+    out = tmp_path / "gradients.pt"
+    assert [status for status, _ in finish(start_ranks(write_gradients, (out, 1, "bf16"), 2))] == [0, 0]
+    for name, gradient in torch.load(out, weights_only=True)["gradients"].items():
+        assert torch.equal(gradient, gradient.bfloat16().float()), name
+        largest = max(1.0, plain[0][name].abs().max().item())
+        torch.testing.assert_close(gradient, plain[0][name], atol=largest * 2**-7, rtol=0)
+
+
 def test_clipping_scales_the_update() -> None:
     """Oracle: SGD with learning rate 1 moves by the clipped gradient, whose norm is the limit."""
     model = model_of()

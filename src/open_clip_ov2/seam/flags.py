@@ -33,6 +33,7 @@ class TrainOptions:
     label_smoothing: float
     z_loss: float
     activation_memory_budget: float | None
+    gradient_reduction: str
     color_jitter: bool
     decode: str | None
     augmentation: str | None
@@ -189,6 +190,12 @@ def _add_model(group: Any) -> None:
         metavar="F",
         help="with --torchcompile: the share of its activations that a block keeps; backward computes the rest again, "
         "what costs least time for its memory first (default: what torch.compile keeps, 1)",
+    )
+    add(
+        "--gradient-reduction",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="in what gradients are summed between processes; bf16 sends half the bytes (default: fp32)",
     )
 
 

@@ -115,7 +115,8 @@ RUN: dict[tuple[str, str], str] = {
         "upstream's value counts padding and sums every 100th batch; ours stands in its place"
     ),
     ("torch.nn.parallel", "DistributedDataParallel"): (
-        "upstream passes device_ids, which DDP refuses on CPU; buckets that stay the same, for an exact resume"
+        "upstream passes device_ids, which DDP refuses on CPU; buckets that stay the same, for an exact resume; "
+        "--gradient-reduction"
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import open_clip_train.main as open_clip_main
@@ -96,7 +97,9 @@ class StageRun:
             (main, "optim"): self.built.optim,
             ("timm.optim", "create_optimizer_v2"): shims.muon_for_hidden_matrices,
             ("open_clip_train.train", "maybe_compute_generative_loss"): lambda _: lambda model_out: None,
-            ("torch.nn.parallel", "DistributedDataParallel"): shims.ddp_on_any_device,
+            ("torch.nn.parallel", "DistributedDataParallel"): partial(
+                shims.ddp_on_any_device, reduction=self.options.gradient_reduction
+            ),
         }
 
     # --- data ----------------------------------------------------------------------------------------
