@@ -19,7 +19,7 @@ COMMON=(--precision amp_bf16 --repetitions "${REPETITIONS:-5}" --steps "${STEPS:
 bench() {
   local part="$1"; shift
   printf '\n$ ov2 bench %s\n' "$*"
-  python -m open_clip_ov2 bench "$@" "${COMMON[@]}" --out "$OUT/$part"
+  python -m open_clip_ov2 bench "${COMMON[@]}" "$@" --out "$OUT/$part"
 }
 step() {
   printf '\n$ python scripts/step_bench.py %s\n' "$*" | tee -a "$OUT/steps.txt"
@@ -55,7 +55,7 @@ eager() {
 
 # The largest batch of each; one timed repetition at a batch that all can hold.
 largest() {
-  COMMON=(--precision amp_bf16 --repetitions 1 --steps 2 --caption-tokens 12:128:64)
+  local COMMON=(--precision amp_bf16 --repetitions 1 --steps 2 --caption-tokens 12:128:64)
   bench largest --model ov2-vit-l-14 --arms ov2,coca_ViT-L-14,clip --resolution 224,84 --batch-size 64 --largest-batch
   bench largest-budget --model ov2-vit-l-14 --arms ov2 --resolution 224 --batch-size 640 --compile --memory-budget 0.3 \
     --largest-batch

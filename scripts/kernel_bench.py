@@ -76,12 +76,12 @@ class Bench:
         labels = torch.randint(0, words, (rows,), device=self.device)
 
         def ours(chunk: int, softmax: Callable[..., Tensor] = softmax_rows) -> Tensor:
-            before = linear_loss.CPU_ROWS, linear_loss.GPU_ROWS
-            linear_loss.CPU_ROWS = linear_loss.GPU_ROWS = chunk
+            before = linear_loss.CPU_ROWS, linear_loss.GPU_ROWS, linear_loss.GPU_COMPILED_ROWS
+            linear_loss.CPU_ROWS = linear_loss.GPU_ROWS = linear_loss.GPU_COMPILED_ROWS = chunk
             try:
                 return linear_cross_entropy(hidden, weight, labels, softmax=softmax)[1]
             finally:
-                linear_loss.CPU_ROWS, linear_loss.GPU_ROWS = before
+                linear_loss.CPU_ROWS, linear_loss.GPU_ROWS, linear_loss.GPU_COMPILED_ROWS = before
 
         arms: Arms = {
             "F.cross_entropy of logits": lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", nargs="*", metavar="GROUP", help="loss, attention, captions, patches")
+    parser.add_argument("--only", nargs="*", choices=("loss", "attention", "captions", "patches"), default=[])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -183,6 +183,8 @@ def main() -> None:
     }
     for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):
         for name in args.only or groups:
+            if not groups[name]:
+                print(f"{name}: on a GPU alone")
             for arguments in groups[name]:
                 getattr(bench, name)(dtype, *arguments)
 

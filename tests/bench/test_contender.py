@@ -14,6 +14,7 @@ from open_clip_ov2.bench.cases import OWN_MODELS, CaptionLengths
 from open_clip_ov2.bench.synthetic import Vocabulary, synthetic_batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import contender as seam
+from open_clip_ov2.seam.step import StepSettings
 
 TINY = "ov2-bench-tiny"
 LENGTHS = CaptionLengths(16, 16, 16.0)  # the whole context: nothing is padding
@@ -32,6 +33,17 @@ def made(model: str) -> tuple[seam.Contender, list[tuple[torch.Tensor, torch.Ten
     return contender, [
         contender.loaded(*synthetic_batch(4, 16, contender.context_length, LENGTHS, words, seed)) for seed in range(2)
     ]
+
+
+def test_all_see_the_same_pixels() -> None:
+    """Oracle: what our step makes of uint8 pictures, with the mean and std of the stock model."""
+    contender, _ = made(f"clip-of-{TINY}")
+    images, texts = synthetic_batch(2, 16, 8, LENGTHS, Vocabulary(*seam.caption_ids(TINY)), 0)
+    floats, _ = contender.loaded(images, texts)
+    cfg = contender.model.visual.preprocess_cfg
+    step = StepSettings(torch.device("cpu"), "fp32", 1, 1, None, 2.0, 0, tuple(cfg["mean"]), tuple(cfg["std"]))
+    assert images.dtype == torch.uint8
+    torch.testing.assert_close(floats, step.pixels(images), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("model", [TINY, f"coca-of-{TINY}", f"clip-of-{TINY}"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from open_clip_ov2.core import linear_loss
+from open_clip_ov2.core import CaptionLoss, linear_loss
 from open_clip_ov2.core.linear_loss import linear_cross_entropy
 
 OPTIONS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-3), (0.2, 1e-2)]
@@ -61,6 +61,20 @@ def test_bfloat16_autocast_is_as_near_as_torchs_own(smoothing: float, z_loss: fl
     for value, other, exact in zip(found, own, expected[1:], strict=True):
         assert relative(value.detach(), exact) <= 1.1 * relative(other.detach(), exact) + 1e-6
     assert [found[1].dtype, found[2].dtype] == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), OPTIONS)
+def test_compiled_it_is_the_same(smoothing: float, z_loss: float) -> None:
+    """Both whole chunks and the last, of another length."""
+    hidden, weight, labels = inputs(rows=linear_loss.CPU_ROWS + 5, width=8, vocabulary=53)
+    loss = CaptionLoss(label_smoothing=smoothing, z_loss=z_loss)
+    loss.compile_softmax(backend="aot_eager")
+    head = torch.nn.Linear(8, 53, bias=False)
+    head.weight = torch.nn.Parameter(weight.detach())
+    sums = loss.from_hidden(hidden, head, labels)
+    found = [sums.nll, sums.objective, *torch.autograd.grad(sums.objective, [hidden, head.weight])]
+    for value, expected in zip(found, plain(hidden, weight, labels, smoothing, z_loss), strict=True):
+        assert relative(value.detach(), expected) < 1e-6
 
 
 @settings(deadline=None, max_examples=30)

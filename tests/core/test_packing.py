@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, decoder
 from open_clip_ov2.core.packing import PackedCaptions, pack_captions
+from open_clip_ov2.core.rows import RaggedRows, attend, key_value
 from open_clip_ov2.seam.factory import build_caption_model
 
 BOS, EOS, CONTEXT = 1, 2, 30
@@ -113,6 +116,67 @@ def test_a_gpus_kernels_agree(fusion: str) -> None:
         for name, gradient in found.items():
             error = (gradient.cpu().double() - plain[name]).norm() / plain[name].norm().clamp(min=1e-6)
             assert error < tolerance, (name, autocast, float(error))
+
+
+class EmulatedRaggedRows(RaggedRows):
+    """The GPU kernel's part row by row, by torch's attention in the dtype at hand."""
+
+    def _flash(self, q_tD: Tensor, kv: Tensor, starts_k: Tensor, most: int, heads: int, *, causal: bool) -> Tensor:
+        out = []
+        for row in range(self.batch):
+            q = q_tD[self.starts_q[row] : self.starts_q[row + 1]][None]
+            all_kv = kv[starts_k[row] : starts_k[row + 1]][None]
+            assert q.shape[1] <= self.longest
+            assert all_kv.shape[1] <= most
+            mask = torch.ones(q.shape[1], all_kv.shape[1], dtype=torch.bool)
+            mask = mask.tril(all_kv.shape[1] - q.shape[1]) if causal else mask
+            out.append(attend(q, key_value(all_kv, heads), heads, mask)[0])
+        return torch.cat(out)
+
+
+@settings(deadline=None, max_examples=12)
+@given(lengths=LENGTHS, checkpointing=st.booleans())
+def test_rows_of_any_length_at_once(model: CaptionModel, lengths: list[int], checkpointing: bool) -> None:
+    """Which token stands where, forward and backward; the kernel itself is tested on a GPU."""
+    ids = captions(lengths)
+    nll, plain = gradients(model, None, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "packed_rows", lambda num_image, parts, like, _: EmulatedRaggedRows.of(
+            num_image, [length for count, length in parts for _ in range(count)], like.device
+        ))  # fmt: skip
+        model.set_grad_checkpointing(checkpointing)
+        try:
+            found_nll, found = gradients(model, pack_captions(ids, EOS, 1), ids)
+        finally:
+            model.set_grad_checkpointing(False)
+    torch.testing.assert_close(found_nll.float(), nll)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_of_a_compiled_model_has_its_own_weights() -> None:
+    """Oracle: the copy with weights of zero, whose logits are zero."""
+    model, ids = build("prefix").eval(), captions([3, 5])
+    model.compile_blocks(backend="eager")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        images = torch.randn(2, 3, 32, 32)
+        assert not copied(images, ids)["logits"].any()
+        assert model(images, ids)["logits"].any()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"caption_loss": CaptionLoss()}, "go together"),
+    ({"captions": pack_captions(captions([3, 5]), EOS, 1)}, "go together"),
+    ({"captions": pack_captions(captions([3]), EOS, 1), "caption_loss": CaptionLoss()}, "one for each image"),
+    ({"text": captions([3, 5]), "captions": pack_captions(captions([3, 5]), EOS, 1), "caption_loss": CaptionLoss()},
+     "in place of text"),
+])  # fmt: skip
+def test_what_does_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build("prefix")(torch.randn(2, 3, 32, 32), **given)
 
 
 def test_padding_is_hardly_computed() -> None:

@@ -25,7 +25,7 @@ class Client:
     """A contender's process. Raises UserError for a model that cannot be built, OutOfMemory, RunFailed."""
 
     def __init__(self, job: Job) -> None:
-        """Begins; `about` waits until the model is there."""
+        """Begins; `wait` for it."""
         self.job = job
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in `close`
         self._process = subprocess.Popen(
@@ -43,12 +43,17 @@ class Client:
 
     @property
     def about(self) -> dict[str, Any]:
-        if self._about is None:
-            self._about = self._reply()
+        self.wait()
+        assert self._about is not None
         return self._about
 
+    def wait(self) -> None:
+        """Until the model is there."""
+        if self._about is None:
+            self._about = self._reply()
+
     def ask(self, *question: Any) -> dict[str, Any]:
-        assert self.about
+        self.wait()
         self._send(question)
         return self._reply()
 

@@ -55,7 +55,13 @@ class _Turns:
             clients = {arm: stack.enter_context(Client(job)) for arm, job in jobs.items()}  # they build side by side
             for arm, client in clients.items():
                 self.measured[arm] = Measured(arm, client.job.model, case)
-                self._begin(arm, client)
+                try:
+                    client.wait()  # nothing is measured while another still builds
+                except OutOfMemory:
+                    self._failed(arm)
+            for arm, client in clients.items():
+                if not self.measured[arm].failure:
+                    self._begin(arm, client)
             for repetition in range(self.settings.repetitions):
                 first = repetition % len(self.settings.arms)  # none always comes after the same other one
                 for arm in self.settings.arms[first:] + self.settings.arms[:first]:

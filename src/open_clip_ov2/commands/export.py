@@ -89,9 +89,13 @@ def _default_folder(args: argparse.Namespace, folder: Path) -> Path:
 def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name: str) -> list[str]:
     """Lines worth telling. `name`: what the folder will be called."""
     if args.to == "onnx":
+        from open_clip_ov2.core.tower import stock_patches
         from open_clip_ov2.export import onnx
 
-        measured = onnx.write(encoder, run.model.visual, folder, args.int8)
+        with stock_patches(
+            run.model.visual
+        ):  # int8 is for matrix products, and the patch embedding is to stay as it is
+            measured = onnx.write(encoder, run.model.visual, folder, args.int8)
         return [
             f"{name}: largest difference to torch {values.tokens:.1e} (patch tokens, {values.tokens_relative:.1e} "
             f"relative), {values.pooled:.1e} (pooled, {values.pooled_relative:.1e} relative)"

@@ -5,16 +5,20 @@ Shapes: B batch, H heads, S queries, C keys, d width of a head (core/__init__.py
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HEAD_STEP, HEAD_MOST = 8, 256  # widths of a head that these kernels take without padding
 SHORT = 64  # tokens up to which the memory-efficient kernel is ahead of FlashAttention and cuDNN on an H100
 
 
 def scaled_dot_product(q_BHSd: Tensor, k_BHCd: Tensor, v_BHCd: Tensor, *, causal: bool = False) -> Tensor:
     """`(B, H, S, d)`; queries see all keys, or with `causal`, where S = C, those up to their own."""
-    if q_BHSd.shape[2] <= SHORT and k_BHCd.shape[2] <= SHORT and _on_a_gpu_in_half(q_BHSd):
+    short = q_BHSd.shape[2] <= SHORT and k_BHCd.shape[2] <= SHORT
+    if short and takes_half_kernels(q_BHSd, q_BHSd.shape[-1]):
         out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q_BHSd, k_BHCd, v_BHCd, None, torch.is_grad_enabled(), 0.0, causal
         )
@@ -22,7 +26,19 @@ def scaled_dot_product(q_BHSd: Tensor, k_BHCd: Tensor, v_BHCd: Tensor, *, causal
     return F.scaled_dot_product_attention(q_BHSd, k_BHCd, v_BHCd, is_causal=causal)
 
 
-def _on_a_gpu_in_half(x: Tensor) -> bool:
-    """NVIDIA's; heads that its kernels take without padding."""
+def takes_half_kernels(x: Tensor, head_width: int) -> bool:
+    """Whether FlashAttention-2 and the memory-efficient kernel are there for this tensor."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.is_cuda and torch.version.cuda is not None and half and x.shape[-1] % 8 == 0
+    return half and head_width % HEAD_STEP == 0 and head_width <= HEAD_MOST and has_half_kernels(x.device)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def has_half_kernels(device: torch.device) -> bool:
+    """NVIDIA, from Ampere on, in a build that has them."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
+    )

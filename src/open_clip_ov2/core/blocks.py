@@ -9,6 +9,7 @@ Parameter names are those of the released PyTorch caption decoders (docs/referen
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ def _mlp(width: int, mlp_width: int) -> nn.Sequential:
     )
 
 
-class SelfBlock(nn.Module):
-    """Pre-norm self-attention and MLP. `before` and `after` attention work token by token, whatever the rows."""
+class _Block(nn.Module):
+    """What both kinds share. What works token by token, whatever the rows, can be compiled; attention stays outside."""
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()
@@ -80,29 +81,45 @@ class SelfBlock(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         self.mlp = _mlp(width, mlp_width)
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All that comes after attention."""
+        x = x + self.attn.out_proj(attended)
+        return x + self.mlp(self.ln_2(x))
+
+    def compile_tokenwise(self, **options: Any) -> None:
+        """With torch.compile, for any number of tokens."""
+        for name in ("before", "context", "after"):
+            if function := getattr(type(self), name, None):
+                self._compiled[name] = torch.compile(function, dynamic=True, **options)
+
+    def _run(self, name: str, *arguments: Any) -> Any:
+        """A function of this block, compiled or not."""
+        return self._compiled.get(name, getattr(type(self), name))(self, *arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": {}}  # compiled code is neither copied nor pickled
+
+
+class SelfBlock(_Block):
+    """Pre-norm self-attention and MLP."""
 
     def before(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Queries of the tokens from `first` on, `(t, D)`, and keys and values of all, `(T, 2 D)`."""
         x = self.ln_1(x)
         return self.attn.project(x[first:] if first else x, 0, 1), self.attn.project(x, 1, 3)
 
-    def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.attn.out_proj(attended)
-        return x + self.mlp(self.ln_2(x))
-
-    def compile_tokenwise(self, **options: Any) -> None:
-        """With torch.compile, for any number of tokens; attention stays outside."""
-        self.before = torch.compile(self.before, dynamic=True, **options)  # type: ignore[method-assign]
-        self.after = torch.compile(self.after, dynamic=True, **options)  # type: ignore[method-assign]
-
     def packed(self, x_TD: Tensor, rows: Rows, image_causal: bool) -> Tensor:
         """`(T, D)` -> `(T, D)`."""
-        return self.after(x_TD, self.attn.attend_packed(*self.before(x_TD), rows, image_causal))
+        q_TD, kv_T2D = self._run("before", x_TD)
+        return self._run("after", x_TD, self.attn.attend_packed(q_TD, kv_T2D, rows, image_causal))
 
     def packed_last(self, x_TD: Tensor, rows: Rows) -> Tensor:
         """`(T, D)` -> `(t, D)`: for the captions alone, where nobody reads what the image tokens become."""
         first = rows.batch * rows.num_image
-        return self.after(x_TD[first:], self.attn.attend_packed(*self.before(x_TD, first), rows, False))
+        q_tD, kv_T2D = self._run("before", x_TD, first)
+        return self._run("after", x_TD[first:], self.attn.attend_packed(q_tD, kv_T2D, rows, False))
 
     def forward(
         self, x_BSD: Tensor, mask: Tensor | None = None, causal: bool = False, past: KeyValue | None = None
@@ -119,16 +136,12 @@ class SelfBlock(nn.Module):
         return key_value(self.attn.project(self.ln_1(x_BSD), 1, 3), self.attn.heads)
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(_Block):
     """Pre-norm cross-attention to the image tokens and MLP (reference: text_decoder_v2.py, ln_x, ln_u, ln_mlp)."""
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(width)
+        super().__init__(width, heads, mlp_width)
         self.ln_context = LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width)
-        self.mlp = _mlp(width, mlp_width)
 
     def project_context(self, context_BKD: Tensor) -> KeyValue:
         return key_value(self.context(context_BKD), self.attn.heads)
@@ -141,20 +154,10 @@ class CrossBlock(nn.Module):
         """Queries, `(..., D)`."""
         return self.attn.project(self.ln_1(x), 0, 1)
 
-    def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.attn.out_proj(attended)
-        return x + self.mlp(self.ln_2(x))
-
-    def compile_tokenwise(self, **options: Any) -> None:
-        """As SelfBlock's."""
-        self.before = torch.compile(self.before, dynamic=True, **options)  # type: ignore[method-assign]
-        self.context = torch.compile(self.context, dynamic=True, **options)  # type: ignore[method-assign]
-        self.after = torch.compile(self.after, dynamic=True, **options)  # type: ignore[method-assign]
-
     def packed(self, x_tD: Tensor, context_BKD: Tensor, rows: Rows) -> Tensor:
         """Captions `(t, D)`, image tokens `(B, K, D)` -> `(t, D)`."""
-        attended_tD = rows.across(self.before(x_tD), self.context(context_BKD), self.attn.heads)
-        return self.after(x_tD, attended_tD)
+        q_tD, kv_BK2D = self._run("before", x_tD), self._run("context", context_BKD)
+        return self._run("after", x_tD, rows.across(q_tD, kv_BK2D, self.attn.heads))
 
     def forward(self, x_BSD: Tensor, kv: KeyValue) -> Tensor:
         """For generation; `kv` from `project_context`."""

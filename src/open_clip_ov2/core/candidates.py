@@ -20,7 +20,7 @@ from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
 
 # Ours. Nodes at once, each of which is scored against all others: few beside the decoder's width.
 MAX_NODES = 256
-MAX_TOKENS = 16_384  # ours: nodes times images at once; fills a GPU's matrix units (core/groups.py)
+MAX_TOKENS = 16_384  # ours: nodes times images at once; enough to fill a GPU's matrix units
 
 
 @dataclass(frozen=True)

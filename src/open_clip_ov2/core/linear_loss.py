@@ -15,8 +15,42 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows of logits that exist at once; measured, scripts/kernel_bench.py.
-CPU_ROWS, GPU_ROWS = 256, 8192
+# Rows of logits that exist at once; measured, scripts/kernel_bench.py. Compiled, none of them exists in float32.
+CPU_ROWS, GPU_ROWS, GPU_COMPILED_ROWS = 256, 4096, 8192
+
+
+def softmax_rows(
+    logits_cV: Tensor, labels_c: Tensor, sums: Tensor, smoothing: float, z_loss: float, wants_gradient: bool
+) -> Tensor:
+    """Adds the rows' nll and objective to `sums`; returns the objective's gradient by the logits, in their dtype.
+
+    Overwrites float32 logits. Written out because torch's softmax on a CPU takes about four times as long
+    (scripts/kernel_bench.py).
+    """
+    labels_c1 = labels_c[:, None]
+    mean_c1 = logits_cV.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothing else None
+    largest_c1 = logits_cV.amax(dim=1, keepdim=True).float()
+    label_logit_c1 = logits_cV.gather(1, labels_c1).float() - largest_c1
+    exp_cV = logits_cV.float().sub_(largest_c1).exp_()
+    sum_c1 = exp_cV.sum(dim=1, keepdim=True)
+    log_sum_c1 = sum_c1.log()
+    lse_c1 = log_sum_c1 + largest_c1
+    nll_c1 = log_sum_c1 - label_logit_c1  # not by lse: nothing large cancels
+    objective_c1 = nll_c1
+    if mean_c1 is not None:
+        objective_c1 = (1 - smoothing) * nll_c1 + smoothing * (lse_c1 - mean_c1)
+    if z_loss:
+        objective_c1 = objective_c1 + z_loss * lse_c1.square()
+    sums += torch.stack([nll_c1.sum(), objective_c1.sum()])
+    if not wants_gradient:
+        return logits_cV
+    factor_c1 = (1 + 2 * z_loss * lse_c1) / sum_c1
+    everywhere = smoothing / logits_cV.shape[1]
+    d_logits_cV = exp_cV.mul_(factor_c1)
+    if smoothing:
+        d_logits_cV = d_logits_cV.sub_(everywhere)
+    at_label_c1 = label_logit_c1.exp() * factor_c1 - everywhere - (1 - smoothing)  # rounded once, as all others
+    return d_logits_cV.to(logits_cV.dtype).scatter_(1, labels_c1, at_label_c1.to(logits_cV.dtype))
 
 
 def linear_cross_entropy(
@@ -26,7 +60,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softmax: Callable[..., Tensor] | None = None,
+    softmax: Callable[..., Tensor] = softmax_rows,
 ) -> tuple[Tensor, Tensor]:
     """(nll, objective), float32 scalars: sums over the rows of `-log p(label)`, and of that with label smoothing and
     z-loss. Only the objective has a gradient, by `hidden_RD` and `weight_VD`.
@@ -36,10 +70,9 @@ def linear_cross_entropy(
     """
     device = hidden_RD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_RD.dtype
-    rows = CPU_ROWS if device == "cpu" else GPU_ROWS
-    return _LinearCrossEntropy.apply(
-        hidden_RD, weight_VD, labels_R, dtype, label_smoothing, z_loss, rows, softmax or softmax_rows
-    )
+    gpu_rows = GPU_ROWS if softmax is softmax_rows else GPU_COMPILED_ROWS
+    rows = CPU_ROWS if device == "cpu" else gpu_rows
+    return _LinearCrossEntropy.apply(hidden_RD, weight_VD, labels_R, dtype, label_smoothing, z_loss, rows, softmax)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,40 +118,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden_RD = d_hidden_RD * scale.to(d_hidden_RD.dtype) if d_hidden_RD is not None else None
         d_weight_VD = (d_weight_VD * scale).to(ctx.weight_dtype) if d_weight_VD is not None else None
         return d_hidden_RD, d_weight_VD, None, None, None, None, None, None
-
-
-def softmax_rows(
-    logits_cV: Tensor, labels_c: Tensor, sums: Tensor, smoothing: float, z_loss: float, wants_gradient: bool
-) -> Tensor:
-    """Adds the rows' nll and objective to `sums`; returns the objective's gradient by the logits, in their dtype.
-
-    Overwrites float32 logits. Written out because torch's softmax on a CPU takes about four times as long
-    (scripts/kernel_bench.py).
-    """
-    labels_c1 = labels_c[:, None]
-    mean_c1 = logits_cV.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothing else None
-    largest_c1 = logits_cV.amax(dim=1, keepdim=True).float()
-    label_logit_c1 = logits_cV.gather(1, labels_c1).float() - largest_c1
-    exp_cV = logits_cV.float().sub_(largest_c1).exp_()
-    sum_c1 = exp_cV.sum(dim=1, keepdim=True)
-    log_sum_c1 = sum_c1.log()
-    lse_c1 = log_sum_c1 + largest_c1
-    nll_c1 = log_sum_c1 - label_logit_c1  # not by lse: nothing large cancels
-    objective_c1 = nll_c1
-    if mean_c1 is not None:
-        objective_c1 = (1 - smoothing) * nll_c1 + smoothing * (lse_c1 - mean_c1)
-    if z_loss:
-        objective_c1 = objective_c1 + z_loss * lse_c1.square()
-    sums += torch.stack([nll_c1.sum(), objective_c1.sum()])
-    if not wants_gradient:
-        return logits_cV
-    factor_c1 = (1 + 2 * z_loss * lse_c1) / sum_c1
-    everywhere = smoothing / logits_cV.shape[1]
-    d_logits_cV = exp_cV.mul_(factor_c1)
-    if smoothing:
-        d_logits_cV = d_logits_cV.sub_(everywhere)
-    at_label_c1 = label_logit_c1.exp() * factor_c1 - everywhere - (1 - smoothing)  # rounded once, as all others
-    return d_logits_cV.to(logits_cV.dtype).scatter_(1, labels_c1, at_label_c1.to(logits_cV.dtype))
 
 
 def _with_product(sum_VD: Tensor | None, d_logits_cV: Tensor, hidden_cD: Tensor) -> Tensor:

@@ -72,6 +72,9 @@ class CaptionModel(nn.Module):
         rows, columns = cast(tuple[int, int], self.visual.grid_size)
         num_kept(rows * columns, min(keep_ratio.low, self.token_drop.eval_keep_ratio))  # raises if none are left
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last_block": block_at}  # compiled code is neither copied nor pickled
+
     def position_table(self) -> Tensor:
         """The fixed table of this model's grid, `(1 + N, D)` float32."""
         old = self.visual.positional_embedding
@@ -130,14 +133,16 @@ class CaptionModel(nn.Module):
         """
         if image is None:
             raise ValueError("an ov2 model has no text encoder: give it images, or images and text")
+        if (captions is None) != (caption_loss is None):
+            raise ValueError("packed captions and a loss go together: give both or neither")
+        if captions is not None and (text is not None or len(captions.order_B) != len(image)):
+            raise ValueError("packed captions stand in place of text, one for each image")
         if text is None and captions is None:
             pooled_BD, tokens_BND = self.visual(image)
             image_out = {"image_features": pooled_BD, "image_embs": tokens_BND}
             return image_out if self.output_dict else tuple(image_out.values())
         kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
-        if captions is not None:
-            if caption_loss is None:
-                raise ValueError("packed captions are for the loss: give caption_loss too")
+        if captions is not None and caption_loss is not None:
             return self._loss_sums(kept_BKD, captions, caption_loss)
         assert text is not None
         labels_BL = caption_targets(text, self.text_config.eos_id)

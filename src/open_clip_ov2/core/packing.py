@@ -1,8 +1,9 @@
 """Captions of one batch side by side without padding.
 
-Shapes: B batch, L caption tokens, t caption positions of all rows together, R real targets among them.
-What works token by token runs over all t positions at once; attention alone goes group by group of captions of similar
-length. Which samples a step sees, and its gradient, stay the same: rows of a batch do not see each other.
+Shapes: B batch, L caption tokens, P = L - 1 positions, t positions of all rows together, R real targets among them.
+What works token by token runs over all t positions at once; attention alone goes row by row, or group by group of
+captions of similar length (core/rows.py). Which samples a step sees, and its gradient, stay the same: rows of a batch
+do not see each other.
 """
 
 from __future__ import annotations
@@ -54,17 +55,15 @@ def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCapti
 
     `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU: nothing here asks a device.
     """
-    labels_BL = caption_targets(texts_BL, eos_id)
-    targets_B = (labels_BL != IGNORE_INDEX).sum(dim=1)
+    labels_BP = caption_targets(texts_BL, eos_id)
+    targets_B = (labels_BP != IGNORE_INDEX).sum(dim=1)
     order_B = targets_B.argsort(descending=True, stable=True)
-    batch = len(texts_BL)
+    batch, positions = labels_BP.shape
     rows = -(-batch // max(1, min(batch, int(targets_B.sum()) // min_tokens)))
-    groups = order_B.split(rows)
-    longest = [max(1, int(targets_B[group[0]])) for group in groups]
-    parts = tuple((len(group), length) for group, length in zip(groups, longest, strict=True))
-    ids_t, labels_t = (
-        torch.cat([values[group, :length].flatten() for group, length in zip(groups, longest, strict=True)])
-        for values in (texts_BL, labels_BL)
-    )
+    longest = targets_B[order_B[::rows]].clamp(min=1)  # of each group its first
+    lengths_B = longest.repeat_interleave(rows)[:batch]
+    computed_BP = torch.arange(positions) < lengths_B[:, None]
+    ids_t, labels_t = texts_BL[order_B, :-1][computed_BP], labels_BP[order_B][computed_BP]
+    counts = [rows] * (len(longest) - 1) + [batch - rows * (len(longest) - 1)]
     index_R = (labels_t != IGNORE_INDEX).nonzero()[:, 0]
-    return PackedCaptions(order_B, parts, ids_t, index_R, labels_t[index_R])
+    return PackedCaptions(order_B, tuple(zip(counts, longest.tolist(), strict=True)), ids_t, index_R, labels_t[index_R])

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
-from open_clip_ov2.core.attention import scaled_dot_product
+from open_clip_ov2.core.attention import scaled_dot_product, takes_half_kernels
 
 Parts = tuple[tuple[int, int], ...]  # (rows, caption positions of each) of every group, in order
-RAGGED_HEAD_STEP, RAGGED_HEAD_MOST = 8, 256  # what FlashAttention-2 takes
 
 
 class KeyValue(NamedTuple):
@@ -63,20 +62,9 @@ def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> 
 def packed_rows(num_image: int, parts: Parts, like: Tensor, head_width: int) -> GroupedRows | RaggedRows:
     """`like` `(B, K, D)`: for its device and dtype. Captions follow `num_image` tokens of their row."""
     lengths = [positions for rows, positions in parts for _ in range(rows)]
-    if _has_ragged_kernel(like, head_width):
+    if takes_half_kernels(like, head_width):
         return RaggedRows.of(num_image, lengths, like.device)
     return GroupedRows(len(lengths), num_image, parts, like.device)
-
-
-def _has_ragged_kernel(like: Tensor, head_width: int) -> bool:
-    return (
-        like.is_cuda
-        and torch.version.cuda is not None
-        and like.dtype in (torch.float16, torch.bfloat16)
-        and head_width % RAGGED_HEAD_STEP == 0
-        and head_width <= RAGGED_HEAD_MOST
-        and torch.cuda.get_device_capability(like.device) >= (8, 0)
-    )
 
 
 class GroupedRows:
@@ -111,7 +99,7 @@ class GroupedRows:
 
 def _caption_mask(before: int, length: int, device: torch.device) -> Tensor:
     """`(length, before + length)`: captions see `before` image tokens, and what came before in the caption."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.cuda is not None:
         return causal_lower_right(length, before + length)  # a form that fused kernels know, with no mask to read
     return prefix_mask(before, before + length, device)[before:]
 
@@ -177,12 +165,14 @@ class _ByRow(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor, first: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(place)
         ctx.first = first
+        ctx.set_materialize_grads(False)
         return x.index_select(0, source), x[:first]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_by_row: Tensor, d_first: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_by_row: Tensor, d_first: Tensor | None) -> tuple[Any, ...]:
         (place,) = ctx.saved_tensors
         d_x = d_by_row.index_select(0, place)
-        d_x[: ctx.first] += d_first
+        if d_first is not None:  # a last block has no use for it
+            d_x[: ctx.first] += d_first
         return d_x, None, None, None

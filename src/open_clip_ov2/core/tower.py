@@ -5,6 +5,8 @@ Shapes: B batch, S tokens, N patches, D width, H heads (core/__init__.py). Measu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,18 @@ def use_fast_parts(visual: nn.Module) -> None:
     for block in tower.transformer.resblocks:
         if type(block.attn) is nn.MultiheadAttention and block.attn.batch_first:
             block.attn.__class__ = SelfAttention
+
+
+@contextlib.contextmanager
+def stock_patches(visual: nn.Module) -> Iterator[None]:
+    """The patch embedding as the convolution that it is, for exporters that tell one by its operator."""
+    conv1: Any = visual.conv1
+    kind = type(conv1)
+    conv1.__class__ = nn.Conv2d if kind is LinearPatches else kind
+    try:
+        yield
+    finally:
+        conv1.__class__ = kind
 
 
 class LinearPatches(nn.Conv2d):

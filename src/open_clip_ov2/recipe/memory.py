@@ -1,8 +1,7 @@
 """Memory of one training step on one GPU, estimated from plain sizes. Bytes.
 
 Counted: what autograd keeps of blocks and logits, weights, gradients, Adam's moments. An estimate for code without
-fusion; allocator slack, the framework's own gigabyte, and the one chunk of logits that an ov2 loss holds at a time come
-on top. Measured against it: docs/performance.md.
+fusion; allocator slack and the framework's own gigabyte come on top.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, ModelSizes, Tokens, Tower
 
+LOSS_ROWS = 4096  # of logits at once in an ov2 loss on a GPU (core/linear_loss.py)
 LOGIT_BYTES = 12  # held at once for one logit, when backward begins: log-probability and two gradients, in fp32
 
 
@@ -59,6 +59,13 @@ def fixed_bytes(trained: int, frozen: int, precision: Precision, gpus: int) -> f
     buckets = precision.weight if gpus > 1 else 0
     each = 4 * precision.weight + precision.copy + buckets
     return float(trained * each + frozen * (precision.weight + precision.copy))
+
+
+def loss_bytes(sizes: ModelSizes, precision: Precision) -> float:
+    """Of an ov2 loss, whatever the batch: one chunk of logits, the same in float32, and their gradient."""
+    if not isinstance(sizes, CaptionSizes):
+        return 0.0
+    return LOSS_ROWS * sizes.vocab * (4.0 + 2 * precision.activation)
 
 
 def activation_bytes(

@@ -10,7 +10,7 @@ from typing import Any
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.counts import parse_samples
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, Flops, ModelSizes, Tokens, flops
-from open_clip_ov2.recipe.memory import PRECISION, Memory, activation_bytes, fixed_bytes
+from open_clip_ov2.recipe.memory import PRECISION, Memory, activation_bytes, fixed_bytes, loss_bytes
 from open_clip_ov2.recipe.stage import LR_BATCH, Stage
 
 H100_TFLOPS = 790.0  # dense bf16, measured on an H100; a data sheet promises 989
@@ -190,7 +190,7 @@ def stage_cost(
     precision = PRECISION[settings.precision]
     most_kept = int((tokens.encoder - 1) * settings.keep[1]) if isinstance(sizes, CaptionSizes) else tokens.kept
     memory = Memory(
-        fixed_bytes(trained, frozen, precision, machine.gpus),
+        fixed_bytes(trained, frozen, precision, machine.gpus) + loss_bytes(sizes, precision),
         activation_bytes(
             sizes,
             replace(tokens, kept=most_kept),

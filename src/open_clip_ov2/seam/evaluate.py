@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, num_kept
+from open_clip_ov2.core.loss import CaptionLossSums
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.seam.step import StepSettings, all_reduced, merge_counts
@@ -55,30 +56,31 @@ def caption_loss(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)  # nll, targets, samples
     for batch in batches:
-        captions, images = settings.packed(batch.texts_BL), settings.pixels(batch.images_BCHW)
+        images = settings.pixels(batch.images_BCHW)
         with settings.attention(), settings.autocast():
             if isinstance(model, CaptionModel):
-                nll = _family_nll(model, images, captions.to(settings.device), batch.keys, keep_ratio)
+                captions = settings.packed(batch.texts_BL).to(settings.device)
+                found = _family_sums(model, images, captions, batch.keys, keep_ratio)
             else:
-                nll = _coca_nll(model, images, batch.texts_BL.to(settings.device), settings.eos_id)
-        sums += torch.tensor([float(nll), captions.num_targets, len(batch.keys)], dtype=torch.float64)
+                found = _coca_sums(model, images, batch.texts_BL.to(settings.device), settings.eos_id)
+        sums += torch.tensor([float(found.nll), float(found.num_targets), len(batch.keys)], dtype=torch.float64)
     nll_sum, targets, samples = all_reduced(sums.to(settings.device), settings).tolist()
     loss = nll_sum / max(targets, 1.0)
     return {"caption_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_samples": samples}
 
 
-def _family_nll(
+def _family_sums(
     model: CaptionModel, images: Tensor, captions: PackedCaptions, keys: Sequence[str], keep_ratio: float | None
-) -> Tensor:
+) -> CaptionLossSums:
     kept_idx = eval_kept_idx(model, keys, keep_ratio)
-    return model(images, kept_idx=kept_idx, captions=captions, caption_loss=CaptionLoss()).nll
+    return model(images, kept_idx=kept_idx, captions=captions, caption_loss=CaptionLoss())
 
 
-def _coca_nll(model: nn.Module, images: Tensor, texts: Tensor, eos_id: int) -> Tensor:
+def _coca_sums(model: nn.Module, images: Tensor, texts: Tensor, eos_id: int) -> CaptionLossSums:
     logits = model(images, texts)["logits"]  # aligned with text[:, 1:]
     labels = caption_targets(texts, eos_id)
     assert logits.shape[:2] == labels.shape, (logits.shape, labels.shape, IGNORE_INDEX)
-    return CaptionLoss()(logits, labels).nll
+    return CaptionLoss()(logits, labels)
 
 
 def gathered_counts(counts: dict[str, int], world_size: int) -> dict[str, int]:

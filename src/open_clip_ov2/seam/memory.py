@@ -7,7 +7,7 @@ from dataclasses import replace
 from open_clip.factory import get_model_config
 
 from open_clip_ov2.recipe.flops import CaptionSizes, flops
-from open_clip_ov2.recipe.memory import PRECISION, Memory, activation_bytes, fixed_bytes
+from open_clip_ov2.recipe.memory import PRECISION, Memory, activation_bytes, fixed_bytes, loss_bytes
 from open_clip_ov2.recipe.plan import Settings, count_tokens
 from open_clip_ov2.seam.arguments import StagePlan
 from open_clip_ov2.seam.sizes import ModelFacts, model_facts
@@ -21,7 +21,7 @@ def stage_memory(stage: StagePlan, world_size: int) -> Memory:
         tokens = replace(tokens, kept=int((tokens.encoder - 1) * settings.keep[1]))
     precision = PRECISION[settings.precision]
     return Memory(
-        fixed_bytes(facts.trained, facts.frozen, precision, world_size),
+        fixed_bytes(facts.trained, facts.frozen, precision, world_size) + loss_bytes(facts.sizes, precision),
         activation_bytes(facts.sizes, tokens, size, precision, grad_checkpointing=settings.grad_checkpointing),
     )
 

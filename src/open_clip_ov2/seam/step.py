@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.attention import has_half_kernels
 from open_clip_ov2.core.packing import CPU_TOKENS, GPU_HALF_TOKENS, GPU_TOKENS, PackedCaptions, pack_captions
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.loop.guard import gradient_norm, not_finite, step_unless
@@ -70,8 +71,13 @@ class StepSettings:
 
     def packed(self, texts_BL: Tensor) -> PackedCaptions:
         """Captions side by side, made of ids that are still on the CPU."""
-        gpu_tokens = GPU_TOKENS if self.precision == "fp32" else GPU_HALF_TOKENS
-        return pack_captions(texts_BL, self.eos_id, CPU_TOKENS if self.device.type == "cpu" else gpu_tokens)
+        if self.device.type == "cpu":
+            tokens = CPU_TOKENS
+        elif self.precision != "fp32" and has_half_kernels(self.device):
+            tokens = GPU_HALF_TOKENS
+        else:
+            tokens = GPU_TOKENS
+        return pack_captions(texts_BL, self.eos_id, tokens)
 
     def pixels(self, images: Tensor) -> Tensor:
         """On the device. Uint8 pictures go over as they are, and become what ToTensor and Normalize make of them."""
