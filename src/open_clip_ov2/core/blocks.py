@@ -99,7 +99,7 @@ class _Block(nn.Module):
         return self._compiled.get(name, getattr(type(self), name))(self, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": {}}  # compiled code is neither copied nor pickled
+        return {**super().__getstate__(), "_compiled": {}}  # compiled code is neither copied nor pickled
 
 
 class SelfBlock(_Block):

@@ -73,7 +73,7 @@ class CaptionModel(nn.Module):
         num_kept(rows * columns, min(keep_ratio.low, self.token_drop.eval_keep_ratio))  # raises if none are left
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_block": block_at}  # compiled code is neither copied nor pickled
+        return {**super().__getstate__(), "_last_block": block_at}  # compiled code is neither copied nor pickled
 
     def position_table(self) -> Tensor:
         """The fixed table of this model's grid, `(1 + N, D)` float32."""
