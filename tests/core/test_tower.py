@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import open_clip
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from open_clip_ov2.core import attention
 from open_clip_ov2.core.tower import LinearPatches, SelfAttention, use_fast_parts
 
 
@@ -70,6 +72,23 @@ def test_all_parts_of_the_tower_are_found_and_its_state_stays() -> None:
     assert not {nn.Conv2d, nn.MultiheadAttention} & kinds
     assert list(visual.state_dict()) == keys
     torch.testing.assert_close(visual(images), before)
+
+
+def test_which_kernels_there_are_is_asked_once_and_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a question that torch.compile could not trace, in one whole graph."""
+    asked = []
+
+    def answer(device: torch.device) -> bool:
+        asked.append((device.type, os.getpid()))
+        return False
+
+    monkeypatch.setattr(attention, "_has_half_kernels", answer)
+    module = nn.MultiheadAttention(32, 2, batch_first=True).bfloat16()
+    module.__class__ = SelfAttention
+    x = random(2, 7, 32).bfloat16()
+    compiled = torch.compile(lambda x: module(x, x, x, need_weights=False)[0], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), compiled(x))
+    assert {kind for kind, _ in asked} == {"cpu"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's kernels are others")

@@ -33,9 +33,13 @@ def takes_half_kernels(x: Tensor, head_width: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def has_half_kernels(device: torch.device) -> bool:
-    """NVIDIA, from Ampere on, in a build that has them."""
+    """NVIDIA, from Ampere on, in a build that has them. Asked once, and by torch.compile when it traces."""
+    return _has_half_kernels(device)
+
+
+@functools.cache
+def _has_half_kernels(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
