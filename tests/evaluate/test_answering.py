@@ -114,6 +114,16 @@ def test_a_transform_that_fails_costs_one_question(file: QuestionFile) -> None:
     assert scores.overall == Mean(6 / 8, 8)
 
 
+def test_a_question_too_long_costs_one_question(file: QuestionFile) -> None:
+    """Property: the others are scored as before. Room of one token is none: the end of the text needs it."""
+    scores = ask(file, Reader(), room=lambda prompt: {"Q: 7? {} A:": 1, "Q: 9? {} A:": 2}.get(prompt, 9))
+    assert [str(one) for one in scores.skipped[1:]] == [
+        f"q4: undecodable image ({file.questions[BAD].image})",
+        "q7: question too long (it leaves no room for an answer)",
+    ]
+    assert scores.overall == Mean(6 / 8, 8)
+
+
 def test_slips(file: QuestionFile) -> None:
     with pytest.raises(UserError, match=r"prompt 'Answer:' has no \{question\}"):
         answer_questions(file, Reader(), to_tensor, prompt="Answer:")

@@ -170,11 +170,15 @@ def test_questions_are_asked(run: Path, squares: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
     lines = [{"image": "red.png", "question": "a", "answer": "red square", "id": "q1"}]
     lines += [{"image": "gone.png", "question": "a", "answer": "x", "id": "q2"}]
+    lines += [{"image": "red.png", "question": "a " * 99, "answer": "x", "id": "q3"}]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = [*flags_of(squares), "--tasks", "questions", "--questions", str(tmp_path / "q.jsonl")]
     found = evaluated(run, tmp_path / "e.json", *flags)["questions"]
     assert found["questions"] == 1
-    assert [one["key"] for one in found["skipped"]] == ["q2"]
+    assert [(one["key"], one["cause"]) for one in found["skipped"]][-1] == ("q3", "question too long")
+    assert [one["key"] for one in found["skipped"]] == ["q2", "q3"]
+    short = evaluated(run, tmp_path / "s.json", *flags, "--seq-len", "4")["questions"]
+    assert short["questions"] == 1
 
 
 def test_in_the_loop_as_afterwards(run: Path, squares: Path, tmp_path: Path) -> None:

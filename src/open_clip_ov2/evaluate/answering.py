@@ -24,6 +24,8 @@ from open_clip_ov2.evaluate.subject import gathered
 # (images_BCHW, keys, prompts) -> for each the text that follows its prompt.
 Answerer = Callable[[Tensor, Sequence[str], Sequence[str]], Sequence[str]]
 PLACE = "{question}"
+QUESTION_TOO_LONG = "question too long"
+LEAST_ROOM = 2  # tokens: a word, and the end of the text
 # OCRBench's two rules make one score.
 _REPORTED_AS = {"ocrbench-math": "ocrbench"}
 
@@ -90,6 +92,7 @@ def answer_questions(
     prompt: str = PLACE,
     clean: Callable[[str], str] = detokenized,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    room: Callable[[str], int] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> AnswerScores:
@@ -97,15 +100,23 @@ def answer_questions(
 
     `transform` maps a PIL image to `(C, H, W)`. `prompt` is the text before the answer, `{question}` in it the place
     of the question. `answer` is called with batches of this process's share, of `batch_size` but for the last;
-    `clean` is what is done to its answers before they are scored.
-    Images that do not decode are skipped by key. Raises UserError if all are, or the prompt lacks its place.
+    `clean` is what is done to its answers before they are scored; `room` tells how many tokens a prompt leaves to its
+    answer. Images that do not decode, and questions that leave no room, are skipped by key. Raises UserError if all
+    are, or the prompt lacks its place.
     """
     if PLACE not in prompt:
         raise UserError(f"the prompt {prompt!r} has no {PLACE}, where the question goes")
     decoder = Decoder(transform, (), max_image_pixels)
     answered: dict[int, Answered] = {}
     bad: dict[int, Skipped] = {}
-    mine = range(rank, len(file.questions), world_size)
+    mine = []
+    for index in range(rank, len(file.questions), world_size):
+        one = file.questions[index]
+        left = LEAST_ROOM if room is None else room(prompt.replace(PLACE, one.question))
+        if left < LEAST_ROOM:
+            bad[index] = Skipped(one.key, QUESTION_TOO_LONG, "it leaves no room for an answer")
+        else:
+            mine.append(index)
     for indices, images_BCHW in _batches(file.questions, mine, decoder, batch_size, bad):
         batch = [file.questions[index] for index in indices]
         prompts = [prompt.replace(PLACE, one.question) for one in batch]
@@ -115,7 +126,7 @@ def answer_questions(
     rows = gathered(answered, world_size)
     skipped = (*file.skipped, *gathered(bad, world_size).values())
     if not rows:
-        raise UserError(f"no question could be asked ({summary(skipped)}): look at the images")
+        raise UserError(f"no question could be asked ({summary(skipped)}): look at images and questions")
     return AnswerScores(tuple(rows.values()), skipped)
 
 

@@ -114,12 +114,20 @@ def _questions(job: EvalJob) -> dict[str, Any]:
     def answer(images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
         return job.subject.generate(images_BCHW, keys, prompts, **generation)
 
+    longest = generation.get("seq_len") or job.subject.tokenize([""]).shape[1]
+
+    def room(prompt: str) -> int:
+        """A prompt that fills the context was cut by the tokenizer, and has its end at the last place."""
+        ends = (job.subject.tokenize([prompt])[0] == job.settings.eos_id).nonzero()
+        return longest - (int(ends[0]) if len(ends) else longest)
+
     scores = answer_questions(
         read_questions(options.questions, options.question_images, options.question_rule),
         answer,
         job.evaluated.preprocess,
         batch_size=options.batch_size,
         prompt=options.prompt,
+        room=room,
         rank=job.rank,
         world_size=job.world_size,
     )
