@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core import CaptionLoss, linear_loss
 from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.recipe import Stage
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, Tokens, Tower, flops
-from open_clip_ov2.recipe.memory import PRECISION, Memory, activation_bytes, fixed_bytes
+from open_clip_ov2.recipe.memory import LOSS_ROWS, PRECISION, Memory, activation_bytes, fixed_bytes, loss_bytes
 from open_clip_ov2.recipe.plan import count_tokens, resolve
 from open_clip_ov2.seam.sizes import ModelFacts, model_facts
 
@@ -198,6 +198,14 @@ def test_largest_batches_of_an_80_gb_gpu() -> None:
     each = activation_bytes(OV2_L, tokens, 84, precision, grad_checkpointing=False)
     fixed = fixed_bytes(439_000_000, 0, precision, 1)
     assert Memory(fixed, each).most_images(80e9) == pytest.approx(930, rel=0.1)
+
+
+def test_a_loss_holds_one_chunk_of_logits() -> None:
+    """By hand: 4,096 rows of 32,000 words in bfloat16, in float32, and their gradient in bfloat16; CoCa's all count."""
+    precision = PRECISION["amp_bf16"]
+    assert LOSS_ROWS == linear_loss.GPU_ROWS
+    assert loss_bytes(OV2_L, precision) == 4096 * 32_000 * (2 + 4 + 2)
+    assert loss_bytes(COCA_L, precision) == loss_bytes(CLIP_L, precision) == 0
 
 
 def test_checkpointing_keeps_less() -> None:

@@ -18,6 +18,7 @@ from training import NANO, data_flags, finish, results, start
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
+from open_clip_ov2.core import model as core_model
 from open_clip_ov2.seam.tokenizer import text_cfg_for
 
 
@@ -179,6 +180,18 @@ def test_compiled_blocks_give_the_same_run(squares: Path, vocabulary: Path, tmp_
     assert graphs[1] > 0
 
 
+def test_the_memory_budget_reaches_the_blocks(
+    squares: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a budget does is tested in test_budget.py."""
+    budgets: list[float] = []
+    monkeypatch.setattr(core_model, "within_budget", lambda budget: budgets.append(budget) or "eager")
+    flags = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
+    flags += ["--tokenizer", str(vocabulary), "--torchcompile", "--activation-memory-budget", "0.25"]
+    assert ov2(["train", *flags]) == 0
+    assert budgets == [0.25]
+
+
 def torchrun(flags: list[str], processes: int = 2) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
@@ -240,11 +253,14 @@ def coca_loss(run: Path, squares: Path) -> float:
 def test_coca_without_contrast_survives_ddp(squares: Path, baselines: Path, tmp_path: Path) -> None:
     """Oracle: stock OpenCLIP crashes here at step 2 (docs/openclip.md); two processes, four steps."""
     model = ["--model", f"local-dir:{baselines / 'coca_tiny'}", "--coca-contrastive-loss-weight", "0"]
-    done = finish(start([*model, *data_flags(squares, 64), "--logs", str(tmp_path), "--name", "run"], 2))
+    flags = ["--gradient-reduction", "bf16", "--logs", str(tmp_path), "--name", "run"]  # what it does: test_step.py
+    done = finish(start([*model, *data_flags(squares, 64), *flags], 2))
     assert [status for status, _ in done] == [0, 0], done
     rows = results(tmp_path / "run", "train")
     assert rows[-1]["contrastive_loss"] == 0.0
-    assert "mended: CoCa with contrastive weight 0" in (tmp_path / "run" / "out.log").read_text()
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "mended: CoCa with contrastive weight 0" in log
+    assert "gradients are summed between processes in bfloat16" in log
 
 
 SLIPS = {

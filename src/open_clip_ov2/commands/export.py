@@ -92,9 +92,8 @@ def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name:
         from open_clip_ov2.core.tower import stock_patches
         from open_clip_ov2.export import onnx
 
-        with stock_patches(
-            run.model.visual
-        ):  # int8 is for matrix products, and the patch embedding is to stay as it is
+        # int8 is for matrix products, and the patch embedding is to stay as it is.
+        with stock_patches(run.model.visual):
             measured = onnx.write(encoder, run.model.visual, folder, args.int8)
         return [
             f"{name}: largest difference to torch {values.tokens:.1e} (patch tokens, {values.tokens_relative:.1e} "

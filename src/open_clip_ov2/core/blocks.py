@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core.rows import GroupedRows, KeyValue, RaggedRows, attend, key_value
-
-Rows = GroupedRows | RaggedRows
+from open_clip_ov2.core.rows import KeyValue, Rows, attend, key_value
 
 EPS = 1e-6  # flax's LayerNorm, as the reference uses it
 

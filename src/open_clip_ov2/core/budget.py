@@ -1,4 +1,4 @@
-"""Activation checkpointing by selection: the backward pass computes again what costs least time for its memory."""
+"""Activation checkpointing: what the backward pass computes again, whole blocks or what costs least for its memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def called(function: Callable[..., Tensor], *arguments: Any, again: bool) -> Tensor:
+    """The function's result; with `again` nothing inside is kept, and the backward pass calls it once more."""
+    return checkpoint(function, *arguments, use_reentrant=False) if again else function(*arguments)
 
 
 def within_budget(memory_budget: float) -> Callable[..., Any]:

@@ -14,10 +14,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, Rows, SelfBlock
-from open_clip_ov2.core.rows import KeyValue, Parts, packed_rows, prefix_mask
+from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, SelfBlock
+from open_clip_ov2.core.budget import called
+from open_clip_ov2.core.rows import KeyValue, Parts, Rows, packed_rows, prefix_mask
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
@@ -131,10 +131,7 @@ class TextDecoder(nn.Module):
         return x_tD
 
     def _maybe_again(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """Its result; with gradient checkpointing it is computed again in the backward pass."""
-        if self.grad_checkpointing and self.training:
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
+        return called(function, *arguments, again=self.grad_checkpointing and self.training)
 
     def _embed(self, ids: Tensor, like: Tensor) -> Tensor:
         return self.token_embedding(ids).to(like.dtype)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from open_clip_ov2.core.budget import called
 from open_clip_ov2.core.tokens import TokenDrop, gather_tokens
 
 
@@ -20,16 +20,15 @@ def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: 
     `visual` is OpenCLIP's VisionTransformer; `last_block` is `block_at`, or that compiled. `drop`: TokenDrop's options.
     """
     blocks = visual.transformer.resblocks
-    recompute = visual.transformer.grad_checkpointing and visual.training
+    again = visual.transformer.grad_checkpointing and visual.training
     x_BSD = visual._embeds(images)  # [class token ; N patch tokens]
     for block in blocks[:-1]:
-        x_BSD = checkpoint(block, x_BSD, use_reentrant=False) if recompute else block(x_BSD)
+        x_BSD = called(block, x_BSD, again=again)
     batch, sequence, _ = x_BSD.shape
     kept_idx_BK = token_drop.draw(batch, sequence - 1, x_BSD.device, **drop)
     if kept_idx_BK is None:
-        return (checkpoint(blocks[-1], x_BSD, use_reentrant=False) if recompute else blocks[-1](x_BSD))[:, 1:]
-    arguments = (blocks[-1], x_BSD, kept_idx_BK + 1)
-    return checkpoint(last_block, *arguments, use_reentrant=False) if recompute else last_block(*arguments)
+        return called(blocks[-1], x_BSD, again=again)[:, 1:]
+    return called(last_block, blocks[-1], x_BSD, kept_idx_BK + 1, again=again)
 
 
 def block_at(block: Any, x_BSD: Tensor, index_BK: Tensor) -> Tensor:

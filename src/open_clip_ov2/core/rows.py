@@ -59,7 +59,7 @@ def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> 
     return mask_SS
 
 
-def packed_rows(num_image: int, parts: Parts, like: Tensor, head_width: int) -> GroupedRows | RaggedRows:
+def packed_rows(num_image: int, parts: Parts, like: Tensor, head_width: int) -> Rows:
     """`like` `(B, K, D)`: for its device and dtype. Captions follow `num_image` tokens of their row."""
     lengths = [positions for rows, positions in parts for _ in range(rows)]
     if takes_half_kernels(like, head_width):
@@ -176,3 +176,6 @@ class _ByRow(torch.autograd.Function):
         if d_first is not None:  # a last block has no use for it
             d_x[: ctx.first] += d_first
         return d_x, None, None, None
+
+
+Rows = GroupedRows | RaggedRows
