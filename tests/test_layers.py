@@ -18,7 +18,7 @@ MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the stan
     "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
     "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
     "bench": ({"bench", "data", "runlog", "errors", "seam"}, {"torch", "matplotlib"}),
-    "compare": ({"compare", "runlog", "recipe", "errors", "seam"}, {"matplotlib"}),
+    "compare": ({"compare", "bench", "runlog", "recipe", "errors", "seam"}, {"matplotlib"}),
     "launch": ({"launch", "runlog", "recipe", "errors", "seam"}, {"submitit", "matplotlib", "torch"}),
     "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from open_clip_ov2.compare.bench import read_costs
 from open_clip_ov2.compare.processes import Job, run_all
-from open_clip_ov2.compare.results import Cost
 from open_clip_ov2.compare.speed import rate_of
 from open_clip_ov2.errors import UserError
 
@@ -61,19 +58,3 @@ def test_rate() -> None:
     assert rate_of(rows) == 320
     with pytest.raises(UserError, match="too few"):
         rate_of(rows[:2])
-
-
-def test_what_the_benchmark_wrote(tmp_path: Path) -> None:
-    """Oracle: by hand."""
-    file = tmp_path / "bench.json"
-    measured = [
-        {"arm": "ov2", "model": "ov2-x", "resolution": 32, "precision": "fp32", "step_bytes": 3 * 2**20},
-        {"arm": "ov2", "model": "ov2-x", "resolution": 32, "precision": "amp_bf16", "step_bytes": 9},
-        {"arm": "coca", "model": "coca-of-ov2-x", "resolution": 32, "precision": "fp32", "step_bytes": 0},
-    ]
-    largest = [{"arm": "ov2", "resolution": 32, "precision": "fp32", "batch_size": 77}]
-    file.write_text(json.dumps({"measured": measured, "largest_batch": largest}))
-    assert read_costs(file) == {("ov2-x", 32): Cost(3.0, 77), ("coca-of-ov2-x", 32): Cost(None, None)}
-    file.write_text("{}")
-    with pytest.raises(UserError, match="not what `ov2 bench --json` writes"):
-        read_costs(file)

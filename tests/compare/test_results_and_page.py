@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from open_clip_ov2.compare import page, plots, tables
-from open_clip_ov2.compare.config import Arm, ArmStage, Comparison, Metric
+from open_clip_ov2.compare.config import Arm, ArmStage, Comparison, Measure, Metric
 from open_clip_ov2.compare.results import (
     ArmResult,
     Cost,
@@ -52,8 +52,8 @@ def found() -> Found:
     stock = arm_result("stock", (20.0, 20.0, 20.0), trained=False, seeds=(), stage_samples=())
     arms = tuple(Arm(one.name, one.model, {}, (ArmStage(32, 1.0),), one.trained) for one in (ours, clip, stock))
     comparison = Comparison(
-        "small", "Small & fair", "Which?", "samples", 4000.0, (0, 1), "ov2", {}, arms, 3, 256, (), (LOSS, PROBE),
-        curve_over="keep-ratio",
+        "small", "Small & fair", "Which?", "samples", 4000.0, (0, 1), "ov2", {}, arms, Measure(3, 256), (),
+        (LOSS, PROBE), curve_over="keep-ratio",
     )  # fmt: skip
     return Found(comparison, (ours, clip, stock), "a machine")
 

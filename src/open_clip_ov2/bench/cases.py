@@ -46,8 +46,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """One contender in one case. `arm` is its short name, `model` the one in OpenCLIP's registry; `words_of`: the ov2
-    model whose vocabulary the captions are drawn from."""
+    """One contender in one case. `arm` is its short name, `model` the one in OpenCLIP's registry, or
+    `local-dir:FOLDER`; `words_of`: the ov2 model whose vocabulary the captions are drawn from; `tokenizer`: a folder of
+    word pieces that all have in the place of theirs."""
 
     arm: str
     model: str
@@ -60,6 +61,7 @@ class Job:
     lengths: CaptionLengths
     memory_limit_gb: float | None
     threads: int | None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

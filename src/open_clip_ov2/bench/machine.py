@@ -9,6 +9,11 @@ from pathlib import Path
 import torch
 
 
+def default_device() -> str:
+    """As torch names it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def machine_facts(device: str) -> dict[str, str]:
     facts = {"torch": torch.__version__, "python": platform.python_version()}
     if torch.device(device).type == "cuda":

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from open_clip_ov2.bench.cases import BenchSettings, Case
+from open_clip_ov2.bench.cases import BenchSettings, Case, Job
 from open_clip_ov2.bench.client import Client, OutOfMemory
 from open_clip_ov2.bench.results import Largest, Measured, Results
 from open_clip_ov2.bench.search import largest
@@ -29,7 +29,9 @@ def run_bench(settings: BenchSettings, say: Callable[[str], None]) -> Iterator[R
         yield results
     for case in _unlike(settings.cases) if settings.largest_batch else ():
         for arm in settings.arms:
-            results = replace(results, largest=(*results.largest, _largest(settings, arm, case, say)))
+            size = largest_batch(settings.job(arm, case), say)
+            found = Largest(arm, case.resolution, case.precision, size)
+            results = replace(results, largest=(*results.largest, found))
             yield results
 
 
@@ -103,9 +105,19 @@ class _Turns:
         self.say(f"  {repetition + 1} of {self.settings.repetitions}: {times or OUT_OF_MEMORY}")
 
 
-def _largest(settings: BenchSettings, arm: str, case: Case, say: Callable[[str], None]) -> Largest:
-    """A process goes on as long as batches fit; after one that did not, a fresh one takes its place."""
-    job, clients = settings.job(arm, case), list[Client]()
+def step_memory(job: Job) -> int | None:
+    """Bytes that a step takes above weights, gradients and optimizer state; None where memory does not suffice."""
+    with Client(job) as client:
+        try:
+            return int(client.ask("memory")["step_bytes"])
+        except OutOfMemory:
+            return None
+
+
+def largest_batch(job: Job, say: Callable[[str], None]) -> int:
+    """The largest that trains, from the job's own on; 0: none. A process goes on as long as batches fit; after one that
+    did not, a fresh one takes its place."""
+    clients = list[Client]()
 
     def fits(batch_size: int) -> bool:
         try:
@@ -115,12 +127,11 @@ def _largest(settings: BenchSettings, arm: str, case: Case, say: Callable[[str],
         except OutOfMemory:
             clients.clear()
             fitting = False
-        say(f"  {arm} at {case.resolution} px, batch {batch_size}: {'fits' if fitting else 'too large'}")
+        say(f"  {job.arm} at {job.case.resolution} px, batch {batch_size}: {'fits' if fitting else 'too large'}")
         return fitting
 
     try:
-        size = largest(fits, case.batch_size, BATCH_STEP, MOST_IMAGES)
+        return largest(fits, job.case.batch_size, BATCH_STEP, MOST_IMAGES)
     finally:
         for client in clients:
             client.close()
-    return Largest(arm, case.resolution, case.precision, size)

@@ -43,7 +43,7 @@ class Worker:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_limit_gb * GB / total))
         torch.manual_seed(0)
-        self.words = Vocabulary(*seam.caption_ids(job.words_of))
+        self.words = Vocabulary(*seam.caption_ids(job.words_of, job.tokenizer))
         self.contender = seam.Contender(
             seam.ContenderOptions(
                 model=job.model,
@@ -54,6 +54,7 @@ class Worker:
                 compile=job.compile,
                 keep_ratio=job.keep_ratio,
                 memory_budget=job.memory_budget,
+                tokenizer=job.tokenizer,
             )
         )
         self._pool: list[tuple[Tensor, Tensor]] = []

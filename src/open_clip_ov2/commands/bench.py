@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from open_clip_ov2.bench.cases import ARMS, SETTINGS, BenchSettings, CaptionLengths, Case
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.commands.options import Parser, add_device
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.memory import PRECISION
 
@@ -65,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of a caption, begin and end included (default: %(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="ov2 block by block, the others as OpenCLIP's --torchcompile does it")
     add("--memory-budget", type=float, metavar="F", help="with --compile: ov2 train's --activation-memory-budget")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default, help="default: %(default)s")
+    add_device(parser)
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--repetitions", type=int, default=5, metavar="N", help="of each arm, in turns (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="timed together in a repetition (default: by --setting)")

@@ -19,11 +19,10 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import study, tables
-    from open_clip_ov2.compare.bench import read_costs
     from open_clip_ov2.compare.plan import Data
     from open_clip_ov2.compare.reader import BATCH, SET_BY_US, load_comparison
 
-    comparisons = [study.with_seeds(load_comparison(path), args.seeds, args.budget) for path in args.files]
+    comparisons = [study.with_seeds(load_comparison(path), args.seeds, args.scale) for path in args.files]
     names = [comparison.name for comparison in comparisons]
     if len(set(names)) < len(names):
         raise UserError(f"two comparisons are called {next(n for n in names if names.count(n) > 1)}: rename a file")
@@ -40,7 +39,6 @@ def main(argv: Sequence[str]) -> None:
         at_once=args.jobs,
         command=shlex.join(["ov2", "compare", *argv]),
         title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
-        costs=read_costs(args.bench) if args.bench else {},
     )
     for found in study.carry_out(whole, lambda text: console.print(text, highlight=False)):
         table = Table(*tables.header(found), box=None, pad_edge=False, title=found.comparison.title)
@@ -68,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--title", metavar="TEXT", help="of the page")
     add("--jobs", type=_jobs, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
     add("--seeds", type=_seeds, metavar="S,S,...", help="instead of the files'")
-    add("--budget", type=_budget, metavar="N", help="samples (or seconds) instead of the files', to try things out")
-    add("--bench", type=Path, metavar="FILE.json", help="of `ov2 bench --json`: step memory and largest batch")
+    add("--scale", type=_scale, default=1.0, metavar="F", help="times the files' samples or seconds, to try things out")
     return parser
 
 
@@ -79,7 +76,7 @@ def _jobs(text: str) -> int:
     return int(text)
 
 
-def _budget(text: str) -> float:
+def _scale(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from open_clip_ov2.bench.machine import default_device
 from open_clip_ov2.errors import UserError
 
 
@@ -21,8 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="default: %(default)s")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
 
 
 @contextlib.contextmanager

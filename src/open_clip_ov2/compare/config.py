@@ -7,9 +7,12 @@ seeds = [0, 1, 2]
 reference = "ov2"                        # the arm that others are set in relation to
 resolution = 32                          # of arms without stages of their own
 [flags]                                  # of `ov2 train`, for all arms
-[measure]                                # images/s: short runs, in turn, before all others
+[measure]                                # images/s: short runs, in turn, before all others; step memory
 repetitions = 3
 samples = 2048
+caption-tokens = "12:128:64"             # of the captions that memory is measured with: low, high, mean
+largest-batch = true                     # look for it too
+memory-limit-gb = 8                      # what a GPU lets a process have; what a CPU's largest batch may count up to
 [[arm]]
 name = "ov2"
 model = "ov2-vit-nano-8"
@@ -39,6 +42,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from open_clip_ov2.bench.cases import CaptionLengths
+
 MODES = ("samples", "seconds", "flops")
 Flags = Mapping[str, Any]
 
@@ -60,6 +65,17 @@ class Arm:
     flags: Flags
     stages: tuple[ArmStage, ...]
     trained: bool
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Before training. `samples`: of each run that is timed."""
+
+    repetitions: int = 3
+    samples: int = 2048
+    lengths: CaptionLengths = field(default_factory=CaptionLengths)
+    largest_batch: bool = False
+    memory_limit_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,7 @@ class Comparison:
     reference: str
     flags: Flags
     arms: tuple[Arm, ...]
-    repetitions: int
-    measured_samples: int
+    measure: Measure
     evaluations: tuple[Evaluation, ...]
     metrics: tuple[Metric, ...]
     curve_over: str | None = None

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.compare.config import MODES, Arm, ArmStage, Comparison, Evaluation, Flags, Metric
+from open_clip_ov2.bench.cases import CaptionLengths
+from open_clip_ov2.compare.config import MODES, Arm, ArmStage, Comparison, Evaluation, Flags, Measure, Metric
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
 from open_clip_ov2.recipe.toml import read_toml
@@ -67,7 +68,6 @@ class _Reader:
         reference = self.value(table, "reference", str, names[0])
         if reference not in names:
             raise self.fail(f"reference = {reference!r}: no such arm; near: {_near(reference, names)}")
-        measure = self.known(table.get("measure", {}), ("repetitions", "samples"), "[measure]")
         curve = self.known(table.get("curve", {}), ("over",), "[curve]")
         return Comparison(
             name=stem,
@@ -80,11 +80,32 @@ class _Reader:
             reference=reference,
             flags=self.flags(table.get("flags", {}), "[flags]"),
             arms=arms,
-            repetitions=self.value(measure, "repetitions", int, 3),
-            measured_samples=self.samples(self.value(measure, "samples", (int, str), 2048)),
+            measure=self.measure(table.get("measure", {})),
             evaluations=tuple(self.evaluation(item, names) for item in self.tables(table, "evaluate")),
             metrics=tuple(self.metric(item) for item in self.tables(table, "metric")),
             curve_over=curve.get("over"),
+        )
+
+    def measure(self, item: Any) -> Measure:
+        keys = ("repetitions", "samples", "caption-tokens", "largest-batch", "memory-limit-gb")
+        self.known(item, keys, "[measure]")
+        default, limit = Measure(), item.get("memory-limit-gb")
+        if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+            raise self.fail(f"[measure] memory-limit-gb = {limit!r}: a positive number")
+        repetitions = self.value(item, "repetitions", int, default.repetitions)
+        if repetitions < 1:
+            raise self.fail("[measure] repetitions: at least 1")
+        try:
+            text = self.value(item, "caption-tokens", str, "")
+            lengths = CaptionLengths.parse(text) if text else default.lengths
+        except UserError as error:
+            raise self.fail(f"[measure] {str(error).removeprefix('--')}") from None
+        return Measure(
+            repetitions,
+            self.samples(self.value(item, "samples", (int, str), default.samples)),
+            lengths,
+            self.value(item, "largest-batch", bool, default.largest_batch),
+            limit,
         )
 
     def tables(self, table: Mapping[str, Any], key: str) -> list[Any]:

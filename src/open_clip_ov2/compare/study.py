@@ -9,8 +9,9 @@ from pathlib import Path
 
 from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
+from open_clip_ov2.compare.costs import measure_costs
 from open_clip_ov2.compare.plan import Data, Run, arm_words, global_batch, runs
-from open_clip_ov2.compare.processes import Job, run_all
+from open_clip_ov2.compare.processes import Job, run_all, threads_each
 from open_clip_ov2.compare.results import (
     ArmResult,
     Cost,
@@ -28,9 +29,7 @@ from open_clip_ov2.runlog.curves import read_results
 
 Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
 FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
-Costs = Mapping[tuple[str, int], Cost]  # of a step, by model and resolution
-
-KEEP_RATIO = 0.35  # of the family's models where nobody says another (arXiv 2509.01644, section 3)
+Costs = Mapping[str, Cost]  # of a step of each arm
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Study:
     at_once: int
     command: str
     title: str
-    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,12 @@ class Trained:
 def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
     """All of it; what is there already is read. Raises UserError."""
     flops = {one.name: {arm.name: _flops(study, one, arm) for arm in one.arms} for one in study.comparisons}
-    speeds = _measure(study, say)
+    speeds, costs = _measure(study, say), _costs(study, say)
     planned = {one.name: _plan(study, one, speeds[one.name], flops[one.name]) for one in study.comparisons}
     _train(study, [run for group in planned.values() for run in group], say)
     _evaluate(study, [(one, run) for one in study.comparisons for run in planned[one.name]], say)
     found = [
-        _gather(one, study.costs, planned[one.name], speeds[one.name], flops[one.name]) for one in study.comparisons
+        _gather(one, costs[one.name], planned[one.name], speeds[one.name], flops[one.name]) for one in study.comparisons
     ]
     write(study, found)
     return found
@@ -78,7 +76,7 @@ def _stage_lines(study: Study, comparison: Comparison) -> dict[tuple[str, int], 
     out = {}
     for arm in comparison.arms:
         batch = global_batch(comparison, arm)
-        samples = max(4, comparison.measured_samples // batch) * batch
+        samples = max(4, comparison.measure.samples // batch) * batch
         for index, stage in enumerate(arm.stages):
             out[arm.name, index] = arm_words(comparison, arm, study.data, [(stage.resolution, samples)])
     return out
@@ -93,9 +91,9 @@ def _measure(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
         titles = {where: _stage_title(comparison.arm(where[0]), where[1]) for where in lines}
         measured = speed.measure(
             {titles[where]: line for where, line in lines.items()},
-            samples=comparison.measured_samples,
+            samples=comparison.measure.samples,
             batches={titles[where]: global_batch(comparison, comparison.arm(where[0])) for where in lines},
-            repetitions=comparison.repetitions,
+            repetitions=comparison.measure.repetitions,
             folder=study.folder,
             at_once=study.at_once,
             say=say,
@@ -104,6 +102,21 @@ def _measure(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
             arm.name: tuple(measured[titles[arm.name, index]] for index in range(len(arm.stages)))
             for arm in comparison.arms
         }
+    return out
+
+
+def _costs(study: Study, say: Callable[[str], None]) -> dict[str, Costs]:
+    """By comparison; of each arm's last stage."""
+    threads = threads_each(study.at_once)
+    out: dict[str, Costs] = {}
+    for comparison in study.comparisons:
+        models, measure = [arm.model for arm in comparison.arms], comparison.measure
+        jobs = []
+        for arm in comparison.arms:
+            argv = arm_words(comparison, arm, study.data, [(arm.stages[-1].resolution, global_batch(comparison, arm))])
+            jobs.append(trainer.contender(arm, argv, study.logs, models, measure, threads))
+        costs = measure_costs(jobs, measure.largest_batch, study.folder, say)
+        out[comparison.name] = dict(zip([job.arm for job in jobs], costs, strict=True))
     return out
 
 
@@ -214,7 +227,7 @@ def _gather(
                 mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
             ),
             memory_mb=max(one.memory_mb for one in speeds[arm.name]),
-            cost=costs.get((arm.model, arm.stages[-1].resolution), Cost()) if _as_measured(arm) else Cost(),
+            cost=costs[arm.name],
             over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
             values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
             learning={
@@ -250,6 +263,8 @@ TERMS = (
     "Images/s are measured before training: short runs of the arms in turn, nothing beside them; the median and the "
     "range. Ratios are taken within each repetition. Seconds are samples over these images/s, since the clock of runs "
     "trained side by side, or on a busy machine, says little.",
+    "Step memory is the peak of a step above weights, gradients and optimizer state, by the allocator's count, at the "
+    "batch trained with and the resolution of the last stage; the largest batch is found by bisection under the limit.",
     "Learning curves and final figures are of held-out pictures; ± is the standard deviation of seeds (n - 1).",
 )
 
@@ -273,12 +288,7 @@ def write(study: Study, found: Sequence[Found]) -> list[Path]:
     return [study.folder / name for name in texts]
 
 
-def _as_measured(arm: Arm) -> bool:
-    """Whether `ov2 bench` has measured such an arm: it takes each model at the family's keep ratio."""
-    return arm.flags.get("keep-ratio", KEEP_RATIO) == KEEP_RATIO
-
-
-def with_seeds(comparison: Comparison, seeds: Sequence[int] | None, budget: float | None) -> Comparison:
-    """The command line's seeds and budget in the file's place."""
+def with_seeds(comparison: Comparison, seeds: Sequence[int] | None, scale: float) -> Comparison:
+    """The command line's seeds in the file's place, and so many times the file's samples or seconds."""
     changed = replace(comparison, seeds=tuple(seeds)) if seeds else comparison
-    return replace(changed, budget=budget) if budget else changed
+    return replace(changed, budget=scale * comparison.budget)

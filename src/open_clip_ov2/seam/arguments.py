@@ -132,6 +132,8 @@ def _stage(words: list[str], said: Stage | None, index: int, world_size: int, gp
     theirs = _parse_theirs(rest)
     options = train_options(ours)
     check_stage(options, theirs, gpu)
+    if ours.eval_every_samples and not ours.eval:
+        raise UserError("--eval-every-samples: there are no tasks; say them by --eval '--tasks ...'")
     if ours.eval:
         check_eval(ours.eval, theirs)
     summary = said.described(theirs.batch_size * theirs.accum_freq * world_size) if said else ""

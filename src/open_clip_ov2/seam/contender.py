@@ -26,6 +26,7 @@ from open_clip_ov2.seam.factory import is_family_config, known_models
 from open_clip_ov2.seam.meter import image_flops
 from open_clip_ov2.seam.sizes import facts_of
 from open_clip_ov2.seam.step import StepSettings, optimizer_step
+from open_clip_ov2.seam.tokenizer import text_cfg_for, text_options
 
 Pair = tuple[Tensor, Tensor]
 
@@ -40,6 +41,7 @@ class ContenderOptions:
     compile: bool = False
     memory_budget: float | None = None  # with `compile`, of an ov2 model: see CaptionModel.compile_blocks
     keep_ratio: float | None = None
+    tokenizer: str | None = None  # word pieces in the place of the model's own vocabulary
 
 
 def add_models(folder: Path) -> None:
@@ -77,13 +79,17 @@ class Contender:
 
     def _built(self) -> Any:
         name, options = self.options.model, self.options
-        if name not in known_models():
+        if ":" not in name and name not in known_models():
             raise UserError(f"{name}: no such model (open_clip.list_models() lists them)")
         extra: dict[str, Any] = {} if options.keep_ratio is None else {"keep_ratio": options.keep_ratio}
+        if options.tokenizer:
+            config = open_clip.get_model_config(name) or {}
+            words = text_cfg_for(options.tokenizer, config["text_cfg"].get("context_length", 77))
+            extra |= text_options(name, config, words)
         try:
             model, _, _ = open_clip.create_model_and_transforms(
                 name, None, precision=options.precision, device=self.device, force_image_size=options.resolution,
-                output_dict=True, **extra,
+                output_dict=True, load_weights=False, **extra,
             )  # fmt: skip
         except (ValueError, AssertionError) as error:
             raise UserError(f"{name} at {options.resolution} px: {error}") from error
@@ -185,10 +191,11 @@ def enter_main(device: torch.device) -> None:
     logging.disable(logging.WARNING)
 
 
-def caption_ids(name: str) -> tuple[int, int, int, int]:
-    """Size of an ov2 model's vocabulary, and its ids of begin, end and padding. Raises UserError."""
+def caption_ids(name: str, tokenizer: str | None = None) -> tuple[int, int, int, int]:
+    """Size of an ov2 model's vocabulary, and its ids of begin, end and padding; or those of a folder of word pieces.
+    Raises UserError."""
     config = open_clip.get_model_config(name) or {}
     if not is_family_config(config):
         raise UserError(f"--model {name}: no ov2 model; contenders of other kinds go into --arms")
-    text = config["text_cfg"]
+    text = text_cfg_for(tokenizer, config["text_cfg"]["context_length"]) if tokenizer else config["text_cfg"]
     return int(text["vocab_size"]), int(text["bos_id"]), int(text["eos_id"]), int(text["pad_id"])

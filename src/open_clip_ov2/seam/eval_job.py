@@ -22,7 +22,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.features import Cache, Features, Kind, extract, stamp
 from open_clip_ov2.evaluate.subject import Subject, gathered
 from open_clip_ov2.seam.eval_flags import EvalOptions, source_of
-from open_clip_ov2.seam.evaluate import gathered_counts
+from open_clip_ov2.seam.evaluate import gathered_counts, rows_of
 from open_clip_ov2.seam.step import StepSettings
 from open_clip_ov2.seam.subject import subject_of
 from open_clip_ov2.seam.tokenizer import eos_id_of
@@ -127,6 +127,11 @@ class EvalJob:
         return Cache(self.options.cache, identity)
 
     @cached_property
+    def references(self) -> dict[int, tuple[str, ...]]:
+        """All captions of each sample, by place in the file order; of samples that prove unusable too."""
+        return {sample.place: sample.captions for sample in self.captioned().described()}
+
+    @cached_property
     def generated(self) -> dict[int, Captioned]:
         """By place in the file order; the same on any number of processes."""
         rows: dict[int, Captioned] = {}
@@ -142,12 +147,12 @@ class EvalJob:
         """Each caption with the picture of the sample before it in file order, the first with the last's. This
         process's share of batches; all decode all pictures, since workers would bring them in another order.
         Raises UserError for a single sample."""
-        loader = self._loader(self.options.data, self.options.caption_keys, None, workers=0)
+        loader = self._loader(self.options.data, self.options.caption_keys, self.options.group_by, workers=0)
         first = last = None
         for number, batch in enumerate(loader.full()):
             pictures_BCHW = batch.images_BCHW
             if last is None:
-                first, rest = _rows(batch, slice(0, 1)), _rows(batch, slice(1, None))
+                first, rest = rows_of(batch, [0]), rows_of(batch, range(1, len(batch.keys)))
                 shifted = pictures_BCHW[:-1]
             else:
                 rest, shifted = batch, torch.cat([last, pictures_BCHW[:-1]])
@@ -169,14 +174,3 @@ def _files(data: str) -> list[str | Path]:
     if folder.is_dir():
         return sorted(path for path in folder.rglob("*") if path.is_file())
     return list(expand_shards(data)[0])
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    return batch._replace(
-        images_BCHW=batch.images_BCHW[rows],
-        texts_BL=batch.texts_BL[rows],
-        keys=batch.keys[rows],
-        captions=batch.captions[rows],
-        groups=batch.groups[rows],
-        indices=batch.indices[rows],
-    )

@@ -86,7 +86,7 @@ def _caption(job: EvalJob) -> dict[str, Any]:
     rows = job.generated
     scores = caption_scores(
         {index: row.generated for index, row in rows.items()},
-        {index: [row.true] for index, row in rows.items()},
+        {index: job.references[index] for index in rows},
         {index: row.key for index, row in rows.items()},
     )
     return {**asdict(scores), "skipped_samples": job.caption_skips}

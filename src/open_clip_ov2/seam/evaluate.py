@@ -18,7 +18,7 @@ from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_
 from open_clip_ov2.core.loss import CaptionLossSums
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.data.loader import Batch
-from open_clip_ov2.seam.step import StepSettings, all_reduced, merge_counts
+from open_clip_ov2.seam.step import StepSettings, merge_counts
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
 
@@ -50,21 +50,67 @@ def eval_kept_idx(model: CaptionModel, keys: Sequence[str], keep_ratio: float | 
 @torch.no_grad()
 def caption_loss(
     model: nn.Module, batches: Iterable[Batch], settings: StepSettings, keep_ratio: float | None = None
-) -> dict[str, float]:
-    """Caption loss (nats a token) and perplexity over this process's batches and everybody else's."""
+) -> dict[str, Any]:
+    """Caption loss (nats a token) and perplexity over this process's batches and all others'; where they have
+    groups, the same of each as `by_kind`."""
     model = unwrap(model)
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # nll, targets, samples
+    sums: dict[str, list[float]] = {}  # by kind: nll, targets, samples
     for batch in batches:
-        images = settings.pixels(batch.images_BCHW)
-        with settings.attention(), settings.autocast():
-            if isinstance(model, CaptionModel):
-                captions = settings.packed(batch.texts_BL).to(settings.device)
-                found = _family_sums(model, images, captions, batch.keys, keep_ratio)
-            else:
-                found = _coca_sums(model, images, batch.texts_BL.to(settings.device), settings.eos_id)
-        sums += torch.tensor([float(found.nll), float(found.num_targets), len(batch.keys)], dtype=torch.float64)
-    nll_sum, targets, samples = all_reduced(sums.to(settings.device), settings).tolist()
+        for kind, part in _by_kind(batch):
+            found = _sums(model, part, settings, keep_ratio)
+            added = (float(found.nll), float(found.num_targets), float(len(part.keys)))
+            sums[kind] = [before + one for before, one in zip(sums.get(kind, (0.0,) * 3), added, strict=True)]
+    sums = _all_sums(sums, settings.world_size)
+    whole = _loss(map(sum, zip(*sums.values(), strict=True)))
+    kinds = {kind: _loss(sums[kind]) for kind in sorted(sums)}
+    return whole if list(kinds) in ([], [""]) else {**whole, "by_kind": kinds}
+
+
+def _by_kind(batch: Batch) -> list[tuple[str, Batch]]:
+    """Parts of a batch whose samples are of one group; all of it where they have none."""
+    places: dict[str, list[int]] = {}
+    for place, kind in enumerate(batch.groups or [""] * len(batch.keys)):
+        places.setdefault(kind, []).append(place)
+    return [(kind, batch if len(places) == 1 else rows_of(batch, rows)) for kind, rows in places.items()]
+
+
+def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """These samples of an evaluation's batch."""
+    chosen = torch.tensor(rows, dtype=torch.long)
+    return batch._replace(
+        images_BCHW=batch.images_BCHW[chosen],
+        texts_BL=batch.texts_BL[chosen],
+        keys=[batch.keys[row] for row in rows],
+        captions=[batch.captions[row] for row in rows],
+        groups=[batch.groups[row] for row in rows],
+        indices=tuple(batch.indices[row] for row in rows),
+    )
+
+
+def _sums(model: nn.Module, batch: Batch, settings: StepSettings, keep_ratio: float | None) -> CaptionLossSums:
+    images = settings.pixels(batch.images_BCHW)
+    with settings.attention(), settings.autocast():
+        if isinstance(model, CaptionModel):
+            captions = settings.packed(batch.texts_BL).to(settings.device)
+            return _family_sums(model, images, captions, batch.keys, keep_ratio)
+        return _coca_sums(model, images, batch.texts_BL.to(settings.device), settings.eos_id)
+
+
+def _all_sums(sums: dict[str, list[float]], world_size: int) -> dict[str, list[float]]:
+    """Of all processes."""
+    parts: list[dict[str, list[float]]] = [sums]
+    if world_size > 1:
+        parts = [{} for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, sums)
+    kinds = sorted({kind for part in parts for kind in part})
+    return {
+        kind: [math.fsum(row) for row in zip(*(p[kind] for p in parts if kind in p), strict=True)] for kind in kinds
+    }
+
+
+def _loss(sums: Iterable[float]) -> dict[str, float]:
+    nll_sum, targets, samples = tuple(sums) or (0.0, 0.0, 0.0)
     loss = nll_sum / max(targets, 1.0)
     return {"caption_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_samples": samples}
 

@@ -59,6 +59,7 @@ class RunOptions:
     keep_checkpoints: int
     val_every_samples: int | None
     eval: str | None
+    eval_every_samples: int | None
     max_bad_steps: int
     stall_warning: float
     sample_captions: int
@@ -265,6 +266,9 @@ def _add_keeping(group: Any) -> None:
         "--eval",
         metavar="'FLAGS'",
         help="tasks of `ov2 eval` at each validation, with its flags: --eval '--tasks knn --data D --train-data T'",
+    )
+    add(
+        "--eval-every-samples", type=samples(1), metavar="N", help="--eval's tasks every N samples and at a stage's end"
     )
     add(
         "--sample-captions",

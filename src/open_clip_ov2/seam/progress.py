@@ -122,11 +122,19 @@ class StageProgress:
         name = self._session.signals.name or "a signal to another rank"
         raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command goes on from there")
 
+    @property
+    def tasks_due(self) -> bool:
+        """Whether a validation here runs the tasks of `--eval`; at the stage's end in any case."""
+        every = self._options.eval_every_samples
+        return every is None or self._passed(every) or self.finished
+
+    def _passed(self, every: int | None) -> bool:
+        """Whether this step passed a multiple of so many samples."""
+        return every is not None and self.samples_seen // every != (self.samples_seen - self.global_batch) // every
+
     def _validate_if_due(self) -> bool:
-        every = self._options.val_every_samples
-        if self.validate is None or not every:
-            return False
-        if self.samples_seen // every == (self.samples_seen - self.global_batch) // every:
+        due = self._passed(self._options.val_every_samples) or self._passed(self._options.eval_every_samples)
+        if self.validate is None or not due:
             return False
         self.validate()
         return True

@@ -22,7 +22,7 @@ from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, ModelSizes, Tower
 from open_clip_ov2.seam.factory import is_family_config, known_models
-from open_clip_ov2.seam.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, with_word_pieces
+from open_clip_ov2.seam.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, text_options
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def model_facts(
         options = {} if fusion is None else {"fusion": fusion}
     if tokenizer:
         words = _text_cfg(tokenizer, context_length or config["text_cfg"].get("context_length", 77))
-        options |= {"text_cfg": words} if is_family_config(config) else with_word_pieces(name, config, words)
+        options |= text_options(name, config, words)
     try:
         with silent(), torch.device("meta"):
             model = open_clip.create_model(

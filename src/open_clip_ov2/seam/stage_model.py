@@ -14,12 +14,11 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.loop.checkpoint import RESUME_KEY
 from open_clip_ov2.seam import baselines, shims
 from open_clip_ov2.seam.arguments import StagePlan
-from open_clip_ov2.seam.factory import is_family_config
 from open_clip_ov2.seam.flags import FAMILY, TrainOptions
 from open_clip_ov2.seam.preprocess import color_jitter_cfg, family_overrides, train_crop
 from open_clip_ov2.seam.remembering import remembering
 from open_clip_ov2.seam.session import Session
-from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for, with_word_pieces
+from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, text_cfg_for, text_options
 from open_clip_ov2.seam.weights import check_fit
 
 CHOSEN = ("image_mean", "image_std")  # what somebody chose stays, with ov2 models too
@@ -31,7 +30,7 @@ def model_options(options: TrainOptions, name: str, context_length: int | None) 
     if options.tokenizer:
         config = open_clip_factory.get_model_config(name) or {}
         words = text_cfg_for(options.tokenizer, context_length or config["text_cfg"].get("context_length", 77))
-        extra |= {"text_cfg": words} if is_family_config(config) else with_word_pieces(name, config, words)
+        extra |= text_options(name, config, words)
     return extra
 
 

@@ -257,7 +257,8 @@ class StageRun:
     ) -> dict[str, float]:
         validation = Validation(self.session, self.built, self.family, self._stock_evaluate)
         samples_seen = self._progress.samples_seen if self._progress else 0
-        metrics = validation.run(model, data, epoch, args, self.settings(args), samples_seen)
+        tasks = self._progress.tasks_due if self._progress else True
+        metrics = validation.run(model, data, epoch, args, self.settings(args), samples_seen, tasks)
         loss = metrics.get("caption_loss", metrics.get("clip_val_loss"))
         if self._progress is not None and loss is not None:
             self._progress.validated = (samples_seen, loss)

@@ -12,6 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.seam.factory import is_family_config
 from open_clip_ov2.seam.released import check_tokenizer_folder
 
 MODE = "ov2"  # text_cfg.tokenizer_mode that asks for WordPieceTokenizer
@@ -127,6 +128,11 @@ def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, A
         sizes = {key: words[key] for key in ("context_length", "vocab_size")}
         sections["multimodal_cfg"] = {**config["multimodal_cfg"], **sizes}
     return sections
+
+
+def text_options(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_model` gets for a model of any family that is to read word pieces. Raises UserError."""
+    return {"text_cfg": dict(words)} if is_family_config(config) else with_word_pieces(name, config, words)
 
 
 def eos_id_of(tokenizer: Any) -> int:

@@ -34,9 +34,10 @@ class Validation:
 
     def run(
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, settings: StepSettings,
-        samples_seen: int,
+        samples_seen: int, tasks: bool,
     ) -> dict[str, float]:  # fmt: skip
-        """Metrics by name, on every rank what that rank has of them; empty if a signal ended it."""
+        """Metrics by name, on every rank what that rank has of them; empty if a signal ended it. `tasks`: those of
+        `--eval` too."""
         loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
         metrics: dict[str, float] = {}
         with self._eager():
@@ -49,7 +50,7 @@ class Validation:
                     return {}
             if not self.family and args.rank == 0:
                 metrics |= baselines.stock_metrics(self.stock, model, loader, data, epoch, args, self.built.tokenizer)
-            metrics |= self._tasks(model, args, settings)
+            metrics |= self._tasks(model, args, settings) if tasks else {}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
             if self.family and args.rank == 0 and self.session.plan.options.sample_captions:
                 self._show_captions(evaluate.unwrap(model), loader, samples_seen, settings)
