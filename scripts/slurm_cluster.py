@@ -2,7 +2,7 @@
 
     python scripts/slurm_cluster.py bash          # a shell inside; or any other command; stopped when it ends
 
-Needs root (device files for the fake GPUs, names in /etc/hosts) and the packages of scripts/setup_slurm.sh. A SLURM
+Needs root (device files for the fake GPUs, names in /etc/hosts) and the packages of scripts/setup_debian.sh. A SLURM
 that the machine may have of its own is not touched: SLURM_CONF leads every command to this one.
 """
 
@@ -75,7 +75,7 @@ def missing() -> str | None:
     """Why no cluster can run here, in one line; None if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if absent:
-        return f"no {', '.join(absent)} here (bash scripts/setup_slurm.sh installs them)"
+        return f"no {', '.join(absent)} here (bash scripts/setup_debian.sh installs them)"
     if os.getuid() != 0:
         return "a private SLURM needs root (device files, /etc/hosts)"
     return None

@@ -1,6 +1,6 @@
 """Runs that are preempted, requeued, lose a node or a rank at random moments on a real SLURM, over and over.
 
-    bash scripts/setup_slurm.sh && python scripts/slurm_soak.py --repetitions 20 --seed 0
+    bash scripts/setup_debian.sh && python scripts/slurm_soak.py --repetitions 20 --seed 0
 
 Each ends in the weights of the undisturbed run by torchrun, bit for bit, or the script ends with status 1.
 Works in a folder of its own; prints a line for each repetition. About a minute each on two cores.

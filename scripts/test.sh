@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh dev
-bash scripts/setup_slurm.sh  # says what it skips, and why
+bash scripts/setup_debian.sh  # says what it skips, and why
 ruff check .
 ruff format --check .
 mypy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -78,6 +79,23 @@ def test_no_decay_where_openclip_has_none() -> None:
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert "logit_scale" in {names[id(parameter)] for parameter in plain["params"]}
     assert not contender.optimizer.defaults["fused"]  # `main` does not ask for it
+
+
+@pytest.mark.parametrize("kind", ["", "coca-of-", "clip-of-"])
+def test_word_pieces_take_the_place_of_the_vocabulary(kind: str, vocabulary: Path) -> None:
+    """Oracle: the lines of vocab.txt, rounded up to 64; the model trains on captions drawn from them."""
+    words = Vocabulary(*seam.caption_ids(TINY, str(vocabulary)))
+    assert words == Vocabulary(-(-len((vocabulary / "vocab.txt").read_text().splitlines()) // 64) * 64, 1, 2, 0)
+    contender = seam.Contender(seam.ContenderOptions(kind + TINY, 16, "fp32", 4, "cpu", tokenizer=str(vocabulary)))
+    embedded = {p.shape[0] for name, p in contender.model.named_parameters() if "token_embedding" in name}
+    assert embedded == {words.size}
+    contender.run([contender.loaded(*synthetic_batch(4, 16, contender.context_length, LENGTHS, words, 0))])
+
+
+def test_a_model_of_a_folder(baselines: Path) -> None:
+    """As an arm of a comparison may be; its weights, if any, are not wanted."""
+    made = seam.Contender(seam.ContenderOptions(f"local-dir:{baselines / 'coca_tiny'}", 24, "fp32", 4, "cpu"))
+    assert made.context_length == 16
 
 
 def test_slips() -> None:

@@ -58,3 +58,17 @@ def test_rate() -> None:
     assert rate_of(rows) == 320
     with pytest.raises(UserError, match="too few"):
         rate_of(rows[:2])
+
+
+def test_a_scheduler_ends_the_runs_too(tmp_path: Path) -> None:
+    """Oracle: the run's own handler. TERM to the one who waits for it."""
+    patient = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(75)));"
+        "print('up', flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    one = job(tmp_path, "one", patient)
+    with pytest.raises(SystemExit) as ended:
+        run_all([one], 1, lambda *_: None)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert one.log.read_text().split() == ["up", "saved"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -6,16 +6,16 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up import arm_result
 
 from open_clip_ov2.compare import page, plots, tables
-from open_clip_ov2.compare.config import Arm, ArmStage, Comparison, Measure, Metric
 from open_clip_ov2.compare.results import (
-    ArmResult,
-    Cost,
     Found,
     Summary,
     as_json,
@@ -23,39 +23,12 @@ from open_clip_ov2.compare.results import (
     flatten,
     learning_curve,
     mean_curve,
+    read_evaluations,
     summary,
 )
 from open_clip_ov2.errors import UserError
 
-LOSS = Metric("caption_loss", "caption loss", "nats", better="lower", digits=2, learning="caption_loss")
-PROBE = Metric("probe.top1", "probe <top-1>", "%", scale=100)
 VOID = {"meta", "path", "use", "rect", "br", "link", "img"}
-
-
-def arm_result(name: str, rates: tuple[float, ...], **changes: object) -> ArmResult:
-    fields = {
-        "name": name, "model": f"model-{name}", "trained": True, "seeds": (0, 1), "stage_samples": (4000,),
-        "flops": 1e9, "rates": rates, "stage_rates": (rates[0],), "ratios": tuple(rate / 200 for rate in rates),
-        "memory_mb": 700.0, "cost": Cost(), "over": None, "values": {}, "learning": {},
-    }  # fmt: skip
-    return ArmResult(**(fields | changes))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def found() -> Found:
-    curve = (((2000.0, 3.0), (4000.0, 2.0)), ((2000.0, 3.4), (4000.0, 2.2)))
-    values = {"caption_loss": (2.0, 2.2), "probe.top1": (0.5, 0.6)}
-    ours = arm_result(
-        "ov2", (200.0, 220.0, 180.0), values=values, learning={"caption_loss": curve}, over=0.35, cost=Cost(100.0, 512)
-    )
-    clip = arm_result("CLIP", (150.0, 150.0, 150.0), values={"probe.top1": (0.4, 0.4)}, over=1.0)
-    stock = arm_result("stock", (20.0, 20.0, 20.0), trained=False, seeds=(), stage_samples=())
-    arms = tuple(Arm(one.name, one.model, {}, (ArmStage(32, 1.0),), one.trained) for one in (ours, clip, stock))
-    comparison = Comparison(
-        "small", "Small & fair", "Which?", "samples", 4000.0, (0, 1), "ov2", {}, arms, Measure(3, 256), (),
-        (LOSS, PROBE), curve_over="keep-ratio",
-    )  # fmt: skip
-    return Found(comparison, (ours, clip, stock), "a machine")
 
 
 def test_summary() -> None:
@@ -152,7 +125,7 @@ def test_page_stands_alone(found: Found) -> None:
         "small-speed", "small-caption-loss-over-samples", "small-caption-loss-over-seconds", "small-finals",
         "small-over-keep-ratio",
     ]  # fmt: skip
-    text = page.page("All <of> it", [(found, drawn)], "ov2 compare small.toml", ["One term & another."])
+    text = page.page("All <of> it", [(found, drawn)], "ov2 compare small.toml & more")
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -178,8 +151,34 @@ def test_plots_take_the_pages_colour_and_repeat(found: Found) -> None:
         assert plots.INK not in plot.svg
 
 
-def test_equal_means_have_no_winner(found: Found) -> None:
+def test_bold_is_what_every_seed_says(found: Found) -> None:
+    """Oracle: by hand. Of equal means there is no best one, nor where one seed says otherwise, nor of no numbers."""
+
+    def best(*values: tuple[float, ...]) -> dict[str, str]:
+        arms = [arm_result(name, (1.0,), values={"probe.top1": v}) for name, v in zip("ab", values, strict=True)]
+        return tables.best(Found(found.comparison, tuple(arms), "a machine"))
+
+    assert best((0.5, 0.6), (0.4, 0.5)) == {"probe.top1": "a"}
+    assert best((0.0, 0.0), (0.0, 0.0)) == {}
+    assert best((0.9, 0.4), (0.5, 0.5)) == {}
+    assert best((float("nan"), 0.9), (0.5, 0.5)) == {}
+
+
+def test_what_is_not_alike_is_said(found: Found) -> None:
     """Oracle: by hand."""
-    same = [arm_result(name, (1.0,), values={"probe.top1": (0.0, 0.0)}) for name in ("ov2", "CLIP")]
-    assert tables.best(found) == {"probe.top1": "ov2"}
-    assert tables.best(Found(found.comparison, tuple(same), "a machine")) == {}
+    one, *others = found.arms
+    changed = Found(found.comparison, (replace(one, unlike=("lr 0.1 (0.2)", "eps 1 (2)")), *others), "a machine")
+    flags, unlike, memory = page.terms(changed)
+    assert flags == "Flags of all arms: --lr 0.1."
+    assert unlike == "ov2 has, and in brackets ov2: lr 0.1 (0.2); eps 1 (2)."
+    assert "captions of 12 to 128 tokens, 64 on average" in memory
+
+
+def test_two_evaluations_of_one_task_want_a_name(tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    for value, file in enumerate(files):
+        file.write_text(json.dumps({"checkpoint": "x", "knn": {"top1": value}}))
+    with pytest.raises(UserError, match=r"two .* give knn.top1: give one of them a name"):
+        read_evaluations(files, ("", ""))
+    assert read_evaluations(files, ("", "half")) == {"knn.top1": 0.0, "half.knn.top1": 1.0}

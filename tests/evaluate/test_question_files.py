@@ -78,6 +78,16 @@ def test_doc_vqa(tmp_path: Path) -> None:
     assert question == Question("337", image, "what is the date?", ("1/8/93", "1/8/1993"), "anls")
 
 
+@pytest.mark.parametrize("place", ["xnbl0037_1.png", "spdocvqa_images/xnbl0037_1.png"])
+def test_doc_vqa_in_a_flat_folder(place: str, tmp_path: Path) -> None:
+    """As the pictures are handed out today."""
+    touch(tmp_path / place)
+    entry = {"questionId": 337, "question": "when?", "docId": 279, "image": "documents/xnbl0037_1.png"}
+    path = write_json(tmp_path / "val_v1.0.json", {"data": [{**entry, "answers": ["1/8/93"]}]})
+    (question,) = read_questions(path).questions
+    assert question.image == tmp_path / place
+
+
 def test_own_lines(tmp_path: Path) -> None:
     touch(tmp_path / "a.png", tmp_path / "deep/b.png")
     lines = [

@@ -6,10 +6,12 @@ import random
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.reading import COUNT, Reading, numbers, reading_scores, rendered_text
+from open_clip_ov2.seam.tokenizer import decode_caption
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -25,6 +27,16 @@ def test_letters_and_words_by_hand() -> None:
     assert (reading.words, reading.word_edits) == (5, 1)
     assert (reading.texts, reading.texts_exact, reading.text_letters, reading.text_edits) == (1, 0, 3, 1)
     assert one("the wordcat", "the word c a t").exact == 1
+
+
+@pytest.mark.parametrize("text", ["a chart with red 13 and blue 2", "a dog, a cat.", "it's a man's hat, 3.5"])
+def test_a_tokenizers_spaces_are_no_errors(text: str) -> None:
+    """Oracle: OpenCLIP's own tokenizer, there and back."""
+    bpe = open_clip.get_tokenizer("ViT-B-32")
+    generated = decode_caption(bpe, bpe(text)[0], bpe.sot_token_id, bpe.eot_token_id)
+    assert generated != text
+    reading = one(generated, text)
+    assert (reading.exact, reading.letter_edits, reading.word_edits) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import open_clip_ov2
-from open_clip_ov2.seam.counterparts import clip_of
+from open_clip_ov2.seam.counterparts import clip_of, coca_of
 from open_clip_ov2.seam.factory import MODEL_CONFIGS
 
 NAMES = sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
@@ -96,3 +98,11 @@ def test_they_go_with_the_family() -> None:
         open_clip_ov2.register()
     assert len(registered()) == 2 * len(NAMES)
     assert open_clip.list_models().index("coca-of-ov2-vit-l-14") > open_clip.list_models().index("clip-of-ov2-vit-l-14")
+
+
+def test_the_studys_coca_is_the_counterpart_with_fewer_queries() -> None:
+    """Oracle: `coca-of-ov2-vit-nano-8`'s own config. 16 patches of 32 px, and a query for the contrastive embedding."""
+    folder = Path(__file__).parents[2] / "configs" / "compare" / "models" / "coca-of-ov2-nano-17-queries"
+    expected = coca_of(json.loads((MODEL_CONFIGS / "ov2-vit-nano-8.json").read_text()))
+    expected["vision_cfg"]["attn_pooler_queries"] = 17
+    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"] == expected

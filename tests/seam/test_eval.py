@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ import open_clip
 import pytest
 import torch
 from eval_worker import evaluate
+from square_shards import COLOURS, write_square_shards
 from training import NANO, data_flags, finish, results, start_ranks
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
+from open_clip_ov2.seam import eval_tasks
 from open_clip_ov2.seam.baselines import init_coca_head
+from open_clip_ov2.seam.eval_flags import options_of
+from open_clip_ov2.seam.eval_job import EvalJob, Evaluated, eval_settings
+from open_clip_ov2.seam.sources import open_model
 
 TASKS = (
     "caption-loss,shuffled-loss,read-text,likelihood,likelihood-retrieval,linear-probe,knn,attentive-probe,keep-ratios,"
@@ -27,9 +34,10 @@ TASKS = (
 @pytest.fixture(scope="module")
 def run(squares: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    flags = [*data_flags(squares, 16), "--logs", str(folder), "--name", "run", "--sample-captions", "0"]
+    flags = [*data_flags(squares, 24), "--logs", str(folder), "--name", "run", "--sample-captions", "0"]
     asked = f"--tasks knn --data {squares}/val/00000.tar --train-data {squares}/train/00000.tar --label-key json:kind"
     flags += ["--tokenizer", str(vocabulary), "--eval", asked]
+    flags += ["--val-every-samples", "8", "--eval-every-samples", "16"]
     assert ov2(["train", *NANO, *flags]) == 0
     return folder / "run"
 
@@ -98,7 +106,6 @@ def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, An
     from open_clip_ov2.data.loader import EvalLoader
     from open_clip_ov2.data.sources import WebDatasetSource
     from open_clip_ov2.seam.evaluate import eval_kept_idx
-    from open_clip_ov2.seam.sources import open_model
 
     opened = open_model(run)
     source = WebDatasetSource((f"{squares}/val/00000.tar",))
@@ -111,6 +118,36 @@ def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, An
         with torch.no_grad():
             sums = opened.model(images, kept_idx=kept, captions=captions, caption_loss=CaptionLoss())
         assert whole[task]["caption_loss"] == pytest.approx(float(sums.nll / sums.num_targets), rel=1e-5)
+
+
+def test_caption_loss_by_kind(run: Path, squares: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
+    """Oracle: the same task on a tar of one kind alone."""
+    found = whole["caption-loss"]["by_kind"]
+    assert set(found) == set(COLOURS)
+    with tarfile.open(squares / "val" / "00000.tar") as tar, tarfile.open(tmp_path / "red.tar", "w") as out:
+        members = {member.name: (member, tar.extractfile(member).read()) for member in tar}  # type: ignore[union-attr]
+        for name, (member, data) in members.items():
+            if json.loads(members[f"{Path(name).stem}.json"][1])["kind"] == "red":
+                out.addfile(member, io.BytesIO(data))
+    alone = evaluated(run, tmp_path / "e.json", "--data", f"{tmp_path}/red.tar", "--tasks", "caption-loss")
+    assert_close(found["red"], {key: alone["caption-loss"][key] for key in found["red"]})
+    assert found["red"]["num_samples"] < whole["caption-loss"]["num_samples"]
+
+
+def test_every_caption_is_a_reference(run: Path, squares: Path) -> None:
+    """Oracle: a caption that is the second reference word for word scores 1."""
+    pytest.importorskip("pycocoevalcap")
+    opened = open_model(run)
+    flags = f"--data {squares}/val/00000.tar --caption-keys json:recaption --group-by json:kind"
+    at = Evaluated(opened.model, opened.preprocess, opened.tokenizer, "run", opened.checkpoint)
+    job = EvalJob(at, eval_settings(at.model, at.tokenizer, torch.device("cpu"), 1), options_of(flags, "here"))
+    rows = job.generated
+    assert rows[0].true.startswith("one ")  # what it is shown with is the first
+    for index, row in rows.items():
+        rows[index] = row._replace(generated=f"a square that is {row.kind}")
+    scores = eval_tasks.TASKS["caption"].run(job)
+    assert scores["pictures"] == len(rows) == 10
+    assert (scores["bleu4"], scores["rouge_l"]) == (pytest.approx(1), pytest.approx(1))
 
 
 def test_clip_and_coca_do_what_they_can(
@@ -139,6 +176,55 @@ def test_all_goes_on_where_a_task_cannot(run: Path, tmp_path: Path, capsys: pyte
     said = capsys.readouterr().err
     assert "likelihood: left out, the data's labels are numbers" in said
     assert "caption-loss: left out" in said
+
+
+def test_what_cannot_be_used_is_named(run: Path, tmp_path: Path) -> None:
+    """Every key, however many there are; and a kind that the terminal might take for markup."""
+    import webdataset as wds
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 30), "red").save(picture, "png")
+    with wds.TarWriter(str(tmp_path / "set.tar")) as tar:
+        for index in range(12):
+            image = b"no picture" if index < 8 else picture.getvalue()
+            text = "" if index == 8 else "a red square"
+            about = json.dumps({"kind": "[/b]" if index % 2 else "[plain]"}).encode()
+            tar.write({"__key__": f"s{index:02}", "png": image, "txt": text, "json": about})
+    flags = ["--data", f"{tmp_path}/set.tar", "--group-by", "json:kind", "--seq-len", "4"]
+    found = evaluated(run, tmp_path / "e.json", *flags, "--tasks", "caption-loss,read-text,keep-ratios")
+    expected = {"undecodable image": [f"s{index:02}" for index in range(8)], "empty caption": ["s08"]}
+    assert found["caption-loss"]["skipped_samples"] == expected
+    assert found["read-text"]["skipped_samples"] == expected
+    assert found["keep-ratios"]["by_keep_ratio"]["1"]["skipped_samples"] == expected
+    assert set(found["caption-loss"]["by_kind"]) == {"[/b]", "[plain]"}
+
+
+def test_what_is_done_is_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A set of one picture has no other one to shuffle with; and what can be seen at once is said at once."""
+    write_square_shards(tmp_path, 1, 1)
+    flags = ["--data", f"{tmp_path}/00000.tar", "--out", str(tmp_path / "e.json"), "--tasks"]
+    assert ov2(["eval", str(run), *flags, "caption-loss,shuffled-loss"]) == 2
+    assert "shuffled pictures want at least two" in capsys.readouterr().err
+    assert json.loads((tmp_path / "e.json").read_text())["caption-loss"]["num_samples"] == 1
+    (tmp_path / "e.json").unlink()
+    assert ov2(["eval", str(run), *flags, "caption-loss,likelihood"]) == 2
+    assert "--label-key must be given" in capsys.readouterr().err
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_sizes_of_labelled_pictures(run: Path, tmp_path: Path) -> None:
+    """Without captions there is k-NN alone. Oracle: the task by itself, at the model's own size."""
+    from PIL import Image
+
+    for index, name in enumerate(("red", "blue")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for place in range(3):
+            Image.new("RGB", (30, 30 + place), name).save(tmp_path / "set" / name / f"{index}{place}.png")
+    flags = ["--data", f"{tmp_path}/set", "--train-data", f"{tmp_path}/set", "--image-sizes", "16,24"]
+    found = evaluated(run, tmp_path / "e.json", *flags, "--tasks", "image-sizes,knn")
+    assert found["image-sizes"]["by_image_size"]["24"] == {"knn": found["knn"]}
+    assert set(found["image-sizes"]["by_image_size"]["16"]) == {"knn"}
 
 
 def test_results_of_other_tasks_stay(run: Path, squares: Path, tmp_path: Path) -> None:
@@ -189,6 +275,13 @@ def test_in_the_loop_as_afterwards(run: Path, squares: Path, tmp_path: Path) -> 
     assert last["knn/top1"] == found["knn"]["top1"]
 
 
+def test_tasks_have_their_own_interval(run: Path) -> None:
+    """Every 16 samples and at the end, where the caption loss is measured every 8."""
+    rows = results(run, "val")
+    assert [row["samples_seen"] for row in rows] == [8, 16, 24]
+    assert [row["samples_seen"] for row in rows if "knn/top1" in row] == [16, 24]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -197,6 +290,9 @@ def test_in_the_loop_as_afterwards(run: Path, squares: Path, tmp_path: Path) -> 
         (["--tasks", "questions"], "--questions must be given"),
         (["--batch-size", "0"], "--batch-size is at least 1"),
         (["--classes", "nowhere.json"], "nowhere.json"),
+        (["--keep-ratio", "nan"], "--keep-ratio nan: a share in (0, 1] is wanted"),
+        (["--cache", "/dev/null/here"], "--cache /dev/null/here: no folder that can be written to"),
+        (["--data", "x" * 5000, "--tasks", "caption-loss"], "1 of 1 shards do not exist"),
         (["--keep-ratios", "2"], "shares in (0, 1]"),
         (["--label-key", "cls,json:label"], "--label-key: 'cls,json:label' names 2 places"),
         (["--group-by", "json:"], "--group-by: "),
@@ -210,6 +306,28 @@ def test_slips_are_one_line(
     err = capsys.readouterr().err
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_task_that_fails_costs_no_training(squares: Path, tmp_path: Path) -> None:
+    """A training set of one class, whose fault is found at the first evaluation: the run ends whole, with its losses.
+    Tasks come by samples, whatever the epochs' own validation says."""
+    write_square_shards(tmp_path / "one", 1, 1)
+    flags = [*NANO, *data_flags(squares, 8), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
+    flags += ["--epochs", "3", "--val-frequency", "0", "--eval-every-samples", "16", "--eval"]
+    asked = f"--tasks knn --data {squares}/val/00000.tar --train-data {tmp_path}/one/00000.tar --label-key json:kind"
+    assert ov2(["train", *flags, asked]) == 0
+    assert [row["samples_seen"] for row in results(tmp_path / "run", "val")] == [16, 24]
+    assert (tmp_path / "run" / "checkpoints" / "stage_1.pt").is_file()
+    assert "training goes on without these figures" in (tmp_path / "run" / "out.log").read_text()
+
+
+def test_a_model_is_asked_what_it_can(baselines: Path, squares: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["--model", f"local-dir:{baselines / 'clip_tiny'}", *data_flags(squares, 8), "--logs", str(tmp_path)]
+    asked = f"--tasks caption-loss --data {squares}/val/00000.tar"
+    assert ov2(["train", *flags, "--eval", asked]) == 2
+    assert "has no caption (it has: contrast, features)" in capsys.readouterr().err
+    assert ov2(["train", *flags, "--eval-every-samples", "8"]) == 2
+    assert "--eval-every-samples: there are no tasks" in capsys.readouterr().err
 
 
 def test_eval_flags_are_checked_before_training(squares: Path, tmp_path: Path, capsys: Any) -> None:

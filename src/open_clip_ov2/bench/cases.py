@@ -62,6 +62,10 @@ class Job:
     memory_limit_gb: float | None
     threads: int | None
     tokenizer: str | None = None
+    context_length: int | None = None
+    patch_dropout: float | None = None
+    fusion: str | None = None
+    grad_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,17 @@ class Worker:
                 keep_ratio=job.keep_ratio,
                 memory_budget=job.memory_budget,
                 tokenizer=job.tokenizer,
+                context_length=job.context_length,
+                patch_dropout=job.patch_dropout,
+                fusion=job.fusion,
+                grad_checkpointing=job.grad_checkpointing,
             )
         )
+        if self.words.size > self.contender.vocabulary:
+            raise UserError(
+                f"{job.model}: a vocabulary of {self.contender.vocabulary:,}, and captions are drawn from the "
+                f"{self.words.size:,} of {job.words_of}: give all of them one, by --tokenizer"
+            )
         self._pool: list[tuple[Tensor, Tensor]] = []
         self._timed = 0
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.commands.cluster_flags import split
@@ -19,19 +20,19 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import study, tables
-    from open_clip_ov2.compare.plan import Data
+    from open_clip_ov2.compare.plan import Data, Study
     from open_clip_ov2.compare.reader import BATCH, SET_BY_US, load_comparison
 
-    comparisons = [study.with_seeds(load_comparison(path), args.seeds, args.scale) for path in args.files]
+    comparisons = [study.as_asked(load_comparison(path), args.seeds, args.scale) for path in args.files]
     names = [comparison.name for comparison in comparisons]
     if len(set(names)) < len(names):
         raise UserError(f"two comparisons are called {next(n for n in names if names.count(n) > 1)}: rename a file")
-    taken = [word for word in after if word.removeprefix("--") in (*SET_BY_US, *BATCH)]
+    taken = [word for word in after if word.split("=")[0].removeprefix("--") in (*SET_BY_US, *BATCH)]
     if taken:
         raise UserError(f"{taken[0]} after `--`: the comparison's file or ov2 compare itself says that")
     data = Data(args.train_data, args.val_data, args.probe_data or args.train_data, tuple(after))
     console = Console()
-    whole = study.Study(
+    whole = Study(
         comparisons=tuple(comparisons),
         data=data,
         folder=args.out,
@@ -40,10 +41,12 @@ def main(argv: Sequence[str]) -> None:
         command=shlex.join(["ov2", "compare", *argv]),
         title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
     )
-    for found in study.carry_out(whole, lambda text: console.print(text, highlight=False)):
-        table = Table(*tables.header(found), box=None, pad_edge=False, title=found.comparison.title)
+    for found in study.carry_out(whole, lambda text: console.print(escape(text), highlight=False)):
+        table = Table(
+            *map(escape, tables.header(found)), box=None, pad_edge=False, title=escape(found.comparison.title)
+        )
         for row in tables.rows(found):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.commands.options import Parser, add_device, paths_checked, values_checked
@@ -30,11 +31,10 @@ def main(argv: Sequence[str]) -> None:
     path = args.out or _beside(args.run)
     _check_writable(path)
     with values_checked(), processes(args.device) as place:
-        results, checkpoint = _evaluate(args.run, options, place)
+        results = _evaluate(args.run, options, place, path)
     if place.rank != 0:
         return
     show(results, Console())
-    _write(path, {"checkpoint": str(checkpoint), "data": options.data}, results)
     print(path)
 
 
@@ -74,7 +74,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _evaluate(source: str, options: EvalOptions, place: Any) -> tuple[dict[str, Any], Path]:
+def _evaluate(source: str, options: EvalOptions, place: Any, path: Path) -> dict[str, Any]:
+    """Results by task, written after each."""
     from open_clip_ov2.seam.eval_job import EvalJob, Evaluated, eval_settings
     from open_clip_ov2.seam.eval_tasks import run_tasks
     from open_clip_ov2.seam.sources import open_model
@@ -87,7 +88,9 @@ def _evaluate(source: str, options: EvalOptions, place: Any) -> tuple[dict[str, 
     settings = eval_settings(model.model, model.tokenizer, place.device, place.world_size)
     say = partial(print, file=sys.stderr) if place.rank == 0 else _nothing
     assert model.checkpoint is not None
-    return run_tasks(EvalJob(model, settings, options, place.rank), say), model.checkpoint
+    of = {"checkpoint": str(model.checkpoint), "data": options.data}
+    done = partial(_write, path, of) if place.rank == 0 else _nothing
+    return run_tasks(EvalJob(model, settings, options, place.rank), say, done)
 
 
 def _beside(source: str) -> Path:
@@ -96,7 +99,7 @@ def _beside(source: str) -> Path:
     return folder / "eval.json"
 
 
-def _nothing(line: str) -> None:
+def _nothing(_: Any) -> None:
     pass
 
 
@@ -104,7 +107,7 @@ def show(results: Mapping[str, Result], console: Console) -> None:
     """One line a task, and tables of what goes by kind."""
     for task, found in results.items():
         line = LINES.get(task, _top1)
-        console.print(f"[bold]{task:<20}[/] {line(found, results)}", highlight=False)
+        console.print(f"[bold]{task:<20}[/] {escape(line(found, results))}", highlight=False)
         _show_skipped(found, console)
     if "read-text" in results:
         console.print(_reading_table(results["read-text"]))
@@ -186,7 +189,7 @@ LINES: dict[str, Callable[[Result, Mapping[str, Result]], str]] = {
 def _show_skipped(found: Result, console: Console) -> None:
     said = [text for name in ("skipped", "skipped_samples") for text in _causes(found.get(name) or {})]
     if said:
-        console.print(f"{'':<20} not counted: {', '.join(said)}", highlight=False)
+        console.print(f"{'':<20} not counted: {escape(', '.join(said))}", highlight=False)
 
 
 def _causes(skipped: Any) -> list[str]:
@@ -207,6 +210,6 @@ def _reading_table(found: Result) -> Table:
         numbers = "" if row["number_accuracy"] is None else f"{100 * row['number_accuracy']:.1f}%"
         errors = "" if row["character_error_rate"] is None else f"{row['character_error_rate']:.3f}"
         table.add_row(
-            kind, f"{row['pictures']:,}", f"{100 * row['exact_match']:.1f}% ({right})", times, errors, numbers
+            escape(kind), f"{row['pictures']:,}", f"{100 * row['exact_match']:.1f}% ({right})", times, errors, numbers
         )
     return table

@@ -23,6 +23,7 @@ train = false                            # measured alone
 tasks = ["linear-probe", "knn"]
 train-data = true                        # gets --train-data (--probe-data of `ov2 compare`)
 arms = ["ov2"]                           # default: all
+name = "half"                            # begins the keys of its metrics: half.knn.top1 (default: the task does)
 flags = { label-key = "json:label" }
 [[metric]]                               # a column: a figure of the evaluations' JSON by its dotted path, or, as in
                                          # run.caption_loss, of the last validation in training
@@ -80,8 +81,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One call of `ov2 eval`. `arms` empty: all."""
+    """One call of `ov2 eval`. `arms` empty: all. `name` begins the keys of its metrics."""
 
+    name: str
     tasks: tuple[str, ...]
     flags: Flags
     train_data: bool

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 
 from open_clip_ov2.compare import tables
 from open_clip_ov2.compare.plots import Plot
 from open_clip_ov2.compare.results import Found
+from open_clip_ov2.recipe.toml import flag_words
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --line: #d9dee3; --best: #e8f2ea; }
@@ -36,10 +38,25 @@ pre { padding: .75rem 1rem; border: 1px solid var(--line); border-radius: 6px; w
 """
 
 
-def page(title: str, results: Sequence[tuple[Found, Sequence[Plot]]], command: str, terms: Sequence[str]) -> str:
-    """`terms`: what holds for all comparisons, one sentence each."""
+# What holds for all comparisons.
+TERMS = (
+    "Within a comparison every arm has the same pictures and captions, in the order and with the crops that a seed "
+    "gives. What else differs, beside model, resolution and samples, stands under the table.",
+    "ov2 is trained by this package's step, CLIP and CoCa exactly as stock OpenCLIP trains them; here that is a part "
+    "of the difference in speed and memory.",
+    "Images/s are measured before training: short runs of the arms in turn, nothing beside them; the median and the "
+    "range. Ratios are taken within each repetition. Seconds are samples over these images/s, since the clock of runs "
+    "trained side by side, or on a busy machine, says little.",
+    "Step memory is the peak of a step above weights, gradients and optimizer state, by the allocator's count, at the "
+    "batch trained with.",
+    "Learning curves and final figures are of held-out pictures; ± is the standard deviation of seeds (n - 1). In bold "
+    "is what is better than all others with every seed.",
+)
+
+
+def page(title: str, results: Sequence[tuple[Found, Sequence[Plot]]], command: str) -> str:
     parts = [_section(found, plots) for found, plots in results]
-    listed = "".join(f"<li>{escape(term)}</li>" for term in terms)
+    listed = "".join(f"<li>{escape(term)}</li>" for term in TERMS)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -53,7 +70,7 @@ def page(title: str, results: Sequence[tuple[Found, Sequence[Plot]]], command: s
 def _section(found: Found, plots: Sequence[Plot]) -> str:
     comparison = found.comparison
     figures = "\n".join(_figure(plot) for plot in plots)
-    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in comparison.notes)
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in (*comparison.notes, *terms(found)))
     return (
         f'<section id="{escape(comparison.name)}">\n<h2>{escape(comparison.title)}</h2>\n'
         f'<p>{escape(comparison.about)}</p>\n<p class="soft">{escape(budget(found))}</p>\n'
@@ -70,8 +87,26 @@ def budget(found: Found) -> str:
         "seconds": f"{comparison.budget:,.0f} seconds each: as many samples as an arm's measured images/s make of them",
         "flops": f"as many FLOPs each as {comparison.reference} needs for {comparison.budget:,.0f} samples",
     }[comparison.mode]
-    counted = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
-    return f"{each[0].upper()}{each[1:]}; {counted}, mean ± standard deviation. Speeds: {found.machine}."
+    counted = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
+    return f"{each[0].upper()}{each[1:]}; {counted}. Speeds: {found.machine}."
+
+
+def terms(found: Found) -> list[str]:
+    """What this comparison's arms have alike, what not, and what their memory was measured with."""
+    comparison, measure = found.comparison, found.comparison.measure
+    out = [f"Flags of all arms: {shlex.join(flag_words(comparison.flags))}."]
+    out += [
+        f"{arm.name} has, and {comparison.reference} in brackets: {'; '.join(arm.unlike)}."
+        for arm in found.arms
+        if arm.unlike
+    ]
+    if any(arm.cost.step_memory_mb is not None for arm in found.arms):
+        lengths = measure.lengths
+        captions = f"captions of {lengths.low} to {lengths.high} tokens, {lengths.mean:g} on average"
+        limit = "" if measure.memory_limit_gb is None else f" under {measure.memory_limit_gb:g} GB, weights included"
+        batch = f"; largest batch: by bisection to 8 images{limit}" if measure.largest_batch else ""
+        out.append(f"Memory: noise at the resolution of the last stage, {captions}{batch}.")
+    return out
 
 
 def _figure(plot: Plot) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from open_clip_ov2.compare.config import Arm, Comparison
 from open_clip_ov2.errors import UserError
@@ -20,6 +21,19 @@ class Data:
     val: str
     probe: str
     more: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share where they are equal."""
+
+    comparisons: tuple[Comparison, ...]
+    data: Data
+    folder: Path
+    logs: Path
+    at_once: int
+    command: str
+    title: str
 
 
 @dataclass(frozen=True)

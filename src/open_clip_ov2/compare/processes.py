@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ def run_all(jobs: Sequence[Job], at_once: int, done: Callable[[Job, float], None
     The first that fails stops the others (they save what they have) and is a UserError with its last line.
     """
     waiting, going = list(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]]()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
     try:
         while waiting or going:
             while waiting and len(going) < at_once:
@@ -55,6 +58,7 @@ def run_all(jobs: Sequence[Job], at_once: int, done: Callable[[Job, float], None
                 done(job, time.monotonic() - begun)
     finally:
         _stop([process for process, _ in going.values()])
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:

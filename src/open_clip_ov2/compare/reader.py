@@ -69,11 +69,13 @@ class _Reader:
         if reference not in names:
             raise self.fail(f"reference = {reference!r}: no such arm; near: {_near(reference, names)}")
         curve = self.known(table.get("curve", {}), ("over",), "[curve]")
+        if curve and not table.get("metric"):
+            raise self.fail("[curve]: there is no [[metric]] to draw")
         return Comparison(
             name=stem,
             title=self.value(table, "title", str, stem),
             about=" ".join(self.value(table, "about", str, " ").split()),
-            notes=tuple(" ".join(note.split()) for note in self.value(table, "notes", list, [])),
+            notes=tuple(" ".join(str(note).split()) for note in self.value(table, "notes", list, [])),
             mode=mode,
             budget=self.budget(table, mode),
             seeds=self.seeds(table),
@@ -83,7 +85,7 @@ class _Reader:
             measure=self.measure(table.get("measure", {})),
             evaluations=tuple(self.evaluation(item, names) for item in self.tables(table, "evaluate")),
             metrics=tuple(self.metric(item) for item in self.tables(table, "metric")),
-            curve_over=curve.get("over"),
+            curve_over=self.value(curve, "over", str).replace("_", "-") if curve else None,
         )
 
     def measure(self, item: Any) -> Measure:
@@ -153,7 +155,8 @@ class _Reader:
     def arm(self, item: Any, resolution: Any) -> Arm:
         self.known(item, ("name", "model", "flags", "stages", "train"), "[[arm]]")
         name = self.value(item, "name", str)
-        stages = [self.known(s, ("resolution", "share"), f"arm {name}: stages") for s in item.get("stages", [])]
+        told = self.value(item, "stages", list, [])
+        stages = [self.known(s, ("resolution", "share"), f"arm {name}: stages") for s in told]
         if not stages:
             if type(resolution) is not int:
                 raise self.fail(f"arm {name}: neither stages nor a resolution (px) for all arms")
@@ -178,14 +181,15 @@ class _Reader:
         return flags
 
     def evaluation(self, item: Any, names: list[str]) -> Evaluation:
-        self.known(item, ("tasks", "flags", "train-data", "arms"), "[[evaluate]]")
+        self.known(item, ("name", "tasks", "flags", "train-data", "arms"), "[[evaluate]]")
         arms = self.value(item, "arms", list, [])
         for arm in arms:
             if arm not in names:
                 raise self.fail(f"[[evaluate]] arms: {arm!r}: no such arm; near: {_near(str(arm), names)}")
         tasks = self.value(item, "tasks", list)
         flags = {key.replace("_", "-"): value for key, value in self.value(item, "flags", dict, {}).items()}
-        return Evaluation(tuple(map(str, tasks)), flags, self.value(item, "train-data", bool, False), tuple(arms))
+        name, train_data = self.value(item, "name", str, ""), self.value(item, "train-data", bool, False)
+        return Evaluation(name, tuple(map(str, tasks)), flags, train_data, tuple(arms))
 
     def metric(self, item: Any) -> Metric:
         names = ("key", "title", "unit", "scale", "better", "digits", "learning")
@@ -200,7 +204,7 @@ class _Reader:
             unit=item.get("unit", ""),
             scale=float(self.value(item, "scale", (int, float), 1.0)),
             better=better,
-            digits=self.value(item, "digits", int, 1),
+            digits=max(0, self.value(item, "digits", int, 1)),
             learning=item.get("learning"),
         )
 

@@ -27,7 +27,8 @@ class Cost:
 @dataclass(frozen=True)
 class ArmResult:
     """One arm. `rates`: images/s by repetition over all its stages; `stage_rates` the medians by stage; `ratios`: rates
-    over the reference's, by repetition. `values` and `learning`: by metric, one for each seed."""
+    over the reference's, by repetition. `unlike`: flags that differ from the reference's. `values` and `learning`: by
+    metric, one for each seed."""
 
     name: str
     model: str
@@ -40,6 +41,7 @@ class ArmResult:
     ratios: tuple[float, ...]
     memory_mb: float
     cost: Cost
+    unlike: tuple[str, ...]
     over: float | None
     values: Mapping[str, tuple[float, ...]]
     learning: Mapping[str, tuple[Curve, ...]]
@@ -101,14 +103,20 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def read_evaluations(paths: Sequence[Path]) -> dict[str, float]:
-    """The numbers of several files of `ov2 eval --out`. Raises UserError."""
+def read_evaluations(paths: Sequence[Path], names: Sequence[str]) -> dict[str, float]:
+    """The numbers of several files of `ov2 eval --out`, each under its name where it has one. Raises UserError."""
     out: dict[str, float] = {}
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         try:
-            out |= flatten(json.loads(path.read_text(encoding="utf-8")))
+            found = flatten(json.loads(path.read_text(encoding="utf-8")), name)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: no result of `ov2 eval` ({error}); remove it to evaluate again") from error
+        twice = next(iter(found.keys() & out.keys()), None)
+        if twice:
+            raise UserError(
+                f"two [[evaluate]] give {twice}: give one of them a name, which then begins its metrics' keys"
+            )
+        out |= found
     return out
 
 

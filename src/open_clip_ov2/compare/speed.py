@@ -7,8 +7,6 @@ arms is taken within each repetition. A run's own clock would be wrong where sev
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2.bench.machine import default_device, machine_facts
 from open_clip_ov2.compare import trainer
+from open_clip_ov2.compare.kept import keep, read_kept
 from open_clip_ov2.compare.processes import Job, run_all, threads_each
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.runlog.curves import read_results
@@ -39,17 +39,13 @@ class Speed:
 
 
 def machine(threads: int) -> str:
-    """The processor by its name where the system tells it, and the threads that a run has."""
-    try:
-        told = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        told = ""
-    names = [line.split(":", 1)[1].strip() for line in told.splitlines() if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''} for each run"
+    """In words, with the threads that a run has."""
+    device = default_device()
+    shared = f", {threads} thread{'s' if threads > 1 else ''} for each run" if device == "cpu" else ""
+    return machine_facts(device)["device"] + shared
 
 
-def key_of(lines: Mapping[str, Sequence[str]], threads: int) -> str:
+def lines_key(lines: Mapping[str, Sequence[str]], threads: int) -> str:
     """Lines that were measured in turns with others stand for no others."""
     told = "\0".join(word for title, argv in lines.items() for word in (title, *argv))
     return hashlib.sha256(f"{told}\0{threads}".encode()).hexdigest()[:16]
@@ -70,8 +66,8 @@ def measure(
     `batches`: images in a step of each line. `at_once`: runs side by side later, whose threads each run gets here too.
     """
     threads, file = threads_each(at_once), folder / SPEED_FILE
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    key = key_of(lines, threads)
+    known = read_kept(file)
+    key = lines_key(lines, threads)
     if key not in known or len(next(iter(known[key].values()))["images_per_second"]) < repetitions:
         found: dict[str, list[tuple[float, float]]] = {title: [] for title in lines}
         for repetition in range(repetitions):
@@ -82,7 +78,7 @@ def measure(
             shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
             say(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
         known[key] = {title: asdict(_speed(values, threads)) for title, values in found.items()}
-        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        keep(file, known)
     return {
         title: Speed(tuple(one["images_per_second"]), one["memory_mb"], one["machine"])
         for title, one in known[key].items()

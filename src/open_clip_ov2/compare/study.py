@@ -9,12 +9,11 @@ from pathlib import Path
 
 from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
-from open_clip_ov2.compare.costs import measure_costs
-from open_clip_ov2.compare.plan import Data, Run, arm_words, global_batch, runs
-from open_clip_ov2.compare.processes import Job, run_all, threads_each
+from open_clip_ov2.compare.measuring import Costs, Speeds, measure_costs, measure_speeds
+from open_clip_ov2.compare.plan import Run, Study, arm_words, global_batch, runs
+from open_clip_ov2.compare.processes import Job, run_all
 from open_clip_ov2.compare.results import (
     ArmResult,
-    Cost,
     Found,
     as_json,
     by_metric,
@@ -27,22 +26,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.toml import flag_words
 from open_clip_ov2.runlog.curves import read_results
 
-Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
 FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
-Costs = Mapping[str, Cost]  # of a step of each arm
-
-
-@dataclass(frozen=True)
-class Study:
-    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share where they are equal."""
-
-    comparisons: tuple[Comparison, ...]
-    data: Data
-    folder: Path
-    logs: Path
-    at_once: int
-    command: str
-    title: str
 
 
 @dataclass(frozen=True)
@@ -52,12 +36,15 @@ class Trained:
     run: Run
     known: trainer.Known
     evaluations: tuple[Path, ...]
+    names: tuple[str, ...]
 
 
 def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
     """All of it; what is there already is read. Raises UserError."""
     flops = {one.name: {arm.name: _flops(study, one, arm) for arm in one.arms} for one in study.comparisons}
-    speeds, costs = _measure(study, say), _costs(study, say)
+    _check_tasks(study)
+    costs = measure_costs(study, say)  # before the speeds: what does not fit is told first
+    speeds = measure_speeds(study, say)
     planned = {one.name: _plan(study, one, speeds[one.name], flops[one.name]) for one in study.comparisons}
     _train(study, [run for group in planned.values() for run in group], say)
     _evaluate(study, [(one, run) for one in study.comparisons for run in planned[one.name]], say)
@@ -68,60 +55,17 @@ def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
     return found
 
 
-# --- speed and plan ------------------------------------------------------------------------------------
+# --- plan ----------------------------------------------------------------------------------------------
 
 
-def _stage_lines(study: Study, comparison: Comparison) -> dict[tuple[str, int], list[str]]:
-    """What is measured: each stage of each arm by itself."""
-    out = {}
-    for arm in comparison.arms:
-        batch = global_batch(comparison, arm)
-        samples = max(4, comparison.measure.samples // batch) * batch
-        for index, stage in enumerate(arm.stages):
-            out[arm.name, index] = arm_words(comparison, arm, study.data, [(stage.resolution, samples)])
-    return out
-
-
-def _measure(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
-    """By comparison, whose arms take turns."""
-    study.folder.mkdir(parents=True, exist_ok=True)
-    out: dict[str, Speeds] = {}
+def _check_tasks(study: Study) -> None:
+    """Raises UserError for a task that `ov2 eval` does not have."""
     for comparison in study.comparisons:
-        lines = _stage_lines(study, comparison)
-        titles = {where: _stage_title(comparison.arm(where[0]), where[1]) for where in lines}
-        measured = speed.measure(
-            {titles[where]: line for where, line in lines.items()},
-            samples=comparison.measure.samples,
-            batches={titles[where]: global_batch(comparison, comparison.arm(where[0])) for where in lines},
-            repetitions=comparison.measure.repetitions,
-            folder=study.folder,
-            at_once=study.at_once,
-            say=say,
-        )
-        out[comparison.name] = {
-            arm.name: tuple(measured[titles[arm.name, index]] for index in range(len(arm.stages)))
-            for arm in comparison.arms
-        }
-    return out
-
-
-def _costs(study: Study, say: Callable[[str], None]) -> dict[str, Costs]:
-    """By comparison; of each arm's last stage."""
-    threads = threads_each(study.at_once)
-    out: dict[str, Costs] = {}
-    for comparison in study.comparisons:
-        models, measure = [arm.model for arm in comparison.arms], comparison.measure
-        jobs = []
-        for arm in comparison.arms:
-            argv = arm_words(comparison, arm, study.data, [(arm.stages[-1].resolution, global_batch(comparison, arm))])
-            jobs.append(trainer.contender(arm, argv, study.logs, models, measure, threads))
-        costs = measure_costs(jobs, measure.largest_batch, study.folder, say)
-        out[comparison.name] = dict(zip([job.arm for job in jobs], costs, strict=True))
-    return out
-
-
-def _stage_title(arm: Arm, index: int) -> str:
-    return arm.name if len(arm.stages) == 1 else f"{arm.name} at {arm.stages[index].resolution} px"
+        for evaluation in comparison.evaluations:
+            try:
+                trainer.check_tasks(evaluation.tasks)
+            except UserError as error:
+                raise UserError(f"{comparison.name}: [[evaluate]] {error}") from error
 
 
 def _flops(study: Study, comparison: Comparison, arm: Arm) -> tuple[float, ...]:
@@ -143,7 +87,8 @@ def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: FlopsByAr
             study.folder / "evaluations" / f"{known.name}-{_digest(_eval_words(study, evaluation))}.json"
             for evaluation in _evaluations(comparison, run)
         ]
-        out.append(Trained(run, known, tuple(files)))
+        names = tuple(evaluation.name for evaluation in _evaluations(comparison, run))
+        out.append(Trained(run, known, tuple(files), names))
     return out
 
 
@@ -153,7 +98,14 @@ def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: FlopsByAr
 def _train(study: Study, trained: Sequence[Trained], say: Callable[[str], None]) -> None:
     jobs = {}
     for one in trained:
-        if not trainer.is_finished(one.known.run_dir):
+        if trainer.is_finished(one.known.run_dir):
+            other = trainer.validated_otherwise(one.known.run_dir, one.run.argv)
+            if other:
+                raise UserError(
+                    f"{one.known.run_dir}: a run of another comparison, validated with another {', '.join(other)}; "
+                    "give --out or --logs another folder, or remove the run"
+                )
+        else:
             title = f"{one.run.arm.name}, seed {one.run.seed}"
             command = trainer.train_command(one.run.argv, study.logs, one.known.name)
             jobs[one.known.name] = Job(title, tuple(command), study.folder / "logs" / f"{one.known.name}.txt")
@@ -210,6 +162,7 @@ def _gather(
 ) -> Found:
     evaluated = {id(one): _figures(one) for one in trained}
     rates = {arm.name: _rates(arm, speeds[arm.name]) for arm in comparison.arms}
+    first = {arm.name: [one for one in trained if one.run.arm.name == arm.name][:1] for arm in comparison.arms}
     arms = []
     for arm in comparison.arms:
         own = [one for one in trained if one.run.arm.name == arm.name]
@@ -228,6 +181,11 @@ def _gather(
             ),
             memory_mb=max(one.memory_mb for one in speeds[arm.name]),
             cost=costs[arm.name],
+            unlike=tuple(
+                text
+                for mine, theirs in zip(first[arm.name], first[comparison.reference], strict=False)
+                for text in trainer.unlike(mine.known, theirs.known)
+            ),
             over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
             values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
             learning={
@@ -244,7 +202,7 @@ def _gather(
 def _figures(one: Trained) -> dict[str, float]:
     """Of its evaluations, and under `run.` those of its last validation in training."""
     validations = [row for row in read_results(one.known.run_dir) if row["kind"] == "val"]
-    return read_evaluations(one.evaluations) | (flatten(validations[-1], "run") if validations else {})
+    return read_evaluations(one.evaluations, one.names) | (flatten(validations[-1], "run") if validations else {})
 
 
 def _rates(arm: Arm, by_stage: Sequence[speed.Speed]) -> tuple[float, ...]:
@@ -257,27 +215,18 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-TERMS = (
-    "Within a comparison every arm has the same pictures, captions, order, crops, vocabulary, optimizer flags and "
-    "seeds, but for what its name says.",
-    "Images/s are measured before training: short runs of the arms in turn, nothing beside them; the median and the "
-    "range. Ratios are taken within each repetition. Seconds are samples over these images/s, since the clock of runs "
-    "trained side by side, or on a busy machine, says little.",
-    "Step memory is the peak of a step above weights, gradients and optimizer state, by the allocator's count, at the "
-    "batch trained with and the resolution of the last stage; the largest batch is found by bisection under the limit.",
-    "Learning curves and final figures are of held-out pictures; ± is the standard deviation of seeds (n - 1).",
-)
-
-
 def write(study: Study, found: Sequence[Found]) -> list[Path]:
     """index.html, results.md, results.csv and results.json."""
     drawn = [(one, plots.plots(one)) for one in found]
-    told = [f"# {study.title}", "", f"    {study.command}", "", *(f"- {term}" for term in TERMS)]
+    told = [f"# {study.title}", "", f"    {study.command}", "", *(f"- {term}" for term in page.TERMS)]
     for one in found:
         told += ["", f"## {one.comparison.title}", "", one.comparison.about, "", page.budget(one), ""]
-        told += [tables.markdown(one), *one.comparison.notes]
+        told += [
+            tables.markdown(one),
+            *(line for note in (*one.comparison.notes, *page.terms(one)) for line in (note, "")),
+        ]
     texts = {
-        "index.html": page.page(study.title, drawn, study.command, TERMS),
+        "index.html": page.page(study.title, drawn, study.command),
         "results.md": "\n".join(told) + "\n",
         "results.csv": tables.csv_text(found),
         "results.json": as_json(found),
@@ -288,7 +237,7 @@ def write(study: Study, found: Sequence[Found]) -> list[Path]:
     return [study.folder / name for name in texts]
 
 
-def with_seeds(comparison: Comparison, seeds: Sequence[int] | None, scale: float) -> Comparison:
+def as_asked(comparison: Comparison, seeds: Sequence[int] | None, scale: float) -> Comparison:
     """The command line's seeds in the file's place, and so many times the file's samples or seconds."""
     changed = replace(comparison, seeds=tuple(seeds)) if seeds else comparison
     return replace(changed, budget=scale * comparison.budget)

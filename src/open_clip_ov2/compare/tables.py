@@ -17,7 +17,7 @@ CSV_HEADER = ("comparison", "arm", "model", "quantity", "unit", "mean", "sd", "n
 
 def header(found: Found) -> list[str]:
     shown = ["", "images/s", f"× {found.comparison.reference}"]
-    shown += ["step memory, MiB", "largest batch"] if any(arm.cost.step_memory_mb for arm in found.arms) else []
+    shown += [title for title, _ in _costs(found)]
     shown += ["samples", "training, s"]
     return shown + [_titled(metric) for metric in found.comparison.metrics]
 
@@ -27,16 +27,23 @@ def _titled(metric: Metric) -> str:
     return f"{metric.title}{f', {metric.unit}' if metric.unit else ''} {arrow}"
 
 
+def _costs(found: Found) -> list[tuple[str, dict[str, float | None]]]:
+    """Columns that any arm has something in, by arm."""
+    columns: list[tuple[str, dict[str, float | None]]] = [
+        ("step memory, MiB", {arm.name: arm.cost.step_memory_mb for arm in found.arms}),
+        ("largest batch", {arm.name: arm.cost.largest_batch for arm in found.arms}),
+    ]
+    return [(title, values) for title, values in columns if any(value is not None for value in values.values())]
+
+
 def rows(found: Found) -> list[list[str]]:
-    costs = any(arm.cost.step_memory_mb for arm in found.arms)
-    return [_row(found, arm, costs) for arm in found.arms]
+    return [_row(found, arm) for arm in found.arms]
 
 
-def _row(found: Found, arm: ArmResult, costs: bool) -> list[str]:
+def _row(found: Found, arm: ArmResult) -> list[str]:
     cells = [arm.name, spread(arm.rates, 0), spread(arm.ratios, 2)]
-    if costs:
-        memory, batch = arm.cost.step_memory_mb, arm.cost.largest_batch
-        cells += [NONE if memory is None else f"{memory:,.0f}", NONE if batch is None else f"{batch:,}"]
+    costs = [values[arm.name] for _, values in _costs(found)]
+    cells += [NONE if value is None else f"{value:,.0f}" for value in costs]
     if not arm.trained:
         return [*cells, NONE, NONE, *(NONE for _ in found.comparison.metrics)]
     cells += [short_count(arm.samples), f"{arm.seconds:,.0f}"]
@@ -63,20 +70,22 @@ def value(metric: Metric, arm: ArmResult) -> str:
 
 
 def best(found: Found) -> dict[str, str]:
-    """The arm with the best mean of each metric, where more than one arm has it and no other the same."""
+    """The arm that is better than each other one that has the metric with every seed, if there is one."""
     out = {}
     for metric in found.comparison.metrics:
-        means = {arm.name: statistics.fmean(arm.values[metric.key]) for arm in found.arms if metric.key in arm.values}
-        if len(means) > 1:
-            pick = max if metric.better == "higher" else min
-            winner = pick(means, key=lambda name: means[name])
-            if list(means.values()).count(means[winner]) == 1:
-                out[metric.key] = winner
+        sign = 1 if metric.better == "higher" else -1
+        values = {arm.name: arm.values[metric.key] for arm in found.arms if metric.key in arm.values}
+        for name, mine in values.items():
+            others = [theirs for other, theirs in values.items() if other != name]
+            if others and all(
+                sign * one > sign * other for theirs in others for one, other in zip(mine, theirs, strict=True)
+            ):
+                out[metric.key] = name
     return out
 
 
 def markdown(found: Found) -> str:
-    """The table; the best mean of each metric in bold."""
+    """The table; in bold what is better than all others with every seed."""
     first, winners = header(found), best(found)
     keys = [metric.key for metric in found.comparison.metrics]
     lines = [f"| {' | '.join(first)} |", "|" + "---|" * len(first)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from open_clip_ov2.bench.cases import Case, Job
 from open_clip_ov2.bench.machine import default_device
@@ -13,6 +16,9 @@ from open_clip_ov2.compare.config import Arm, Measure
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.runlog.status import FINISHED, read_status
 
+# What a table shows, or follows from that.
+TOLD = ("model", "force_image_size", "train_num_samples", "epochs", "seed", "warmup", "caption_keys_given")
+VALIDATION = ("--val-data", "--val-num-samples", "--val-every-samples", "--eval", "--eval-every-samples")
 STOCK_WORDS = "ov2-vit-nano-8"  # has OpenCLIP's own vocabulary
 
 
@@ -23,6 +29,7 @@ class Known:
     name: str
     run_dir: Path
     flops: tuple[float, ...]  # forward and backward of one image, by stage
+    config: Mapping[str, Any]  # what makes it this run (seam/run_config)
 
 
 def look_at(argv: Sequence[str], logs: Path) -> Known:
@@ -31,19 +38,24 @@ def look_at(argv: Sequence[str], logs: Path) -> Known:
     from open_clip_ov2.seam.memory import stage_flops
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
-    return Known(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages))
+    return Known(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)
 
 
-def contender(arm: Arm, argv: Sequence[str], logs: Path, models: Sequence[str], measure: Measure, threads: int) -> Job:
-    """The arm's last stage, as `ov2 bench` trains it. Captions are of the vocabulary of the first ov2 model among the
-    comparison's `models`, or OpenCLIP's own. Raises UserError.
+def contender(
+    arm: Arm, argv: Sequence[str], logs: Path, models: Sequence[str], measure: Measure, threads: int
+) -> Job | str:
+    """The arm's last stage as `ov2 bench` trains it; or why it cannot train it alike. Captions are of the vocabulary of
+    the first ov2 model among the comparison's `models`, or OpenCLIP's own. Raises UserError.
     """
     from open_clip_ov2.seam.arguments import parse
     from open_clip_ov2.seam.factory import is_family
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     args, options = plan.stages[-1].args, plan.stages[-1].options
-    device = default_device()
+    unknown = [flag for flag, given in _unknown_to_bench(args, plan.family).items() if given]
+    if unknown:
+        return f"`ov2 bench` has no {', '.join(unknown)}"
+    device = "cpu" if args.device == "cpu" else default_device()
     if measure.largest_batch and device == "cpu" and measure.memory_limit_gb is None:
         raise UserError("[measure] largest-batch on a CPU: say memory-limit-gb, up to which memory is counted")
     return Job(
@@ -59,7 +71,62 @@ def contender(arm: Arm, argv: Sequence[str], logs: Path, models: Sequence[str], 
         memory_limit_gb=measure.memory_limit_gb,
         threads=threads if device == "cpu" else None,
         tokenizer=options.tokenizer,
+        context_length=args.force_context_length,
+        patch_dropout=args.force_patch_dropout,
+        fusion=options.fusion,
+        grad_checkpointing=args.grad_checkpointing,
     )
+
+
+def _unknown_to_bench(args: Namespace, family: bool) -> dict[str, bool]:
+    """Flags that change what a step holds; stock models keep the features of all micro-batches."""
+    return {
+        "--accum-freq": args.accum_freq > 1 and not family,
+        "--opt": args.opt.lower() != "adamw",
+        "--lock-image": args.lock_image,
+        "--lock-text": args.lock_text,
+        "--siglip": args.siglip,
+        "--distill-model": args.distill_model is not None,
+        "--use-bnb-linear": args.use_bnb_linear is not None,
+        "--force-custom-text": args.force_custom_text,
+    }
+
+
+def unlike(one: Known, other: Known) -> tuple[str, ...]:
+    """`flag value (the other's)`, of each flag of a stage that differs and that a comparison's table does not show."""
+    out = {}
+    for mine, theirs in zip(one.config["stages"], other.config["stages"], strict=False):
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key) and key not in TOLD:
+                name = key.replace("_", "-")
+                out[name] = f"{name} {_shown(mine.get(key))} ({_shown(theirs.get(key))})"
+    return tuple(out.values())
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def validated_otherwise(run_dir: Path, argv: Sequence[str]) -> list[str]:
+    """Flags of validation that a run was trained with other values of. Raises UserError."""
+    file = run_dir / "run.json"
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not what `ov2 train` writes ({error})") from None
+    return [flag for flag in VALIDATION if _value(then, flag) != _value(argv, flag)]
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    places = [place for place, word in enumerate(words[:-1]) if word == flag]
+    return words[places[-1] + 1] if places else None
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises UserError."""
+    from open_clip_ov2.seam.eval_tasks import check_tasks as known
+
+    known(",".join(tasks))
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -53,15 +53,17 @@ def _awaited_death(error: Exception) -> UserError:
 class Receiver:
     """What the loaders share: raising what a worker sends, and the running count of skips.
 
-    `skips`: counts by cause of the batches seen since iterating began or `reset_skips()`.
+    `skips`: counts by cause of the batches seen since iterating began or `reset_skips()`; `skipped_keys`, in
+    evaluation: which samples those were.
     """
 
     def __init__(self, num_workers: int) -> None:
         self.skips: dict[str, int] = {}
+        self.skipped_keys: dict[str, list[str]] = {}
         self._from_processes = num_workers > 0
 
     def reset_skips(self) -> None:
-        self.skips = {}
+        self.skips, self.skipped_keys = {}, {}
 
     def receive(self, items: Iterator[Any]) -> Iterator[Batch]:
         while True:
@@ -80,6 +82,8 @@ class Receiver:
                 raise UserError(item.message)
             for cause, count in item.skipped.items():
                 self.skips[cause] = self.skips.get(cause, 0) + count
+            for cause, keys in item.skipped_keys.items():
+                self.skipped_keys.setdefault(cause, []).extend(keys)
             if isinstance(item, Batch):
                 yield item
 

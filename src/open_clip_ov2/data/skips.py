@@ -39,19 +39,20 @@ class SkipSample(Exception):
 
 
 class SkipCounter:
-    """Counts by cause, of one data worker, over all its epochs.
+    """Counts by cause, of one data worker, over all its epochs; with `keeps_keys` each sample's key too.
 
     Logs the first of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is kept by
     whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
     """
 
-    def __init__(self, *, gives_up: bool = False, log: bool = True) -> None:
+    def __init__(self, *, gives_up: bool = False, log: bool = True, keeps_keys: bool = False) -> None:
         self.total: Counter[str] = Counter()
         self.used = 0
         self.example = ""
         self._gives_up, self._log = gives_up, log
         self._ever: Counter[str] = Counter()
         self._since_take: Counter[str] = Counter()
+        self._keeps_keys, self._keys = keeps_keys, dict[str, list[str]]()
         self._started = self._last_summary = time.monotonic()
 
     def begin(self) -> None:
@@ -64,6 +65,8 @@ class SkipCounter:
         self.total[cause] += 1
         self._since_take[cause] += 1
         self._ever[cause] += 1
+        if self._keeps_keys:
+            self._keys.setdefault(cause, []).append(key or url)
         self.example = f"{key} in {url}" if key else url
         if self._log:
             self._write(cause, detail)
@@ -87,6 +90,11 @@ class SkipCounter:
         counts = dict(self._since_take)
         self._since_take.clear()
         return counts
+
+    def take_keys(self) -> dict[str, list[str]]:
+        """Keys by cause since the last call; of a broken shard its address."""
+        keys, self._keys = self._keys, {}
+        return keys
 
     def nothing_usable(self, what: str, flag: str) -> UserError:
         """The error for data of which nothing can be used: counts, and the last that was skipped."""

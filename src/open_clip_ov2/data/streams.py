@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause.
 
     `position`, in training: where its consumer stands after it, with the sizes of shards since its batch before.
-    `indices`, in evaluation: each sample's place in the file order.
+    `indices`, in evaluation: each sample's place in the file order; `skipped_keys`, there: which ones were `skipped`.
     """
 
     images_BCHW: Tensor
@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     skipped: dict[str, int]
     position: Position | None = None
     indices: tuple[int, ...] = ()
+    skipped_keys: Mapping[str, list[str]] = {}
 
 
 class Failure(NamedTuple):
@@ -57,6 +58,7 @@ class Tail(NamedTuple):
     """Skips after a worker's last batch."""
 
     skipped: dict[str, int]
+    skipped_keys: Mapping[str, list[str]]
 
 
 class _Row(NamedTuple):
@@ -96,8 +98,10 @@ class _Collector:
             return None
         images, captions, keys, _, groups, indices = zip(*self._rows, strict=True)
         self._rows = []
-        skipped = self._skips.take()
-        return Batch(torch.stack(images), texts_BL, list(keys), list(captions), list(groups), skipped, indices=indices)
+        return Batch(
+            torch.stack(images), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
+            indices=indices, skipped_keys=self._skips.take_keys(),
+        )  # fmt: skip
 
     def tokenized(self) -> Tensor | None:
         """Token ids `(B, L)` of the rows in one call; None after dropping the rows that the tokenizer refuses."""
@@ -239,7 +243,7 @@ class EvalStream(_Stream):
     def _items(self) -> Iterator[Batch | Tail]:
         worker, workers = _worker()
         mine, consumers = self.rank * workers + worker, self.world_size * workers
-        skips = SkipCounter()
+        skips = SkipCounter(keeps_keys=True)
         collector = _Collector(self.tokenizer, skips, self.group_by)
         reading = skips if mine == 0 else SkipCounter(log=False)  # all read every tar: one counts the broken ones
         samples = enumerate(self.source.in_order(reading))
@@ -253,4 +257,4 @@ class EvalStream(_Stream):
             batch = collector.batch()
             if batch is not None:
                 yield batch
-        yield Tail(skips.take())
+        yield Tail(skips.take(), skips.take_keys())

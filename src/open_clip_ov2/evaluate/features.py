@@ -21,27 +21,28 @@ from torch import Tensor
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.memory import available_bytes, on_disk, own_pages
+from open_clip_ov2.evaluate.skipped import all_keys
 from open_clip_ov2.evaluate.subject import Subject, gathered
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["pooled", "tokens"]
-VERSION = 1  # of the cache file
+VERSION = 2  # of the cache file
 
 
 @dataclass(frozen=True)
 class Features:
     """All usable samples in file order: `values` `(M, D)` for "pooled", `(M, N, D)` for "tokens", on the CPU.
 
-    A label is the text under the loader's `group_by`, "" where a sample has none. `skips`: samples that could not be
-    used, by cause, over all processes.
+    A label is the text under the loader's `group_by`, "" where a sample has none. `skips`: keys of samples that
+    could not be used, by cause, over all processes.
     """
 
     kind: Kind
     keys: tuple[str, ...]
     labels: tuple[str, ...]
     values: Tensor
-    skips: dict[str, int]
+    skips: dict[str, list[str]]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -101,7 +102,7 @@ def extract(
     for batch in loader:
         rows = list(zip(batch.keys, batch.groups, strict=True))
         parts.add(batch.indices, rows, encode(batch.images_BCHW.to(subject.device)))
-    features = parts.assembled(loader.skips)
+    features = parts.assembled(loader.skipped_keys)
     if file and (world_size == 1 or torch.distributed.get_rank() == 0):
         _write(file, features)
     return features
@@ -150,7 +151,7 @@ class _Parts:
                 "free; keep them on disk (--feature-disk) or in float16, evaluate fewer samples, or use pooled features"
             )
 
-    def assembled(self, skips: Mapping[str, int]) -> Features:
+    def assembled(self, skips: Mapping[str, list[str]]) -> Features:
         """Batch by batch, sent by the process that has it; what is copied is let go, so nothing is held twice."""
         rows = gathered(self._rows, self._world_size)
         row_of = {index: row for row, index in enumerate(rows)}
@@ -164,7 +165,7 @@ class _Parts:
                 part = self._batches.popleft()[1] if source == rank else torch.empty(len(indices), *shape)
                 values[[row_of[index] for index in indices]] = self._sent(part.to(self._dtype), source)
         keys, labels = zip(*rows.values(), strict=True)
-        return Features(self._kind, keys, labels, values, _summed([counts for _, _, counts in everyone]))
+        return Features(self._kind, keys, labels, values, all_keys([keys for _, _, keys in everyone]))
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
         return own_pages(shape, self._dtype) if self._disk is None else on_disk(shape, self._dtype, self._disk)
@@ -186,11 +187,6 @@ def _all_gathered(mine: Any, world_size: int) -> list[Any]:
         everyone = [None] * world_size
         torch.distributed.all_gather_object(everyone, mine)
     return everyone
-
-
-def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
-    causes = sorted({cause for count in counts for cause in count})
-    return {cause: sum(count.get(cause, 0) for count in counts) for cause in causes}
 
 
 def _on_all(there: bool, world_size: int) -> bool:

@@ -6,6 +6,7 @@ Shapes: M samples, C classes (evaluate/__init__.py).
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.features import Features
+
+CHECKED_ROWS = 1 << 12  # looked at together: token features of all are too many
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,18 @@ def match_labels(train: Features, test: Features) -> Labels:
             "say where the labels are, for example cls or json:label"
         )
     number = {name: index for index, name in enumerate(names)}
+    finite = {"training": _finite(train), "test": _finite(test)}
     labels = Labels(
         names,
-        _split(train, number),
-        _split(test, number),
+        _split(train, number, finite["training"]),
+        _split(test, number, finite["test"]),
         {
+            **{
+                f"{which} sample with features that are not finite": [
+                    key for key, fine in zip(one.keys, finite[which], strict=True) if not fine
+                ]
+                for which, one in (("training", train), ("test", test))
+            },
             "training sample without a label": [
                 k for k, label in zip(train.keys, train.labels, strict=True) if not label
             ],
@@ -75,6 +85,8 @@ def match_labels(train: Features, test: Features) -> Labels:
             ],
         },
     )
+    if not len(labels.train):
+        raise UserError("no training sample has a label and finite features; look at the model")
     if not len(labels.test):
         raise UserError(
             f"none of the {len(test)} test samples has a class of the training set ({', '.join(names[:3])} ...); "
@@ -83,8 +95,13 @@ def match_labels(train: Features, test: Features) -> Labels:
     return labels
 
 
-def _split(features: Features, number: dict[str, int]) -> Split:
-    known = [row for row, label in enumerate(features.labels) if label in number]
+def _finite(features: Features) -> list[bool]:
+    rows = [part.flatten(1).isfinite().all(dim=1) for part in features.values.split(CHECKED_ROWS)]
+    return torch.cat(rows).tolist() if rows else []
+
+
+def _split(features: Features, number: dict[str, int], finite: Sequence[bool]) -> Split:
+    known = [row for row, label in enumerate(features.labels) if label in number and finite[row]]
     classes = [number[features.labels[row]] for row in known]
     return Split(torch.tensor(known), torch.tensor(classes), tuple(features.keys[row] for row in known))
 

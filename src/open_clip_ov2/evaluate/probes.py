@@ -27,11 +27,13 @@ FIRST_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINEST_STEP = 1 / 8
 MAX_ITERATIONS = 1000
 HELD_OUT = 0.2  # ours: CLIP does not say which part of a training set without a validation set it holds out
-TOLERANCE = 1e-5  # ours: largest entry of the gradient of the mean loss; scikit-learn's default is 1e-4
+TOLERANCE = 1e-5  # ours: largest entry of the gradient of the mean loss, over a loss below 1; scikit-learn has 1e-4
 SEARCH_TOLERANCE = 1e-4  # ours, and scikit-learn's default: in the search, which needs an order and not a minimum
 SEARCH_ITERATIONS = 200  # ours: weak regularisers are far from the minimum then, and about as good as they get
 # Ours: rounding of a loss in float64. Larger steps are no end: weak regularisers have many before the minimum.
 LEAST_CHANGE = 1e-15
+LEAST_LOSS = 1e-3  # ours: nats a sample; below it, the number of iterations would hang on the features' last bits
+LOSS_DIGITS = 3  # ours: in nats. Less tells two regularisers apart by the rounding of the features
 CHECKED_EVERY = 20  # ours: iterations between two looks at the gradient
 # Ours, measured: of 1/C, 1/4C, 1/20C, 1/100C and 1/500C the middle ones are fast for few classes and for many.
 CURVATURE = 0.02
@@ -78,7 +80,7 @@ def fit(
         std_D, mean_D = torch.std_mean(x_MD, dim=0, correction=0)
         std_D = torch.where(std_D > 0, std_D, 1.0)  # a feature that never changes
         x_MD = (x_MD - mean_D) / std_D
-    limit = tolerance * max(1.0, regulariser / len(x_MD))  # of a steep loss, float64 holds no smaller gradient
+    samples = len(x_MD)
     axes_DD, scale_D = _coordinates(x_MD, num_classes, regulariser)
     problem = _Problem(x_MD @ (axes_DD * scale_D), classes_M, num_classes, regulariser * scale_D.square())
     del x_MD
@@ -90,10 +92,13 @@ def fit(
         tolerance_change=LEAST_CHANGE,
         line_search_fn="strong_wolfe",
     )
-    iterations, gradient = 0, math.inf
+    iterations, gradient, limit = 0, math.inf, 0.0
     while gradient > limit and iterations < max_iterations:
         optimizer.step(problem.loss)
-        problem.loss()
+        loss = problem.loss().item()
+        # Of a steep loss, float64 holds no smaller gradient. Where all can be right, loss and gradient fall together,
+        # and the minimum is not near because both are small.
+        limit = tolerance * max(1.0, regulariser / samples) * min(1.0, max(loss, LEAST_LOSS))
         gradient_CD1 = problem.gradient_CD1
         by_feature_CD = gradient_CD1[:, :-1] / scale_D @ axes_DD.T
         gradient = max(by_feature_CD.abs().max().item(), gradient_CD1[:, -1].abs().max().item())
@@ -111,7 +116,8 @@ def _coordinates(x_MD: Tensor, num_classes: int, regulariser: float) -> tuple[Te
     classes. The minimum is the same in any coordinates; features that are much alike take a tenth of the iterations.
     """
     variance_D, axes_DD = torch.linalg.eigh(x_MD.T @ x_MD)
-    return axes_DD, (CURVATURE / num_classes * variance_D.clamp(min=0) + regulariser).rsqrt()
+    variance_D = variance_D.clamp(min=torch.finfo(variance_D.dtype).eps * max(variance_D.max().item(), 1.0))
+    return axes_DD, (CURVATURE / num_classes * variance_D + regulariser).rsqrt()
 
 
 class _Problem:
@@ -169,7 +175,8 @@ def linear_probe(
 ) -> dict[str, Any]:
     """Accuracy of a linear classifier on pooled features, JSON-ready. `regulariser` spares the search for one.
 
-    The best of the search has the most held-out samples right; of equals, the least held-out loss. Draws nothing.
+    The best of the search has the most held-out samples right; of equals, the least held-out loss, to LOSS_DIGITS; of
+    equals in that too it is the strongest. Draws nothing.
     Raises UserError, see `match_labels` and `hold_out`.
     """
     if train.kind != "pooled":
@@ -189,7 +196,6 @@ def linear_probe(
         **labels.summary(),
         "regulariser": regulariser,
         "standardised": standardise,
-        "iterations": model.iterations,
         "converged": model.converged,
         "sweep": [{"regulariser": 10**exponent, "held_out_top1": top1} for exponent, (top1, _) in sweep.items()],
     }
@@ -210,4 +216,4 @@ def _held_out_score(
     model = _fit_split(features, to_fit, labels, regulariser, searching)
     logits_MC = model.logits(features.values[held.rows])
     top1 = (ranks(logits_MC, held.classes_M) == 0).double().mean().item()
-    return top1, -F.cross_entropy(logits_MC, held.classes_M).item()
+    return top1, -round(F.cross_entropy(logits_MC, held.classes_M).item(), LOSS_DIGITS)

@@ -112,7 +112,7 @@ def reading_scores(
 def read_one(generated: str, true: str, text_after: str) -> Reading:
     """One picture's counts."""
     letters, given = (plain(text).replace(" ", "") for text in (true, generated))
-    words, given_words = plain(true).split(), plain(generated).split()
+    words, given_words = plain(true).split(), plain(detokenized(generated)).split()
     return Reading(
         pictures=1,
         exact=int(letters == given),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from open_clip_ov2.data.skips import describe
@@ -19,6 +19,12 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
+
+def all_keys(parts: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
+    """Keys by cause from all processes, the same in whichever order they come."""
+    causes = sorted({cause for part in parts for cause in part})
+    return {cause: sorted(key for part in parts for key in part.get(cause, ())) for cause in causes}
 
 
 def summary(skipped: Sequence[Skipped]) -> str:

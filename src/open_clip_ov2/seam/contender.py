@@ -1,4 +1,4 @@
-"""One model in training, for `ov2 bench`: ours with our step, any other exactly as stock OpenCLIP trains it.
+"""One model in training, for benchmarks: ours with our step, any other exactly as stock OpenCLIP trains it.
 
 Shapes: B batch, L caption tokens.
 """
@@ -42,6 +42,10 @@ class ContenderOptions:
     memory_budget: float | None = None  # with `compile`, of an ov2 model: see CaptionModel.compile_blocks
     keep_ratio: float | None = None
     tokenizer: str | None = None  # word pieces in the place of the model's own vocabulary
+    context_length: int | None = None
+    patch_dropout: float | None = None
+    fusion: str | None = None  # of an ov2 model
+    grad_checkpointing: bool = False
 
 
 def add_models(folder: Path) -> None:
@@ -73,6 +77,12 @@ class Contender:
     def context_length(self) -> int:
         return self.facts.context_length
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that it has an embedding for."""
+        named = (p for name, p in self.model.named_parameters() if name.endswith("token_embedding.weight"))
+        return min(len(parameter) for parameter in named)
+
     def image_flops(self, mean_targets: float) -> float:
         """Model FLOPs, forward and backward, of an image whose caption has so many real targets on average."""
         return image_flops(self.facts, self.options.resolution)(mean_targets)
@@ -81,19 +91,23 @@ class Contender:
         name, options = self.options.model, self.options
         if ":" not in name and name not in known_models():
             raise UserError(f"{name}: no such model (open_clip.list_models() lists them)")
-        extra: dict[str, Any] = {} if options.keep_ratio is None else {"keep_ratio": options.keep_ratio}
+        given = {"keep_ratio": options.keep_ratio, "fusion": options.fusion}
+        extra: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if options.tokenizer:
             config = open_clip.get_model_config(name) or {}
-            words = text_cfg_for(options.tokenizer, config["text_cfg"].get("context_length", 77))
-            extra |= text_options(name, config, words)
+            context_length = options.context_length or config["text_cfg"].get("context_length", 77)
+            extra |= text_options(name, config, text_cfg_for(options.tokenizer, context_length))
         try:
             model, _, _ = open_clip.create_model_and_transforms(
                 name, None, precision=options.precision, device=self.device, force_image_size=options.resolution,
-                output_dict=True, load_weights=False, **extra,
+                output_dict=True, load_weights=False, force_context_length=options.context_length,
+                force_patch_dropout=options.patch_dropout, **extra,
             )  # fmt: skip
         except (ValueError, AssertionError) as error:
             raise UserError(f"{name} at {options.resolution} px: {error}") from error
         baselines.init_coca_head(model)
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing()
         return model
 
     def _compiled(self) -> nn.Module:

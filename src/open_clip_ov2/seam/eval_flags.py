@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ def eval_options(args: argparse.Namespace) -> EvalOptions:
     wrong = [text for text in templates if not isinstance(text, str) or "{}" not in text]
     if wrong:
         raise UserError(f"{args.templates}: {wrong[0]!r} is no text with {{}} in it, where the class goes")
+    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
+        raise UserError(f"--keep-ratio {args.keep_ratio:g}: a share in (0, 1] is wanted")
+    for flag, folder in (("--cache", args.cache), ("--feature-disk", args.feature_disk)):
+        if folder is not None and not _can_hold(folder):
+            raise UserError(f"{flag} {folder}: no folder that can be written to")
     guess = _json(args.guess, dict, "an object of numbers") if args.guess else {}
     if not all(isinstance(chance, (int, float)) and 0 < chance <= 1 for chance in guess.values()):
         raise UserError(f"{args.guess}: chances in (0, 1] are wanted")
@@ -158,9 +164,15 @@ def eval_options(args: argparse.Namespace) -> EvalOptions:
     )
 
 
+def _can_hold(folder: Path) -> bool:
+    """Whether it is a folder that can be written to, or can be made."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 def source_of(text: str) -> Source:
     """A folder of classes, or tars. Raises UserError."""
-    if Path(text).is_dir():
+    if os.path.isdir(text):  # which no name is too long for
         return ImageFolderSource(Path(text))
     urls, _ = expand_shards(text)
     check_shards_exist(urls)

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.features import Cache, Features, Kind, extract, stamp
 from open_clip_ov2.evaluate.subject import Subject, gathered
 from open_clip_ov2.seam.eval_flags import EvalOptions, source_of
-from open_clip_ov2.seam.evaluate import gathered_counts, rows_of
+from open_clip_ov2.seam.evaluate import gathered_keys, rows_of
 from open_clip_ov2.seam.step import StepSettings
 from open_clip_ov2.seam.subject import subject_of
 from open_clip_ov2.seam.tokenizer import eos_id_of
@@ -140,7 +141,7 @@ class EvalJob:
             texts = self.subject.generate(batch.images_BCHW, batch.keys, **self.options.generation)
             found = zip(batch.keys, batch.groups, batch.captions, texts, strict=True)
             rows |= {index: Captioned(*row) for index, row in zip(batch.indices, found, strict=True)}
-        self.caption_skips = gathered_counts(dict(loader.skips), self.world_size)
+        self.caption_skips = gathered_keys(loader.skipped_keys, self.world_size)
         return gathered(rows, self.world_size)
 
     def with_shuffled_pictures(self) -> Iterator[Batch]:
@@ -170,7 +171,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _files(data: str) -> list[str | Path]:
-    folder = Path(data)
-    if folder.is_dir():
+    if os.path.isdir(data):
+        folder = Path(data)
         return sorted(path for path in folder.rglob("*") if path.is_file())
     return list(expand_shards(data)[0])

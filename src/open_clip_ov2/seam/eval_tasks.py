@@ -5,10 +5,10 @@ A result is JSON-ready. The numbers at its top are what an evaluation during tra
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from open_clip_ov2.evaluate.subject import Ability
 from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
 from open_clip_ov2.seam.eval_flags import KEEP_RATIOS, EvalOptions
 from open_clip_ov2.seam.eval_job import EvalJob
-from open_clip_ov2.seam.evaluate import caption_loss, gathered_counts
+from open_clip_ov2.seam.evaluate import caption_loss, gathered_keys
 
 ALL = "all"
 CONSTANTS = ("temperature", "regulariser", "num_samples")  # numbers of a result that measure nothing
@@ -64,7 +64,7 @@ class Task:
         missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(options, name)]
         if missing:
             return f"{' and '.join(missing)} must be given"
-        if self.labels and not options.label_key and not Path(options.data).is_dir():
+        if self.labels and not options.label_key and not os.path.isdir(options.data):
             return "--label-key must be given"
         if self.module is not None and find_spec(self.module) is None:
             return f"{self.module} is not installed (pip install 'open_clip_ov2[eval]')"
@@ -146,7 +146,7 @@ def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Callable[[EvalJo
 
 
 def _with_skips(job: EvalJob, loader: EvalLoader, found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "skipped_samples": gathered_counts(dict(loader.skips), job.world_size)}
+    return {**found, "skipped_samples": gathered_keys(loader.skipped_keys, job.world_size)}
 
 
 def _likelihood(job: EvalJob) -> dict[str, Any]:
@@ -180,7 +180,8 @@ def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     model = job.evaluated.model
 
     def measure(ratio: float) -> dict[str, Any]:
-        return caption_loss(model, job.captioned(), job.settings, ratio)
+        loader = job.captioned()
+        return _with_skips(job, loader, caption_loss(model, loader, job.settings, ratio))
 
     rows, columns = cast(CaptionModel, model).visual.grid_size
     ratios = job.options.keep_ratios or [ratio for ratio in KEEP_RATIOS if ratio * rows * columns >= 1]
@@ -195,12 +196,21 @@ def _image_sizes(job: EvalJob) -> dict[str, Any]:
 
     def measure(image_size: int) -> dict[str, Any]:
         at = EvalJob(open_at(image_size), job.settings, job.options, job.rank)
-        return {name: TASKS[name].run(at) for name in ("caption-loss", "knn") if TASKS[name].lacks(at) is None}
+        found, errors = {}, []
+        for name in ("caption-loss", "knn"):
+            if TASKS[name].lacks(at) is None:
+                try:
+                    found[name] = TASKS[name].run(at)
+                except UserError as error:  # labelled pictures need no captions, nor the other way round
+                    errors.append(error)
+        if not found and errors:
+            raise errors[0]
+        return found
 
     return {"by_image_size": resolution_curve(measure, job.options.image_sizes)}
 
 
-def _skips(train: Features, test: Features) -> dict[str, dict[str, int]]:
+def _skips(train: Features, test: Features) -> dict[str, dict[str, list[str]]]:
     return {"train": dict(train.skips), "test": dict(test.skips)}
 
 
@@ -233,19 +243,27 @@ def check_tasks(text: str) -> tuple[str, ...]:
     return names
 
 
-def run_tasks(job: EvalJob, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Results by task. Raises UserError: a task that was named cannot be done; of `all`, what cannot is said."""
+def run_tasks(
+    job: EvalJob,
+    say: Callable[[str], None] = lambda line: None,
+    done: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Results by task; `done` gets them after each. Raises UserError: a task that was named cannot be done, which is
+    found before the first one as far as it can be; of `all`, what cannot is said."""
     names = check_tasks(job.options.tasks)
+    for name in names:
+        reason = TASKS[name].lacks(job)
+        if reason:
+            raise UserError(f"--tasks {name}: {reason}")
     results: dict[str, Any] = {}
     for name in names or [name for name, task in TASKS.items() if not task.named_only]:
         reason = TASKS[name].lacks(job)
-        if reason and names:
-            raise UserError(f"--tasks {name}: {reason}")
         if reason:
             say(f"{name}: left out, {reason}")
             continue
         try:
             results[name] = TASKS[name].run(job)
+            done(results)
         except UserError as error:  # of the data, which is the same on all ranks
             if names:
                 raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_
 from open_clip_ov2.core.loss import CaptionLossSums
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.evaluate.skipped import all_keys
 from open_clip_ov2.seam.step import StepSettings, merge_counts
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
@@ -32,7 +33,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def kept_by_key(keys: Sequence[str], num_tokens: int, kept: int) -> Tensor:
     """Token dropping of evaluation, `(B, K)` int64: a function of each sample's key, so that neither the
     batch size nor the number of processes changes the result."""
-    rows = [np.random.default_rng((EVAL_SEED, zlib.crc32(key.encode()))).permutation(num_tokens)[:kept] for key in keys]
+    seeds = [(EVAL_SEED, zlib.crc32(key.encode("utf-8", "surrogatepass"))) for key in keys]
+    rows = [np.random.default_rng(seed).permutation(num_tokens)[:kept] for seed in seeds]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -52,7 +54,7 @@ def caption_loss(
     model: nn.Module, batches: Iterable[Batch], settings: StepSettings, keep_ratio: float | None = None
 ) -> dict[str, Any]:
     """Caption loss (nats a token) and perplexity over this process's batches and all others'; where they have
-    groups, the same of each as `by_kind`."""
+    groups, the same of each as `by_kind` (samples without one are in the whole alone)."""
     model = unwrap(model)
     model.eval()
     sums: dict[str, list[float]] = {}  # by kind: nll, targets, samples
@@ -63,8 +65,8 @@ def caption_loss(
             sums[kind] = [before + one for before, one in zip(sums.get(kind, (0.0,) * 3), added, strict=True)]
     sums = _all_sums(sums, settings.world_size)
     whole = _loss(map(sum, zip(*sums.values(), strict=True)))
-    kinds = {kind: _loss(sums[kind]) for kind in sorted(sums)}
-    return whole if list(kinds) in ([], [""]) else {**whole, "by_kind": kinds}
+    kinds = {kind: _loss(sums[kind]) for kind in sorted(sums) if kind}
+    return {**whole, "by_kind": kinds} if kinds else whole
 
 
 def _by_kind(batch: Batch) -> list[tuple[str, Batch]]:
@@ -127,6 +129,15 @@ def _coca_sums(model: nn.Module, images: Tensor, texts: Tensor, eos_id: int) -> 
     labels = caption_targets(texts, eos_id)
     assert logits.shape[:2] == labels.shape, (logits.shape, labels.shape, IGNORE_INDEX)
     return CaptionLoss()(logits, labels)
+
+
+def gathered_keys(keys: Mapping[str, list[str]], world_size: int) -> dict[str, list[str]]:
+    """Keys of skipped samples by cause, of all processes."""
+    parts: list[Any] = [keys]
+    if world_size > 1:
+        parts = [None] * world_size
+        torch.distributed.all_gather_object(parts, dict(keys))
+    return all_keys(parts)
 
 
 def gathered_counts(counts: dict[str, int], world_size: int) -> dict[str, int]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from open_clip.factory import get_model_config
+
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.subject import Ability
 from open_clip_ov2.seam import factory
 from open_clip_ov2.seam.eval_flags import options_of, source_of
 from open_clip_ov2.seam.eval_tasks import TASKS, check_tasks
@@ -86,13 +89,25 @@ def _check_family(theirs: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} with --model {theirs.model}: {why}")
 
 
+def _abilities(model: str) -> frozenset[Ability]:
+    """What a model with such a config can be asked for."""
+    config = get_model_config(model) or {}
+    if factory.is_family_config(config):
+        return frozenset(("features", "caption"))
+    contrastive: tuple[Ability, ...] = ("features", "contrast")
+    return frozenset((*contrastive, "caption") if "multimodal_cfg" in config else contrastive)
+
+
 def check_eval(flags: str, theirs: argparse.Namespace) -> None:
     """`--eval`, before the first step rather than at the first validation. Raises UserError."""
     if not theirs.val_data:
         raise UserError("--eval: its tasks run with each validation, and there is no --val-data")
     options = options_of(flags, "--eval")
+    able = _abilities(theirs.model)
     for name in check_tasks(options.tasks):
         reason = TASKS[name].lacks_flags(options)
+        if TASKS[name].ability not in able:
+            reason = f"{theirs.model} has no {TASKS[name].ability} (it has: {', '.join(sorted(able))})"
         if reason or name == "image-sizes":
             raise UserError(f"--eval: {name}: {reason or 'a model in training keeps its resolution'}")
     if options.cache or (options.questions and not options.questions.is_file()):

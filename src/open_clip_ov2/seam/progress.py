@@ -132,9 +132,15 @@ class StageProgress:
         """Whether this step passed a multiple of so many samples."""
         return every is not None and self.samples_seen // every != (self.samples_seen - self.global_batch) // every
 
+    @property
+    def validation_due(self) -> bool:
+        """By samples, whatever the epochs say; with an interval of tasks at the stage's end too."""
+        options = self._options
+        ends = self.finished and options.eval_every_samples is not None
+        return ends or self._passed(options.val_every_samples) or self._passed(options.eval_every_samples)
+
     def _validate_if_due(self) -> bool:
-        due = self._passed(self._options.val_every_samples) or self._passed(self._options.eval_every_samples)
-        if self.validate is None or not due:
+        if self.validate is None or not self.validation_due:
             return False
         self.validate()
         return True

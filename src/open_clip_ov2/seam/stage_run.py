@@ -244,6 +244,7 @@ class StageRun:
         ) -> dict[str, float]:  # fmt: skip
             last, metrics = epoch == args.epochs, {}
             due = args.val_frequency and (epoch % args.val_frequency == 0 or last or "train" not in data)
+            due = due or (self._progress is not None and self._progress.validation_due)
             if due and set(data) - {"train"}:
                 metrics = self._validate(model, data, epoch, args)
             if "train" in data:

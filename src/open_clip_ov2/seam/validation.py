@@ -13,6 +13,7 @@ import torch
 from open_clip import CoCa
 from torch import nn
 
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.seam import baselines, evaluate
 from open_clip_ov2.seam.eval_flags import options_of
 from open_clip_ov2.seam.eval_job import EvalJob, Evaluated
@@ -75,7 +76,11 @@ class Validation:
         at = Evaluated(evaluate.unwrap(model), built.val_transform, built.tokenizer, args.model)
         job = EvalJob(at, settings, options_of(self.session.plan.options.eval, "--eval"), self.session.rank)
         with torch.random.fork_rng(devices=[settings.device] if settings.device.type == "cuda" else []):
-            return headlines(run_tasks(job, logger.info))
+            try:
+                return headlines(run_tasks(job, logger.info))
+            except (UserError, ValueError) as error:  # of flags or data, and so on all ranks: training is worth more
+                logger.error("--eval: %s; training goes on without these figures", error)
+                return {}
 
     def _show_captions(self, model: Any, loader: Any, samples_seen: int, settings: StepSettings) -> None:
         batch = next(iter(loader.full()))

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs what tests need beyond Python, where apt allows: a SLURM of two nodes on this machine (tests/slurm,
+# scripts/slurm_cluster.py), and a browser that looks at the page of `ov2 compare`.
+# Never fails: what is skipped, and why, is said in one line, and the tests that need it skip themselves.
+set -uo pipefail
+have() { command -v "$1" >/dev/null 2>&1; }
+export PATH="$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive
+UPDATED=""
+
+install() { # install WHAT TESTS PACKAGE...
+  local what="$1" tests="$2"
+  shift 2
+  skip() { echo "$what: $*; $tests will be skipped"; }
+  [ "$(uname -s)" = Linux ] || { skip "not Linux"; return; }
+  have apt-get || { skip "no apt-get here (install by hand: $*)"; return; }
+  [ "$(id -u)" = 0 ] || { skip "not root (as root: apt-get install $*)"; return; }
+  echo "$what: installing $*"
+  [ -n "$UPDATED" ] || apt-get update -qq >/dev/null 2>&1 || { skip "apt-get update failed (no network?)"; return; }
+  UPDATED=1
+  # A private cluster is started by the tests themselves: the packages' own services must not run.
+  local policy=/usr/sbin/policy-rc.d made="" status=0
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod +x "$policy" && made=1
+  fi
+  apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 || status=$?
+  [ -z "$made" ] || rm -f "$policy"
+  [ "$status" = 0 ] || skip "apt-get install failed with status $status"
+}
+
+have slurmctld && have slurmd && have srun && have munged || install slurm tests/slurm slurmctld slurmd slurm-client munge
+have chromium-headless-shell || have chromium || have google-chrome ||
+  install browser tests/compare/test_page_in_browser.py chromium-headless-shell
+exit 0
