@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
-DEMO="${DEMO:-demo}"
+DEMO=demo  # the comparisons' files name its tokenizer
 DATA="$DEMO/data"
 OUT="${OUT:-docs/results}"
 python scripts/demo_data.py "$DATA"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from open_clip_ov2.compare.processes import Job, run_all
+from open_clip_ov2.compare.processes import Command, run_all
 from open_clip_ov2.compare.speed import rate_of
 from open_clip_ov2.errors import UserError
 
 
-def job(folder: Path, name: str, code: str) -> Job:
-    return Job(name, (sys.executable, "-S", "-c", code), folder / f"{name}.txt")
+def job(folder: Path, name: str, code: str) -> Command:
+    return Command(name, (sys.executable, "-S", "-c", code), folder / f"{name}.txt")
 
 
 def test_side_by_side(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_what_is_not_alike_is_said(found: Found) -> None:
     changed = Found(found.comparison, (replace(one, unlike=("lr 0.1 (0.2)", "eps 1 (2)")), *others), "a machine")
     flags, unlike, memory = page.terms(changed)
     assert flags == "Flags of all arms: --lr 0.1."
-    assert unlike == "ov2 has, and in brackets ov2: lr 0.1 (0.2); eps 1 (2)."
+    assert unlike == "ov2 has, and ov2 in brackets: lr 0.1 (0.2); eps 1 (2)."
     assert "captions of 12 to 128 tokens, 64 on average" in memory
 
 

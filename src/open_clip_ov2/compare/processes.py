@@ -18,7 +18,7 @@ STOP_S = 60  # a run that is stopped saves a checkpoint first
 
 
 @dataclass(frozen=True)
-class Job:
+class Command:
     """`title` is for people; what the command prints goes to `log`."""
 
     title: str
@@ -35,12 +35,14 @@ def threads_each(at_once: int) -> int:
     return max(1, cores() // at_once)
 
 
-def run_all(jobs: Sequence[Job], at_once: int, done: Callable[[Job, float], None], threads: int | None = None) -> None:
+def run_all(
+    jobs: Sequence[Command], at_once: int, done: Callable[[Command, float], None], threads: int | None = None
+) -> None:
     """`at_once` of them, in order. `done` hears of each and its seconds.
 
     The first that fails stops the others (they save what they have) and is a UserError with its last line.
     """
-    waiting, going = list(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]]()
+    waiting, going = list(jobs), dict[Command, tuple[subprocess.Popen[bytes], float]]()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
     try:
         while waiting or going:
@@ -61,7 +63,7 @@ def run_all(jobs: Sequence[Job], at_once: int, done: Callable[[Job, float], None
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
+def _start(job: Command, threads: int) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     with job.log.open("wb") as log:

@@ -17,7 +17,7 @@ from typing import Any
 from open_clip_ov2.bench.machine import default_device, machine_facts
 from open_clip_ov2.compare import trainer
 from open_clip_ov2.compare.kept import keep, read_kept
-from open_clip_ov2.compare.processes import Job, run_all, threads_each
+from open_clip_ov2.compare.processes import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.runlog.curves import read_results
 
@@ -92,7 +92,7 @@ def _speed(values: Sequence[tuple[float, float]], threads: int) -> Speed:
 def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
     """(images/s, MiB)."""
     shutil.rmtree(scratch, ignore_errors=True)
-    job = Job(f"measuring {title}", tuple(trainer.train_command(argv, scratch, "run")), scratch / "out.txt")
+    job = Command(f"measuring {title}", tuple(trainer.train_command(argv, scratch, "run")), scratch / "out.txt")
     run_all([job], 1, lambda *_: None, threads=threads)
     rows = [row for row in read_results(scratch / "run") if row["kind"] == "train"]
     rate = rate_of(rows)

@@ -11,7 +11,7 @@ from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
 from open_clip_ov2.compare.measuring import Costs, Speeds, measure_costs, measure_speeds
 from open_clip_ov2.compare.plan import Run, Study, arm_words, global_batch, runs
-from open_clip_ov2.compare.processes import Job, run_all
+from open_clip_ov2.compare.processes import Command, run_all
 from open_clip_ov2.compare.results import (
     ArmResult,
     Found,
@@ -108,7 +108,7 @@ def _train(study: Study, trained: Sequence[Trained], say: Callable[[str], None])
         else:
             title = f"{one.run.arm.name}, seed {one.run.seed}"
             command = trainer.train_command(one.run.argv, study.logs, one.known.name)
-            jobs[one.known.name] = Job(title, tuple(command), study.folder / "logs" / f"{one.known.name}.txt")
+            jobs[one.known.name] = Command(title, tuple(command), study.folder / "logs" / f"{one.known.name}.txt")
     _run("training", list(jobs.values()), len({one.known.name for one in trained}), study, say)
 
 
@@ -136,17 +136,17 @@ def _evaluate(study: Study, trained: Sequence[tuple[Comparison, Trained]], say: 
                 argv = [*_eval_words(study, evaluation), "--out", str(file)]
                 title = f"{one.run.arm.name}, seed {one.run.seed}: {', '.join(evaluation.tasks)}"
                 log = study.folder / "logs" / f"{file.stem}.txt"
-                jobs[file] = Job(title, tuple(trainer.eval_command(one.known.run_dir, argv)), log)
+                jobs[file] = Command(title, tuple(trainer.eval_command(one.known.run_dir, argv)), log)
     (study.folder / "evaluations").mkdir(parents=True, exist_ok=True)
     _run("evaluation", list(jobs.values()), len(total), study, say)
 
 
-def _run(what: str, jobs: Sequence[Job], total: int, study: Study, say: Callable[[str], None]) -> None:
+def _run(what: str, jobs: Sequence[Command], total: int, study: Study, say: Callable[[str], None]) -> None:
     if total > len(jobs):
         say(f"{what}: {total - len(jobs)} of {total} are done already")
     finished = 0
 
-    def done(job: Job, seconds: float) -> None:
+    def done(job: Command, seconds: float) -> None:
         nonlocal finished
         finished += 1
         say(f"{what} {finished} of {len(jobs)}: {job.title} ({seconds:.0f} s)")
