@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rich.table import Table
 from open_clip_ov2.commands.cluster_flags import split
 from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
+
+WIDTH = 160  # of what goes to a file
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     if taken:
         raise UserError(f"{taken[0]} after `--`: the comparison's file or ov2 compare itself says that")
     data = Data(args.train_data, args.val_data, args.probe_data or args.train_data, tuple(after))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     whole = Study(
         comparisons=tuple(comparisons),
         data=data,
@@ -42,11 +45,11 @@ def main(argv: Sequence[str]) -> None:
         title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
     )
     for found in study.carry_out(whole, lambda text: console.print(escape(text), highlight=False)):
-        table = Table(
-            *map(escape, tables.header(found)), box=None, pad_edge=False, title=escape(found.comparison.title)
-        )
-        for row in tables.rows(found):
-            table.add_row(*map(escape, row))
+        arms = tables.rows(found)  # as columns: there are fewer of them than of figures
+        title = escape(found.comparison.title)
+        table = Table("", *(escape(cells[0]) for cells in arms), box=None, pad_edge=False, title=title)
+        for place, name in enumerate(tables.header(found)[1:], 1):
+            table.add_row(escape(name), *(escape(cells[place]) for cells in arms))
         console.print(table)
     console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")
 

@@ -103,9 +103,9 @@ def _learning(found: Found, metric: Metric, over: str) -> Plot:
     _engineer(axes)
     _legend(axes)
     name = f"{found.comparison.name}-{_plain(metric.key)}-over-{over}"
-    where = "at the images/s measured beforehand" if over == "seconds" else "which is the same data in the same order"
+    where = ", at the images/s measured beforehand" if over == "seconds" else ""
     return Plot(
-        name, f"Held-out {metric.title} over {over}, {where}; mean and standard deviation of seeds.", _svg(figure, name)
+        name, f"Held-out {metric.title} over {over}{where}; mean and standard deviation of seeds.", _svg(figure, name)
     )
 
 
