@@ -12,6 +12,8 @@ from open_clip_ov2.bench.cases import CaptionLengths, Case, Job
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare import trainer
 from open_clip_ov2.compare.config import Arm, ArmStage, Measure
+from open_clip_ov2.compare.costs import measure_cost
+from open_clip_ov2.compare.measuring import without_tasks
 from open_clip_ov2.errors import UserError
 
 FILE = """
@@ -78,6 +80,22 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest
     assert (out / "costs.json").stat().st_mtime_ns == costs
     assert ov2([*line[:-1], f"{squares}/train/00000.tar"]) == 2  # another held-out set in the same folder
     assert "validated with another --val-data" in capsys.readouterr().err
+
+
+def test_an_arm_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    """Oracle: the allocator, which is asked for terabytes."""
+    case = Case(64, "fp32", 10**10)
+    lengths = CaptionLengths(3, 8, 5.0)
+    job = Job("huge", "ov2-bench-tiny", "ov2-bench-tiny", case, "cpu", False, None, None, lengths, None, 1)
+    with pytest.raises(UserError, match="arm huge: a batch of 10000000000 at 64 px does not fit into memory"):
+        measure_cost(job, False, tmp_path, lambda _: None)
+    assert not (tmp_path / "costs.json").exists()
+
+
+def test_measured_lines_have_no_tasks() -> None:
+    """Oracle: by hand."""
+    line = ["--lr", "1", "--eval", "--tasks knn --data x", "--eval-every-samples=8", "--eval-keep-ratio", "1"]
+    assert without_tasks(line) == ["--lr", "1", "--eval-keep-ratio", "1"]
 
 
 def test_what_two_arms_do_not_share(squares: Path, tmp_path: Path) -> None:

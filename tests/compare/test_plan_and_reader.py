@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from open_clip_ov2.compare.config import Comparison
 from open_clip_ov2.compare.plan import Data, runs, seconds_at, stage_samples
 from open_clip_ov2.compare.reader import load_comparison
+from open_clip_ov2.compare.study import as_asked
 from open_clip_ov2.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
@@ -66,6 +67,18 @@ def test_equal_seconds(
         counts = stage_samples(comparison, arm, rates, {})
         taken = seconds_at(sum(counts), counts, rates[arm.name])
         assert abs(taken - seconds) <= sum(32 / rate for rate in rates[arm.name])
+
+
+def test_what_the_command_line_changes(tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    text = FILE.format(terms='samples = "10k"').replace(
+        "[[metric]]", '[[evaluate]]\nname = "x"\ntasks = ["knn"]\n[[metric]]'
+    )
+    comparison = load(tmp_path, text)
+    assert comparison.evaluations[0].name == "x"
+    changed = as_asked(comparison, [7], 0.25)
+    assert (changed.budget, changed.seeds) == (2500, (7,))
+    assert as_asked(comparison, None, 1.0) == comparison
 
 
 def test_equal_flops(tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_features_that_are_much_alike_take_few_iterations() -> None:
     assert loss(ours.weight_CD, ours.bias_C) == pytest.approx(loss(theirs.coef_, theirs.intercept_), abs=1e-3)
 
 
+def test_it_ends_where_the_loss_can_fall_no_more() -> None:
+    """A limit that float64 cannot reach: it says that this is the minimum, long before the last iteration."""
+    train, _ = sets()
+    names = sorted(set(train.labels))
+    classes = torch.tensor([names.index(label) for label in train.labels])
+    found = fit(train.values, classes, 7, 1.0, tolerance=0.0)
+    assert found.converged
+    assert found.iterations < probes.MAX_ITERATIONS / 2
+
+
 @pytest.mark.parametrize("regulariser", [1e-4, 1e-6])
 def test_weak_regularisers_where_all_can_be_right(regulariser: float) -> None:
     """Oracle: scikit-learn. A small gradient is no minimum there: stopped by that alone, weights are twice as large."""
@@ -99,7 +109,7 @@ def test_weak_regularisers_where_all_can_be_right(regulariser: float) -> None:
 
 
 def test_no_regulariser_and_a_constant_feature() -> None:
-    """Finite, and right: nothing pulls at the weights of a feature that tells nothing."""
+    """Finite: neither holds the stretched axes back."""
     train, _ = sets(spread=3.0)
     names = sorted(set(train.labels))
     classes = torch.tensor([names.index(label) for label in train.labels])

@@ -6,7 +6,6 @@ arms is taken within each repetition. A run's own clock would be wrong where sev
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from open_clip_ov2.bench.machine import default_device, machine_facts
 from open_clip_ov2.compare import trainer
-from open_clip_ov2.compare.kept import keep, read_kept
+from open_clip_ov2.compare.kept import keep, key_of, read_kept
 from open_clip_ov2.compare.processes import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.runlog.curves import read_results
@@ -45,12 +44,6 @@ def machine(threads: int) -> str:
     return machine_facts(device)["device"] + shared
 
 
-def lines_key(lines: Mapping[str, Sequence[str]], threads: int) -> str:
-    """Lines that were measured in turns with others stand for no others."""
-    told = "\0".join(word for title, argv in lines.items() for word in (title, *argv))
-    return hashlib.sha256(f"{told}\0{threads}".encode()).hexdigest()[:16]
-
-
 def measure(
     lines: Mapping[str, Sequence[str]],
     *,
@@ -67,7 +60,7 @@ def measure(
     """
     threads, file = threads_each(at_once), folder / SPEED_FILE
     known = read_kept(file)
-    key = lines_key(lines, threads)
+    key = key_of([list(lines.items()), threads])  # lines measured in turns with others stand for no others
     if key not in known or len(next(iter(known[key].values()))["images_per_second"]) < repetitions:
         found: dict[str, list[tuple[float, float]]] = {title: [] for title in lines}
         for repetition in range(repetitions):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
+from open_clip_ov2.compare.kept import key_of
 from open_clip_ov2.compare.measuring import Costs, Speeds, measure_costs, measure_speeds
 from open_clip_ov2.compare.plan import Run, Study, arm_words, global_batch, runs
 from open_clip_ov2.compare.processes import Command, run_all
@@ -84,7 +84,7 @@ def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: FlopsByAr
     for run in runs(comparison, study.data, comparison.seeds, rates, flops):
         known = trainer.look_at(run.argv, study.logs)
         files = [
-            study.folder / "evaluations" / f"{known.name}-{_digest(_eval_words(study, evaluation))}.json"
+            study.folder / "evaluations" / f"{known.name}-{key_of(_eval_words(study, evaluation))}.json"
             for evaluation in _evaluations(comparison, run)
         ]
         names = tuple(evaluation.name for evaluation in _evaluations(comparison, run))
@@ -121,10 +121,6 @@ def _eval_words(study: Study, evaluation: Evaluation) -> list[str]:
     given = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
     given += ["--train-data", study.data.probe] if evaluation.train_data else []
     return [*given, *flag_words(evaluation.flags)]
-
-
-def _digest(argv: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(argv).encode()).hexdigest()[:8]
 
 
 def _evaluate(study: Study, trained: Sequence[tuple[Comparison, Trained]], say: Callable[[str], None]) -> None:

@@ -22,7 +22,7 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.memory import available_bytes, on_disk, own_pages
 from open_clip_ov2.evaluate.skipped import all_keys
-from open_clip_ov2.evaluate.subject import Subject, gathered
+from open_clip_ov2.evaluate.subject import Subject, all_gathered, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class _Parts:
         rows = gathered(self._rows, self._world_size)
         row_of = {index: row for row, index in enumerate(rows)}
         mine = ([indices for indices, _ in self._batches], self._shape(), dict(skips))
-        everyone = _all_gathered(mine, self._world_size)
+        everyone = all_gathered(mine, self._world_size)
         shape = next(shape for _, shape, _ in everyone if shape)
         values = self._empty((len(rows), *shape))
         rank = torch.distributed.get_rank() if self._world_size > 1 else 0
@@ -181,16 +181,8 @@ class _Parts:
         return part.cpu()
 
 
-def _all_gathered(mine: Any, world_size: int) -> list[Any]:
-    everyone = [mine]
-    if world_size > 1:
-        everyone = [None] * world_size
-        torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _on_all(there: bool, world_size: int) -> bool:
-    return all(_all_gathered(there, world_size))
+    return all(all_gathered(there, world_size))
 
 
 def _write(file: Path, features: Features) -> None:

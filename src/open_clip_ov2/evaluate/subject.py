@@ -61,14 +61,20 @@ class Subject(Protocol):
         """For "contrast": normalised, `(C, D)` float32."""
 
 
+def all_gathered(mine: Value, world_size: int) -> list[Value]:
+    """What every process has, in the order of their ranks."""
+    everyone: list[Any] = [mine]
+    if world_size > 1:
+        everyone = [None] * world_size
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
 def gathered(rows: dict[int, Value], world_size: int) -> dict[int, Value]:
     """Results by a sample's place in the file order (`Batch.indices`) from all processes, in that order: the same on
     any number of them. Every process gets all. Raises ValueError if a sample was evaluated twice.
     """
-    parts: list[dict[int, Value]] = [rows]
-    if world_size > 1:
-        parts = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, rows)
+    parts = all_gathered(rows, world_size)
     merged = {index: value for part in parts for index, value in part.items()}
     if len(merged) != sum(map(len, parts)):
         raise ValueError("two processes evaluated the same sample")

@@ -103,7 +103,7 @@ class Contender:
                 output_dict=True, load_weights=False, force_context_length=options.context_length,
                 force_patch_dropout=options.patch_dropout, **extra,
             )  # fmt: skip
-        except (ValueError, AssertionError) as error:
+        except (ValueError, AssertionError, OSError) as error:
             raise UserError(f"{name} at {options.resolution} px: {error}") from error
         baselines.init_coca_head(model)
         if options.grad_checkpointing:

@@ -19,6 +19,7 @@ from open_clip_ov2.core.loss import CaptionLossSums
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.evaluate.skipped import all_keys
+from open_clip_ov2.evaluate.subject import all_gathered
 from open_clip_ov2.seam.step import StepSettings, merge_counts
 
 EVAL_SEED = 0  # which tokens are kept at evaluation depends on this and the sample's key alone
@@ -101,10 +102,7 @@ def _sums(model: nn.Module, batch: Batch, settings: StepSettings, keep_ratio: fl
 
 def _all_sums(sums: dict[str, list[float]], world_size: int) -> dict[str, list[float]]:
     """Of all processes."""
-    parts: list[dict[str, list[float]]] = [sums]
-    if world_size > 1:
-        parts = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, sums)
+    parts = all_gathered(sums, world_size)
     kinds = sorted({kind for part in parts for kind in part})
     return {
         kind: [math.fsum(row) for row in zip(*(p[kind] for p in parts if kind in p), strict=True)] for kind in kinds
@@ -133,20 +131,12 @@ def _coca_sums(model: nn.Module, images: Tensor, texts: Tensor, eos_id: int) -> 
 
 def gathered_keys(keys: Mapping[str, list[str]], world_size: int) -> dict[str, list[str]]:
     """Keys of skipped samples by cause, of all processes."""
-    parts: list[Any] = [keys]
-    if world_size > 1:
-        parts = [None] * world_size
-        torch.distributed.all_gather_object(parts, dict(keys))
-    return all_keys(parts)
+    return all_keys(all_gathered(keys, world_size))
 
 
 def gathered_counts(counts: dict[str, int], world_size: int) -> dict[str, int]:
     """Counts by name, summed over all processes."""
-    if world_size == 1:
-        return counts
-    gathered: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(gathered, counts)
-    return merge_counts(gathered)
+    return merge_counts(all_gathered(counts, world_size))
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
