@@ -37,6 +37,7 @@ LOSS_DIGITS = 3  # ours: in nats. Less tells two regularisers apart by the round
 # Ours: so often in a row L-BFGS ends by itself because the loss falls by less than it can resolve. A loss that is flat
 # to 1e-15 has a gradient of 1e-8 still, which a limit may lie below.
 STALLS = 3
+LINE_SEARCH = 25  # evaluations of one at most, in torch
 CHECKED_EVERY = 20  # ours: iterations between two looks at the gradient
 # Ours, measured: of 1/C, 1/4C, 1/20C, 1/100C and 1/500C the middle ones are fast for few classes and for many.
 CURVATURE = 0.02
@@ -90,7 +91,7 @@ def fit(
     optimizer = torch.optim.LBFGS(
         [problem.weight_CD1],
         max_iter=CHECKED_EVERY,
-        max_eval=2 * CHECKED_EVERY,  # a line search takes few more than one
+        max_eval=LINE_SEARCH * CHECKED_EVERY,  # so that it is never this that ends it
         tolerance_grad=0,
         tolerance_change=LEAST_CHANGE,
         line_search_fn="strong_wolfe",
