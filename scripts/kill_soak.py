@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "seam")]
+sys.path[:0] = [str(TESTS), str(TESTS / "openclip")]
 
 from conftest import write_square_shards, write_vocabulary  # noqa: E402
 from training import Killer, assert_equal_weights, figures, finish, start, weights  # noqa: E402

@@ -23,7 +23,7 @@ from conftest import write_square_shards, write_vocabulary  # noqa: E402
 from faults import FAULTS, RANKS, job_of, nano_flags, ov2, torchrun, wait_finished, wait_for_steps  # noqa: E402
 from slurm_cluster import Cluster, missing  # noqa: E402
 
-from open_clip_ov2.runlog.status import read_status  # noqa: E402
+from open_clip_ov2.tracking.status import read_status  # noqa: E402
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_clip_ov2.bench.cases import OWN_MODELS, CaptionLengths, Case, Job
-from open_clip_ov2.bench.worker import Worker
+from open_clip_ov2.compare.bench.cases import OWN_MODELS, CaptionLengths, Case, Job
+from open_clip_ov2.compare.bench.worker import Worker
 from open_clip_ov2.core import rows
-from open_clip_ov2.seam import contender as seam
-from open_clip_ov2.seam import step
+from open_clip_ov2.openclip.run import bench_arm as seam
+from open_clip_ov2.train import step
 
 BACKENDS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],

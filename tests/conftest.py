@@ -9,7 +9,7 @@ import pytest
 from square_shards import COLOURS, write_square_shards
 
 # Longest first: of two processes, the one that is done early takes the short files (measured with --durations).
-LONG = ("slurm/", "seam/test_resume", "seam/test_train", "export/", "data/test_data_resume", "loop/", "core/")
+LONG = ("slurm/", "openclip/test_resume", "openclip/test_train", "formats/", "data/test_data_resume", "train/", "core/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

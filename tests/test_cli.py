@@ -53,7 +53,7 @@ def test_slips_are_one_line(argv: list[str], expected: str, capsys: pytest.Captu
 
 def test_readme_names_every_flag_of_ours() -> None:
     """Oracle: the parser."""
-    from open_clip_ov2.seam.arguments import build_parser
+    from open_clip_ov2.openclip.command.parse import build_parser
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     flags = [option for action in build_parser()._actions for option in action.option_strings]

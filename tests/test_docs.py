@@ -22,7 +22,7 @@ from PIL import Image
 from released_files import write_decoder, write_released
 
 from open_clip_ov2.cli import COMMANDS, main
-from open_clip_ov2.seam.arguments import parse
+from open_clip_ov2.openclip.command.parse import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

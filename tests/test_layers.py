@@ -1,90 +1,116 @@
-"""The layers of docs/architecture.md. Oracle: the imports of every module, parsed."""
+"""The rules of docs/architecture.md. Oracle: the source of every module, parsed."""
 
 from __future__ import annotations
 
 import ast
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from layers import MAY_IMPORT, PAGE, ROOT, TOP, Layer, with_table
 
-import open_clip_ov2
+FILES = sorted(ROOT.rglob("*.py"))
+SCRIPTS = sorted((ROOT.parents[1] / "scripts").glob("*.py"))
+LONGEST_FUNCTION, LONGEST_FILE, MOST_FILES = 40, 300, 18
+PACKAGES = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES} - {""}
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES}
 
-ROOT = Path(open_clip_ov2.__file__).parent
-MAY_IMPORT = {  # package -> (our packages, third-party modules) beyond the standard library
-    "core": ({"core"}, {"torch"}),
-    "recipe": ({"recipe", "errors"}, {"tomli"}),  # tomli is tomllib before Python 3.11
-    "convert": ({"convert", "errors"}, {"torch", "numpy", "tensorstore"}),
-    "export": ({"export", "errors"}, {"torch", "safetensors", "transformers", "tokenizers", "onnxruntime"}),
-    "data": ({"data", "errors"}, {"torch", "webdataset", "PIL", "numpy", "braceexpand", "simplejpeg"}),
-    "evaluate": ({"evaluate", "data", "errors"}, {"torch", "numpy", "pycocoevalcap"}),
-    "bench": ({"bench", "data", "runlog", "errors", "seam"}, {"torch", "matplotlib"}),
-    "compare": ({"compare", "bench", "runlog", "recipe", "errors", "seam"}, {"matplotlib"}),
-    "launch": ({"launch", "runlog", "recipe", "errors", "seam"}, {"submitit", "matplotlib", "torch"}),
-    "runlog": ({"runlog", "errors"}, {"torch", "rich", "tensorboard", "matplotlib", "PIL", "numpy"}),
-}
+
+def layer_of(module: str) -> str:
+    """The row of MAY_IMPORT that a module stands in: its package, or itself at the top level; empty for the door."""
+    module = module.removesuffix(".__init__")
+    if module in MAY_IMPORT:
+        return module
+    return module.rpartition(".")[0]
 
 
 def imports(file: Path) -> set[str]:
+    """Absolute names of the modules imported anywhere in a file, inside functions too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            found.add(node.module or "")
+            module = node.module or ""
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in names if name.removeprefix("open_clip_ov2.") in MODULES | PACKAGES}
+            found |= submodules if submodules == names else {module, *submodules}
     return found
 
 
-def third_party(names: set[str]) -> set[str]:
-    import sys
+def ours(names: set[str]) -> set[str]:
+    """Layers of the modules of ours among `names`; the door itself is the empty name."""
+    inside = {
+        name.removeprefix("open_clip_ov2").removeprefix(".") for name in names if name.split(".")[0] == "open_clip_ov2"
+    }
+    return {layer_of(name) for name in inside}
 
+
+def others(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"open_clip_ov2"}
 
 
-def ours(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("open_clip_ov2.")}
+def rule(file: Path) -> tuple[str, Layer]:
+    name = layer_of(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    return name, MAY_IMPORT.get(name, TOP)
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_lower_layers_import_only_what_they_may(package: str) -> None:
-    packages, modules = MAY_IMPORT[package]
-    files = list((ROOT / package).rglob("*.py"))
-    assert len(files) > 1
-    for file in files:
-        names = imports(file)
-        assert third_party(names) <= modules, file
-        assert ours(names) <= packages, file
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_package_may(file: Path) -> None:
+    name, layer = rule(file)
+    if file.name == "__main__.py":
+        name, layer = "__main__", Layer("cli", "", "")
+    names = imports(file)
+    assert ours(names) - {name, ""} <= set(layer.ours.split()), f"{name} imports another package of ours"
+    assert others(names) <= set(layer.others.split()), f"{name} imports a library that it should not know"
 
 
-@pytest.mark.parametrize(("package", "module"), [("launch", "trainer.py"), ("bench", "worker.py")])
-def test_launcher_and_benchmark_know_training_in_one_module_alone(package: str, module: str) -> None:
-    knowing = {file.name for file in (ROOT / package).glob("*.py") if "seam" in ours(imports(file))}
-    assert knowing == {module}
-
-
-def test_comparisons_know_training_in_one_module_alone() -> None:
-    knowing = {file.name for file in (ROOT / "compare").glob("*.py") if "seam" in ours(imports(file))}
-    assert knowing == {"trainer.py"}
-
-
-def test_only_the_seam_touches_open_clip() -> None:
-    touching = {
-        file.relative_to(ROOT).parts[0]
-        for file in ROOT.rglob("*.py")
-        if third_party(imports(file)) & {"open_clip", "open_clip_train"}
+def test_every_package_has_a_row() -> None:
+    assert {name for name in PACKAGES if list((ROOT / name.replace(".", "/")).glob("*.py"))} <= set(MAY_IMPORT) | {
+        "compare.bench.models"
     }
-    assert touching == {"seam"}
+
+
+def test_rows_go_from_the_bottom_up_so_there_is_no_circle() -> None:
+    seen: set[str] = set()
+    for name, layer in MAY_IMPORT.items():
+        assert set(layer.ours.split()) <= seen, name
+        seen.add(name)
+
+
+def test_the_page_has_the_table() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page), "run python tests/layers.py"
+
+
+def test_files_and_folders_stay_small() -> None:
+    for file in [*FILES, *SCRIPTS]:
+        assert len(file.read_text().splitlines()) <= LONGEST_FILE, file
+    for folder, count in Counter(file.parent for file in FILES).items():
+        assert count <= MOST_FILES, f"{folder}: {count} files"
+
+
+def test_no_file_name_stands_twice_outside_commands() -> None:
+    names = Counter(file.name for file in FILES if file.parent.name != "commands" and not file.name.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_functions_stay_short() -> None:
+    long = []
+    for file in [*FILES, *SCRIPTS]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                long += [f"{file.name}: {node.name} has {lines} lines"] if lines > LONGEST_FUNCTION else []
+    assert long == []
 
 
 def test_nothing_is_rebound_outside_the_list() -> None:
     """`setattr` stands in patches.py alone."""
-    for file in ROOT.rglob("*.py"):
+    for file in FILES:
         if file.name == "patches.py":
             continue
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setattr"], file
-
-
-def test_files_stay_short() -> None:
-    for file in [*ROOT.rglob("*.py"), *(ROOT.parent.parent / "scripts").glob("*.py")]:
-        assert len(file.read_text().splitlines()) <= 300, file

@@ -1,6 +1,9 @@
-"""What can end a run before its time. `cli.main` turns each into one line and an exit status."""
+"""What can end a run before its time, and how an error is worded. `cli.main` turns each into one line and a status."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 INTERRUPTED_STATUS = 75  # sysexits.h, EX_TEMPFAIL: try again later
 
@@ -13,8 +16,25 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """A run that cannot go on for a reason of its own, and would fail again: do not requeue it. Exit status 2."""
+    """A run that cannot continue for a reason of its own, and would fail again: do not requeue it. Exit status 2."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; all ranks saved together. The same command goes on. Exit status 75."""
+    """A signal asked the run to stop; all ranks saved together. The same command resumes it. Exit status 75."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
+    """`; did you mean X?` for the names closest to `name`, or nothing if none is close."""
+    near = get_close_matches(name.lower(), list(known), n=count)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def unknown_key(where: str, key: str, known: Iterable[str], what: str = "key") -> UserError:
+    """The error for a name that is not one of `known`: it says where, names the nearest, and lists them all."""
+    known = tuple(known)
+    return UserError(f"{where}: unknown {what} {key!r}{nearest(key, known)} (known: {', '.join(known)})")

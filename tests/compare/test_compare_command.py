@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from open_clip_ov2.bench.cases import CaptionLengths, Case, Job
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare import trainer
+from open_clip_ov2.compare.bench.cases import CaptionLengths, Case, Job
 from open_clip_ov2.compare.config import Arm, ArmStage, Measure
 from open_clip_ov2.compare.costs import measure_cost
 from open_clip_ov2.compare.measuring import without_tasks

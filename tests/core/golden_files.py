@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_clip_ov2.convert import from_flax
 from open_clip_ov2.core import CaptionModel
-from open_clip_ov2.seam.factory import build_caption_model
+from open_clip_ov2.formats import from_flax
+from open_clip_ov2.openclip.models.factory import build_caption_model
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("concat_prefix_keep0.35", "concat_causal_keep0.35", "cross_attn_keep1.0")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip_ov2.core import FUSIONS, CaptionModel
 from open_clip_ov2.core.generate import GenerationConfig, _pick
-from open_clip_ov2.seam.factory import build_caption_model
+from open_clip_ov2.openclip.models.factory import build_caption_model
 
 VOCAB, BOS, EOS = 12, 10, 11
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from golden_files import CASES, GoldenCase
 
-from open_clip_ov2.convert import from_flax
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets, gather_tokens
 from open_clip_ov2.core.packing import pack_captions
+from open_clip_ov2.formats import from_flax
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, decoder
 from open_clip_ov2.core.packing import PackedCaptions, pack_captions
 from open_clip_ov2.core.rows import RaggedRows, attend, key_value
-from open_clip_ov2.seam.factory import build_caption_model
+from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS, CONTEXT = 1, 2, 30
 

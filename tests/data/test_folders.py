@@ -9,7 +9,7 @@ from broken_shards import TXT, byte_tokens, good_tars, picture, settings, to_ten
 
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
-from open_clip_ov2.data.share import Share
+from open_clip_ov2.data.order.share import Share
 from open_clip_ov2.data.skips import MISSING_CAPTION, UNDECODABLE_IMAGE, SkipCounter
 from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
 from open_clip_ov2.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from broken_shards import good_tars, sample, write_tar
 
-from open_clip_ov2.data.share import Share
+from open_clip_ov2.data.order.share import Share
 from open_clip_ov2.data.skips import BROKEN_SHARD, SkipCounter
 from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from open_clip_ov2.data.plan import Part, left_over, shuffler
-from open_clip_ov2.data.position import Position
-from open_clip_ov2.data.share import Share
+from open_clip_ov2.data.order.assignment import Part, left_over, shuffler
+from open_clip_ov2.data.order.position import Position
+from open_clip_ov2.data.order.share import Share
 
 
 @st.composite

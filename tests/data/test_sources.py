@@ -9,7 +9,7 @@ from broken_shards import TXT, byte_tokens, picture, settings, to_tensor
 
 from open_clip_ov2.data.captions import parse_caption_keys
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
-from open_clip_ov2.data.share import Share
+from open_clip_ov2.data.order.share import Share
 from open_clip_ov2.data.skips import BAD_UTF8, MISSING_CAPTION, MISSING_IMAGE, SkipCounter
 from open_clip_ov2.data.sources import CsvSource, SyntheticSource
 from open_clip_ov2.errors import UserError

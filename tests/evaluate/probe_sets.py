@@ -17,7 +17,7 @@ from torch import Tensor
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.sources import ImageFolderSource, Source
-from open_clip_ov2.evaluate.features import Cache, Features, Kind, extract
+from open_clip_ov2.evaluate.extraction import Cache, Features, Kind, extract
 
 CLS = CaptionKey("cls")
 SIDE, PATCH = 8, 4
@@ -53,7 +53,7 @@ def loader_of(source: Source, **changed: Any) -> EvalLoader:
 
 
 # The same list as the training tests': seconds of imports, once.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["open_clip_ov2.seam.runner"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["open_clip_ov2.openclip.run.runner"])
 
 
 def extract_on_rank(rank: int, world_size: int, folder: Path, out: Path) -> None:

@@ -16,18 +16,18 @@ from probe_sets import encoded
 from torch import Tensor
 
 from open_clip_ov2.core import CaptionModel
+from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.sources import WebDatasetSource
 from open_clip_ov2.evaluate.classes import Classes
+from open_clip_ov2.evaluate.eval_model import Subject
 from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
-from open_clip_ov2.evaluate.subject import Subject
-from open_clip_ov2.seam.factory import build_caption_model
-from open_clip_ov2.seam.step import StepSettings
-from open_clip_ov2.seam.subject import subject_of
+from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS, LENGTH, SIDE = 49406, 49407, 12, 24
-SETTINGS = StepSettings(torch.device("cpu"), "fp32", 1, 1, None, 1.0, EOS)
+SETTINGS = Compute(torch.device("cpu"), "fp32", 1, EOS)
 CLASSES = Classes.of({"c": "cat", "d": "dog", "e": "electric eel"})
 TEMPLATES = ("{}", "a photo of a {}.")
 # Key, label, captions; the pictures of the second and last cannot be decoded.

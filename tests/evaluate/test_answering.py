@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.answering import AnswerScores, Mean, answer_questions
-from open_clip_ov2.evaluate.questions import QuestionFile, read_questions
+from open_clip_ov2.evaluate.text.answering import AnswerScores, Mean, answer_questions
+from open_clip_ov2.evaluate.text.questions import QuestionFile, read_questions
 
 BAD = 4  # the picture of this index does not decode
 

@@ -11,7 +11,7 @@ from probe_sets import features
 from torch import Tensor
 
 from open_clip_ov2.evaluate.attentive import AttentiveHead, AttentiveTraining, Tokens, attentive_probe
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.probes import linear_probe
 
 SHORT = AttentiveTraining(epochs=12, batch_size=32, lr=1e-2)

@@ -13,7 +13,7 @@ from math import exp, log, prod, sqrt
 import pytest
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.captioning import EMPTY_REFERENCES, caption_scores
+from open_clip_ov2.evaluate.text.captioning import EMPTY_REFERENCES, caption_scores
 
 GUIDE = "It is a guide to action which ensures that the military always obeys the commands of the party"
 GUIDES = [

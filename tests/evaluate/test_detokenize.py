@@ -8,10 +8,10 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from open_clip_ov2.evaluate.captioning import caption_scores
-from open_clip_ov2.evaluate.detokenize import detokenized
-from open_clip_ov2.evaluate.question_answering import relaxed
-from open_clip_ov2.seam.tokenizer import WordPieceTokenizer, decode_caption
+from open_clip_ov2.evaluate.text.captioning import caption_scores
+from open_clip_ov2.evaluate.text.detokenize import detokenized
+from open_clip_ov2.evaluate.text.question_answering import relaxed
+from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, decode_caption
 
 TEXTS = (
     "a dog, a cat and a bird.",

@@ -16,10 +16,10 @@ from probe_sets import CLS, PatchSubject, about, encoded, extract_on_rank, loade
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate import features as features_module
+from open_clip_ov2.evaluate import extraction as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
-from open_clip_ov2.evaluate.features import Cache, Features, extract, stamp
-from open_clip_ov2.evaluate.memory import available_bytes, on_disk
+from open_clip_ov2.evaluate.extraction import Cache, Features, extract, stamp
+from open_clip_ov2.evaluate.feature_memory import available_bytes, on_disk
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from open_clip_ov2.core import VisionModel, caption_targets
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.caption_loss import caption_loss, eval_kept_idx
 from open_clip_ov2.evaluate.classes import Classes, classify
 from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
 from open_clip_ov2.evaluate.retrieval import (
@@ -51,8 +52,7 @@ from open_clip_ov2.evaluate.retrieval import (
 )
 from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
 from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
-from open_clip_ov2.seam.evaluate import caption_loss, eval_kept_idx
-from open_clip_ov2.seam.subject import subject_of
+from open_clip_ov2.openclip.models.eval_models import subject_of
 
 USED = [row for row in SAMPLES if row[0] not in BROKEN]
 TEXTS = list(dict.fromkeys(text for _, _, captions in USED for text in captions))

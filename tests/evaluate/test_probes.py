@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import probes
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.knn import knn, nearest
 from open_clip_ov2.evaluate.labels import accuracy, hold_out, match_labels, per_class, ranks
 from open_clip_ov2.evaluate.probes import fit, linear_probe, search

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.questions import Question, read_questions
+from open_clip_ov2.evaluate.text.questions import Question, read_questions
 
 
 def touch(*files: Path) -> None:

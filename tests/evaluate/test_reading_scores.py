@@ -10,8 +10,8 @@ import open_clip
 import pytest
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.reading import COUNT, Reading, numbers, reading_scores, rendered_text
-from open_clip_ov2.seam.tokenizer import decode_caption
+from open_clip_ov2.evaluate.text.reading import COUNT, Reading, numbers, reading_scores, rendered_text
+from open_clip_ov2.openclip.models.tokenizer import decode_caption
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

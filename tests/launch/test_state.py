@@ -14,7 +14,7 @@ from open_clip_ov2.launch import ends, state
 from open_clip_ov2.launch.ends import OWN, PEER, End
 from open_clip_ov2.launch.folder import LOCAL, SLURM
 from open_clip_ov2.launch.queue import QueueJob, look_up
-from open_clip_ov2.runlog.status import Status
+from open_clip_ov2.tracking.status import Status
 
 
 def said(word: str, job: str = "7", stage: int = 1, reason: str = "") -> Status:

@@ -94,7 +94,7 @@ def test_slips(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_the_shipped_sweep_is_accepted(squares: Path) -> None:
     """Oracle: the parsers of OpenCLIP and of `ov2 train`."""
-    from open_clip_ov2.seam.arguments import parse
+    from open_clip_ov2.openclip.command.parse import parse
 
     runs = expand(load_sweep(ROOT / "configs" / "sweeps" / "keep_ratio.toml"))
     assert len(runs) == 12

@@ -11,9 +11,9 @@ import open_clip
 import pytest
 
 from open_clip_ov2.commands.plan import make_plan
+from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.recipe import Augmentation, load_recipe
-from open_clip_ov2.recipe.plan import Machine
-from open_clip_ov2.seam.arguments import parse
+from open_clip_ov2.recipe.costs import Machine
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from open_clip_ov2.seam.arguments import parse
-from open_clip_ov2.seam.datasets import caption_keys
-from open_clip_ov2.seam.stage_flags import one_aug_cfg
+from open_clip_ov2.openclip.command.parse import parse
+from open_clip_ov2.openclip.command.stage_flags import one_aug_cfg
+from open_clip_ov2.openclip.run.loaders import caption_keys
 
 DATA = ["--model", "ov2-vit-nano-8", "--train-data", "x.tar"]
 

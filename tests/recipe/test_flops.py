@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_ov2.core import CaptionLoss, linear_loss
 from open_clip_ov2.core.packing import pack_captions
+from open_clip_ov2.openclip.models.model_facts import ModelFacts, model_facts
 from open_clip_ov2.recipe import Stage
+from open_clip_ov2.recipe.costs import count_tokens, resolve
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, Tokens, Tower, flops
 from open_clip_ov2.recipe.memory import LOSS_ROWS, PRECISION, Memory, activation_bytes, fixed_bytes, loss_bytes
-from open_clip_ov2.recipe.plan import count_tokens, resolve
-from open_clip_ov2.seam.sizes import ModelFacts, model_facts
 
 NANO = "ov2-vit-nano-8"
 BATCH = 3

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_clip_ov2.cli import main
-from open_clip_ov2.recipe.plan import largest_divisor
+from open_clip_ov2.recipe.costs import largest_divisor
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 L14 = str(CONFIGS / "ov2-vit-l-14.toml")

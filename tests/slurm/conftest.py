@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "seam"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "openclip"))
 
 from slurm_cluster import Cluster, missing
 

@@ -17,7 +17,7 @@ from slurm_cluster import Cluster, wait_until
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.launch import state
-from open_clip_ov2.runlog.status import FINISHED, read_status
+from open_clip_ov2.tracking.status import FINISHED, read_status
 
 TOTAL_SAMPLES = 320
 RANKS = ["--nodes", "2", "--tasks-per-node", "2", "--time", "20m"]

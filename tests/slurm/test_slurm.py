@@ -32,7 +32,7 @@ from slurm_cluster import Cluster, wait_until
 from training import finish, start
 
 from open_clip_ov2.launch import state
-from open_clip_ov2.runlog.status import read_status
+from open_clip_ov2.tracking.status import read_status
 
 ONE = ["--nodes", "1", "--tasks-per-node", "1", "--time", "20m"]
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_clip_ov2.bench.cases import ARMS, SETTINGS, BenchSettings, CaptionLengths, Case
 from open_clip_ov2.commands.options import Parser, add_device
+from open_clip_ov2.compare.bench.cases import ARMS, SETTINGS, BenchSettings, CaptionLengths, Case
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.memory import PRECISION
 
@@ -27,9 +27,9 @@ def main(argv: Sequence[str]) -> None:
     paths = {kind: getattr(args, kind) or args.out / f"bench.{kind}" for kind in ("json", "md", "png")}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    from open_clip_ov2.bench.plot import plot_results
-    from open_clip_ov2.bench.report import as_json, as_markdown
-    from open_clip_ov2.bench.run import run_bench
+    from open_clip_ov2.compare.bench.bench_report import as_json, as_markdown
+    from open_clip_ov2.compare.bench.plot import plot_results
+    from open_clip_ov2.compare.bench.run import run_bench
 
     said = (shlex.join(["ov2", "bench", *argv]), datetime.date.today().isoformat())
     for results in run_bench(settings, lambda line: print(line, file=sys.stderr, flush=True)):

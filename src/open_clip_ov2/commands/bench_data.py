@@ -19,8 +19,8 @@ def main(argv: Sequence[str]) -> None:
     for name, least in (("samples", 1), ("workers", 0), ("resolution", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: at least {least}")
-    from open_clip_ov2.bench.pipeline import loader_speed, pipeline_table, stages
-    from open_clip_ov2.seam.data_parts import data_parts
+    from open_clip_ov2.compare.bench.pipeline import loader_speed, pipeline_table, stages
+    from open_clip_ov2.openclip.run.data_parts import data_parts
 
     size = ["--force-image-size", str(args.resolution), "--train-num-samples", PLENTY, "--workers", "0"]
     parts = data_parts(["--model", args.model, "--train-data", args.train_data, *size, *rest])

@@ -22,7 +22,7 @@ from open_clip_ov2.data.samples import decode_image
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.seam.eval_flags import add_generation, generation_options
+from open_clip_ov2.evaluate.options import add_generation, generation_options
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 BATCH_SIZE = 32
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _caption_all(args: argparse.Namespace) -> None:
-    from open_clip_ov2.runlog.sheet import Captioned, contact_sheet
-    from open_clip_ov2.seam.sources import open_model
+    from open_clip_ov2.openclip.models.open_model import open_model
+    from open_clip_ov2.tracking.sheet import Captioned, contact_sheet
 
     run = open_model(args.checkpoint, args.device)
     keys = parse_caption_keys(args.caption_keys)
@@ -92,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 def _caption(run, batch: list[Picture], args: argparse.Namespace) -> list[str]:
     import torch
 
-    from open_clip_ov2.seam.eval_job import eval_settings
-    from open_clip_ov2.seam.subject import subject_of
+    from open_clip_ov2.evaluate.eval_job import eval_compute
+    from open_clip_ov2.openclip.models.eval_models import subject_of
 
-    settings = eval_settings(run.model, run.tokenizer, torch.device(args.device), world_size=1)
+    settings = eval_compute(run.model, run.tokenizer, torch.device(args.device), world_size=1)
     subject = subject_of(run.model, run.tokenizer, settings, name=str(args.checkpoint))
     if "caption" not in subject.abilities:
         raise UserError(f"{args.checkpoint}: a model without a caption decoder, so it cannot caption")

@@ -51,11 +51,11 @@ def _is_orbax(path: Path) -> bool:
 
 
 def _from_flax(args: argparse.Namespace) -> None:
-    from open_clip_ov2.convert import flax_sizes, from_flax, read_flax
-    from open_clip_ov2.export.files import new_folder
-    from open_clip_ov2.seam.from_flax import build_from_flax
-    from open_clip_ov2.seam.model_folder import encoder_of, write_model_folder
-    from open_clip_ov2.seam.tokenizer import WordPieceTokenizer
+    from open_clip_ov2.formats import flax_sizes, from_flax, read_flax
+    from open_clip_ov2.formats.model_files import new_folder
+    from open_clip_ov2.openclip.models.from_flax import build_from_flax
+    from open_clip_ov2.openclip.models.model_folder import encoder_of, write_model_folder
+    from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 
     length = CONTEXT_LENGTH if args.context_length is None else args.context_length
     image_size = IMAGE_SIZE if args.image_size is None else args.image_size
@@ -74,9 +74,9 @@ def _from_flax(args: argparse.Namespace) -> None:
 
 
 def _from_released(args: argparse.Namespace) -> None:
-    from open_clip_ov2.export.files import new_folder
-    from open_clip_ov2.seam.model_folder import encoder_of, write_model_folder
-    from open_clip_ov2.seam.sources import caption_model, open_model
+    from open_clip_ov2.formats.model_files import new_folder
+    from open_clip_ov2.openclip.models.model_folder import encoder_of, write_model_folder
+    from open_clip_ov2.openclip.models.open_model import caption_model, open_model
 
     _refuse(args, "is for Flax parameters", but=("--image-size",))
     run = open_model(args.source, image_size=args.image_size)
@@ -104,8 +104,8 @@ def _refuse(args: argparse.Namespace, why: str, but: tuple[str, ...] = ()) -> No
 def _to_flax(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from open_clip_ov2.convert import to_flax
-    from open_clip_ov2.seam.sources import caption_model, open_model
+    from open_clip_ov2.formats import to_flax
+    from open_clip_ov2.openclip.models.open_model import caption_model, open_model
 
     source, target = args.source, args.to
     _refuse(args, "is for what is made of Flax parameters")

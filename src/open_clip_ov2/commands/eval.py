@@ -16,7 +16,7 @@ from rich.table import Table
 
 from open_clip_ov2.commands.options import Parser, add_device, paths_checked, values_checked
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.seam.eval_flags import EvalOptions, add_eval_flags, eval_options
+from open_clip_ov2.evaluate.options import EvalOptions, add_eval_flags, eval_options
 
 Result = Mapping[str, Any]
 
@@ -24,8 +24,8 @@ Result = Mapping[str, Any]
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     options = eval_options(args)
-    from open_clip_ov2.seam.eval_tasks import check_tasks
-    from open_clip_ov2.seam.processes import processes
+    from open_clip_ov2.evaluate.tasks import check_tasks
+    from open_clip_ov2.openclip.processes import processes
 
     check_tasks(options.tasks)
     path = args.out or _beside(args.run)
@@ -76,21 +76,21 @@ def _parser() -> Parser:
 
 def _evaluate(source: str, options: EvalOptions, place: Any, path: Path) -> dict[str, Any]:
     """Results by task, written after each."""
-    from open_clip_ov2.seam.eval_job import EvalJob, Evaluated, eval_settings
-    from open_clip_ov2.seam.eval_tasks import run_tasks
-    from open_clip_ov2.seam.sources import open_model
+    from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated, eval_compute
+    from open_clip_ov2.evaluate.tasks import run_tasks
+    from open_clip_ov2.openclip.models.open_model import open_model
 
     def opened(image_size: int | None = None) -> Evaluated:
         run = open_model(source, str(place.device), image_size=image_size)
         return Evaluated(run.model, run.preprocess, run.tokenizer, str(source), run.checkpoint, opened)
 
     model = opened()
-    settings = eval_settings(model.model, model.tokenizer, place.device, place.world_size)
+    compute = eval_compute(model.model, model.tokenizer, place.device, place.world_size)
     say = partial(print, file=sys.stderr) if place.rank == 0 else _nothing
     assert model.checkpoint is not None
     of = {"checkpoint": str(model.checkpoint), "data": options.data}
     done = partial(_write, path, of) if place.rank == 0 else _nothing
-    return run_tasks(EvalJob(model, settings, options, place.rank), say, done)
+    return run_tasks(EvalJob(model, compute, options, place.rank), say, done)
 
 
 def _beside(source: str) -> Path:

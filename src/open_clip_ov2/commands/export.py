@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from open_clip_ov2.export.files import new_folder
-    from open_clip_ov2.seam.model_folder import encoder_of
-    from open_clip_ov2.seam.sources import open_model
+    from open_clip_ov2.formats.model_files import new_folder
+    from open_clip_ov2.openclip.models.model_folder import encoder_of
+    from open_clip_ov2.openclip.models.open_model import open_model
 
     run = open_model(args.run, image_size=args.image_size, position_table=args.position_table)
     encoder = encoder_of(run.model, run.preprocess_cfg)
@@ -90,7 +90,7 @@ def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name:
     """Lines worth telling. `name`: what the folder will be called."""
     if args.to == "onnx":
         from open_clip_ov2.core.tower import stock_patches
-        from open_clip_ov2.export import onnx
+        from open_clip_ov2.formats import onnx
 
         # int8 is for matrix products, and the patch embedding is to stay as it is.
         with stock_patches(run.model.visual):
@@ -101,7 +101,7 @@ def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name:
             for name, values in measured.items()
         ]
     if args.to == "llava":
-        from open_clip_ov2.export import llava
+        from open_clip_ov2.formats import llava
 
         layer = llava.FEATURE_LAYER if args.feature_layer is None else args.feature_layer
         dtype = llava.write(encoder, folder, args.language_model, layer)
@@ -114,9 +114,10 @@ def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name:
 
 def write_target(target: str, run: Any, encoder: Any, folder: Path, name: str) -> list[str]:
     """The targets that need nothing but the model. `name`: the folder's, or its hub name. Lines worth telling."""
-    from open_clip_ov2.export import hf, open_clip, released, timm
-    from open_clip_ov2.seam.model_folder import released_decoder, write_model_folder
-    from open_clip_ov2.seam.sources import caption_model
+    from open_clip_ov2.formats import authors as released
+    from open_clip_ov2.formats import hf, open_clip, timm
+    from open_clip_ov2.openclip.models.model_folder import released_decoder, write_model_folder
+    from open_clip_ov2.openclip.models.open_model import caption_model
 
     if target == "ov2":
         write_model_folder(caption_model(run), encoder, run.tokenizer, folder, name)
@@ -131,8 +132,8 @@ def write_target(target: str, run: Any, encoder: Any, folder: Path, name: str) -
 
 def write_card(args: argparse.Namespace, run: Any, folder: Path, title: str, location: str) -> None:
     """FOLDER/README.md."""
-    from open_clip_ov2.export.card import card, run_facts
-    from open_clip_ov2.seam.model_folder import encoder_of
+    from open_clip_ov2.formats.card import card, run_facts
+    from open_clip_ov2.openclip.models.model_folder import encoder_of
 
     encoder = encoder_of(run.model, run.preprocess_cfg)
     facts = run_facts(run.folder, run.checkpoint)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.bench.machine import default_device
+from open_clip_ov2.compare.bench.machine import default_device
 from open_clip_ov2.errors import UserError
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
-from open_clip_ov2.recipe import plan as planning
+from open_clip_ov2.recipe import costs as planning
+from open_clip_ov2.recipe.costs import Machine, Plan
 from open_clip_ov2.recipe.flops import CaptionSizes
 from open_clip_ov2.recipe.keys import read_values
-from open_clip_ov2.recipe.plan import Machine, Plan
 
 # Flags of `ov2 train` that a plan depends on and takes too; the first ones are a stage's own.
 STAGE_FLAGS = ("global_batch", "batch_size", "keep_ratio", "precision", "grad_checkpointing", "context_length")
@@ -117,7 +117,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """Raises UserError."""
-    from open_clip_ov2.seam.sizes import model_facts
+    from open_clip_ov2.openclip.models.model_facts import model_facts
 
     costs, others = [], {}
     for index, stage in enumerate(recipe.stages):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from open_clip_ov2.recipe import short_count
-from open_clip_ov2.recipe.plan import Plan, StageCost, largest_divisor
+from open_clip_ov2.recipe.costs import Plan, StageCost, largest_divisor
 
 GB, GFLOP = 1e9, 1e9
 

@@ -17,11 +17,11 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(
                 "--metric: --robustness draws the curves that the evaluations have; leave one of the two out"
             )
-        from open_clip_ov2.runlog.robustness import plot_robustness
+        from open_clip_ov2.tracking.robustness import plot_robustness
 
         plot_robustness(args.runs, args.out)
     else:
-        from open_clip_ov2.runlog.curves import plot_curves
+        from open_clip_ov2.tracking.figures import plot_curves
 
         plot_curves(args.runs, args.out, metric=args.metric or "caption_loss")
     print(f"curves: {args.out}")

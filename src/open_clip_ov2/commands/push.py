@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", args.repository):
         raise UserError(f"{args.repository!r}: not the name of a repository, which is ORG/NAME")
     if args.dry_run:
-        from open_clip_ov2.export.files import new_folder
+        from open_clip_ov2.formats.model_files import new_folder
 
         with new_folder(args.dry_run) as folder:
             _stage(args, folder)
@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stage(args: argparse.Namespace, folder: Path) -> None:
-    from open_clip_ov2.seam.model_folder import encoder_of
-    from open_clip_ov2.seam.sources import open_model
+    from open_clip_ov2.openclip.models.model_folder import encoder_of
+    from open_clip_ov2.openclip.models.open_model import open_model
 
     run = open_model(args.run, image_size=args.image_size)
     encoder = encoder_of(run.model, run.preprocess_cfg)

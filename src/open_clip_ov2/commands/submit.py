@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from open_clip_ov2 import training as trainer
 from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
 from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch import cluster, state, submit, trainer
+from open_clip_ov2.launch import cluster, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM
 from open_clip_ov2.launch.plan import show_plan

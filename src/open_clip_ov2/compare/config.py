@@ -43,7 +43,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from open_clip_ov2.bench.cases import CaptionLengths
+from open_clip_ov2.compare.bench.cases import CaptionLengths
 
 MODES = ("samples", "seconds", "flops")
 Flags = Mapping[str, Any]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from open_clip_ov2.bench.cases import Job
-from open_clip_ov2.bench.run import largest_batch, step_memory
+from open_clip_ov2.compare.bench.cases import Job
+from open_clip_ov2.compare.bench.run import largest_batch, step_memory
 from open_clip_ov2.compare.kept import keep, key_of, read_kept
 from open_clip_ov2.compare.results import Cost
 from open_clip_ov2.errors import UserError

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.bench.cases import CaptionLengths
+from open_clip_ov2.compare.bench.cases import CaptionLengths
 from open_clip_ov2.compare.config import MODES, Arm, ArmStage, Comparison, Evaluation, Flags, Measure, Metric
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.bench.machine import default_device, machine_facts
 from open_clip_ov2.compare import trainer
+from open_clip_ov2.compare.bench.machine import default_device, machine_facts
 from open_clip_ov2.compare.kept import keep, key_of, read_kept
 from open_clip_ov2.compare.processes import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.runlog.curves import read_results
+from open_clip_ov2.tracking.figures import read_results
 
 LOGS_EACH = 8  # log steps of a measured run; what lies before the second one is warm-up
 SPEED_FILE = "speed.json"

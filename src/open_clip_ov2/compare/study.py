@@ -24,7 +24,7 @@ from open_clip_ov2.compare.results import (
 )
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.toml import flag_words
-from open_clip_ov2.runlog.curves import read_results
+from open_clip_ov2.tracking.figures import read_results
 
 FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.bench.cases import Case, Job
-from open_clip_ov2.bench.machine import default_device
+from open_clip_ov2.compare.bench.cases import Case, Job
+from open_clip_ov2.compare.bench.machine import default_device
 from open_clip_ov2.compare.config import Arm, Measure
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.runlog.status import FINISHED, read_status
+from open_clip_ov2.tracking.status import FINISHED, read_status
 
 # What a table shows, or follows from that.
 TOLD = ("model", "force_image_size", "train_num_samples", "epochs", "seed", "warmup", "caption_keys_given")
@@ -34,8 +34,8 @@ class Known:
 
 def look_at(argv: Sequence[str], logs: Path) -> Known:
     """Parsed and checked, without training. Raises UserError."""
-    from open_clip_ov2.seam.arguments import parse
-    from open_clip_ov2.seam.memory import stage_flops
+    from open_clip_ov2.openclip.command.parse import parse
+    from open_clip_ov2.openclip.run.run_memory import stage_flops
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     return Known(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)
@@ -47,8 +47,8 @@ def contender(
     """The arm's last stage as `ov2 bench` trains it; or why it cannot train it alike. Captions are of the vocabulary of
     the first ov2 model among the comparison's `models`, or OpenCLIP's own. Raises UserError.
     """
-    from open_clip_ov2.seam.arguments import parse
-    from open_clip_ov2.seam.factory import is_family
+    from open_clip_ov2.openclip.command.parse import parse
+    from open_clip_ov2.openclip.models.factory import is_family
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     args, options = plan.stages[-1].args, plan.stages[-1].options
@@ -124,7 +124,7 @@ def _value(words: Sequence[str], flag: str) -> str | None:
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raises UserError."""
-    from open_clip_ov2.seam.eval_tasks import check_tasks as known
+    from open_clip_ov2.evaluate.tasks import check_tasks as known
 
     known(",".join(tasks))
 

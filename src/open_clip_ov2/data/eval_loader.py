@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, group_text
+from open_clip_ov2.data.order.share import Source
 from open_clip_ov2.data.receive import Receiver, torch_loader
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
-from open_clip_ov2.data.share import Source
 from open_clip_ov2.data.skips import SkipCounter, SkipSample, describe
 from open_clip_ov2.data.streams import Batch, EvalStream, Tokenizer
 from open_clip_ov2.errors import UserError

@@ -13,10 +13,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.order.resume import VERSION, Progress, Start, check_states, pack, start_from
+from open_clip_ov2.data.order.share import Source
 from open_clip_ov2.data.receive import Receiver, torch_loader, worker_death
-from open_clip_ov2.data.resume import VERSION, Progress, Start, check_states, pack, start_from
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
-from open_clip_ov2.data.share import Source
 from open_clip_ov2.data.skips import merged
 from open_clip_ov2.data.stall import StallWatch, watched
 from open_clip_ov2.data.streams import Batch, Tokenizer, TrainStream

@@ -19,10 +19,10 @@ from urllib.parse import urlparse
 from braceexpand import braceexpand
 from webdataset.gopen import gopen_schemes, rewrite_url
 
-from open_clip_ov2.data.plan import Part, parts_of
-from open_clip_ov2.data.position import Cursor
-from open_clip_ov2.data.share import Share
-from open_clip_ov2.data.shuffled import ShuffledPass
+from open_clip_ov2.data.order.assignment import Part, parts_of
+from open_clip_ov2.data.order.position import Cursor
+from open_clip_ov2.data.order.share import Share
+from open_clip_ov2.data.order.shuffled import ShuffledPass
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError

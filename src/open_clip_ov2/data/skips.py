@@ -115,3 +115,12 @@ def describe(counts: Mapping[str, int]) -> str:
     """`7 empty caption, 5 undecodable image`, most frequent first."""
     rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {cause}" for cause, count in rows)
+
+
+def merge_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums of counts by key."""
+    total: dict[str, int] = {}
+    for one in counts:
+        for key, value in one.items():
+            total[key] = total.get(key, 0) + value
+    return total

@@ -17,11 +17,11 @@ from typing import Any
 
 from PIL import Image
 
-from open_clip_ov2.data.plan import rows_of
-from open_clip_ov2.data.position import Cursor
+from open_clip_ov2.data.order.assignment import rows_of
+from open_clip_ov2.data.order.position import Cursor
+from open_clip_ov2.data.order.share import Share, Source
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
-from open_clip_ov2.data.share import Share, Source
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.errors import UserError
 

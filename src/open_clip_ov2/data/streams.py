@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from open_clip_ov2.data.captions import CaptionKey, group_text
-from open_clip_ov2.data.position import Cursor, Position
-from open_clip_ov2.data.resume import Start
+from open_clip_ov2.data.order.position import Cursor, Position
+from open_clip_ov2.data.order.resume import Start
+from open_clip_ov2.data.order.share import Share, Source
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
-from open_clip_ov2.data.share import Share, Source
 from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
 from open_clip_ov2.errors import UserError
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import Labels, Split, accuracy, match_labels, per_class, ranks
 
 HEAD_WIDTH = 64  # as in every ViT of the family

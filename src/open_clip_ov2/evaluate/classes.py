@@ -18,8 +18,8 @@ from torch import Tensor
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.eval_model import gathered
 from open_clip_ov2.evaluate.labels import accuracy, per_class, ranks
-from open_clip_ov2.evaluate.subject import gathered
 
 PLACE = "{}"
 TEMPLATES = ("a photo of a {}.",)  # CLIP, arXiv 2103.00020, section 3.1.4

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import accuracy, match_labels, per_class, ranks
 
 TEMPERATURE = 0.07  # DINO's, from arXiv 1805.01978

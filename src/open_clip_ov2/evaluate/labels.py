@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 
 CHECKED_ROWS = 1 << 12  # looked at together: token features of all are too many
 

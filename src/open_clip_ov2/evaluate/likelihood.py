@@ -20,8 +20,8 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes, classify
+from open_clip_ov2.evaluate.eval_model import Subject
 from open_clip_ov2.evaluate.retrieval import Captions, both_ways, log_mean, places_of_texts, recall, scored
-from open_clip_ov2.evaluate.subject import Subject
 
 # Ours. Of a score in nats; a few times what float32 resolves in a sum of hundreds, so that equals are equal.
 DECIMALS = 4

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_clip_ov2.evaluate.features import Features
+from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import Labels, Split, accuracy, hold_out, match_labels, per_class, ranks
 
 # CLIP, appendix A.3: from 1e-6 to 1e6 every two decades, then halved around the best down to 8 steps a decade.

@@ -21,7 +21,7 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.classes import NOT_FINITE
-from open_clip_ov2.evaluate.subject import Value, gathered
+from open_clip_ov2.evaluate.eval_model import Value, gathered
 
 RECALL_AT = (1, 5, 10)
 

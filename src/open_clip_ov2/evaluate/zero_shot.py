@@ -15,8 +15,8 @@ from torch import Tensor
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes, classify
+from open_clip_ov2.evaluate.eval_model import Subject
 from open_clip_ov2.evaluate.retrieval import Captions, both_ways, scored
-from open_clip_ov2.evaluate.subject import Subject
 
 DECIMALS = 6  # ours, of a cosine: some ten times what float32 resolves
 TEXTS_AT_ONCE = 256  # ours: through the text tower

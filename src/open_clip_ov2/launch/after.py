@@ -14,7 +14,7 @@ from pathlib import Path
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.launch.ends import judge, newest_checkpoint, note_death, read_ends, restart_count
 from open_clip_ov2.launch.folder import Submission
-from open_clip_ov2.runlog.status import FAILED, INTERRUPTED, Status, job_id, read_status, write_status
+from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, job_id, read_status, write_status
 
 
 def decide(folder: Path, status: int) -> int:

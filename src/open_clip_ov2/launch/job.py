@@ -23,11 +23,11 @@ from typing import NoReturn
 import submitit
 from submitit.core.utils import JobPaths
 
+from open_clip_ov2 import training as trainer
 from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError
-from open_clip_ov2.launch import trainer
 from open_clip_ov2.launch.ends import OWN, PEER, End, restart_count, write_end
 from open_clip_ov2.launch.folder import Submission, write_json
-from open_clip_ov2.runlog.status import job_id, one_line
+from open_clip_ov2.tracking.status import job_id, one_line
 
 RENDEZVOUS_TIMEOUT_S = 300  # ours: ranks of one job start within minutes of each other, or something is wrong
 REQUEUE_TRIES = 3

@@ -11,8 +11,8 @@ from typing import Any
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
-from open_clip_ov2.runlog.curves import read_results
-from open_clip_ov2.runlog.hparams import read_hparams
+from open_clip_ov2.tracking.figures import read_results
+from open_clip_ov2.tracking.hparams import read_hparams
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.folder import SUBMIT, Job, Member, Request, Submission, submissions
 from open_clip_ov2.launch.queue import COMPLETING, PENDING, UNKNOWN, QueueJob, look_up
-from open_clip_ov2.runlog import status as run_status
-from open_clip_ov2.runlog.status import Status, read_status
+from open_clip_ov2.tracking import status as run_status
+from open_clip_ov2.tracking.status import Status, read_status
 
 QUEUED, STARTING, RUNNING, FINISHED = "queued", "starting", "running", "finished"
 FAILED, CANCELLED, DIED, STOPPED = "failed", "cancelled", "died", "stopped"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2 import training as trainer
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import executor as executors
-from open_clip_ov2.launch import snapshot, state, trainer
+from open_clip_ov2.launch import snapshot, state
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, SUBMIT, Job, Member, Request, Submission, new_submission
 from open_clip_ov2.launch.job import run_member

@@ -1,8 +1,8 @@
 """What a run does, stage by stage, and what that costs. Pure Python: no torch, no OpenCLIP."""
 
 from open_clip_ov2.recipe.counts import parse_samples, short_count
-from open_clip_ov2.recipe.files import dump_recipe, load_recipe
 from open_clip_ov2.recipe.keys import parse_stage
+from open_clip_ov2.recipe.recipe_files import dump_recipe, load_recipe
 from open_clip_ov2.recipe.stage import Augmentation, FlagValue, Recipe, Stage
 
 __all__ = [

@@ -1,0 +1,51 @@
+"""The one reader and writer of a list of flags, as `sys.argv` has it. Of two equal flags the last one counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def last(argv: Sequence[str], flag: str) -> int:
+    """The index at which a flag stands last, as `--flag VALUE` or `--flag=VALUE`; -1 if it is not given."""
+    places = [index for index, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")]
+    return places[-1] if places else -1
+
+
+def is_given(argv: Sequence[str], flag: str) -> bool:
+    """Whether the flag is given, whatever its value."""
+    return last(argv, flag) >= 0
+
+
+def value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that takes one; None if it is not given."""
+    place = last(argv, flag)
+    if place < 0:
+        return None
+    _, equals, value = argv[place].partition("=")
+    return value if equals else next(iter(argv[place + 1 : place + 2]), None)
+
+
+def without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """argv without these flags, which take one value each."""
+    out, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word in flags:
+            skip = True
+        elif not any(word.startswith(f"{flag}=") for flag in flags):
+            out.append(word)
+    return out
+
+
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """argv from values by flag name (without dashes; snake or kebab case): True is a flag without a value, False and
+    None are no flag, a list or tuple is a flag with several values."""
+    out: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+        out += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return out

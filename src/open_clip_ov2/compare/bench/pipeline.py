@@ -1,0 +1,121 @@
+"""`ov2 bench data`: how many images a second each stage of the data pipeline makes on one core.
+
+Shapes: C channels, H and W pixels, L caption tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from open_clip_ov2.data.captions import choose_caption
+from open_clip_ov2.data.loader import TrainLoader
+from open_clip_ov2.data.order.share import Source
+from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.streams import Tokenizer
+from open_clip_ov2.errors import UserError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`seconds` of an image. `part_of_sum`: whether the whole pipeline does this once for each image."""
+
+    name: str
+    seconds: float
+    part_of_sum: bool = True
+
+    @property
+    def images_per_second(self) -> float:
+        return 1.0 / max(self.seconds, 1e-12)
+
+
+def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, *, samples: int, batch_size: int) -> list[Stage]:
+    """Each stage by itself over the same samples, in this process: its processor's time. Raises UserError: none that
+    can be used."""
+    raws, reading = _timed(lambda: list(itertools.islice(_endless(source), samples)))
+    captions, captioning = _each(raws, lambda raw: choose_caption(raw, decoder.caption_keys, random.Random(0)))
+    _, whole = _each(raws, decoder.image)
+    made, decoding = _each(raws, lambda raw: decoder.train(raw, seed=0))
+    if not made:
+        raise UserError("none of the samples can be used; `ov2 train` counts why")
+    images = [image_CHW for image_CHW, _ in made]
+    _, tokenizing = _timed(lambda: [tokenizer(list(chunk)) for chunk in _chunks(captions, batch_size)])
+    _, collating = _timed(lambda: [torch.stack(list(chunk)) for chunk in _chunks(images, batch_size)])
+    return [
+        Stage("read", reading / len(raws)),
+        Stage("choose a caption", captioning / len(raws)),
+        Stage("decode, crop, transform", max(0.0, decoding - captioning) / len(raws)),
+        Stage("  for comparison: decode the whole picture", whole / len(raws), part_of_sum=False),
+        Stage("tokenize", tokenizing / len(captions)),
+        Stage("collate", collating / len(images)),
+    ]
+
+
+def _endless(source: Source) -> Iterator[dict[str, Any]]:
+    """File order, again and again. Raises UserError if there is nothing."""
+    while True:
+        some = False
+        for raw in source.in_order():
+            some = True
+            yield raw
+        if not some:
+            raise UserError("--train-data: no samples in it")
+
+
+def _timed(make: Callable[[], Made]) -> tuple[Made, float]:
+    begin = time.process_time()
+    made = make()
+    return made, time.process_time() - begin
+
+
+def _each(items: Sequence[Item], make: Callable[[Item], Made]) -> tuple[list[Made], float]:
+    """What was made of those that could be used, and the seconds for all."""
+    made: list[Made] = []
+    begin = time.process_time()
+    for item in items:
+        try:
+            made.append(make(item))
+        except SkipSample:
+            continue
+    return made, time.process_time() - begin
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def loader_speed(loader: TrainLoader, workers: int, samples: int) -> float:
+    """Images a second, by the clock, of a TrainLoader once it runs: what its workers had ready at the beginning does
+    not count."""
+    batches = iter(loader)
+    for _ in range(1 + 2 * workers):  # torch keeps two batches a worker ahead
+        next(batches)
+    seen, begin = 0, time.perf_counter()
+    while seen < samples:
+        seen += len(next(batches).keys)
+    return seen / (time.perf_counter() - begin)
+
+
+def pipeline_table(found: Sequence[Stage], loaders: Sequence[tuple[int, float]]) -> str:
+    """Markdown. `loaders`: (workers, images a second)."""
+    summed = sum(stage.seconds for stage in found if stage.part_of_sum)
+    lines = ["| one process | ms an image | images/s | share |", "| --- | --- | --- | --- |"]
+    for stage in found:
+        share = f"{stage.seconds / summed:.0%}" if stage.part_of_sum else ""
+        lines.append(f"| {stage.name} | {1e3 * stage.seconds:.3f} | {stage.images_per_second:,.0f} | {share} |")
+    lines.append(f"| all of them | {1e3 * summed:.3f} | {1 / summed:,.0f} | |")
+    lines += ["", "| whole loader | images/s | a process |", "| --- | --- | --- |"]
+    for workers, speed in loaders:
+        name = f"--workers {workers}" if workers else "in the main process"
+        lines.append(f"| {name} | {speed:,.0f} | {speed / max(1, workers):,.0f} |")
+    return "\n".join(lines)

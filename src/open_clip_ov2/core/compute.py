@@ -1,0 +1,78 @@
+"""How one process computes: its device, its precision, and the kernels that pay there.
+
+Shapes: B batch, C channels, H and W pixels, L caption tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from open_clip_ov2.core.attention import has_half_kernels
+from open_clip_ov2.core.packing import CPU_TOKENS, GPU_HALF_TOKENS, GPU_TOKENS, PackedCaptions, pack_captions
+
+# OpenCLIP's names of precisions (open_clip_train/params.py of 3.3.0); all others are float32.
+AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}
+INPUT = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16, "pure_fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a forward pass needs to know of its surroundings.
+
+    `precision` is OpenCLIP's name; `world_size` counts processes; `eos_id` is the tokenizer's id of the end of text.
+    `mean` and `std` of each channel normalise uint8 images; float images are taken as normalised already.
+    """
+
+    device: torch.device
+    precision: str
+    world_size: int
+    eos_id: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """torch's autocast for the precisions that have one."""
+        dtype = AUTOCAST.get(self.precision)
+        return contextlib.nullcontext() if dtype is None else torch.amp.autocast(self.device.type, dtype=dtype)
+
+    def attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward, which may recompute. In bfloat16 on a CPU this is torch's plain attention, which
+        has its scores in float32 too: the fused kernel takes twice as long there (scripts/kernel_bench.py)."""
+        if self.device.type == "cpu" and self.precision != "fp32":
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
+
+    def packed(self, texts_BL: Tensor) -> PackedCaptions:
+        """Captions side by side, from ids `(B, L)` int64 that are still on the CPU."""
+        if self.device.type == "cpu":
+            tokens = CPU_TOKENS
+        elif self.precision != "fp32" and has_half_kernels(self.device):
+            tokens = GPU_HALF_TOKENS
+        else:
+            tokens = GPU_TOKENS
+        return pack_captions(texts_BL, self.eos_id, tokens)
+
+    def pixels(self, images_BCHW: Tensor) -> Tensor:
+        """`(B, C, H, W)` on the device. uint8 images are copied as they are, then scaled and normalised there as
+        torchvision's ToTensor and Normalize do it. Raises ValueError for uint8 images without `mean` and `std`."""
+        dtype = INPUT.get(self.precision)
+        if images_BCHW.dtype != torch.uint8:
+            return images_BCHW.to(self.device, dtype=dtype, non_blocking=True)
+        pixels = images_BCHW.to(self.device, non_blocking=True).float().div_(255)
+        pixels = pixels.sub_(_per_channel(self.mean, self.device)).div_(_per_channel(self.std, self.device))
+        return pixels if dtype is None else pixels.to(dtype)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(C, 1, 1)` float32; cached, since making it waits for the device."""
+    if not values:
+        raise ValueError("images are uint8, and there is no mean and std to normalise them by")
+    return torch.tensor(values, device=device).view(-1, 1, 1)

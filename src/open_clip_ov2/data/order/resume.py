@@ -1,0 +1,138 @@
+"""The state of a loader, as plain numbers and strings, and where a new one goes on from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from open_clip_ov2.data.order.position import Generation, Position
+from open_clip_ov2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the consumers of all processes begin in an epoch, of which `batches_done` are over.
+
+    No positions: at the beginning. `history`: see Share.
+    """
+
+    batches_done: int = 0
+    positions: Generation = ()
+    history: tuple[Generation, ...] = ()
+
+
+class Progress:
+    """How far one process has come in an epoch: batches delivered, and the position of each of its consumers.
+
+    `samples_done` counts over all processes.
+    """
+
+    def __init__(self, start: Start, rank: int, workers: int, samples_done: int) -> None:
+        self.batches_done, self.samples_done, self.history = start.batches_done, samples_done, start.history
+        mine = start.positions[rank * workers : (rank + 1) * workers] or (Position(),) * workers
+        self.positions = [Position(one.pass_index, one.taken, list(one.sizes)) for one in mine]
+
+    def add(self, after: Position | None, global_batch: int) -> None:
+        """A batch was delivered, `after` which its consumer stands; consumers take turns."""
+        assert after is not None
+        consumer = self.batches_done % len(self.positions)
+        before = self.positions[consumer]
+        sizes = before.sizes if after.pass_index == before.pass_index else []
+        assert isinstance(sizes, list)
+        sizes.extend(after.sizes)  # in place: there may be very many
+        self.positions[consumer] = Position(after.pass_index, after.taken, sizes)
+        self.batches_done += 1
+        self.samples_done += global_batch
+
+
+def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any], moved: bool = False) -> None:
+    """Raises UserError if these are not all states of one moment, or if their data is not that of `identity`.
+
+    `moved`: the same number of shards or rows under other names is taken for the same data, with a warning.
+    """
+    if not states:
+        raise UserError("cannot resume: the checkpoint holds no data position; start without --resume")
+    for rank, state in enumerate(states):
+        if state.get("version") != VERSION:
+            raise UserError(
+                f"cannot resume: the data position is of version {state.get('version')}, this open_clip_ov2 reads "
+                f"version {VERSION}; use the one that wrote the checkpoint"
+            )
+        if (state["rank"], state["world_size"]) != (rank, len(states)):
+            raise UserError(
+                f"cannot resume: the data position of process {rank} of {len(states)} is that of process "
+                f"{state['rank']} of {state['world_size']}; all are needed, in order"
+            )
+        for name in ("epoch", "batches_done", "workers", "batch_size"):
+            if state[name] != states[0][name]:
+                raise UserError(
+                    f"cannot resume: {name} is {state[name]} for process {rank} and {states[0][name]} for process 0: "
+                    "the checkpoint mixes two moments; take another one"
+                )
+        _check_identity(state, identity, moved)
+
+
+def _check_identity(state: dict[str, Any], identity: dict[str, Any], moved: bool) -> None:
+    flags = {"seed": "--seed", "shuffle_buffer": "--shuffle-buffer"}
+    for name, flag in flags.items():
+        if state[name] != identity[name]:
+            raise _differs(flag, str(state[name]), str(identity[name]))
+    old, new = state["data"], identity["data"]
+    if old != new and moved and _numbers(old) == _numbers(new):
+        logger.warning(
+            "--train-data has other names than when the checkpoint was written, and as many (%s): taken for the same "
+            "data, moved (--override)", _in_words(new, old),
+        )  # fmt: skip
+    elif old != new:
+        said = [_in_words(data, other) for data, other in ((old, new), (new, old))]
+        raise _differs("--train-data", *(said if said[0] != said[1] else (said[0], f"others ({said[1]})")))
+
+
+def _numbers(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if not isinstance(value, str)}
+
+
+def _in_words(data: dict[str, Any], other: dict[str, Any]) -> str:
+    shown = [f"{value} {name}" for name, value in data.items() if not isinstance(value, str) and name != "resampled"]
+    if data.get("resampled") != other.get("resampled"):
+        shown.append("resampled" if data.get("resampled") else "not resampled")
+    return ", ".join(shown)
+
+
+def _differs(flag: str, old: str, new: str) -> UserError:
+    return UserError(
+        f"cannot resume: {flag} was {old} when the checkpoint was written and is {new} now; use the same, "
+        "or start a new run (in the middle of an epoch --override changes neither seed nor amount of data)"
+    )
+
+
+def pack(generation: Sequence[Position]) -> list[list[Any]]:
+    return [[position.pass_index, position.taken, list(position.sizes)] for position in generation]
+
+
+def unpack(rows: Sequence[Sequence[Any]]) -> Generation:
+    return tuple(Position(pass_index, taken, tuple(sizes)) for pass_index, taken, sizes in rows)
+
+
+def start_from(states: Sequence[dict[str, Any]], consumers: int, resampled: bool, batches_done: int) -> Start:
+    """Where each of so many consumers begins: where an old one stopped, if there were as many.
+
+    Or else all begin with the earliest pass that is not over, and `history` tells what of it has been seen. A
+    resampled pass has no rest to share out: a new pass is drawn.
+    """
+    stopped = tuple(position for state in states for position in unpack(state["positions"]))
+    history = tuple(unpack(generation) for generation in states[0]["history"])
+    if len(stopped) == consumers:
+        return Start(batches_done, stopped, history)
+    if resampled:
+        next_pass = 1 + max(position.pass_index for position in stopped)
+        return Start(batches_done, (Position(next_pass),) * consumers)
+    first = min(position.pass_index for position in stopped)
+    seen = [one for one in (*history, stopped) if max(position.pass_index for position in one) >= first]
+    return Start(batches_done, (Position(first),) * consumers, tuple(seen))

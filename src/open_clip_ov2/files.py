@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all, and JSON that is read with a one-line error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from open_clip_ov2.errors import UserError
+
+TEMPORARY = ".tmp-"  # the name of a file that is not finished begins with this
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends; if it fails or the process is killed, `path` is unchanged.
+
+    With `sync`, content and name are on disk when the block has ended. Raises OSError.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """The whole text in UTF-8 or, if the process is killed, what was there before. Raises OSError."""
+    with written_whole(path, sync=sync) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    """`value` as indented JSON, whole or not at all. Raises OSError."""
+    write_text(path, json.dumps(value, indent=1) + "\n", sync=sync)
+
+
+def read_json(path: Path, kind: type | tuple[type, ...] = (dict, list), what: str = "JSON") -> Any:
+    """The content of a JSON file, of type `kind`. Raises UserError, which says that `what` was expected."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); expected {what}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: expected {what}, found a JSON {type(value).__name__}")
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""timm: a VisionTransformer with mean pooling and the norm after it, `timm.create_model("local-dir:FOLDER")`.
+
+`forward_features` gives class and patch tokens before the final norm; the model's output is the pooled feature.
+Shapes: D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_clip_ov2.formats.encoder import Encoder, mlp_ratio
+from open_clip_ov2.formats.model_files import write_json, write_tensors
+
+# timm's entry of each published size and the nearest one for the rest; model_args say what differs.
+_ENTRIES = {
+    (192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (384, 8): "vit_small_patch8_224",
+    (768, 16): "vit_base_patch16_224", (768, 8): "vit_base_patch8_224", (1024, 14): "vit_large_patch14_224",
+    (1280, 14): "vit_huge_patch14_224", (1408, 14): "vit_giant_patch14_224",
+}  # fmt: skip
+_NEAREST = "vit_large_patch14_224"
+
+
+def write(encoder: Encoder, folder: Path) -> None:
+    """config.json, model.safetensors."""
+    write_json(folder / "config.json", config(encoder))
+    write_tensors(folder / "model.safetensors", state_dict(encoder))
+
+
+def config(encoder: Encoder) -> dict[str, Any]:
+    side, pre = encoder.square_size, encoder.preprocessing
+    return {
+        "architecture": _ENTRIES.get((encoder.width, encoder.patch_size), _NEAREST),
+        "num_classes": encoder.output_width,
+        "num_features": encoder.width,
+        "global_pool": "avg",
+        "model_args": {
+            "img_size": side,
+            "patch_size": encoder.patch_size,
+            "embed_dim": encoder.width,
+            "depth": encoder.layers,
+            "num_heads": encoder.heads,
+            "mlp_ratio": mlp_ratio(encoder.width, encoder.mlp_width),
+            "class_token": True,
+            "global_pool": "avg",
+            "fc_norm": True,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if pre.resize_mode == "squash" else "center",
+            "interpolation": pre.interpolation,
+            "mean": list(pre.mean),
+            "std": list(pre.std),
+            "num_classes": encoder.output_width,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def state_dict(encoder: Encoder) -> dict[str, Tensor]:
+    """timm's names. Its patch embedding and head have biases, which are zero here."""
+    state, width = encoder.state, encoder.width
+    out = {
+        "cls_token": state["class_embedding"].reshape(1, 1, width),
+        "pos_embed": state["positional_embedding"].unsqueeze(0),
+        "patch_embed.proj.weight": state["conv1.weight"],
+        "patch_embed.proj.bias": torch.zeros(width),
+        "fc_norm.weight": state["ln_post.weight"],
+        "fc_norm.bias": state["ln_post.bias"],
+        "head.weight": state["proj"].T,
+        "head.bias": torch.zeros(encoder.output_width),
+    }
+    for index in range(encoder.layers):
+        ours, theirs = f"transformer.resblocks.{index}", f"blocks.{index}"
+        for kind in ("weight", "bias"):
+            out[f"{theirs}.norm1.{kind}"] = state[f"{ours}.ln_1.{kind}"]
+            out[f"{theirs}.attn.qkv.{kind}"] = state[f"{ours}.attn.in_proj_{kind}"]
+            out[f"{theirs}.attn.proj.{kind}"] = state[f"{ours}.attn.out_proj.{kind}"]
+            out[f"{theirs}.norm2.{kind}"] = state[f"{ours}.ln_2.{kind}"]
+            out[f"{theirs}.mlp.fc1.{kind}"] = state[f"{ours}.mlp.c_fc.{kind}"]
+            out[f"{theirs}.mlp.fc2.{kind}"] = state[f"{ours}.mlp.c_proj.{kind}"]
+    return out

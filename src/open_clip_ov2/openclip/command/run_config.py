@@ -1,0 +1,76 @@
+"""What makes a run this run: the configuration that a resumed run must share, its signature, and the difference of two.
+
+Where it is written, how it is watched and how often it is saved is not part of it; nor is the number of processes and
+data workers, as long as the global batch is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from open_clip_ov2.openclip.command.run_plan import StagePlan
+
+# Of OpenCLIP's flags, what does not change the weights that come out (batch size and accumulation: global_batch).
+NOT_CONFIG = frozenset(
+    (
+        "accum_freq", "batch_size", "cache_dir", "copy_codebase", "debug", "ddp_static_graph",
+        "delete_previous_checkpoint", "device", "dist_backend", "dist_url", "gather_with_grad", "horovod",
+        "imagenet_v2", "imagenet_val", "local_loss", "log_every_n_steps", "log_local", "logs", "name",
+        "no_set_device_rank",
+        "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "report_to", "resume", "save_frequency",
+        "save_most_recent", "val_data", "val_frequency", "val_num_samples", "wandb_notes", "wandb_project_name",
+        "workers", "zeroshot_frequency",
+    )
+)  # fmt: skip
+
+
+def run_config(stages: Sequence[StagePlan], world_size: int, carry_optimizer: bool) -> dict[str, Any]:
+    """JSON-ready."""
+    return {
+        "stages": [_stage_config(stage, world_size) for stage in stages],
+        "carry_optimizer": carry_optimizer,
+    }
+
+
+def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
+    args = stage.args
+    config = {key: value for key, value in vars(args).items() if key not in NOT_CONFIG}
+    if not stage.precision_given:  # the default depends on the machine, and a login node is not a compute node
+        config["precision"] = "default"
+    config["global_batch"] = args.batch_size * args.accum_freq * world_size
+    for field in fields(stage.options):
+        value = getattr(stage.options, field.name)
+        if field.name == "caption_keys":
+            value = [f"{key}={key.weight:g}" for key in value]
+        elif field.name == "keep_ratio" and value is not None:
+            value = str(value)
+        config[field.name] = value
+    return json.loads(json.dumps(config, default=str))
+
+
+def signature(config: dict[str, Any]) -> str:
+    """Eight hexadecimal digits."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`stage 2 lr: 0.001 before, 0.002 now`, one for each difference."""
+    out = []
+    old, new = before["stages"], now["stages"]
+    for index, (one, other) in enumerate(zip(old, new, strict=False)):
+        where = f"stage {index + 1} " if max(len(old), len(new)) > 1 else ""
+        out += [
+            f"{where}{key}: {one.get(key)} before, {other.get(key)} now"
+            for key in sorted(one.keys() | other.keys())
+            if one.get(key) != other.get(key)
+        ]
+    if len(old) != len(new):
+        out.append(f"{len(old)} stages before, {len(new)} now")
+    if before["carry_optimizer"] != now["carry_optimizer"]:
+        out.append(f"carry_optimizer: {before['carry_optimizer']} before, {now['carry_optimizer']} now")
+    return out

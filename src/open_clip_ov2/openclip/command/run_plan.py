@@ -1,0 +1,47 @@
+"""A parsed command line of `ov2 train`: for each stage our options (frozen), and what OpenCLIP's `main` gets."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_clip_ov2.openclip.command.flags import RunOptions, TrainOptions
+from open_clip_ov2.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One call of OpenCLIP's `main`. `index` counts from 0; `args` is its argv, parsed.
+
+    `title` is short ("84 px"), `summary` one line for logs.
+    """
+
+    index: int
+    title: str
+    summary: str
+    options: TrainOptions
+    args: argparse.Namespace
+    argv: tuple[str, ...]
+    precision_given: bool
+
+    @property
+    def number(self) -> int:
+        """As users count: from 1."""
+        return self.index + 1
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run. `config` is what makes it this run and no other; `name` says so in eight digits if none is given."""
+
+    name: str
+    folder: Path
+    model: str
+    family: bool
+    stages: tuple[StagePlan, ...]
+    carry_optimizer: bool
+    options: RunOptions
+    config: dict[str, object]
+    recipe: Recipe | None
+    argv: tuple[str, ...]

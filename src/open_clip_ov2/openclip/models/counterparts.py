@@ -1,0 +1,83 @@
+"""CoCa and CLIP around the encoder of each ov2 model, for comparisons: `coca-of-X` and `clip-of-X`.
+
+All of it is OpenCLIP's own code; these are configs alone. The encoder is X's (patches, width, layers, heads, MLP,
+norms, no ln_pre), but for what the counterpart itself needs: a learned position table and a trained head of the text's
+width, as OpenCLIP has them, and CoCa's attentional pooler (256 queries, 8 heads: OpenCLIP's coca_ViT-L-14 and
+coca_ViT-B-32). CLIP pools patches by their mean, as X does. Text towers have the width, layers and heads of X's
+decoder, and CoCa's decoder has as many layers as its text tower (12 and 12 in both stock configs). Captions are as
+long as X's. For ov2-vit-l-14 that is coca_ViT-L-14 and ViT-L-14 but for the caption's length, ln_pre, and CLIP's
+pooling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from open_clip import factory as open_clip_factory
+
+from open_clip_ov2.openclip.models.factory import FAMILY_KEY, MODEL_CONFIGS, VISION_FIXED
+
+COCA_OF, CLIP_OF = "coca-of-", "clip-of-"
+POOLER_HEADS = 8
+_TOKENIZER_KEYS = {"context_length", "vocab_size", "pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
+
+
+def coca_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenCLIP's config of a CoCa around the encoder of an ov2 config."""
+    text = _text_cfg(config)
+    vision = {**_encoder(config), "attentional_pool": True, "attn_pooler_heads": POOLER_HEADS, "output_tokens": True}
+    return {
+        "embed_dim": text["width"],  # its decoder attends to pooled tokens of the embedding's width
+        "vision_cfg": vision,
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {
+            **{key: text[key] for key in ("context_length", "vocab_size", "width", "heads", "layers")},
+            "attn_pooler_heads": text["heads"],
+        },
+        "custom_text": True,
+    }
+
+
+def clip_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenCLIP's config of a CLIP around the encoder of an ov2 config."""
+    text = _text_cfg(config)
+    eos_id = config["text_cfg"]["eos_id"]
+    if eos_id != text["vocab_size"] - 1:  # upstream's default takes the position of the largest id
+        text |= {"pool_type": "eos", "eos_id": eos_id}
+    vision = _encoder(config) | {key: VISION_FIXED[key] for key in ("pool_type", "final_ln_after_pool")}
+    return {"embed_dim": text["width"], "vision_cfg": vision, "text_cfg": text}
+
+
+def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = {**VISION_FIXED, **config["vision_cfg"]}
+    for key in ("pool_type", "final_ln_after_pool", "output_tokens"):
+        del vision[key]
+    return vision
+
+
+def _text_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    decoder = config[FAMILY_KEY]
+    if decoder["mlp_width"] != 4 * decoder["width"]:
+        # upstream's CoCa builds its decoder with 4 whatever mlp_ratio says
+        raise ValueError(f"OpenCLIP's text towers have MLPs of 4 x width, not {decoder['mlp_width']}")
+    tokens = {key: value for key, value in config["text_cfg"].items() if key in _TOKENIZER_KEYS}
+    return {**tokens, **{key: decoder[key] for key in ("width", "heads", "layers")}}
+
+
+def add_counterparts(folder: Path = MODEL_CONFIGS) -> None:
+    """Into OpenCLIP's registry: the counterparts of all ov2 configs of a folder."""
+    for path in sorted(folder.glob("*.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        open_clip_factory._MODEL_CONFIGS[COCA_OF + path.stem] = coca_of(config)
+        open_clip_factory._MODEL_CONFIGS[CLIP_OF + path.stem] = clip_of(config)
+    open_clip_factory._rescan_model_configs()  # sorts
+
+
+def remove_counterparts(folder: Path = MODEL_CONFIGS) -> None:
+    """The exact opposite of add_counterparts."""
+    for path in folder.glob("*.json"):
+        for prefix in (COCA_OF, CLIP_OF):
+            open_clip_factory._MODEL_CONFIGS.pop(prefix + path.stem, None)

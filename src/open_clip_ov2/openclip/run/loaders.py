@@ -1,0 +1,127 @@
+"""OpenCLIP's data flags -> our loaders."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.loader import EvalLoader, TrainLoader
+from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource, WebDatasetSource, expand_shards
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.flags import TrainOptions
+
+
+@dataclass
+class LoaderInfo:
+    """What OpenCLIP's `main` expects of an entry of `data`."""
+
+    dataloader: Any
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataloader.set_epoch(epoch)
+
+
+def dataset_type(path: str, asked: str) -> str:
+    """`webdataset`, `csv` or `synthetic`, from the flag or the file's ending, as OpenCLIP does it."""
+    if asked != "auto":
+        return asked
+    ending = path.rsplit(".", 1)[-1].rstrip("'\"")
+    if path.startswith("pipe:") or ending in ("tar", "gz", "tgz"):
+        return "webdataset"
+    if ending in ("csv", "tsv"):
+        return "csv"
+    raise UserError(f"{path}: neither a tar nor a csv; say --dataset-type webdataset, csv or synthetic")
+
+
+def caption_keys(args: argparse.Namespace, options: TrainOptions, kind: str) -> tuple[CaptionKey, ...]:
+    if kind == "csv" and not options.caption_keys_given:
+        return (CaptionKey(args.csv_caption_key),)  # a column's name, whatever signs are in it
+    return options.caption_keys
+
+
+def make_source(path: str, kind: str, args: argparse.Namespace, options: TrainOptions, train: bool) -> Source:
+    """The samples of a data flag, checked: files exist, columns exist. Raises UserError."""
+    if kind == "csv":
+        keys = caption_keys(args, options, kind)
+        return CsvSource(
+            Path(path),
+            separator=args.csv_separator,
+            image_column=args.csv_img_key,
+            caption_columns=tuple(key.entry for key in keys),
+        )
+    if kind == "synthetic":
+        return SyntheticSource(num_samples=args.train_num_samples or 100, image_size=(224, 224))
+    resampled = train and args.dataset_resampled
+    upsampling = args.train_data_upsampling_factors if train else None
+    if upsampling and not resampled:
+        raise UserError("--train-data-upsampling-factors works only with --dataset-resampled")
+    urls, weights = expand_shards(path, upsampling)
+    return WebDatasetSource(urls=urls, weights=weights, resampled=resampled)
+
+
+def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
+    if args.train_num_samples is not None:
+        return args.train_num_samples
+    found = source.count()
+    if found is None:
+        raise UserError(
+            f"--train-data {args.train_data}: its number of samples is not known (no sizes.json or __len__ beside "
+            "the shards); say --train-num-samples"
+        )
+    return found
+
+
+def make_data(
+    args: argparse.Namespace,
+    transforms: tuple[Any, Any],
+    tokenizer: Any,
+    options: TrainOptions,
+    epoch: int,
+    stall_warning_s: float,
+) -> dict[str, LoaderInfo]:
+    """`{"train": ..., "val": ...}` as far as asked for."""
+    data: dict[str, LoaderInfo] = {}
+    pin = str(args.device).startswith("cuda")
+    if args.train_data or args.dataset_type == "synthetic":
+        kind = dataset_type(args.train_data or "", args.dataset_type)
+        source = make_source(args.train_data or "", kind, args, options, train=True)
+        loader = TrainLoader(
+            source,
+            transforms[0],
+            tokenizer,
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
+            caption_keys=caption_keys(args, options, kind),
+            num_samples=samples_per_epoch(args, source),
+            accum_freq=args.accum_freq,
+            max_image_pixels=options.max_image_pixels,
+            shuffle_buffer=options.shuffle_buffer,
+            stall_warning_s=stall_warning_s,
+            pin_memory=pin,
+        )
+        loader.set_epoch(epoch)
+        data["train"] = LoaderInfo(loader)
+    if args.val_data:
+        kind = dataset_type(args.val_data, "auto" if args.dataset_type == "synthetic" else args.dataset_type)
+        data["val"] = LoaderInfo(
+            EvalLoader(
+                make_source(args.val_data, kind, args, options, train=False),
+                transforms[1],
+                tokenizer,
+                batch_size=args.batch_size,
+                num_workers=args.workers,
+                caption_keys=caption_keys(args, options, kind),
+                rank=args.rank,
+                world_size=args.world_size,
+                num_samples=args.val_num_samples,
+                max_image_pixels=options.max_image_pixels,
+                pin_memory=pin,
+            )
+        )
+    return data

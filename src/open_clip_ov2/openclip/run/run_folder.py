@@ -1,0 +1,115 @@
+"""A run's folder as OpenCLIP's `local-dir:` model: config, preprocessing and tokenizer beside the checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from open_clip import factory as open_clip_factory
+from torch import nn
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.run_config import differences
+from open_clip_ov2.openclip.models.tokenizer import MODE, find_vocab
+from open_clip_ov2.recipe import dump_recipe
+from open_clip_ov2.train.checkpoint import TEMPORARY, list_checkpoints, write_atomically
+
+if TYPE_CHECKING:
+    from open_clip_ov2.openclip.command.run_plan import RunPlan
+
+CONFIG = "open_clip_config.json"
+RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
+OF_THE_LAUNCHER = ("submit", "status.json")  # there before the run itself
+
+
+def check_same_run(plan: RunPlan) -> bool:
+    """Whether the run exists. Raises UserError if it has another configuration, and --override is not given."""
+    file = plan.folder / RUN_FILE
+    if not file.is_file():
+        return False
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changes = differences(before["config"], plan.config)
+    if changes and not plan.options.override:
+        raise UserError(
+            f"{plan.folder}: this run has another configuration ({'; '.join(changes)}): --name another run, or go "
+            "on with the new one by --override"
+        )
+    return True
+
+
+def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
+    """Make the run's folder, or find it again. Returns whether the run existed. Raises UserError.
+
+    A run that exists goes on if its configuration is the same, or with --override.
+    """
+    file = plan.folder / RUN_FILE
+    existed = check_same_run(plan) if trains else file.is_file()
+    if existed and not trains and list_checkpoints(plan.folder / "checkpoints"):
+        raise UserError(f"{plan.folder}: a training run; give its validation another --name (or use `ov2 eval`)")
+    others = [path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, *OF_THE_LAUNCHER))]
+    if others and not existed:
+        raise UserError(f"{plan.folder}: exists and is no run of ov2 (no {RUN_FILE} in it): choose another --name")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
+    about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
+    write_atomically(file, json.dumps(about, indent=2) + "\n")
+    if plan.recipe is not None:
+        write_atomically(plan.folder / "recipe.toml", dump_recipe(plan.recipe))
+    return existed
+
+
+def resolved_config(args: argparse.Namespace, model_options: dict[str, Any]) -> dict[str, Any]:
+    """The model config with every flag that changed it folded in."""
+    cfg = deepcopy(open_clip_factory.get_model_config(args.model))
+    if cfg is None:
+        raise UserError(f"--model {args.model}: no config to be had")
+    cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in model_options.items()})
+    size = args.force_image_size
+    if size is not None:
+        cfg["vision_cfg"]["image_size"] = size[0] if isinstance(size, list) and len(size) == 1 else size
+    if args.force_context_length is not None:
+        cfg["text_cfg"]["context_length"] = args.force_context_length
+    return cfg
+
+
+def write_config(run_dir: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
+    """RUN/open_clip_config.json, and vocab.txt where the model was trained with word pieces."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text_cfg = model_cfg["text_cfg"]
+    if text_cfg.get("tokenizer_mode") == MODE:
+        shutil.copyfile(find_vocab(text_cfg["hf_tokenizer_name"]), run_dir / "vocab.txt")
+    text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
+    (run_dir / CONFIG).write_text(text + "\n")
+
+
+@dataclass
+class LoadedRun:
+    """A trained model, ready for use on `device`."""
+
+    model: nn.Module
+    preprocess: Any
+    tokenizer: Any
+    preprocess_cfg: dict[str, Any]
+    folder: Path
+    checkpoint: Path
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint file) of either. Raises UserError."""
+    if path.is_file():
+        for folder in (path.parent, path.parent.parent):
+            if (folder / CONFIG).is_file():
+                return folder, path
+        raise UserError(f"{path}: no {CONFIG} beside it or one folder up, so its model is not known")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
+    return path, found[-1]

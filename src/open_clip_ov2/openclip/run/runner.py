@@ -1,0 +1,77 @@
+"""`ov2 train`: the stages of a run, one after the other, from where the run stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.parse import parse
+from open_clip_ov2.openclip.command.run_plan import RunPlan
+from open_clip_ov2.openclip.run.session import Session
+from open_clip_ov2.openclip.run.stage_run import StageRun
+from open_clip_ov2.train.signals import StopSignals
+
+logger = logging.getLogger("open_clip_ov2")
+_HPARAMS = ("model", "lr", "wd", "batch_size", "accum_freq", "warmup", "epochs", "precision", "seed")  # TensorBoard's
+
+
+def train(argv: Sequence[str]) -> Path:
+    """Parse, check, run; on every rank alike. Returns the run's folder.
+
+    Raises UserError (a mistake of the user's), RunFailed (the run cannot go on), Interrupted (a signal; all saved).
+    """
+    plan = parse(argv)
+    with StopSignals() as signals, Session(plan, signals) as session, session.monitor.status.outcome():
+        _run(plan, session)
+    return plan.folder
+
+
+def _run(plan: RunPlan, session: Session) -> None:
+    state = session.state
+    first = 0 if state is None else state["stage"] - 1 + bool(state["stage_done"])
+    until = plan.options.until_stage or len(plan.stages)
+    if first >= until:
+        _refuse_a_longer_stage(plan, state)
+        logger.info("nothing left to do: %s has finished stage %d of %d", plan.folder, first, len(plan.stages))
+        session.monitor.status.update(stage=first, stages=len(plan.stages))
+        return
+    within = session.found if state is not None and not state["stage_done"] else None
+    if state is not None:
+        done = state["stage_samples"] if within else 0
+        session.samples_before = state["samples_seen"] - done
+        if within is None:
+            session.carried = session.found
+    session.found = None
+    for stage in plan.stages[first:until]:
+        if len(plan.stages) > 1:
+            logger.info("stage %d of %d: %s", stage.number, len(plan.stages), stage.summary)
+        run = StageRun(session, stage, within)
+        within = None
+        run.run()
+        session.samples_before = run.samples_seen
+        if stage.args.torchcompile:
+            torch.compiler.reset()  # what was compiled for the model of this stage
+    session.monitor.hparams(_hparams(plan))
+
+
+def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
+    """A stage that is over has come to the end of its schedule. Raises UserError if --override asks for more of it."""
+    last = plan.stages[-1]
+    asked = (last.args.train_num_samples or 0) * last.args.epochs
+    if state is not None and plan.options.override and state["stage"] == last.number and asked > state["stage_samples"]:
+        raise UserError(
+            f"{plan.folder}: stage {last.number} is finished, its learning rate at the schedule's end, with "
+            f"{state['stage_samples']:,} samples; {asked:,} are asked for now: --name another run, with --pretrained "
+            "this one's last checkpoint"
+        )
+
+
+def _hparams(plan: RunPlan) -> dict[str, object]:
+    last = plan.stages[-1]
+    values: dict[str, object] = {name: getattr(last.args, name) for name in _HPARAMS}
+    return values | {name: str(getattr(last.options, name)) for name in ("keep_ratio", "fusion", "tokenizer")}

@@ -1,0 +1,202 @@
+"""What happens after each optimizer step of a stage, whichever step it was: report, guard, validate, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from open_clip_ov2.errors import Interrupted
+from open_clip_ov2.openclip.run.session import SAVE, STOP, Session
+from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointName
+from open_clip_ov2.train.guard import StepGuard
+from open_clip_ov2.train.random_state import get_random_state
+from open_clip_ov2.train.signals import StopSignals
+from open_clip_ov2.train.step import StepReport
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """What a checkpoint of the stage is made of."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    loader: Any
+
+
+class UntilSignal:
+    """A validation's batches; after a signal to this process the one at hand is the last, and `stopped` says so.
+
+    Schedulers signal all processes of a job. One that is signalled alone waits for the others' validation.
+    """
+
+    def __init__(self, loader: Any, signals: StopSignals) -> None:
+        self._loader, self._signals = loader, signals
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            yield batch
+            if self._signals.name is not None:
+                self.stopped = True
+                return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class StageProgress:
+    """Where a stage stands. Steps count within the stage; samples over the whole run."""
+
+    def __init__(
+        self,
+        session: Session,
+        stage_number: int,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        global_batch: int,
+        steps_done: int,
+        bad_in_a_row: int = 0,
+    ) -> None:
+        self._session = session
+        self._options = session.plan.options
+        self.stage_number = stage_number
+        self.steps_per_epoch, self.epochs, self.global_batch = steps_per_epoch, epochs, global_batch
+        self.steps_done = steps_done
+        last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
+        self._guard = StepGuard(self._options.max_bad_steps, last_good, bad_in_a_row)
+        self.validate: Callable[[], Any] | None = None
+        self.validated: tuple[int, float] | None = None  # samples seen, and the caption loss there
+
+    @property
+    def samples_seen(self) -> int:
+        return self._session.samples_before + self.steps_done * self.global_batch
+
+    @property
+    def epochs_done(self) -> int:
+        return self.steps_done // self.steps_per_epoch
+
+    @property
+    def steps_in_epoch(self) -> int:
+        return self.steps_done % self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.steps_per_epoch * self.epochs
+
+    def after_step(self, report: StepReport, parts: StageParts) -> None:
+        """On every rank. Raises Interrupted (after saving) and RunFailed."""
+        self.steps_done += 1
+        self._session.monitor.step(
+            self.samples_seen,
+            losses=report.losses,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            num_images=self.global_batch,
+            num_tokens=report.num_tokens,
+            wait_s=report.wait_s,
+            step_s=report.step_s,
+            skipped=report.skipped,
+        )
+        self._guard.note(report.bad, report.keys, self.samples_seen)
+        if self.steps_in_epoch == 0:
+            return  # the end of an epoch validates and saves by itself
+        validated = self._validate_if_due()
+        flags = self._session.agreement.exchange([int(self._session.signals.name is not None), int(self._clock_says())])
+        every = self._options.save_every_steps
+        if flags[STOP] or flags[SAVE] or validated or (every and self.steps_done % every == 0):
+            self.save(parts)
+        if flags[STOP]:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._session.agreement.close()
+        if self._session.writer is not None:
+            self._session.writer.wait()
+        self._session.agreement.now(False)  # none leaves before rank 0 has written: a launcher would kill the rest
+        name = self._session.signals.name or "a signal to another rank"
+        raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command goes on from there")
+
+    @property
+    def tasks_due(self) -> bool:
+        """Whether a validation here runs the tasks of `--eval`; at the stage's end in any case."""
+        every = self._options.eval_every_samples
+        return every is None or self._passed(every) or self.finished
+
+    def _passed(self, every: int | None) -> bool:
+        """Whether this step passed a multiple of so many samples."""
+        return every is not None and self.samples_seen // every != (self.samples_seen - self.global_batch) // every
+
+    @property
+    def validation_due(self) -> bool:
+        """By samples, whatever the epochs say; with an interval of tasks at the stage's end too."""
+        options = self._options
+        ends = self.finished and options.eval_every_samples is not None
+        return ends or self._passed(options.val_every_samples) or self._passed(options.eval_every_samples)
+
+    def _validate_if_due(self) -> bool:
+        if self.validate is None or not self.validation_due:
+            return False
+        self.validate()
+        return True
+
+    def _clock_says(self) -> bool:
+        minutes, writer = self._options.save_every_minutes, self._session.writer
+        if not (minutes and writer and time.monotonic() - writer.last_saved > 60 * minutes):
+            return False
+        writer.last_saved = time.monotonic()  # the answer of all ranks comes a step later: ask once
+        return True
+
+    def end_epoch(self, parts: StageParts, save_frequency: int) -> None:
+        """After the epoch's validation: save if it is time, at the stage's end in any case."""
+        self._session.agreement.close()
+        self._guard.check()
+        # In epochs of a step or two this is the only place where ranks agree on a signal.
+        stop = not self.finished and self._session.agreement.now(self._session.signals.name is not None)
+        every = self._options.save_every_steps
+        due = (save_frequency > 0 and self.epochs_done % save_frequency == 0) or (
+            every and self.steps_done % every == 0
+        )
+        if stop or self.finished or due or self._session.agreement.now(self._clock_says()):
+            self.save(parts)
+        if stop:
+            self._leave()
+
+    def save(self, parts: StageParts) -> None:
+        """All ranks give what they have, rank 0 writes."""
+        self._guard.check()
+        session = self._session
+        own = {"random": get_random_state(session.device), "data": parts.loader.state()}
+        ranks: list[Any] = [own]
+        if session.world_size > 1:
+            ranks = [None] * session.world_size
+            torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
+        if session.writer is None:
+            return
+        name = CheckpointName(self.stage_number, self.finished, 0 if self.finished else self.samples_seen)
+        content = {
+            "epoch": self.epochs_done,
+            "name": session.plan.name,
+            "state_dict": parts.model.state_dict(),
+            "optimizer": parts.optimizer.state_dict(),
+            RESUME_KEY: {
+                "format": 1,
+                "stage": self.stage_number,
+                "stage_done": self.finished,
+                "samples_seen": self.samples_seen,
+                "stage_samples": self.steps_done * self.global_batch,
+                "global_batch": self.global_batch,
+                "bad_in_a_row": self._guard.in_a_row,
+                "monitor": session.monitor.state(),
+                "ranks": ranks,
+            },
+        }
+        if parts.scaler is not None:
+            content["scaler"] = parts.scaler.state_dict()
+        at, loss = self.validated or (-1, None)
+        session.writer.save(name, content, loss if at == self.samples_seen else None)

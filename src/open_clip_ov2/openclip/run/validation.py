@@ -1,0 +1,93 @@
+"""A validation during training: caption loss, OpenCLIP's own figures for CLIP and CoCa, the tasks of `--eval`, and
+captions to look at."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from open_clip import CoCa
+from torch import nn
+
+from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate import caption_loss as evaluate
+from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated
+from open_clip_ov2.evaluate.options import options_of
+from open_clip_ov2.evaluate.tasks import headlines, run_tasks
+from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.openclip.run import baselines
+from open_clip_ov2.openclip.run.session import Session
+from open_clip_ov2.openclip.run.stage_model import StageModel
+from open_clip_ov2.openclip.run.stage_progress import UntilSignal
+
+logger = logging.getLogger("open_clip_ov2")
+
+
+class Validation:
+    """`stock` is OpenCLIP's own `evaluate`."""
+
+    def __init__(self, session: Session, built: StageModel, family: bool, stock: Callable[..., Any]) -> None:
+        self.session, self.built, self.family, self.stock = session, built, family, stock
+
+    def run(
+        self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute,
+        samples_seen: int, tasks: bool,
+    ) -> dict[str, float]:  # fmt: skip
+        """Metrics by name, on every rank what that rank has of them; empty if a signal ended it. `tasks`: those of
+        `--eval` too."""
+        loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
+        metrics: dict[str, float] = {}
+        with self._eager():
+            if loader is not None and (self.family or isinstance(evaluate.unwrap(model), CoCa)):
+                metrics = evaluate.caption_loss(model, loader, compute)
+                if self.session.agreement.now(loader.stopped):
+                    logger.warning(
+                        "validation left off after a signal: %s samples seen, no result", f"{samples_seen:,}"
+                    )
+                    return {}
+            if not self.family and args.rank == 0:
+                metrics |= baselines.stock_metrics(self.stock, model, loader, data, epoch, args, self.built.tokenizer)
+            metrics |= self._tasks(model, args, compute) if tasks else {}
+            self.session.monitor.evaluation(samples_seen, epoch, metrics)
+            if self.family and args.rank == 0 and self.session.plan.options.sample_captions:
+                self._show_captions(evaluate.unwrap(model), loader, samples_seen, compute)
+        return metrics
+
+    @contextlib.contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Each length of a growing caption would be compiled anew."""
+        if self.built.compile_blocks:
+            torch.compiler.set_stance("force_eager")
+        try:
+            yield
+        finally:
+            if self.built.compile_blocks:
+                torch.compiler.set_stance("default")
+
+    def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
+        """Headlines of the tasks of `--eval`; training's random numbers stay as they are."""
+        if self.session.plan.options.eval is None:
+            return {}
+        built = self.built
+        at = Evaluated(evaluate.unwrap(model), built.val_transform, built.tokenizer, args.model)
+        job = EvalJob(at, compute, options_of(self.session.plan.options.eval, "--eval"), self.session.rank)
+        with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+            try:
+                return headlines(run_tasks(job, logger.info))
+            except (UserError, ValueError) as error:  # of flags or data, and so on all ranks: training is worth more
+                logger.error("--eval: %s; training goes on without these figures", error)
+                return {}
+
+    def _show_captions(self, model: Any, loader: Any, samples_seen: int, compute: Compute) -> None:
+        batch = next(iter(loader.full()))
+        count = self.session.plan.options.sample_captions
+        images, keys = batch.images_BCHW[:count], batch.keys[:count]
+        generated = subject_of(model, self.built.tokenizer, compute).generate(images, keys)
+        cfg = self.built.preprocess_cfg
+        pictures = evaluate.to_uint8(images, cfg["mean"], cfg["std"])
+        self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)

@@ -1,0 +1,165 @@
+"""One epoch of a caption model: our step in OpenCLIP's loop.
+
+Shapes: B batch, L caption tokens. Upstream's step caches features and runs the forward twice to accumulate, which
+a contrastive loss needs and a caption loss must not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.data.skips import merge_counts
+from open_clip_ov2.train.guard import gradient_norm, not_finite, step_unless
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step; tensors may still be on their way. `skipped`: samples by cause; `keys`: this rank's."""
+
+    losses: Mapping[str, Tensor | float]
+    lr: float
+    grad_norm: Tensor | None
+    bad: Tensor
+    keys: Sequence[str]
+    num_tokens: Tensor | None
+    wait_s: float
+    step_s: float
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """`grad_clip_norm` is None for no clipping; `loss_weight` is 2 in the reference (--coca-caption-loss-weight)."""
+
+    compute: Compute
+    accum_freq: int
+    grad_clip_norm: float | None
+    loss_weight: float
+
+
+@dataclass
+class StepResult:
+    """Sums over the global batch, on the device; nothing here has been waited for."""
+
+    nll: Tensor
+    objective: Tensor
+    num_targets: Tensor
+    grad_norm: Tensor
+    bad: Tensor  # boolean: something was not finite, and the update was left out
+
+    def losses(self, weight: float) -> dict[str, Tensor]:
+        """`caption_loss`: nats per real target token. `loss`: what was minimised."""
+        return {
+            "caption_loss": self.nll / self.num_targets,
+            "loss": weight * self.objective / self.num_targets,
+        }
+
+
+def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups of `size` batches, one optimizer step each; an incomplete last group is left out."""
+    iterator = iter(batches)
+    while len(window := list(islice(iterator, size))) == size:
+        yield window
+
+
+def optimizer_step(
+    model: nn.Module,
+    window: list[Batch],
+    loss: CaptionLoss,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    settings: StepSettings,
+) -> StepResult:
+    """Forward and backward over the window, then one update, unless the gradient is not finite.
+
+    The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
+    divided by the targets of all of them, and multiplied by the world size that DDP divides by.
+    """
+    captions = [settings.compute.packed(batch.texts_BL) for batch in window]
+    count = float(sum(packed.num_targets for packed in captions))
+    num_targets = all_reduced(torch.full((), count, device=settings.compute.device), settings)
+    scale = settings.loss_weight * settings.compute.world_size / num_targets
+    optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(2, device=settings.compute.device)
+    for index, (batch, packed) in enumerate(zip(window, captions, strict=True)):
+        images, packed = settings.compute.pixels(batch.images_BCHW), packed.to(settings.compute.device)
+        with settings.compute.attention(), _sync_only(model, index == len(window) - 1):
+            with settings.compute.autocast():
+                sums = model(images, captions=packed, caption_loss=loss)
+                weighted = sums.objective * scale
+            (weighted if scaler is None else scaler.scale(weighted)).backward()
+        totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
+    grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
+    totals = all_reduced(totals, settings)
+    bad = not_finite(totals, grad_norm, scaler)
+    step_unless(optimizer, scaler, bad)
+    return StepResult(totals[0], totals[1], num_targets, grad_norm, bad)
+
+
+def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:
+    """The sum of `value` over all processes."""
+    if settings.compute.world_size > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _sync_only(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """DDP reduces gradients at the last micro-batch alone."""
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+
+def _clipped_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, limit: float | None) -> Tensor:
+    """Total gradient norm before clipping; clips if there is a limit."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(parameters)
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Any,
+    loss: CaptionLoss,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    settings: StepSettings,
+    before_step: Callable[[], None],
+    after_step: Callable[[StepReport], None],
+) -> None:
+    """All steps of one epoch that are left. `before_step` sets the learning rate."""
+    model.train()
+    start = time.perf_counter()
+    for window in windows(loader, settings.accum_freq):
+        wait_s = time.perf_counter() - start
+        before_step()
+        result = optimizer_step(model, window, loss, optimizer, scaler, settings)
+        after_step(
+            StepReport(
+                losses=result.losses(settings.loss_weight),
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=result.grad_norm,
+                bad=result.bad,
+                keys=[key for batch in window for key in batch.keys],
+                num_tokens=result.num_targets,
+                wait_s=wait_s,
+                step_s=time.perf_counter() - start,
+                skipped=merge_counts(batch.skipped for batch in window),
+            )
+        )
+        model.train()  # a validation in between has left it in evaluation mode
+        start = time.perf_counter()
