@@ -20,7 +20,7 @@ from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.evaluate import tasks as eval_tasks
-from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated, eval_settings
+from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated, eval_compute
 from open_clip_ov2.evaluate.options import options_of
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.run.baselines import init_coca_head
@@ -140,7 +140,7 @@ def test_every_caption_is_a_reference(run: Path, squares: Path) -> None:
     opened = open_model(run)
     flags = f"--data {squares}/val/00000.tar --caption-keys json:recaption --group-by json:kind"
     at = Evaluated(opened.model, opened.preprocess, opened.tokenizer, "run", opened.checkpoint)
-    job = EvalJob(at, eval_settings(at.model, at.tokenizer, torch.device("cpu"), 1), options_of(flags, "here"))
+    job = EvalJob(at, eval_compute(at.model, at.tokenizer, torch.device("cpu"), 1), options_of(flags, "here"))
     rows = job.generated
     assert rows[0].true.startswith("one ")  # what it is shown with is the first
     for index, row in rows.items():

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import finish, start_ranks
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.train.step import optimizer_step, windows
 
 
@@ -88,7 +89,7 @@ def test_clipping_scales_the_update() -> None:
 def test_windows_leave_an_incomplete_one_out_and_targets_are_counted() -> None:
     batch = whole_batch()
     assert [len(window) for window in windows([batch] * 7, 3)] == [3, 3]
-    assert settings(1, 1).packed(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))
+    assert settings(1, 1).compute.packed(batch.texts_BL).num_targets == sum(min(row + 1, 7) + 1 for row in range(8))
 
 
 class Questions(TorchDispatchMode):
@@ -116,7 +117,7 @@ def test_a_step_asks_the_device_nothing(accum_freq: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     with Questions() as of_ids:
         for one in window:
-            options.packed(one.texts_BL)
+            options.compute.packed(one.texts_BL)
     with Questions() as of_step:
         optimizer_step(model, window, CaptionLoss(label_smoothing=0.1, z_loss=1e-4), optimizer, None, options)
     assert of_step.asked == of_ids.asked
@@ -127,7 +128,8 @@ def test_a_step_asks_the_device_nothing(accum_freq: int) -> None:
 def test_a_step_never_waits_for_the_gpu(precision: str) -> None:
     """Oracle: CUDA's own debug mode, which raises where the host waits."""
     model = model_of().cuda()
-    options = replace(settings(1, 1, clip=1.0), device=torch.device("cuda"), precision=precision)
+    on_gpu = Compute(torch.device("cuda"), precision, 1, EOS)
+    options = replace(settings(1, 1, clip=1.0), compute=on_gpu)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     batch = whole_batch()
     batch = batch._replace(images_BCHW=batch.images_BCHW.pin_memory(), texts_BL=batch.texts_BL.pin_memory())
