@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "tracking": Layer(
         BASE,
-        "torch rich tensorboard matplotlib PIL numpy",
+        "torch rich tensorboard matplotlib cycler PIL numpy",
         "progress line, log, TensorBoard, results.jsonl, status.json, figures",
     ),
     "openclip.models": Layer(

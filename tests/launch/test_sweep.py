@@ -6,12 +6,16 @@ import argparse
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch.report import Row, table, write_report
+from open_clip_ov2.launch.report import Row, draw, table, write_report
 from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
 from open_clip_ov2.recipe.toml import flag_words
 
@@ -108,8 +112,6 @@ def test_the_shipped_sweep_is_accepted(squares: Path) -> None:
 
 def test_report_of_rows(tmp_path: Path) -> None:
     """Oracle: written out; the PNG is opened by a second library."""
-    from PIL import Image
-
     made = [
         Row(
             f"{model}-{keep}",
@@ -135,4 +137,27 @@ def test_report_of_rows(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["report.csv", "report.md", "report.png"]
     assert "NaN \\| at once |" in files[1].read_text()
     assert len(files[0].read_text().splitlines()) == 6
-    assert Image.open(files[2]).width > 800
+    assert Image.open(files[2]).format == "PNG"
+
+
+def row(name: str, last: float | None, **varied: object) -> Row:
+    return Row(name, varied, "finished", "", 8, last, last, 10.0, 0, {})
+
+
+def test_plot_of_rows() -> None:
+    """Oracle: the rows; matplotlib's own record of what was drawn."""
+    axes = Figure().subplots()
+    swept = [row(f"{lr}-{model}", 2 * lr, lr=lr, model=model) for model in ("a", "b") for lr in (0.5, 0.25)]
+    draw(axes, [*swept, row("c", 3.0, model="c"), row("failed", None, lr=1.0, model="a")], "caption_loss")
+    lines = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    points = [[0.25, 0.5], [0.5, 1.0]]
+    assert lines == {"model c": [[0, 3], [1, 3]], "model a": points, "model b": points}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("lr", "caption loss")
+
+
+def test_plot_of_rows_without_a_swept_number() -> None:
+    """Oracle: the rows; matplotlib's own record of what was drawn."""
+    axes = Figure().subplots()
+    draw(axes, [row("one", 2.0, model="a", lr=1.0), row("two", 4.0, model="b", lr=1.0)], "loss")
+    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == [2.0, 4.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]

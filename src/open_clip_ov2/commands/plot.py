@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(
                 "--metric: --robustness draws the curves that the evaluations have; leave one of the two out"
             )
-        from open_clip_ov2.tracking.robustness import plot_robustness
+        from open_clip_ov2.tracking.figures import plot_robustness
 
         plot_robustness(args.runs, args.out)
     else:

@@ -6,13 +6,16 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
-from open_clip_ov2.tracking.figures import read_results
+from open_clip_ov2.tracking.figures import figure, read_results
 from open_clip_ov2.tracking.hparams import read_hparams
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -107,44 +110,39 @@ def write_report(rows_: Sequence[Row], metric: str, folder: Path) -> list[Path]:
     files[1].write_text(text + "\n", encoding="utf-8")
     if any(row.last is not None for row in rows_):
         files.append(folder / "report.png")
-        plot(rows_, metric, files[2])
+        with figure(files[2]) as (axes,):
+            draw(axes, rows_, metric)
     return files
 
 
-def plot(rows_: Sequence[Row], metric: str, out: Path) -> None:
-    """The metric over the swept number with most values, a line for each setting of the rest; or a bar for each run."""
-    import matplotlib
+def draw(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    """The metric over the swept flag with the most different numbers, with a line for each setting of the other flags.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [row for row in rows_ if row.last is not None]
-    axis = _axis(shown)
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    if axis is None:
-        axes.barh([row.name for row in shown], [row.last or 0.0 for row in shown])
+    A run without that flag is a horizontal line; if no flag has two numbers, each run is a bar.
+    """
+    shown = [(row, row.last) for row in rows if row.last is not None]
+    swept = _swept_number([row for row, _ in shown])
+    if swept is None:
+        axes.barh([row.name for row, _ in shown], [value for _, value in shown])
         axes.set(xlabel=metric.replace("_", " "))
-    else:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in shown:
-            rest = ", ".join(f"{key} {short(value)}" for key, value in row.varied.items() if key != axis)
-            if axis in row.varied and row.last is not None:
-                lines.setdefault(rest or metric, []).append((float(row.varied[axis]), row.last))
-            elif row.last is not None:  # a baseline, which has no such flag
-                axes.axhline(row.last, linestyle="--", linewidth=1, color=f"C{len(axes.lines)}", label=rest)
-        for label, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(xlabel=axis.replace("-", " "), ylabel=metric.replace("_", " "))
-        axes.legend(frameon=False, fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+        return
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row, value in shown:
+        others = ", ".join(f"{key} {short(value)}" for key, value in row.varied.items() if key != swept)
+        if swept in row.varied:
+            lines.setdefault(others or metric, []).append((float(row.varied[swept]), value))
+        else:  # a baseline, which has no such flag
+            axes.axhline(value, linestyle="--", linewidth=1, color=f"C{len(axes.lines)}", label=others)
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axes.set(xlabel=swept.replace("-", " "), ylabel=metric.replace("_", " "))
+    axes.legend(fontsize="small")
 
 
-def _axis(shown: Sequence[Row]) -> str | None:
-    """The swept flag with the most different numbers; none if there is no flag with two."""
+def _swept_number(rows: Sequence[Row]) -> str | None:
+    """The swept flag with the most different numbers; None if no flag has two."""
     numbers: dict[str, set[float]] = {}
-    for row in shown:
+    for row in rows:
         for key, value in row.varied.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers.setdefault(key, set()).add(float(value))

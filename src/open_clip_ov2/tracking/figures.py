@@ -1,23 +1,63 @@
-"""Curves of one or more runs, from their results.jsonl."""
+"""The one matplotlib set-up, and the figures of runs: curves from results.jsonl, robustness curves from evaluations."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import read_json
 
-UNITS = {"caption_loss": "nats per token", "loss": "", "perplexity": "", "lr": "", "images_per_second": "images/s"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EVAL_FILE = "eval.json"
+SIZE = (7.5, 4.5)  # inches, of one panel
+DPI = 150
+# Distinguishable with the usual color blindnesses, on white and on black (Okabe and Ito's set, made lighter).
+COLORS = ("#2f7fc1", "#e0803a", "#2a9d74", "#b45f9c", "#b59a1d", "#7f7f7f", "#cf4f4f", "#49a8b8")
+MARKERS = "osD^vPX*"
+_STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
+_UNITS = {"caption_loss": "nats per token", "images_per_second": "images/s"}
+_SMOOTHING = 0.8  # weight of the past in the moving average of a training curve
+
+
+@contextlib.contextmanager
+def figure(
+    out: Path | IO[Any],
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    size: tuple[float, float] = SIZE,
+    style: Mapping[str, Any] | None = None,
+    **saving: Any,
+) -> Iterator[list[Axes]]:
+    """Panels to draw on, row by row; saved as `out` when the block ends without an error.
+
+    `size` is the whole figure's, in inches; `style` adds to matplotlib's rc parameters; `saving` goes to `savefig`.
+    No display or backend is needed, and nothing of matplotlib's global state stays changed.
+    """
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    parameters: Any = {**_STYLE, "axes.prop_cycle": cycler(color=COLORS), **(style or {})}
+    with matplotlib.rc_context(parameters):
+        drawn = Figure(figsize=size, layout="constrained")
+        yield list(drawn.subplots(rows, columns, squeeze=False).flat)
+        drawn.savefig(out, **{"dpi": DPI, **saving})
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of RUN/results.jsonl. A torn last line (a killed run) is left out. Raises UserError."""
+    """Records of RUN/results.jsonl, without a torn last line (the run was killed while it wrote). Raises UserError."""
     path = run_dir / "results.jsonl"
     if not path.is_file():
-        raise UserError(f"{run_dir}: not the folder of a run (no results.jsonl in it)")
+        raise UserError(f"{run_dir}: not the folder of a run (it has no results.jsonl)")
     records: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
@@ -34,47 +74,109 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _series(records: list[dict[str, Any]], kind: str, metric: str) -> tuple[list[float], list[float]]:
+def plot_curves(run_dirs: Sequence[Path], out: Path, metric: str = "caption_loss") -> None:
+    """Image file: training (light, smoothed) and validation (dots) of each run over samples seen. Raises UserError."""
+    records = {run_dir.resolve().name: read_results(run_dir) for run_dir in run_dirs}
+    if not any(_series(rows, kind, metric)[0] for rows in records.values() for kind in ("train", "val")):
+        raise UserError(f"--metric {metric}: no run has it in its results.jsonl")
+    with figure(out) as (axes,):
+        draw_curves(axes, records, metric)
+
+
+def draw_curves(axes: Axes, records: Mapping[str, list[dict[str, Any]]], metric: str) -> None:
+    """Curves of each run, from its records by its name; a dashed line where a stage begins."""
+    from matplotlib.ticker import EngFormatter
+
+    for index, (name, rows) in enumerate(records.items()):
+        seen, values = _series(rows, "train", metric)
+        if seen:
+            axes.plot(seen, smoothed(values), color=f"C{index}", alpha=0.4, label=f"{name}, training (smoothed)")
+        seen, values = _series(rows, "val", metric)
+        if seen:
+            axes.plot(seen, values, "o-", color=f"C{index}", markersize=4, label=f"{name}, validation")
+        for before, after in pairwise(rows):
+            if before.get("stage") != after.get("stage"):
+                axes.axvline(after["samples_seen"], color="grey", linestyle="--", linewidth=1)
+    unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
+    axes.set(xlabel="samples seen", ylabel=f"{metric.replace('_', ' ')}{unit}")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.legend()
+
+
+def _series(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> tuple[list[float], list[float]]:
     rows = [row for row in records if row["kind"] == kind and row.get(metric) is not None]
     return [row["samples_seen"] for row in rows], [row[metric] for row in rows]
 
 
-def _smooth(values: list[float], share: float = 0.8) -> list[float]:
-    out: list[float] = []
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, divided by the sum of its weights so that the first values do not dominate it."""
+    total, weight, out = 0.0, 0.0, []
     for value in values:
-        out.append(value if not out else share * out[-1] + (1 - share) * value)
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        out.append(total / weight)
     return out
 
 
-def plot_curves(run_dirs: Sequence[Path], out: Path, metric: str = "caption_loss") -> None:
-    """PNG: training (light, smoothed) and validation (dots) of each run over samples seen. Raises UserError."""
-    import matplotlib
+@dataclass(frozen=True)
+class Panel:
+    """A metric of `ov2 eval` over a setting: the rows by setting are `result[task][table]`, `path` leads from a row to
+    its number, which is drawn times `scale`."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    task: str
+    table: str
+    path: tuple[str, ...]
+    x_label: str
+    y_label: str
+    scale: float = 1.0
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    drawn = False
-    for index, run_dir in enumerate(run_dirs):
-        records, colour = read_results(run_dir), f"C{index}"
-        name = run_dir.resolve().name
-        x, y = _series(records, "train", metric)
-        if x:
-            axes.plot(x, _smooth(y), color=colour, alpha=0.4, label=f"{name}, training (smoothed)")
-        x_val, y_val = _series(records, "val", metric)
-        if x_val:
-            axes.plot(x_val, y_val, "o-", color=colour, markersize=4, label=f"{name}, held out")
-        drawn = drawn or bool(x or x_val)
-        for before, after in pairwise(records):
-            if before.get("stage") != after.get("stage"):
-                axes.axvline(after["samples_seen"], color="grey", linestyle="--", linewidth=1)
-    if not drawn:
-        plt.close(figure)
-        raise UserError(f"--metric {metric}: no run has it in its results.jsonl")
-    unit = UNITS.get(metric, "")
-    axes.set(xlabel="samples seen", ylabel=f"{metric.replace('_', ' ')}{f' ({unit})' if unit else ''}")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    def points(self, result: Mapping[str, Any]) -> list[tuple[float, float]]:
+        rows = result.get(self.task, {}).get(self.table, {})
+        return [(float(x), self.scale * y) for x, row in rows.items() if (y := _number(row, self.path)) is not None]
+
+
+_LOSS, _PIXELS = "caption loss (nats per token)", "resolution (px)"
+PANELS = (
+    Panel("keep-ratios", "by_keep_ratio", ("caption_loss",), "keep ratio", _LOSS),
+    Panel("image-sizes", "by_image_size", ("caption-loss", "caption_loss"), _PIXELS, _LOSS),
+    Panel("image-sizes", "by_image_size", ("knn", "top1"), _PIXELS, "k-NN top-1 (%)", 100.0),
+)
+
+
+def _number(row: Any, path: Sequence[str]) -> float | None:
+    for key in path:
+        row = row.get(key, {}) if isinstance(row, Mapping) else {}
+    return float(row) if isinstance(row, (int, float)) else None
+
+
+def read_evaluation(path: Path) -> Mapping[str, Any]:
+    """RUN/eval.json, or the file itself. Raises UserError."""
+    file = path / EVAL_FILE if path.is_dir() else path
+    result: Mapping[str, Any] = read_json(file, dict, "a result of `ov2 eval`")
+    return result
+
+
+def plot_robustness(paths: Sequence[Path], out: Path) -> None:
+    """Image file: a panel for each curve that any of the evaluations has. Raises UserError."""
+    results = {path.resolve().stem if path.is_file() else path.resolve().name: read_evaluation(path) for path in paths}
+    panels = [panel for panel in PANELS if any(panel.points(result) for result in results.values())]
+    if not panels:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no curve to draw; first run `ov2 eval --tasks keep-ratios,image-sizes "
+            "--image-sizes ...`"
+        )
+    with figure(out, columns=len(panels), size=(4.6 * len(panels), 3.8)) as all_axes:
+        draw_robustness(all_axes, panels, results)
+
+
+def draw_robustness(
+    all_axes: Sequence[Axes], panels: Sequence[Panel], results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Each panel's points of each evaluation, by its name."""
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for index, (name, result) in enumerate(results.items()):
+            points = panel.points(result)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=f"C{index}", markersize=4, label=name)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.legend()
