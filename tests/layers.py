@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "progress line, log, TensorBoard, results.jsonl, status.json, figures",
     ),
     "openclip.models": Layer(
-        f"{BASE} core data evaluate formats recipe",
+        f"{BASE} core data train evaluate formats recipe",
         "torch numpy open_clip transformers tokenizers safetensors PIL torchvision timm huggingface_hub",
         "OpenCLIP's model factory to our models and back",
     ),

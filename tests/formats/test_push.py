@@ -14,7 +14,7 @@ import torch
 from hub_server import Hub
 
 from open_clip_ov2.cli import main
-from open_clip_ov2.openclip.run.run_folder import CONFIG
+from open_clip_ov2.openclip.models.open_model import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from open_clip_ov2.formats.authors import CaptionDecoder
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import write_json, write_tensors
 from open_clip_ov2.formats.open_clip import preprocess_cfg, vision_cfg
+from open_clip_ov2.openclip.models.open_model import CONFIG
 from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer, find_vocab
-from open_clip_ov2.openclip.run.run_folder import CONFIG
 
 WEIGHTS = "open_clip_model.safetensors"
 

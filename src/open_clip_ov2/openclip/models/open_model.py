@@ -18,11 +18,24 @@ from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, DECODER_CONFIG, DECODER_FILE, VOCAB_FILE, add_decoder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
-from open_clip_ov2.openclip.run.run_folder import CONFIG, LoadedRun, find_checkpoint
+from open_clip_ov2.train.checkpoint import list_checkpoints
 
 logger = logging.getLogger(__name__)
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
+CONFIG = "open_clip_config.json"
+
+
+@dataclass
+class LoadedModel:
+    """A trained model in evaluation mode with its preprocessing and tokenizer, and where it was found."""
+
+    model: nn.Module
+    preprocess: Any
+    tokenizer: Any
+    preprocess_cfg: dict[str, Any]
+    folder: Path
+    checkpoint: Path
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Where:
 
 def open_model(
     source: str | Path, device: str = "cpu", *, image_size: int | None = None, position_table: str | None = None
-) -> LoadedRun:
+) -> LoadedModel:
     """A trained model in evaluation mode. Raises UserError.
 
     `source`: a run's folder, a checkpoint in it, a folder with open_clip_config.json and weights (released or written
@@ -73,7 +86,7 @@ def open_model(
         folder, checkpoint = Path(), Path(where.pretrained)
     elif folder is None:
         folder = Path(_hub_file(where.name, CONFIG)).parent
-    return LoadedRun(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
+    return LoadedModel(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
 
 
 @contextlib.contextmanager
@@ -97,7 +110,7 @@ def create_caption_model(source: str, **options: Any) -> tuple[CaptionModel, Cal
     return caption_model(run), run.preprocess, run.tokenizer
 
 
-def caption_model(run: LoadedRun) -> CaptionModel:
+def caption_model(run: LoadedModel) -> CaptionModel:
     """Raises UserError for a model without a decoder."""
     if isinstance(run.model, CaptionModel):
         return run.model
@@ -122,6 +135,21 @@ def locate(source: str) -> Where:
         return Where(LOCAL + str(path), path, None)
     folder, checkpoint = find_checkpoint(path)
     return Where(LOCAL + str(folder), folder, checkpoint)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint file) of a run's folder or of a checkpoint in it. Raises UserError."""
+    if path.is_file():
+        for folder in (path.parent, path.parent.parent):
+            if (folder / CONFIG).is_file():
+                return folder, path
+        raise UserError(f"{path}: no {CONFIG} beside it or one folder up, so its model is not known")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
+    return path, found[-1]
 
 
 def _first(error: Exception) -> str:

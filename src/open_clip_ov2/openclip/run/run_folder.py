@@ -6,16 +6,15 @@ import argparse
 import json
 import shutil
 from copy import deepcopy
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip import factory as open_clip_factory
-from torch import nn
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.run_config import differences
+from open_clip_ov2.openclip.models.open_model import CONFIG
 from open_clip_ov2.openclip.models.tokenizer import MODE, find_vocab
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.train.checkpoint import TEMPORARY, list_checkpoints, write_atomically
@@ -23,7 +22,6 @@ from open_clip_ov2.train.checkpoint import TEMPORARY, list_checkpoints, write_at
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import RunPlan
 
-CONFIG = "open_clip_config.json"
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
 OF_THE_LAUNCHER = ("submit", "status.json")  # there before the run itself
 
@@ -86,30 +84,3 @@ def write_config(run_dir: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[
         shutil.copyfile(find_vocab(text_cfg["hf_tokenizer_name"]), run_dir / "vocab.txt")
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
     (run_dir / CONFIG).write_text(text + "\n")
-
-
-@dataclass
-class LoadedRun:
-    """A trained model, ready for use on `device`."""
-
-    model: nn.Module
-    preprocess: Any
-    tokenizer: Any
-    preprocess_cfg: dict[str, Any]
-    folder: Path
-    checkpoint: Path
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint file) of either. Raises UserError."""
-    if path.is_file():
-        for folder in (path.parent, path.parent.parent):
-            if (folder / CONFIG).is_file():
-                return folder, path
-        raise UserError(f"{path}: no {CONFIG} beside it or one folder up, so its model is not known")
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
-    return path, found[-1]
