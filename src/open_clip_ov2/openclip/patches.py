@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from open_clip_ov2.openclip.models import counterparts, factory, preprocess, released, tokenizer, weights
+from open_clip_ov2.openclip.models import baseline_configs, factory, preprocess, released, tokenizer, weights
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def register() -> None:
 
     _undo_registration.append(apply(REGISTRATION))
     open_clip.add_model_config(factory.MODEL_CONFIGS)
-    counterparts.add_counterparts()
+    baseline_configs.add_baselines()
 
 
 def unregister() -> None:
@@ -177,7 +177,7 @@ def unregister() -> None:
     if not _undo_registration:
         return
     _undo_registration.pop()()
-    counterparts.remove_counterparts()
+    baseline_configs.remove_baselines()
     from open_clip import factory as open_clip_factory
 
     open_clip_factory._MODEL_CONFIG_PATHS.remove(factory.MODEL_CONFIGS)

@@ -22,7 +22,7 @@ from open_clip_ov2.core import CaptionLoss, CaptionModel
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.models import counterparts
+from open_clip_ov2.openclip.models import baseline_configs
 from open_clip_ov2.openclip.models.factory import is_family_config, known_models
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for, text_options
@@ -54,7 +54,7 @@ class ContenderOptions:
 def add_models(folder: Path) -> None:
     """ov2 configs of a folder, and their counterparts, into OpenCLIP's registry."""
     open_clip.add_model_config(folder)
-    counterparts.add_counterparts(folder)
+    baseline_configs.add_baselines(folder)
 
 
 class Contender:

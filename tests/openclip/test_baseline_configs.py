@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import open_clip_ov2
-from open_clip_ov2.openclip.models.counterparts import clip_of, coca_of
+from open_clip_ov2.openclip.models.baseline_configs import clip_of, coca_of
 from open_clip_ov2.openclip.models.factory import MODEL_CONFIGS
 
 NAMES = sorted(path.stem for path in MODEL_CONFIGS.glob("*.json"))
@@ -27,7 +27,7 @@ def encoder_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_counterparts_have_the_same_encoder(name: str) -> None:
+def test_baselines_have_the_same_encoder(name: str) -> None:
     """Key by key; heads alone differ (proj; CoCa's ln_post comes after its pooler)."""
     ours = encoder_shapes(name)
     coca, clip = encoder_shapes(f"coca-of-{name}"), encoder_shapes(f"clip-of-{name}")
@@ -87,7 +87,7 @@ def test_text_is_pooled_where_it_ends() -> None:
 
 def test_they_go_with_the_family() -> None:
     def registered() -> list[str]:
-        family = {f"{kind}-of-{name}" for kind in ("clip", "coca") for name in NAMES}  # benchmarks have others
+        family = {f"{kind}-of-{name}" for kind in ("clip", "coca") for name in NAMES}  # `ov2 bench` adds others
         return [name for name in open_clip.list_models() if name in family]
 
     assert len(registered()) == 2 * len(NAMES)
@@ -100,7 +100,7 @@ def test_they_go_with_the_family() -> None:
     assert open_clip.list_models().index("coca-of-ov2-vit-l-14") > open_clip.list_models().index("clip-of-ov2-vit-l-14")
 
 
-def test_the_studys_coca_is_the_counterpart_with_fewer_queries() -> None:
+def test_the_studys_coca_is_the_baseline_with_fewer_queries() -> None:
     """Oracle: `coca-of-ov2-vit-nano-8`'s own config. 16 patches of 32 px, and a query for the contrastive embedding."""
     folder = Path(__file__).parents[2] / "configs" / "compare" / "models" / "coca-of-ov2-nano-17-queries"
     expected = coca_of(json.loads((MODEL_CONFIGS / "ov2-vit-nano-8.json").read_text()))

@@ -1,12 +1,11 @@
-"""CoCa and CLIP around the encoder of each ov2 model, for comparisons: `coca-of-X` and `clip-of-X`.
+"""OpenCLIP configs of the baselines of each ov2 model X: `coca-of-X` and `clip-of-X`, with the same vision encoder.
 
-All of it is OpenCLIP's own code; these are configs alone. The encoder is X's (patches, width, layers, heads, MLP,
-norms, no ln_pre), but for what the counterpart itself needs: a learned position table and a trained head of the text's
-width, as OpenCLIP has them, and CoCa's attentional pooler (256 queries, 8 heads: OpenCLIP's coca_ViT-L-14 and
-coca_ViT-B-32). CLIP pools patches by their mean, as X does. Text towers have the width, layers and heads of X's
-decoder, and CoCa's decoder has as many layers as its text tower (12 and 12 in both stock configs). Captions are as
-long as X's. For ov2-vit-l-14 that is coca_ViT-L-14 and ViT-L-14 but for the caption's length, ln_pre, and CLIP's
-pooling.
+All of the code behind them is OpenCLIP's own. The encoder has X's patches, width, layers, heads, MLP, norms and no
+ln_pre, plus what the baseline itself needs: a learned position table and a trained projection to the text's width.
+CoCa also gets its attentional pooler (256 queries, 8 heads, as in OpenCLIP's coca_ViT-L-14 and coca_ViT-B-32); CLIP
+averages the patches as X does. Text towers have the width, layers and heads of X's decoder, CoCa's decoder has as many
+layers as its text tower (12 and 12 in both stock configs), and captions are as long as X's. For ov2-vit-l-14 the
+results are coca_ViT-L-14 and ViT-L-14 except for the caption length, ln_pre, and CLIP's pooling.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def coca_of(config: Mapping[str, Any]) -> dict[str, Any]:
     text = _text_cfg(config)
     vision = {**_encoder(config), "attentional_pool": True, "attn_pooler_heads": POOLER_HEADS, "output_tokens": True}
     return {
-        "embed_dim": text["width"],  # its decoder attends to pooled tokens of the embedding's width
+        "embed_dim": text["width"],  # CoCa's decoder attends to pooled tokens of this width
         "vision_cfg": vision,
         "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {
@@ -45,7 +44,7 @@ def clip_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """OpenCLIP's config of a CLIP around the encoder of an ov2 config."""
     text = _text_cfg(config)
     eos_id = config["text_cfg"]["eos_id"]
-    if eos_id != text["vocab_size"] - 1:  # upstream's default takes the position of the largest id
+    if eos_id != text["vocab_size"] - 1:  # OpenCLIP's default pools at the largest id
         text |= {"pool_type": "eos", "eos_id": eos_id}
     vision = _encoder(config) | {key: VISION_FIXED[key] for key in ("pool_type", "final_ln_after_pool")}
     return {"embed_dim": text["width"], "vision_cfg": vision, "text_cfg": text}
@@ -61,14 +60,14 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 def _text_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     decoder = config[FAMILY_KEY]
     if decoder["mlp_width"] != 4 * decoder["width"]:
-        # upstream's CoCa builds its decoder with 4 whatever mlp_ratio says
-        raise ValueError(f"OpenCLIP's text towers have MLPs of 4 x width, not {decoder['mlp_width']}")
+        # OpenCLIP's CoCa builds its decoder with a ratio of 4 whatever mlp_ratio says.
+        raise ValueError(f"mlp_width {decoder['mlp_width']}: OpenCLIP's text towers need 4 x width")
     tokens = {key: value for key, value in config["text_cfg"].items() if key in _TOKENIZER_KEYS}
     return {**tokens, **{key: decoder[key] for key in ("width", "heads", "layers")}}
 
 
-def add_counterparts(folder: Path = MODEL_CONFIGS) -> None:
-    """Into OpenCLIP's registry: the counterparts of all ov2 configs of a folder."""
+def add_baselines(folder: Path = MODEL_CONFIGS) -> None:
+    """Register the baselines of all ov2 configs in a folder with OpenCLIP."""
     for path in sorted(folder.glob("*.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         open_clip_factory._MODEL_CONFIGS[COCA_OF + path.stem] = coca_of(config)
@@ -76,8 +75,8 @@ def add_counterparts(folder: Path = MODEL_CONFIGS) -> None:
     open_clip_factory._rescan_model_configs()  # sorts
 
 
-def remove_counterparts(folder: Path = MODEL_CONFIGS) -> None:
-    """The exact opposite of add_counterparts."""
+def remove_baselines(folder: Path = MODEL_CONFIGS) -> None:
+    """Undo add_baselines."""
     for path in folder.glob("*.json"):
         for prefix in (COCA_OF, CLIP_OF):
             open_clip_factory._MODEL_CONFIGS.pop(prefix + path.stem, None)
