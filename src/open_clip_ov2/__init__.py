@@ -1,13 +1,23 @@
-"""OpenVision 2 for OpenCLIP. `import open_clip_ov2` registers the `ov2-vit-*` models; nothing else to call."""
+"""OpenVision 2 for OpenCLIP: `import open_clip_ov2` registers the `ov2-vit-*` models with `open_clip`.
+
+```python
+import open_clip_ov2 as ov2
+
+run = ov2.train(["--model", "ov2-vit-l-14", "--train-data", "shards/{000..099}.tar"])
+model = ov2.open_model(run).model
+```
+"""
 
 from open_clip_ov2.openclip.models.version import check_open_clip
 
 check_open_clip()
 
+import open_clip_ov2.train  # noqa: E402, F401  the package first: `ov2.train` is the function below
 from open_clip_ov2.core import CaptionLoss, CaptionModel, VisionModel, image_features  # noqa: E402
-from open_clip_ov2.openclip.models.open_model import create_caption_model, open_model  # noqa: E402
+from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
+from open_clip_ov2.training import check, open_model, train  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,10 +25,12 @@ __all__ = [
     "CaptionModel",
     "VisionModel",
     "WordPieceTokenizer",
+    "check",
     "create_caption_model",
     "image_features",
     "open_model",
     "register",
+    "train",
     "unregister",
 ]
 

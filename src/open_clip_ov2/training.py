@@ -1,17 +1,72 @@
-"""All that the launcher knows of `ov2 train`."""
+"""The Python API, and the only door to OpenCLIP for commands, `launch` and `compare`.
+
+```python
+import open_clip_ov2 as ov2
+
+run = ov2.train({"model": "ov2-vit-nano-8", "train_data": "shards/{000..099}.tar", "train_num_samples": 50_000})
+model = ov2.open_model(run).model
+```
+
+Flags are those of the `ov2` commands: a list as on the command line, or a mapping from names to values. Nothing heavy
+is imported before it is needed.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import StagePlan
+    from open_clip_ov2.openclip.run.run_folder import LoadedRun
+
+Flags = Sequence[str] | Mapping[str, Any]
+
+
+def as_argv(flags: Flags) -> list[str]:
+    """`["--lr", "0.001"]` from `{"lr": 1e-3}`; a list stays as it is. A list under "stage" is one --stage for each."""
+    if not isinstance(flags, Mapping):
+        return list(flags)
+    repeated = flags.get("stage", ())
+    stages = (repeated,) if isinstance(repeated, str) else repeated
+    rest = to_argv({name: value for name, value in flags.items() if name != "stage"})
+    return [*rest, *(word for stage in stages for word in ("--stage", str(stage)))]
+
+
+def train(flags: Flags) -> Path:
+    """Train as `ov2 train` does; the same flags resume a run that was stopped. Returns the run's folder.
+
+    ```python
+    run = train(["--model", "ov2-vit-l-14", "--train-data", "shards/{000..099}.tar", "--epochs", "1"])
+    ```
+
+    Call it on every process of a distributed run. Raises UserError (a mistake in the flags or the data), RunFailed (the
+    run cannot continue) and Interrupted (a signal asked it to stop; everything is saved).
+    """
+    from open_clip_ov2.openclip.run.runner import train as run
+
+    return run(as_argv(flags))
+
+
+def open_model(source: str | Path, device: str = "cpu", **options: Any) -> LoadedRun:
+    """A trained or released model in evaluation mode, with its `preprocess` and `tokenizer`. Raises UserError.
+
+    ```python
+    model = open_model("logs/RUN").model
+    ```
+
+    `source` is a run's folder, a checkpoint, an exported folder, `hf-hub:NAME`, or `NAME:PRETRAINED` of OpenCLIP's
+    registry; `options` are `image_size` and `position_table`.
+    """
+    from open_clip_ov2.openclip.models.open_model import open_model as opened
+
+    return opened(source, device, **options)
 
 
 @dataclass(frozen=True)
@@ -29,11 +84,18 @@ class Checked:
     recipe: Path | None
 
 
-def check(argv: Sequence[str], world_size: int, gpus: bool, gpu_memory_gb: float | None = None) -> Checked:
-    """Flags, recipe, data and model, without training; memory where a GPU's is given. Raises UserError."""
+def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: float | None = None) -> Checked:
+    """Check flags, recipe, data and model without training; with `gpu_memory_gb` also whether a batch fits. Raises
+    UserError.
+
+    ```python
+    check({"recipe": "run.toml", "train_data": "shards/{000..099}.tar"}, world_size=64, gpu_memory_gb=80).parameters
+    ```
+    """
     from open_clip_ov2.openclip.run.dry_run import check_train
     from open_clip_ov2.openclip.run.run_folder import check_same_run
 
+    argv = as_argv(flags)
     if set(argv) & {"-h", "--help"}:
         raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
     logging.disable(logging.WARNING)  # "no pretrained weights", of a model that is made to be looked at
@@ -84,11 +146,11 @@ def load() -> None:
     import open_clip_ov2.openclip.run.runner  # noqa: F401
 
 
-def train(argv: Sequence[str]) -> None:
-    """Raises UserError, RunFailed, Interrupted."""
-    from open_clip_ov2.openclip.run.runner import train as run
+def train_help() -> str:
+    """The text of `ov2 train --help`: our flags, then OpenCLIP's."""
+    from open_clip_ov2.openclip.command.parse import help_text
 
-    run(argv)
+    return help_text()
 
 
 def is_lost_peer(error: BaseException) -> bool:
