@@ -1,4 +1,4 @@
-"""Captions without padding. Oracle: the same model over the whole padded batch, by its logits."""
+"""Captions without padding. Oracle: core/reference.py over the whole padded batch, in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_loss import gradients_of_reference
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -68,18 +69,30 @@ def test_every_target_is_there_once_after_its_own_inputs(lengths: list[int], min
     assert packed.num_targets == len(found)
 
 
-def gradients(model: CaptionModel, packed: PackedCaptions | None, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Packed, or from the logits of the whole batch."""
+SMOOTHING, Z_LOSS = 0.1, 1e-3
+
+
+def inputs(batch: int) -> tuple[Tensor, Tensor]:
+    """Images, and five kept tokens of the sixteen of each."""
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return images, torch.rand(batch, 16, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
+
+
+def expected(model: CaptionModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference's sum of nll, and gradients of the summed loss."""
+    images, kept = inputs(len(ids))
+    nll, gradients = gradients_of_reference(model, images, ids, kept, SMOOTHING, Z_LOSS)
+    count = int((caption_targets(ids, EOS) != IGNORE_INDEX).sum())
+    return nll * count, {name: gradient * count for name, gradient in gradients.items()}
+
+
+def gradients(model: CaptionModel, packed: PackedCaptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of the model, packed."""
     head = model.text_decoder.lm_head.weight
-    images = torch.randn(len(ids), 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(head)
-    kept = torch.rand(len(ids), 16, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5].to(head.device)
-    loss = CaptionLoss(label_smoothing=0.1, z_loss=1e-3)
+    images, kept = inputs(len(packed.order_B))
+    loss = CaptionLoss(label_smoothing=SMOOTHING, z_loss=Z_LOSS)
     model.zero_grad()
-    if packed is None:
-        out = model(images, ids, kept_idx=kept)
-        sums = loss(out["logits"], out["labels"])
-    else:
-        sums = model(images, kept_idx=kept, captions=packed, caption_loss=loss)
+    sums = model(images.to(head), kept_idx=kept.to(head.device), captions=packed, caption_loss=loss)
     sums.objective.backward()
     return sums.nll.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -93,9 +106,9 @@ def model(request: pytest.FixtureRequest) -> CaptionModel:
 @given(lengths=LENGTHS, min_tokens=st.integers(1, 60))
 def test_packing_changes_neither_loss_nor_gradient(model: CaptionModel, lengths: list[int], min_tokens: int) -> None:
     ids = captions(lengths)
-    nll, plain = gradients(model, None, ids)
-    packed_nll, packed = gradients(model, pack_captions(ids, EOS, min_tokens), ids)
-    torch.testing.assert_close(packed_nll.float(), nll)  # logits' loss and the head are in float32
+    nll, plain = expected(model, ids)
+    packed_nll, packed = gradients(model, pack_captions(ids, EOS, min_tokens))
+    torch.testing.assert_close(packed_nll.float(), nll.float())  # the loss and the head are in float32
     assert packed.keys() == plain.keys()
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)
@@ -104,14 +117,14 @@ def test_packing_changes_neither_loss_nor_gradient(model: CaptionModel, lengths:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's kernels take the mask in another form")
 @pytest.mark.parametrize("fusion", ["prefix", "causal", "cross_attn"])
 def test_a_gpus_kernels_agree(fusion: str) -> None:
-    """Oracle: the CPU in float64, from logits; bfloat16 within its rounding."""
+    """Oracle: the reference on the CPU in float64; bfloat16 within its rounding."""
     ids = captions([5, 29, 12, 3, 17, 9])
-    nll, plain = gradients(build(fusion).double(), None, ids)
+    nll, plain = expected(build(fusion), ids)
     packed = pack_captions(ids, EOS, 24).to(torch.device("cuda"))
     for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):
         model = build(fusion).cuda()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            found_nll, found = gradients(model, packed, ids)
+            found_nll, found = gradients(model, packed)
         torch.testing.assert_close(found_nll.cpu().double(), nll.double(), atol=0, rtol=tolerance)
         for name, gradient in found.items():
             error = (gradient.cpu().double() - plain[name]).norm() / plain[name].norm().clamp(min=1e-6)
@@ -139,17 +152,17 @@ class EmulatedRaggedRows(RaggedRows):
 def test_rows_of_any_length_at_once(model: CaptionModel, lengths: list[int], checkpointing: bool) -> None:
     """Which token stands where, forward and backward; the kernel itself is tested on a GPU."""
     ids = captions(lengths)
-    nll, plain = gradients(model, None, ids)
+    nll, plain = expected(model, ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "packed_rows", lambda num_image, parts, like, _: EmulatedRaggedRows.of(
             num_image, [length for count, length in parts for _ in range(count)], like.device
         ))  # fmt: skip
         model.set_grad_checkpointing(checkpointing)
         try:
-            found_nll, found = gradients(model, pack_captions(ids, EOS, 1), ids)
+            found_nll, found = gradients(model, pack_captions(ids, EOS, 1))
         finally:
             model.set_grad_checkpointing(False)
-    torch.testing.assert_close(found_nll.float(), nll)
+    torch.testing.assert_close(found_nll.float(), nll.float())
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-5)
 
@@ -202,7 +215,7 @@ def test_lengths_share_their_compiled_graphs(fusion: str) -> None:
     model.compile_blocks(backend=counting)
     seen = []
     for lengths in ([5] * 6, [9] * 5 + [29], [3, 20, 12, 7, 1, 1], [16] * 6, [2] * 6):
-        gradients(model, pack_captions(captions(lengths), EOS, min_tokens=24), captions(lengths))
+        gradients(model, pack_captions(captions(lengths), EOS, min_tokens=24))
         seen.append(len(graphs))
     assert 0 < seen[1] == seen[-1]
     assert not counters["graph_break"]

@@ -183,7 +183,7 @@ def test_compiled_blocks_give_the_same_run(squares: Path, vocabulary: Path, tmp_
 def test_the_memory_budget_reaches_the_blocks(
     squares: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a budget does is tested in test_budget.py."""
+    """What a budget does is tested in test_recompute.py."""
     budgets: list[float] = []
     monkeypatch.setattr(core_model, "within_budget", lambda budget: budgets.append(budget) or "eager")
     flags = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]

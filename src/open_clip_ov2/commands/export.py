@@ -89,7 +89,7 @@ def _default_folder(args: argparse.Namespace, folder: Path) -> Path:
 def _write(args: argparse.Namespace, run: Any, encoder: Any, folder: Path, name: str) -> list[str]:
     """Lines worth telling. `name`: what the folder will be called."""
     if args.to == "onnx":
-        from open_clip_ov2.core.tower import stock_patches
+        from open_clip_ov2.core.vit_fast import stock_patches
         from open_clip_ov2.formats import onnx
 
         # int8 is for matrix products, and the patch embedding is to stay as it is.

@@ -8,12 +8,12 @@ Shape legend of every module here:
 """
 
 from open_clip_ov2.core.decoder import FUSIONS, DecoderConfig, TextDecoder
-from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.loss import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.core.model import CaptionModel, TextConfig
 from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, gather_tokens, num_kept, sample_kept_indices
 from open_clip_ov2.core.vision import VisionModel
+from open_clip_ov2.core.vit_fast import image_features
 
 __all__ = [
     "FUSIONS",

@@ -1,4 +1,4 @@
-"""How one process computes: its device, its precision, and the kernels that pay there.
+"""How one process computes: device, precision, the fastest kernels there, and what the backward pass recomputes.
 
 Shapes: B batch, C channels, H and W pixels, L caption tokens.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from open_clip_ov2.core.attention import has_half_kernels
 from open_clip_ov2.core.packing import CPU_TOKENS, GPU_HALF_TOKENS, GPU_TOKENS, PackedCaptions, pack_captions
@@ -76,3 +78,31 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     if not values:
         raise ValueError("images are uint8, and there is no mean and std to normalise them by")
     return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def recompute(again: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The function's result. With `again` none of its activations are kept: the backward pass calls it once more."""
+    return checkpoint(function, *arguments, use_reentrant=False) if again else function(*arguments)
+
+
+def within_budget(memory_budget: float) -> Callable[..., Any]:
+    """A backend for torch.compile: its own, keeping `memory_budget`, 0 to 1, of what it would keep for backward.
+
+    0 keeps the inputs alone, 1 what it keeps by itself (torch._functorch.config.activation_memory_budget, which solves
+    a knapsack of operators by their FLOPs and bytes). Raises ValueError; ImportError if torch has no such option.
+    """
+    if not 0.0 <= memory_budget <= 1.0:
+        raise ValueError(f"memory_budget must lie in [0, 1], got {memory_budget}")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        from torch._functorch import config  # here: importing inductor costs seconds
+        from torch._inductor.compile_fx import compile_fx
+
+        if not hasattr(config, "activation_memory_budget"):
+            raise ImportError(
+                "torch._functorch.config.activation_memory_budget is missing in this torch; pip install 'torch>=2.6'"
+            )
+        with config.patch(activation_memory_budget=memory_budget):
+            return compile_fx(graph, inputs)
+
+    return backend

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, SelfBlock
-from open_clip_ov2.core.budget import called
+from open_clip_ov2.core.compute import recompute
 from open_clip_ov2.core.rows import KeyValue, Parts, Rows, packed_rows, prefix_mask
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
@@ -119,19 +119,19 @@ class TextDecoder(nn.Module):
         *blocks, last = [cast(SelfBlock, block) for block in self.blocks]
         causal = self.config.fusion == "causal"
         for block in blocks:
-            x_TD = self._maybe_again(block.packed, x_TD, rows, causal)
-        return self._maybe_again(last.packed_last, x_TD, rows)
+            x_TD = self._block(block.packed, x_TD, rows, causal)
+        return self._block(last.packed_last, x_TD, rows)
 
     def _run_cross(self, x_tD: Tensor, image_BKD: Tensor, rows: Rows) -> Tensor:
         for block in self.blocks:
             if isinstance(block, CrossBlock):
-                x_tD = self._maybe_again(block.packed, x_tD, image_BKD, rows)
+                x_tD = self._block(block.packed, x_tD, image_BKD, rows)
             else:
-                x_tD = self._maybe_again(cast(SelfBlock, block).packed, x_tD, rows, True)
+                x_tD = self._block(cast(SelfBlock, block).packed, x_tD, rows, True)
         return x_tD
 
-    def _maybe_again(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return called(function, *arguments, again=self.grad_checkpointing and self.training)
+    def _block(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return recompute(self.grad_checkpointing and self.training, function, *arguments)
 
     def _embed(self, ids: Tensor, like: Tensor) -> Tensor:
         return self.token_embedding(ids).to(like.dtype)

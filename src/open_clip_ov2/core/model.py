@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, SelfBlock
-from open_clip_ov2.core.budget import within_budget
+from open_clip_ov2.core.compute import within_budget
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
-from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
-from open_clip_ov2.core.last_block import block_at, kept_tokens
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
+from open_clip_ov2.core.vit_fast import block_at, check_tower, image_features, kept_tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class CaptionModel(nn.Module):
         output_dict: bool = True,
     ) -> None:
         super().__init__()
+        check_tower(visual)
         self.visual: Any = visual  # OpenCLIP's class, which this package does not know
         self.token_drop = TokenDrop(keep_ratio, eval_keep_ratio)
         width = visual.positional_embedding.shape[1]  # type: ignore[index]

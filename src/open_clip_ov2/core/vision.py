@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core.features import image_features
 from open_clip_ov2.core.positions import sincos_2d
+from open_clip_ov2.core.vit_fast import image_features
 
 PositionTable = Literal["interpolate", "recompute"]
 

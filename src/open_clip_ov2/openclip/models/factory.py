@@ -16,7 +16,7 @@ from open_clip import model as open_clip_model
 from torch import Tensor, nn
 
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, sincos_2d
-from open_clip_ov2.core.tower import use_fast_parts
+from open_clip_ov2.core.vit_fast import use_fast_parts
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from open_clip import model as open_clip_model
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel, sincos_2d
-from open_clip_ov2.core.tower import use_fast_parts
+from open_clip_ov2.core.vit_fast import use_fast_parts
 from open_clip_ov2.formats.encoder import mlp_ratio
 from open_clip_ov2.openclip.models.factory import FAMILY_KEY, VISION_FIXED, build_caption_model, check_keys
 from open_clip_ov2.openclip.models.weights import TABLE_TOLERANCE, check_fit, load_encoder_file, read_tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_clip_ov2.core.budget import within_budget
+from open_clip_ov2.core.compute import within_budget
 
 
 def kept_and_gradients(block: nn.Module, x: Tensor) -> tuple[int, list[Tensor]]:

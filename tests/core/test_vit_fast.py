@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import re
+from collections.abc import Iterator
 
 import open_clip
 import pytest
@@ -12,8 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from open_clip_ov2.core import attention
-from open_clip_ov2.core.tower import LinearPatches, SelfAttention, use_fast_parts
+from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, attention
+from open_clip_ov2.core.vit_fast import (
+    BLOCK,
+    TOWER,
+    TRANSFORMER,
+    LinearPatches,
+    SelfAttention,
+    check_tower,
+    use_fast_parts,
+)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,3 +117,47 @@ def test_a_gpus_attention(tokens: int) -> None:
         pairs = zip(found, expected, strict=True)
         errors.append([float((one.double().cpu() - other).norm() / other.norm()) for one, other in pairs])
     assert all(ours < 1.5 * torchs + 1e-3 for torchs, ours in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize("name", [*TOWER, *(f"transformer.{name}" for name in TRANSFORMER)])
+def test_an_encoder_without_a_name_that_is_used_is_one_line(name: str) -> None:
+    """Each name renamed in turn, as another version of OpenCLIP may do. Oracle: the name is in the message."""
+    with torch.device("meta"):
+        visual = open_clip.create_model("ov2-vit-nano-8", device="meta", load_weights=False).visual
+    check_tower(visual)
+    inner, _, last = name.rpartition(".")
+    owner = visual.get_submodule(inner)
+    with pytest.raises(ImportError, match=re.escape(name)) as error, without(owner, last):
+        check_tower(visual)
+    assert "3.3.*" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_blocks_without_a_name_that_is_used_are_one_line(name: str) -> None:
+    with torch.device("meta"):
+        visual = open_clip.create_model("ov2-vit-nano-8", device="meta", load_weights=False).visual
+    with pytest.raises(ImportError, match=rf"resblocks\.0\.{name}"), without(visual.transformer.resblocks[0], name):
+        CaptionModel(visual, DecoderConfig(8, 1, 1, 8), TextConfig(8, 9, 1, 2), keep_ratio=KeepRatio.of(1.0))
+
+
+@contextlib.contextmanager
+def without(owner: nn.Module, name: str) -> Iterator[None]:
+    """The attribute is gone, be it of the object or of its class."""
+    kind = type(owner)
+
+    def lookup(self: nn.Module, asked: str) -> object:
+        if asked == name:
+            raise AttributeError(asked)
+        return kind.__getattribute__(self, asked)
+
+    def fallback(self: nn.Module, asked: str) -> object:
+        if asked == name:
+            raise AttributeError(asked)
+        return kind.__getattr__(self, asked)
+
+    owner.__class__ = type(kind.__name__, (kind,), {"__getattribute__": lookup, "__getattr__": fallback})
+    try:
+        yield
+    finally:
+        owner.__class__ = kind
