@@ -24,13 +24,14 @@ class Layer(NamedTuple):
     what: str
 
 
-BASE = "errors files argv tables"
+BASE = "errors files argv tables quiet"
 # From the bottom up: a package may import only those above it in this list, so there can be no circle.
 MAY_IMPORT: dict[str, Layer] = {
     "errors": Layer("", "", "`UserError`, `RunFailed`, `Interrupted`, and the wording of an error"),
     "files": Layer("errors", "", "files written whole or not at all; JSON read with a one-line error"),
     "argv": Layer("", "", "the one reader and writer of a list of flags"),
     "tables": Layer("errors", "tomli", "frozen dataclasses from TOML tables or KEY=VALUE text"),
+    "quiet": Layer("", "", "the one way to silence a library that reports what is meant"),
     "core": Layer("", "torch", "the model and its loss on torch alone; `reference.py` is the whole method, read first"),
     "data.order": Layer(
         "errors", "torch numpy webdataset", "which sample comes when, and how a run finds its place again"

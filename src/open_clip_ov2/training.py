@@ -13,7 +13,6 @@ is imported before it is needed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.quiet import quiet
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import StagePlan
@@ -98,11 +98,8 @@ def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: f
     argv = as_argv(flags)
     if set(argv) & {"-h", "--help"}:
         raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
-    logging.disable(logging.WARNING)  # "no pretrained weights", of a model that is made to be looked at
-    try:
+    with quiet():  # the model is built for its sizes alone
         found = check_train(argv, world_size, gpus)
-    finally:
-        logging.disable(logging.NOTSET)
     plan = found.plan
     if not plan.stages[0].args.train_data and plan.stages[0].args.dataset_type != "synthetic":
         raise UserError("--train-data is missing after `--`: there is nothing to train on")

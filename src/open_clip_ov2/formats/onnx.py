@@ -6,11 +6,6 @@ Input `images` (B, 3, H, W) float32, normalised; outputs `tokens` (B, N, D), pat
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from torch import Tensor, nn
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import write_json
+from open_clip_ov2.quiet import quiet
 
 MODEL, INT8 = "encoder.onnx", "encoder_int8.onnx"
 # Float32 sums in another order; a wrong export is off by orders of magnitude more.
@@ -91,7 +87,7 @@ def _require(*modules: str) -> None:
 
 def _export(module: nn.Module, encoder: Encoder, path: Path) -> None:
     images = torch.zeros(_CHECK_BATCH, 3, *encoder.image_size)
-    with _quietly():
+    with quiet(prints=True):
         program: Any = torch.onnx.export(
             module,
             (images,),
@@ -105,27 +101,15 @@ def _export(module: nn.Module, encoder: Encoder, path: Path) -> None:
     program.save(str(path), external_data=True)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The exporter's progress and its notes on its own deprecations."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _quantise(source: Path, target: Path) -> None:
     """Weights of matrix products to int8, activations when they come. The patch embedding stays as it is."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a step that the exporter has done already
-    try:
+    with quiet():  # it advises a step that the exporter has done already
         quantize_dynamic(
             str(source), str(target), weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],
             use_external_data_format=True,
         )  # fmt: skip
-    finally:
-        logging.getLogger().setLevel(level)
     for path in target.parent.glob(f"{target.name}*"):
         path.chmod(0o644)  # its weights are written for the owner alone
 

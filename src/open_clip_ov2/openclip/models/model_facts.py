@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +19,7 @@ from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.factory import is_family_config, known_models
 from open_clip_ov2.openclip.models.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, text_options
+from open_clip_ov2.quiet import quiet
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, ModelSizes, Tower
 
 
@@ -68,7 +66,7 @@ def model_facts(
         words = _text_cfg(tokenizer, context_length or config["text_cfg"].get("context_length", 77))
         options |= text_options(name, config, words)
     try:
-        with silent(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = open_clip.create_model(
                 name,
                 device="meta",
@@ -109,17 +107,6 @@ def _text_cfg(tokenizer: str, context_length: int) -> dict[str, Any]:
         return text_cfg_for(tokenizer, context_length)
     # A hub name: no need to download its vocabulary to know the head's size.
     return {"context_length": context_length, "vocab_size": REFERENCE_VOCAB_SIZE, "bos_id": 1, "eos_id": 2}
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """OpenCLIP warns that a model without weights is random."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def facts_of(name: str, model: Any) -> ModelFacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, DECODER_CONFIG, DECODER_FILE, VOCAB_FILE, add_decoder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
+from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def open_model(
     where = locate(str(source))
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
     try:
-        with _quiet(where.checkpoint is not None):
+        # OpenCLIP warns of random weights, which would be wrong where a checkpoint is read next.
+        with quiet() if where.checkpoint is not None else contextlib.nullcontext():
             model, _, preprocess = open_clip.create_model_and_transforms(
                 where.name,
                 where.pretrained,
@@ -87,18 +89,6 @@ def open_model(
     elif folder is None:
         folder = Path(_hub_file(where.name, CONFIG)).parent
     return LoadedModel(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
-
-
-@contextlib.contextmanager
-def _quiet(weights_follow: bool) -> Iterator[None]:
-    """OpenCLIP warns of random weights, which would be wrong where a checkpoint is read next."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(max(level, logging.ERROR) if weights_follow else level)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def create_caption_model(source: str, **options: Any) -> tuple[CaptionModel, Callable[..., Any], Any]:

@@ -15,9 +15,9 @@ from open_clip_ov2.data.order.share import Source
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.streams import Tokenizer
 from open_clip_ov2.openclip.command.parse import parse
-from open_clip_ov2.openclip.models.model_facts import silent
 from open_clip_ov2.openclip.run.loaders import caption_keys, dataset_type, make_data, make_source
 from open_clip_ov2.openclip.run.stage_model import StageModel
+from open_clip_ov2.quiet import quiet
 
 STALL_WARNING_S = 60.0
 
@@ -51,7 +51,7 @@ def data_parts(argv: Sequence[str]) -> DataParts:
     size = size[0] if isinstance(size, list) and len(size) == 1 else size  # as OpenCLIP's `main` reads it
     session: Any = SimpleNamespace(plan=plan, carried=None)
     built = StageModel(session, stage, None)
-    with silent(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         _, *transforms = built.creates_model(open_clip.create_model_and_transforms)(
             args.model, None, device="meta", force_image_size=size, aug_cfg=args.aug_cfg,
             force_context_length=args.force_context_length,
