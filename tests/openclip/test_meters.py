@@ -18,8 +18,7 @@ from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.run.model_flops import image_flops
 from open_clip_ov2.tracking.peak import Peak, data_sheet, measured_peak
-from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, DeviceMemory, Meter, bottleneck
-from open_clip_ov2.tracking.window import Window
+from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, DeviceMemory, Meter, Window, bottleneck
 
 BATCH, GPU = 4, DeviceMemory(peak=70e9, total=80e9)
 
@@ -41,13 +40,13 @@ def counted(model: Any, ids_BL: Tensor) -> float:
 
 
 @pytest.mark.parametrize("length", [31, 9])
-def test_utilisation_counts_what_the_flop_counter_counts(length: int) -> None:
+def test_mfu_counts_what_the_flop_counter_counts(length: int) -> None:
     """All captions equally long and trimmed to it, so that nothing is padding."""
     torch.manual_seed(0)
     model = open_clip.create_model("ov2-vit-nano-8", load_weights=False).train()
     meter = Meter(image_flops(facts_of("ov2-vit-nano-8", model), 64), peak_flops=1e12)
     want = counted(model, captions(model, [length] * BATCH)[:, : length + 1])
-    got = meter.utilisation(images=BATCH, tokens=BATCH * length, seconds=2.0) * 2.0 * 1e12
+    got = meter.mfu(images=BATCH, tokens=BATCH * length, seconds=2.0) * 2.0 * 1e12
     assert got == pytest.approx(want, rel=0.02)
 
 
@@ -79,7 +78,7 @@ def test_a_window_by_hand() -> None:
         "images_per_second": 8.0,
         "data_wait_share": 0.25,
         "tokens_per_second": 60.0,
-        "utilisation": 16 * 10 * 7.5 / (2.0 * 2400),
+        "mfu": 16 * 10 * 7.5 / (2.0 * 2400),
     }
     window.add(4, None, wait_s=0.0, step_s=1.0)
     assert window.take() == {"images_per_second": 4.0, "data_wait_share": 0.0}
@@ -106,7 +105,7 @@ def test_each_bottleneck_is_said_once_a_stage() -> None:
     watch = BottleneckWatch()
     for _ in range(2):
         watch.begin(workers=2)
-        waiting = {"data_wait_share": 0.9, "utilisation": 0.5}
+        waiting = {"data_wait_share": 0.9, "mfu": 0.5}
         assert watch.note(waiting, 10 * JUDGED_S, GPU) is None  # workers were starting
         said = [watch.note(waiting, JUDGED_S / 2, GPU) for _ in range(8)]
         assert [index for index, line in enumerate(said) if line] == [1]

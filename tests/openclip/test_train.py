@@ -39,7 +39,7 @@ def test_tensorboard_shows_the_panels(run: Path) -> None:
     scalars = set(board.Tags()["scalars"])
     assert scalars >= {
         "train/caption_loss", "train/loss", "train/lr", "train/grad_norm", "throughput/images_per_second",
-        "throughput/tokens_per_second", "throughput/data_wait_share", "throughput/utilisation", "memory/peak_mb",
+        "throughput/tokens_per_second", "throughput/data_wait_share", "throughput/mfu", "memory/peak_mb",
         "val/caption_loss", "val/perplexity",
     }  # fmt: skip
     assert board.Tags()["images"] == ["val/captions"]

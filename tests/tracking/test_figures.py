@@ -99,6 +99,13 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert read_results(run) == RUN
 
 
+def test_a_metric_by_its_former_name(tmp_path: Path) -> None:
+    """Files of an earlier version call MFU `utilisation`. Oracle: the record, written out."""
+    run = write_run(tmp_path / "run", [{**RUN[0], "utilisation": 0.25}])
+    assert read_results(run) == [{**RUN[0], "mfu": 0.25}]
+    plot_curves([run], tmp_path / "x.png", "utilisation")
+
+
 def test_figure_saves_whole_pages_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
     """Oracle: PIL reads the size that was asked for; matplotlib's own parameters are as before; SVG by the suffix."""
     before = dict(matplotlib.rcParams)

@@ -24,10 +24,10 @@ import submitit
 from submitit.core.utils import JobPaths
 
 from open_clip_ov2 import training as trainer
-from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError
+from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError, first_line
 from open_clip_ov2.launch.ends import OWN, PEER, End, restart_count, write_end
 from open_clip_ov2.launch.folder import Submission, write_json
-from open_clip_ov2.tracking.status import job_id, one_line
+from open_clip_ov2.tracking.status import job_id
 
 RENDEZVOUS_TIMEOUT_S = 300  # ours: ranks of one job start within minutes of each other, or something is wrong
 REQUEUE_TRIES = 3
@@ -59,7 +59,7 @@ def run_member(folder: str, member: int, stage: int) -> None:
     except Exception as error:
         traceback.print_exc()
         kind = PEER if trainer.is_lost_peer(error) else OWN
-        _end(submission, rank, kind, f"{type(error).__name__}: {one_line(error)}", status=1)
+        _end(submission, rank, kind, f"{type(error).__name__}: {first_line(error)}", status=1)
 
 
 class _EarlySignals:

@@ -12,7 +12,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
 from open_clip_ov2.tracking.figures import figure, read_results
-from open_clip_ov2.tracking.hparams import read_hparams
+from open_clip_ov2.tracking.sinks import read_hparams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def _row(run: RunState, metric: str) -> Row:
         best=(min if smaller_is_better else max)(values) if values else None,
         images_per_second=sum(speeds) / len(speeds) if speeds else None,
         restarts=run.status.restarts if run.status else 0,
-        hparams=read_hparams(run.run_dir / "tensorboard"),
+        hparams=read_hparams(run.run_dir),
     )
 
 

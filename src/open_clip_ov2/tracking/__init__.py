@@ -1,1 +1,1 @@
-"""Everything a user sees of a run: log, progress line, TensorBoard, results.jsonl, curves, contact sheets."""
+"""What a user sees of a run: log, progress line, results.jsonl, trackers, status.json, figures, contact sheets."""

@@ -24,6 +24,7 @@ COLORS = ("#2f7fc1", "#e0803a", "#2a9d74", "#b45f9c", "#b59a1d", "#7f7f7f", "#cf
 MARKERS = "osD^vPX*"
 _STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
 _UNITS = {"caption_loss": "nats per token", "images_per_second": "images/s"}
+_FORMER_NAMES = {"utilisation": "mfu"}  # metrics of results.jsonl files that an earlier version wrote
 _SMOOTHING = 0.8  # weight of the past in the moving average of a training curve
 
 
@@ -64,11 +65,12 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not JSON") from None
+        records.append({_FORMER_NAMES.get(name, name): value for name, value in record.items()})
     if not records:
         raise UserError(f"{path}: empty")
     return records
@@ -77,6 +79,7 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 def plot_curves(run_dirs: Sequence[Path], out: Path, metric: str = "caption_loss") -> None:
     """Image file: training (light, smoothed) and validation (dots) of each run over samples seen. Raises UserError."""
     records = {run_dir.resolve().name: read_results(run_dir) for run_dir in run_dirs}
+    metric = _FORMER_NAMES.get(metric, metric)
     if not any(_series(rows, kind, metric)[0] for rows in records.values() for kind in ("train", "val")):
         raise UserError(f"--metric {metric}: no run has it in its results.jsonl")
     with figure(out) as (axes,):

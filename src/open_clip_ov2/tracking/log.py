@@ -1,4 +1,4 @@
-"""The run's log: all of it in out.log, what matters on the terminal."""
+"""The log of a run: everything in RUN/out.log, and what matters on the terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 PACKAGE = "open_clip_ov2"
-FILE_ONLY = "file_only"  # logger.info(..., extra={FILE_ONLY: True}): not for the terminal
+FILE_ONLY = "file_only"  # logger.info(..., extra={FILE_ONLY: True}): keep it from the terminal
 
 
 class _ConsoleHandler(logging.Handler):
-    """Short lines through the console that the progress line lives on."""
+    """Short lines, printed through the console that shows the progress line, so that the two do not mix."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -26,21 +26,21 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    """OpenCLIP logs a page of parameters and the whole model; that belongs in the file."""
+    """Our own lines and all warnings; OpenCLIP's page of parameters and model listing are for the file."""
     if getattr(record, FILE_ONLY, False) or record.getMessage().startswith("No pretrained weights loaded"):
-        return False  # a model that starts from nothing is what training is for
+        return False  # expected: training starts from random weights
     return record.name.split(".")[0] == PACKAGE or record.levelno >= logging.WARNING
 
 
 class RunLog:
-    """The handlers of one run; `close` takes them away again."""
+    """The handlers of one run, in place of those that the root logger had; `close` restores them."""
 
     def __init__(self, handlers: list[logging.Handler], level: int) -> None:
         self._handlers = handlers
         self._root = logging.getLogger()
         self._level_before = self._root.level
         self._others = self._root.handlers[:]
-        for handler in self._others:  # somebody's basicConfig would print every line a second time
+        for handler in self._others:  # of some basicConfig, which would print every line twice
             self._root.removeHandler(handler)
         self._root.setLevel(level)
         for handler in handlers:
@@ -58,7 +58,7 @@ class RunLog:
 
 
 def setup_logging(run_dir: Path | None, rank: int, console: Console | None, debug: bool = False) -> RunLog:
-    """Rank 0: RUN/out.log and the console. Other ranks: warnings to stderr, with the rank before them."""
+    """Rank 0 logs to RUN/out.log and the console; other ranks print warnings to stderr after their rank."""
     level = logging.DEBUG if debug else logging.INFO
     handlers: list[logging.Handler] = []
     if run_dir is not None:

@@ -1,4 +1,4 @@
-"""The dense matrix rate of a device, which utilisation is a share of. FLOP a second."""
+"""The dense matrix rate of a device in FLOP/s, which MFU is relative to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense TFLOP/s (bf16 and fp16; fp32 as OpenCLIP's `main` runs it, with TF32), from the vendors' data sheets, figures
-# "with sparsity" halved. The first name that stands in the device's own counts.
+# (device name, TFLOP/s in bf16 and fp16, TFLOP/s in fp32 with TF32, which OpenCLIP's `main` enables), dense, from the
+# vendors' data sheets (figures "with sparsity" halved). The first name that the device's own name contains counts.
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 1100.0),
     ("GH200", 989.0, 494.0),
@@ -27,20 +27,20 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090", 71.0, 35.6),
 )
 HALF = {"amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"}
-CPU_SIZE, GPU_SIZE = 1024, 8192  # of the square matrices measured: large enough for the full rate
+CPU_SIZE, GPU_SIZE = 1024, 8192  # rows of the square matrices: large enough for the full rate
 MEASURE_S = 0.3
 
 
 @dataclass(frozen=True)
 class Peak:
-    """`flops` a second of one device; `source`: "data sheet" or "measured"."""
+    """FLOP/s of one device; `source` is "data sheet" or "measured"."""
 
     flops: float
     source: str
 
 
 def peak_of(device: torch.device, precision: str) -> Peak:
-    """From the table, or else measured, which takes less than a second."""
+    """From the data sheet if the device is known, else measured (in less than a second)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = data_sheet(name, precision)
     return known or measured_peak(device, precision)
@@ -56,10 +56,10 @@ def data_sheet(device_name: str, precision: str) -> Peak | None:
 
 @functools.cache
 def measured_peak(device: torch.device, precision: str) -> Peak:
-    """The best rate of a large square product in the precision's matrix type."""
+    """The best rate of a large square matrix product in the dtype of `precision`."""
     half = torch.float16 if precision in ("amp", "fp16", "pure_fp16") else torch.bfloat16
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
-    own = torch.Generator(device).manual_seed(0)  # a run's own draws must not depend on what is measured
+    own = torch.Generator(device).manual_seed(0)  # leave the global generator as it is: a resumed run depends on it
     dtype = half if precision in HALF else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None

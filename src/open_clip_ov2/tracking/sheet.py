@@ -1,4 +1,4 @@
-"""Contact sheets: pictures with the caption generated and the true one."""
+"""Contact sheets: images with their generated and true captions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RIGHT, WRONG, TRUE = (20, 120, 50), (170, 40, 30), (105, 105, 105)
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture, what a model says of it, and what it is (if known)."""
+    """An image, its generated caption, and the true one if it is known."""
 
     image: Image.Image
     generated: str
@@ -39,14 +39,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_p
 
 
 def contact_sheet(cells: Sequence[Captioned], columns: int = 4, cell_px: int = 200) -> Image.Image:
-    """A grid of pictures; below each the generated caption (green if it is the true one, else red and, in grey, the
-    true one)."""
+    """A grid of images. Below each stands its generated caption: black without a true one, green if both are equal,
+    else red with the true one below it in gray."""
     font = ImageFont.load_default(TEXT_PX)
     texts: list[list[tuple[str, tuple[int, int, int]]]] = []
     for cell in cells:
         same = cell.true is not None and "".join(cell.generated.split()) == "".join(cell.true.split())
-        colour = (0, 0, 0) if cell.true is None else RIGHT if same else WRONG
-        lines = [(line, colour) for line in _wrap(cell.generated, font, cell_px)]
+        color = (0, 0, 0) if cell.true is None else RIGHT if same else WRONG
+        lines = [(line, color) for line in _wrap(cell.generated, font, cell_px)]
         if cell.true is not None and not same:
             lines += [(line, TRUE) for line in _wrap(cell.true, font, cell_px)]
         texts.append(lines)
@@ -66,7 +66,7 @@ def contact_sheet(cells: Sequence[Captioned], columns: int = 4, cell_px: int = 2
             )
             sheet.paste(small, (left + (cell_px - small.width) // 2, top + (cell_px - small.height) // 2))
             draw.rectangle((left - 1, top - 1, left + cell_px, top + cell_px), outline=(215, 215, 215))
-            for line, (text, colour) in enumerate(texts[index]):
-                draw.text((left, top + cell_px + 6 + line * LINE_PX), text, fill=colour, font=font)
+            for line, (text, color) in enumerate(texts[index]):
+                draw.text((left, top + cell_px + 6 + line * LINE_PX), text, fill=color, font=font)
         top += height
     return sheet

@@ -1,9 +1,8 @@
-"""RUN/status.json: where a run stands, small enough to be read by anything. `ov2 jobs` reads it, without accounting."""
+"""RUN/status.json: how far a run is, in a small file. `ov2 jobs` reads it and so needs no SLURM accounting."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
@@ -11,8 +10,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from open_clip_ov2.errors import Interrupted
+from open_clip_ov2.errors import Interrupted, UserError, first_line
+from open_clip_ov2.files import read_json, write_json
 
 STATUS_FILE = "status.json"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -20,9 +21,10 @@ RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "inter
 
 @dataclass(frozen=True)
 class Status:
-    """`stage` of `stages`, from 1 (0: not there yet). `restarts`: times that the run was begun again. Times are Unix's.
+    """`stage` of `stages` counts from 1 (0: none has begun). `restarts`: how often the run was started again. `started`
+    and `updated` are Unix times.
 
-    `finished` with `stage` < `stages`: done as far as it was asked to go (--until-stage).
+    `finished` with `stage` < `stages`: the run stopped where it was asked to (--until-stage).
     """
 
     state: str
@@ -42,30 +44,31 @@ class Status:
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """None if there is none, or none that can be read."""
+    """None if there is no status.json, or none that can be read."""
     try:
-        values = json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))
+        values = read_json(run_dir / STATUS_FILE, dict)
         known = {field.name for field in fields(Status)}
         return Status(**{key: value for key, value in values.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (UserError, TypeError):
         return None
 
 
 def write_status(run_dir: Path, status: Status) -> None:
-    """Whole or not at all: a reader never sees half of it."""
+    """Whole or not at all: a reader never sees half of it. Not synced to disk, as it is written at every log step."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".tmp-{STATUS_FILE}.{os.getpid()}"
-    values = {key: None if _not_finite(value) else value for key, value in asdict(status).items()}
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / STATUS_FILE)
+    write_json(run_dir / STATUS_FILE, finite(asdict(status)), sync=False)
 
 
-def _not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With None for NaN and infinities, which strict JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:
-    """As SLURM and submitit name the job that this process is in: 17, 17_3 (array), a process id (local), or empty."""
+    """Id of the job that this process is in, as SLURM and submitit name it: 17, 17_3 (array), a process id (local), or
+    empty."""
     array, index = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     if array and index:
         return f"{array}_{index}"
@@ -73,9 +76,9 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str:
 
 
 class StatusFile:
-    """Written by one process of a run. `active=False` (ranks other than 0): does nothing.
+    """Written by rank 0 of a run. With `active=False` (other ranks) it does nothing.
 
-    A full disk must not end a run: what cannot be written is left out.
+    A full disk must not end a run, so an update that cannot be written is skipped.
     """
 
     def __init__(self, run_dir: Path, active: bool = True) -> None:
@@ -83,16 +86,15 @@ class StatusFile:
         if not active:
             return
         before = read_status(run_dir)
-        # A run that stopped after a stage, as asked, and goes on has not been restarted.
-        again = before is not None and before.state != FINISHED
-        now = time.time()
+        # A run that stopped after a stage, as asked, and now continues was not restarted.
+        restarted = before is not None and before.state != FINISHED
         self._status = replace(
             before or Status(RUNNING),
             state=RUNNING,
             reason="",
-            restarts=(before.restarts if before else 0) + again,
+            restarts=(before.restarts if before else 0) + restarted,
             images_per_second=None,
-            started=now,
+            started=time.time(),
             host=socket.gethostname(),
             pid=os.getpid(),
             job_id=job_id(),
@@ -100,7 +102,7 @@ class StatusFile:
         self.update()
 
     def update(self, **changes: int | float | str | None) -> None:
-        """Fields of Status."""
+        """Change fields of Status."""
         if not self._active:
             return
         self._status = replace(self._status, updated=time.time(), **changes)  # type: ignore[arg-type]
@@ -109,19 +111,13 @@ class StatusFile:
 
     @contextlib.contextmanager
     def outcome(self) -> Iterator[None]:
-        """How the run inside ended becomes its state."""
+        """Record how the block ended: finished, interrupted or failed."""
         try:
             yield
         except (Interrupted, KeyboardInterrupt) as stop:
-            self.update(state=INTERRUPTED, reason=one_line(stop))
+            self.update(state=INTERRUPTED, reason=first_line(stop))
             raise
         except BaseException as error:
-            self.update(state=FAILED, reason=one_line(error))
+            self.update(state=FAILED, reason=first_line(error))
             raise
         self.update(state=FINISHED)
-
-
-def one_line(error: BaseException) -> str:
-    """Its message, or its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from open_clip_ov2.evaluate.options import options_of, source_of
 from open_clip_ov2.evaluate.tasks import TASKS, check_tasks
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
+from open_clip_ov2.tracking.sinks import tracker_names
 
 _RANGES = {
     "lr": (0, float("inf")), "wd": (0, float("inf")), "warmup": (0, float("inf")), "seed": (0, 2**32 - 1),
@@ -61,9 +62,7 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) ->
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     if theirs.workers < 0:
         raise UserError(f"--workers must be at least 0, got {theirs.workers}")
-    unknown = set(theirs.report_to.split(",")) - {"", "tensorboard"}
-    if unknown:
-        raise UserError(f"--report-to {theirs.report_to}: ov2 writes tensorboard and results.jsonl, nothing else")
+    tracker_names(theirs.report_to)
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget: torch.compile keeps to it; add --torchcompile")
     if family:

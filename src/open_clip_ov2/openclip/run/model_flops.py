@@ -50,16 +50,16 @@ def image_flops(facts: ModelFacts, resolution: int, batch_size: int = 1) -> Call
 def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
     """None, and a line in the log, where FLOPs are not known: towers that are no plain transformers, or frozen."""
     if args.lock_image or args.lock_text:
-        logger.info("no utilisation is measured: a part of the model is frozen")
+        logger.info("MFU is not measured: a part of the model is frozen")
         return None
     try:
         facts = facts_of(args.model, model)
     except (UserError, AttributeError) as error:
-        logger.info("no utilisation is measured: %s", error)
+        logger.info("MFU is not measured: %s", error)
         return None
     peak = peak_of(torch.device(args.device), args.precision)
     logger.info(
-        "utilisation is of %.4g TFLOP/s a device (%s, dense matrix products, %s)",
+        "MFU is relative to %.4g TFLOP/s per device (%s, dense matrix products, %s)",
         peak.flops / 1e12, peak.source, args.precision,
     )  # fmt: skip
     return Meter(image_flops(facts, int(model.visual.image_size[0])), peak.flops * args.world_size)
