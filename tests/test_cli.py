@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import open_clip_ov2
 from open_clip_ov2.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +25,30 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_module_entry_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "open_clip_ov2", "bake"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("ov2: error: 'bake' is no command of ov2")
+    assert done.stderr.strip().splitlines()[-1].startswith("ov2: error: 'bake' is not a command of ov2")
+
+
+@pytest.mark.parametrize(("argv", "status"), [(["train", "--help"], 141), (["eval", "--help"], 0), ([], 141)])
+def test_a_reader_that_leaves_costs_no_traceback(argv: list[str], status: int) -> None:
+    """`ov2 ... | head -1`. Oracle: a real pipe, whose reader is gone before the first line.
+
+    141 is 128 + SIGPIPE; argparse, which prints the help of all commands but `train`, ignores a closed pipe itself.
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.Popen([sys.executable, "-m", "open_clip_ov2", *argv], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert process.communicate()[1].decode() == ""
+    assert process.returncode == status
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """Oracle: the metadata that pip made of pyproject.toml, where no other file may repeat it."""
+    assert open_clip_ov2.__version__ == version("open_clip_ov2")
+    project = (ROOT / "pyproject.toml").read_text()
+    assert project.count(f'version = "{open_clip_ov2.__version__}"') == 1
+    sources = [*(ROOT / "src").rglob("*.py")]
+    assert [file for file in sources if f'"{open_clip_ov2.__version__}"' in file.read_text()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

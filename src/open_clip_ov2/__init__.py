@@ -8,6 +8,8 @@ model = ov2.open_model(run).model
 ```
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from open_clip_ov2.openclip.models.version import check_open_clip
 
 check_open_clip()
@@ -19,7 +21,10 @@ from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: 
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
 from open_clip_ov2.training import check, open_model, train  # noqa: E402
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("open_clip_ov2")
+except PackageNotFoundError:  # a checkout or a job's copy of the code, which is not installed
+    __version__ = "unknown"
 __all__ = [
     "CaptionLoss",
     "CaptionModel",

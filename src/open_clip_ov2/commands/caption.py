@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -23,6 +24,9 @@ from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import add_generation, generation_options
+
+if TYPE_CHECKING:
+    from open_clip_ov2.openclip.run.run_folder import LoadedRun
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 BATCH_SIZE = 32
@@ -89,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _caption(run, batch: list[Picture], args: argparse.Namespace) -> list[str]:
+def _caption(run: LoadedRun, batch: list[Picture], args: argparse.Namespace) -> list[str]:
     import torch
 
     from open_clip_ov2.evaluate.eval_job import eval_compute

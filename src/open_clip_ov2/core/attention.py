@@ -32,7 +32,7 @@ def takes_half_kernels(x: Tensor, head_width: int) -> bool:
     return half and head_width % HEAD_STEP == 0 and head_width <= HEAD_MOST and has_half_kernels(x.device)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has not annotated it
 def has_half_kernels(device: torch.device) -> bool:
     """NVIDIA, from Ampere on, in a build that has them. Asked once, and by torch.compile when it traces."""
     return _has_half_kernels(device)

@@ -33,9 +33,12 @@ class Jpeg(NamedTuple):
             else {"min_height": -(-self.height // reduction), "min_width": -(-self.width // reduction)}
         )
         try:
-            return simplejpeg.decode_jpeg(self.data, "RGB", fastdct=False, fastupsample=False, **least)
+            image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                self.data, "RGB", fastdct=False, fastupsample=False, **least
+            )
         except ValueError:
             return None
+        return image
 
 
 def read_header(data: bytes) -> Jpeg | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -18,10 +18,14 @@ _TIMES = re.compile(rb"(?:\d+ [amc]time=[-\d.]+\n)*\0*")
 _OCTAL = re.compile(rb"0*([0-7]{1,11})[\0 ]*")
 
 
+class Readable(Protocol):
+    def read(self, size: int = -1) -> bytes: ...
+
+
 class GivesBack:
     """A stream that takes bytes back."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Readable) -> None:
         self._stream, self._given = stream, b""
         self.given_back = False
 

@@ -40,7 +40,7 @@ class _Watched:
             self._stream.close()
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+        data: bytes = self._stream.read(size)
         if len(self._head) < 8:
             self._head += data[: 8 - len(self._head)]
         self._tail = data[-TAR_BLOCK:] if len(data) >= TAR_BLOCK else (self._tail + data)[-TAR_BLOCK:]
