@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from open_clip_ov2.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of full flag names whose mistakes are UserErrors of one line, not a page of usage."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{self.prog}: {message} (`{self.prog} --help` lists the flags)")
+
+
+def flag_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of `tables` (or any that raises UserError or ValueError) as the `type` of an argparse flag."""
+
+    def parse(text: str) -> Any:
+        try:
+            return read(text)
+        except (UserError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def last(argv: Sequence[str], flag: str) -> int:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_clip_ov2.commands.options import Parser, add_device
+from open_clip_ov2.argv import Parser
+from open_clip_ov2.commands.options import add_device
 from open_clip_ov2.compare.bench.cases import ARMS, SETTINGS, BenchSettings, CaptionLengths, Case
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.memory import PRECISION
@@ -46,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 bench",
         description="A training step (forward, backward, update) of ov2 against CoCa and CLIP of the same encoder, "
         "these exactly as stock OpenCLIP runs them. `ov2 bench data --help`: can the loader keep up?",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--setting", choices=SETTINGS, help="defaults by name (default: large on a GPU, small elsewhere)")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.errors import UserError
 
 PLENTY = "100000000"  # samples of an epoch, so that none ends while it is measured
@@ -40,7 +40,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 bench data",
         description="Images a second by stage of the data pipeline, on one core, and of the whole loader. Further "
         "flags are those of `ov2 train`: --caption-keys, --tokenizer, --batch-size, --color-jitter, ...",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--train-data", required=True, metavar="SHARDS", help="as for ov2 train")

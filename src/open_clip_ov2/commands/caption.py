@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.options import (
-    Parser,
     add_device,
     existing,
     paths_checked,
@@ -75,7 +75,7 @@ def _caption_all(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ov2 caption", description="Caption pictures with a trained model.", allow_abbrev=False)
+    parser = Parser(prog="ov2 caption", description="Caption pictures with a trained model.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture, folder of pictures, or tar of a dataset")
     parser.add_argument(
         "--checkpoint",

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.cluster_flags import split
-from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
 
 WIDTH = 160  # of what goes to a file
@@ -60,7 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="ov2 compare FILE.toml... --train-data SHARDS --val-data SHARDS [flags] [-- FLAGS OF OV2 TRAIN]",
         description="Train and evaluate models on equal terms. The same command goes on where it was stopped, and "
         "reads what is done. Flags after `--` are for all runs.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE.toml", help="comparisons; one page for all of them")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.commands.options import Parser, paths_checked
+from open_clip_ov2.argv import Parser
+from open_clip_ov2.commands.options import paths_checked
 from open_clip_ov2.errors import UserError
 
 CONTEXT_LENGTH, IMAGE_SIZE = 128, 224  # docs/reference.md: the reference's caption length, the published resolution
@@ -30,7 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ov2 convert",
         description="Flax parameters or a released checkpoint -> a model folder; a model -> Flax parameters.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help=".npz, Orbax folder; or a run, folder or hf-hub: name")
     parser.add_argument(

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from open_clip_ov2.commands.options import Parser, add_device, paths_checked, values_checked
+from open_clip_ov2.argv import Parser
+from open_clip_ov2.commands.options import add_device, paths_checked, values_checked
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import EvalOptions, add_eval_flags, eval_options
 
@@ -65,7 +66,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ov2 eval",
         description="Evaluate a model on held-out pictures; docs/evaluation.md defines each task.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub: or NAME:WEIGHTS")
     add_eval_flags(parser)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.commands.options import Parser, paths_checked
+from open_clip_ov2.argv import Parser
+from open_clip_ov2.commands.options import paths_checked
 from open_clip_ov2.errors import UserError
 
 TARGETS = {
@@ -51,7 +52,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 export",
         description=f"Write a trained encoder for another library.\n\ntargets:\n{targets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="a run's folder or checkpoint, a model folder, or hf-hub:ORG/NAME")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))

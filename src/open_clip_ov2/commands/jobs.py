@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import state
 from open_clip_ov2.launch.queue import cancel
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="ov2 jobs", description=DESCRIPTION, allow_abbrev=False,
+        prog="ov2 jobs", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("action", nargs="?", choices=("logs", "cancel", "resubmit"), help="default: list the runs")

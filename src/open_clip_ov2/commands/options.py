@@ -6,17 +6,9 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from open_clip_ov2.compare.bench.machine import default_device
 from open_clip_ov2.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line, not a page of usage."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{self.prog}: {message} (`{self.prog} --help` lists the flags)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

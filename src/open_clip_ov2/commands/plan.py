@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 from open_clip_ov2.recipe import costs as planning

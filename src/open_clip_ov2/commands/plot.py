@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.errors import UserError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ov2 plot", description="Draw the curves of one or more runs as a PNG.", allow_abbrev=False)
+    parser = Parser(prog="ov2 plot", description="Draw the curves of one or more runs as a PNG.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--metric", help="a name in results.jsonl (default: caption_loss)")

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.export import write_card, write_target
-from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
 
 TARGETS = ("ov2", "hf", "timm", "open-clip", "released")
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ov2 push", description="Put a model on the Hugging Face hub.", allow_abbrev=False)
+    parser = Parser(prog="ov2 push", description="Put a model on the Hugging Face hub.")
     parser.add_argument("run", metavar="RUN", help="a run's folder or checkpoint, or a model folder")
     parser.add_argument("repository", metavar="ORG/NAME")
     parser.add_argument("--to", choices=TARGETS, default="ov2", help="format, as of ov2 export (default: %(default)s)")

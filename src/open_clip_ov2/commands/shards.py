@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from open_clip_ov2.commands.options import Parser
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.data.resize import LEDGER, Resize
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.shards import expand_shards
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="ov2 shards", description="Work on webdataset shards.", allow_abbrev=False)
+    parser = Parser(prog="ov2 shards", description="Work on webdataset shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     resize = commands.add_parser(
         "resize",
@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Copies of shards with smaller pictures. Keys, captions and all other entries are copied byte for "
         "byte; nothing is enlarged; EXIF orientation is applied; a picture that cannot be decoded is left out with its "
         "sample, and named. Stopped, the same command goes on.",
-        allow_abbrev=False,
     )
     add = resize.add_argument
     add("shards", nargs="+", metavar="IN", help="tars, as for ov2 train --train-data: braces, ::, pipe:")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from open_clip_ov2 import training as trainer
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
-from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions
@@ -58,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 submit",
         usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN",
         description="Run `ov2 train` on SLURM. What stands after `--` is checked before anything is submitted.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dry-run", action="store_true", help="show the plan, the folder and the sbatch file; submit nothing")

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.cluster_flags import add_cluster_flags, count_of, given_flags, split
-from open_clip_ov2.commands.options import Parser
 from open_clip_ov2.commands.submit import wait
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, report, state, submit
@@ -60,7 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 sweep",
         usage="ov2 sweep FILE.toml [flags] [-- FLAGS OF OV2 TRAIN]",
         description="Train a grid or list of runs; --report compares them. Flags after `--` are for all of them.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.toml", help="what varies ([grid], [[run]]) and what does not ([base])")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2.argv import Parser
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
@@ -67,13 +68,6 @@ class RunOptions:
     override: bool
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake is a UserError."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"ov2 train: {message}")
-
-
 def number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
 
@@ -125,7 +119,7 @@ def _keep_ratio(text: str) -> KeepRatio:
 
 def build_parser() -> argparse.ArgumentParser:
     """Our flags alone."""
-    parser = Parser(prog="ov2 train", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = Parser(prog="ov2 train", add_help=False, usage=argparse.SUPPRESS)
     _add_schedule(parser.add_argument_group("stages (flags of ov2; all others are OpenCLIP's)"))
     _add_model(parser.add_argument_group("model and loss"))
     _add_data(parser.add_argument_group("data"))
