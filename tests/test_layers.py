@@ -107,6 +107,68 @@ def test_functions_stay_short() -> None:
     assert long == []
 
 
+DOCUMENTED = {"_replace", "_exit"}  # of NamedTuple and os: public for all their underscore
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Attributes and imported names that begin with one underscore, and `__class__` where it is assigned."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found |= {node.attr} if node.attr != "__class__" or isinstance(node.ctx, ast.Store) else set()
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("open_clip_ov2"):
+            found |= {alias.name for alias in node.names} | set((node.module or "").split("."))
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            found |= {str(value.value) for value in node.args[1:2] if isinstance(value, ast.Constant)}
+    return {name for name in found if name == "__class__" or (name.startswith("_") and not name.startswith("__"))}
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """Names that a file defines: functions, classes, variables, parameters, and attributes of `self`."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            found |= {node.attr} if node.value.id in ("self", "cls") else set()
+    return found - {"__class__"}
+
+
+def uses_of_private_names(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """(file, name) of every private name that none of the sources defines. `sources`: content by file."""
+    trees = {file: ast.parse(source) for file, source in sources.items()}
+    ours = DOCUMENTED.union(*map(own_names, trees.values()))
+    return {(file, name) for file, tree in trees.items() for name in private_names(tree) - ours}
+
+
+def test_private_names_of_others_are_those_that_are_listed() -> None:
+    """Both ways: none is used that is not listed, and none is listed that is not used."""
+    from open_clip_ov2.openclip.private_names import PRIVATE_NAMES
+
+    sources = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
+    listed = {(file, private.name) for private in PRIVATE_NAMES for file in private.files.split()}
+    listed = {(file, name) for file, name in listed if name.startswith("_")}  # the rest is undocumented, not private
+    assert uses_of_private_names(sources) == listed
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["visual._embeds(images)", "from open_clip.model import _pool", "block.__class__ = Fast", "import open_clip._new",
+     "getattr(visual, '_pool')"],
+)  # fmt: skip
+def test_an_unlisted_private_name_is_found_in_any_file(line: str) -> None:
+    """Oracle: a line that uses one, added to a real file that uses none."""
+    source = (ROOT / "core" / "packing.py").read_text()
+    assert uses_of_private_names({"core/packing.py": source}) == set()
+    assert len(uses_of_private_names({"core/packing.py": f"{source}\n{line}\n"})) == 1
+
+
 def test_nothing_is_rebound_outside_the_list() -> None:
     """`setattr` stands in patches.py alone."""
     for file in FILES:

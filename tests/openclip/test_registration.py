@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 from typing import Any
 
 import open_clip
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import open_clip_ov2
-from open_clip_ov2.openclip import patches
+from open_clip_ov2.openclip import patches, private_names
 from open_clip_ov2.openclip.models.factory import MODEL_CONFIGS
 
 PUBLISHED = ["ti-16", "ti-8", "s-16", "s-8", "b-16", "b-8", "l-14", "so400m-14", "h-14", "g-14"]
@@ -158,14 +160,76 @@ def test_unregister_undoes_everything_and_register_is_idempotent() -> None:
     assert "ov2-vit-l-14" in open_clip.list_models()
 
 
-def test_a_name_gone_upstream_is_an_error_and_nothing_stays_rebound() -> None:
-    from open_clip import factory
+ALL_RUN = [patches.Patch(*where, lambda _: object(), why) for where, why in patches.RUN.items()]
+EVERY_NAME = [*patches.REGISTRATION, *ALL_RUN]
 
-    before = factory.resize_pos_embed
-    gone = patches.Patch("open_clip.factory", "no_such_name", lambda original: original, "test")
-    with pytest.raises(ImportError, match=r"open_clip\.factory\.no_such_name"):
-        patches.apply([patches.REGISTRATION[1], gone])
-    assert factory.resize_pos_embed is before
+
+def bound(patch: patches.Patch) -> object:
+    return getattr(import_module(patch.module), patch.name)
+
+
+@pytest.mark.parametrize("patch", EVERY_NAME, ids=lambda patch: f"{patch.module}.{patch.name}")
+def test_every_name_is_rebound_and_comes_back(patch: patches.Patch) -> None:
+    """Oracle: the very same object before and after."""
+    before = bound(patch)
+    undo = patches.apply([patch])
+    try:
+        assert bound(patch) is not before
+    finally:
+        undo()
+    assert bound(patch) is before
+
+
+@pytest.mark.parametrize("gone", EVERY_NAME, ids=lambda patch: f"{patch.module}.{patch.name}")
+def test_a_name_gone_upstream_is_one_line_and_nothing_stays_rebound(
+    gone: patches.Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each name deleted in turn, as another version of OpenCLIP may do. Oracle: all other names are what they were."""
+    table = ALL_RUN if gone in ALL_RUN else patches.REGISTRATION
+    others = [patch for patch in table if patch != gone]
+    before = [bound(patch) for patch in others]
+    monkeypatch.delattr(import_module(gone.module), gone.name)
+    with pytest.raises(ImportError, match=re.escape(f"{gone.module}.{gone.name}")) as error:
+        patches.apply([*others, gone])
+    assert "\n" not in str(error.value)
+    assert all(bound(patch) is original for patch, original in zip(others, before, strict=True))
+
+
+@pytest.mark.parametrize("private", private_names.PRIVATE_NAMES, ids=lambda private: f"{private.owner}.{private.name}")
+def test_a_private_name_is_there_or_named_in_one_line(
+    private: private_names.PrivateName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert private_names.is_there(private)
+    gone = private._replace(name="_gone_upstream")
+    monkeypatch.setattr(private_names, "PRIVATE_NAMES", [gone])
+    with pytest.raises(ImportError, match=re.escape(f"{private.owner}._gone_upstream")) as error:
+        private_names.check_private_names(private.owner)
+    assert "\n" not in str(error.value)
+
+
+def test_registration_and_runs_check_the_private_names_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of OpenCLIP's and one of torch's renamed. Oracle: nothing is rebound, and the message names it."""
+    from open_clip import factory, model
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    open_clip_ov2.unregister()
+    try:
+        stock = factory.CLIP
+        with monkeypatch.context() as patch:
+            patch.delattr(model, "_build_vision_tower")
+            with pytest.raises(ImportError, match=r"open_clip\.model\._build_vision_tower"):
+                open_clip_ov2.register()
+        assert factory.CLIP is stock
+    finally:
+        open_clip_ov2.register()
+    with monkeypatch.context() as patch:
+        patch.delattr(_MultiProcessingDataLoaderIter, "_shutdown_workers")
+        patch.setattr(private_names.inspect, "getsource", lambda _: "")
+        with (
+            pytest.raises(ImportError, match=r"_shutdown_workers"),
+            patches.run_patches(dict.fromkeys(patches.RUN, lambda original: original)),
+        ):
+            pass
 
 
 def test_another_open_clip_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

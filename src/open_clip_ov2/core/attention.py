@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_STEP, HEAD_MOST = 8, 256  # widths of a head that these kernels take without padding
+KERNELS = ("_flash_attention_forward", "_scaled_dot_product_efficient_attention")
 SHORT = 64  # tokens up to which the memory-efficient kernel is ahead of FlashAttention and cuDNN on an H100
 
 
@@ -40,9 +41,14 @@ def has_half_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _has_half_kernels(device: torch.device) -> bool:
-    return (
+    """Raises ImportError if the kernels have no longer the names by which they are called here and in core/rows.py."""
+    found = (
         device.type == "cuda"
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and torch.backends.cuda.is_flash_attention_available()
     )
+    missing = [name for name in KERNELS if found and not hasattr(torch.ops.aten, name)]
+    if missing:
+        raise ImportError(f"torch.ops.aten has no {', '.join(missing)}; checked with torch 2.11 to 2.14")
+    return found

@@ -1,8 +1,8 @@
 """The whole method in plain torch: image -> patch tokens -> kept tokens -> text decoder -> loss. Read this first.
 
 Everything else in this package computes the same faster: tests hold it to these lines, and tests/core/test_reference.py
-holds these lines to numbers recorded from the authors' code. OV2 is OpenVision 2 (arXiv 2509.01644); other facts and files of the
-authors' release are cited in docs/reference.md. `params` is the state dict of a `CaptionModel`.
+holds these lines to numbers recorded from the authors' code. OV2 is OpenVision 2 (arXiv 2509.01644); docs/reference.md
+cites the other facts, and the files of the authors' release. `params` is the state dict of a `CaptionModel`.
 
 Shapes: B batch, N patch tokens, K kept tokens, L caption tokens, S queries, C keys, D width, H heads, V vocabulary.
 """

@@ -1,9 +1,10 @@
-"""Every name that this plugin rebinds in OpenCLIP, with the reason. Nothing is rebound anywhere else.
+"""Every name that this plugin rebinds, with the reason; private_names.py has those that are used as they are.
 
-Checked against open_clip_torch 3.3.0. A name that is gone is an ImportError that names it. `undo` restores
-what was there before. REGISTRATION holds from `import open_clip_ov2` on and acts on ov2 and released encoders alone
-(but for the check of a folder's or the hub's config, which any other passes unchanged); the names of a
-run (stage_run.py fills in the replacements) hold only while `ov2 train` is inside OpenCLIP's `main`.
+REGISTRATION holds from `import open_clip_ov2` on, and acts on ov2 models and released encoders alone (the check of a
+folder's or the hub's config passes any other config unchanged). RUN holds while a stage of `ov2 train` is inside
+OpenCLIP's `main`. Checked with open_clip_torch 3.3.0 and torch 2.11 to 2.14. A name that is missing is a one-line
+ImportError when it is first needed, at import or when a run starts, and then nothing stays rebound. docs/openclip.md
+shows both lists.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from open_clip_ov2.openclip.models import baseline_configs, factory, preprocess, released, tokenizer, weights
+from open_clip_ov2.openclip.models.version import missing_name
+from open_clip_ov2.openclip.private_names import check_private_names
 
 
 @dataclass(frozen=True)
@@ -32,99 +35,113 @@ REGISTRATION: tuple[Patch, ...] = (
         "open_clip.factory",
         "CustomTextCLIP",
         released.dispatch_model_class,
-        "create_model picks the class from its module's globals; a config with decoder_cfg is a CaptionModel",
+        "create_model takes the class from its module's globals; a config with decoder_cfg becomes a CaptionModel",
     ),
     Patch(
         "open_clip.factory",
         "resize_pos_embed",
         factory.recompute_position_table,
-        "a fixed sin-cos table is recomputed for a new grid; upstream interpolates it",
+        "the fixed sine-cosine table is recomputed for a new grid; OpenCLIP interpolates it",
     ),
     Patch(
         "open_clip.factory",
         "set_model_preprocess_cfg",
         preprocess.supply_preprocess_cfg,
-        "ImageNet mean/std and bilinear for ov2 models; upstream falls back to OpenAI's constants",
+        "ov2 models get ImageNet's mean and std and bilinear resizing; OpenCLIP falls back to OpenAI's",
     ),
     Patch(
         "open_clip.factory",
         "image_transform_v2",
         preprocess.use_family_crop,
-        "upstream's train crop is bicubic and 90-100% whatever is asked for",
+        "ov2 models get the crop they ask for; OpenCLIP's is bicubic, of 90 to 100% of the area, whatever is asked for",
     ),
     Patch(
         "open_clip.factory",
         "HFTokenizer",
         tokenizer.dispatch_tokenizer,
-        "the reference's ids: no text cleaning, no special tokens in text, bos 1, eos 2",
+        "text_cfg.tokenizer_mode ov2 gives word pieces with the reference's ids: no text cleaning, bos 1, eos 2",
     ),
     Patch(
         "open_clip.factory",
         "CLIP",
         released.dispatch_model_class,
-        "a released vision-only config is a VisionModel; upstream builds a text tower that no weights belong to",
+        "a released vision-only config becomes a VisionModel; OpenCLIP builds a text tower that has no weights",
     ),
     Patch(
         "open_clip.factory",
         "load_checkpoint",
         weights.load_strictly,
-        "bare encoder keys are read as a text tower upstream; ours: all keys accounted for, nothing unpickled",
+        "checkpoints of ov2 models must fit, and nothing is unpickled; OpenCLIP takes a bare encoder for a text tower",
     ),
     Patch("open_clip", "load_checkpoint", weights.load_strictly, "the same function under its public name"),
     Patch(
         "open_clip.factory",
         "create_model",
         released.load_image_weights_strictly,
-        "pretrained_image_path is loaded with strict=False upstream, and its errors are logged and passed over",
+        "pretrained_image_path of ov2 models must fit; OpenCLIP loads it with strict=False and only logs its errors",
     ),
     Patch("open_clip", "create_model", released.load_image_weights_strictly, "the same function under its public name"),
     Patch(
         "open_clip.factory",
         "_find_checkpoint_in_dir",
         released.check_local_config,
-        "a folder's config without vision_cfg is a bare KeyError upstream",
+        "a folder's config without vision_cfg is an error that says so; OpenCLIP raises a bare KeyError",
     ),
     Patch(
         "open_clip.factory",
         "_get_hf_config",
         released.check_hub_config,
-        "the same for the hub; a hub config could switch on trust_remote_code for its tokenizer",
+        "the same for the hub; its config may not switch on trust_remote_code for its tokenizer",
     ),
 )
 
-# What a run rebinds, and why. stage_run.py gives a replacement for each of these names, and for no other.
+# (module, name) -> why. StageRun.replacements (run/stage_run.py) has a replacement for each of these and no other.
 RUN: dict[tuple[str, str], str] = {
-    ("open_clip_train.main", "init_distributed_device"): "a process group is made once for all stages of a run",
-    ("open_clip_train.main", "setup_logging"): "one log for all stages; the page of parameters goes to the file alone",
+    ("open_clip_train.main", "init_distributed_device"): "the process group is made once for all stages of a run",
+    ("open_clip_train.main", "setup_logging"): "all stages share one log",
     ("open_clip_train.main", "create_model_and_transforms"): (
-        "ov2's own model options reach the model; a stage starts from the weights of the one before; CoCa's decoder "
-        "head, left uninitialised upstream, is initialised"
+        "our model flags reach the model; a stage starts from the weights of the stage before; CoCa's decoder head, "
+        "which OpenCLIP leaves uninitialized, is initialized"
     ),
-    ("open_clip_train.main", "get_tokenizer"): "--tokenizer",
-    ("open_clip_train.main", "get_latest_checkpoint"): "upstream takes the last file by name, finished or not",
-    ("open_clip_train.main", "pt_load"): "the checkpoint that our own search has read and found whole",
-    ("open_clip_train.main", "get_data"): "caption keys, bad samples counted and bounded, deterministic order",
-    ("open_clip_train.main", "create_loss"): "the caption loss; upstream dispatches on a substring of the name",
+    ("open_clip_train.main", "get_tokenizer"): "--tokenizer; a faster tokenizer with the same ids",
+    (
+        "open_clip_train.main",
+        "get_latest_checkpoint",
+    ): ("our own search decides what to resume from; OpenCLIP takes the last file by name, finished or not"),
+    ("open_clip_train.main", "pt_load"): "gives the checkpoint that our own search has read whole",
+    (
+        "open_clip_train.main",
+        "get_data",
+    ): ("our loaders: caption keys, bad samples counted and bounded, a reproducible order"),
+    (
+        "open_clip_train.main",
+        "create_loss",
+    ): ("ov2 models train on the caption loss; OpenCLIP chooses a loss by a substring of the model's name"),
     ("open_clip_train.main", "train_one_epoch"): (
-        "upstream's accumulation is wrong for a caption loss; checkpoints, signals and the guard act between steps"
+        "ov2 models take our step (OpenCLIP's accumulates for a contrastive loss); checkpoints, signals and the guard "
+        "act between the steps of any model"
     ),
-    ("open_clip_train.main", "evaluate"): "upstream's needs text features, and sums CoCa's caption loss wrongly",
-    ("open_clip_train.main", "optim"): "no weight decay on the token embedding; fused AdamW",
-    ("timm.optim", "create_optimizer_v2"): "--opt timm/muon: embeddings and head are AdamW's",
+    (
+        "open_clip_train.main",
+        "evaluate",
+    ): ("our validation; OpenCLIP's needs text features, and sums CoCa's caption loss wrongly"),
+    ("open_clip_train.main", "optim"): "ov2 models: no weight decay on the token embedding; AdamW in one fused kernel",
+    ("timm.optim", "create_optimizer_v2"): "--opt timm/muon: embeddings and the head are left to AdamW",
     ("open_clip_train.train", "maybe_compute_generative_loss"): (
-        "upstream's value counts padding and sums every 100th batch; ours stands in its place"
+        "off: OpenCLIP's value counts padding and sums every 100th batch; our own validation loss replaces it"
     ),
     ("torch.nn.parallel", "DistributedDataParallel"): (
-        "upstream passes device_ids, which DDP refuses on CPU; buckets that stay the same, for an exact resume; "
+        "works on CPUs, where DDP refuses OpenCLIP's device_ids; keeps its buckets, for an exact resume; "
         "--gradient-reduction"
     ),
 }
+
 
 _MISSING = object()
 
 
 def apply(patches: Sequence[Patch]) -> Callable[[], None]:
-    """Rebind all, or none. Returns the undo."""
+    """Rebind all names, or none if one is missing (ImportError). Returns the undo, which restores the same objects."""
     done: list[tuple[Any, str, Any]] = []
 
     def undo() -> None:
@@ -137,10 +154,7 @@ def apply(patches: Sequence[Patch]) -> Callable[[], None]:
         original = getattr(module, patch.name, _MISSING)
         if original is _MISSING:
             undo()
-            raise ImportError(
-                f"open_clip_ov2 rebinds {patch.module}.{patch.name}, which is not there in this version; "
-                "pip install 'open_clip_torch[training]==3.3.*'"
-            )
+            raise missing_name(f"{patch.module}.{patch.name}")
         setattr(module, patch.name, patch.replace(original))
         done.append((module, patch.name, original))
     return undo
@@ -151,6 +165,7 @@ def run_patches(replacements: dict[tuple[str, str], Callable[[Any], Any]]) -> It
     """The names of RUN rebound for the length of a run. `replacements` maps each to original -> replacement."""
     if set(replacements) != set(RUN):
         raise ValueError(f"replacements and RUN differ: {sorted(set(replacements) ^ set(RUN))}")
+    check_private_names("open_clip_train", "torch.utils.data")
     undo = apply([Patch(*where, replace, RUN[where]) for where, replace in replacements.items()])
     try:
         yield
@@ -162,11 +177,15 @@ _undo_registration: list[Callable[[], None]] = []
 
 
 def register() -> None:
-    """Make the family known to OpenCLIP. Once is enough, twice does no harm."""
+    """Add the ov2 models, and CoCa and CLIP of their sizes, to OpenCLIP. A second call changes nothing.
+
+    Raises ImportError, in one line, if OpenCLIP lacks a name that is rebound or used.
+    """
     if _undo_registration:
         return
     import open_clip
 
+    check_private_names("open_clip")
     _undo_registration.append(apply(REGISTRATION))
     open_clip.add_model_config(factory.MODEL_CONFIGS)
     baseline_configs.add_baselines()

@@ -19,3 +19,12 @@ def check_open_clip() -> str:
             f"pip install 'open_clip_torch[training]=={CHECKED}.*'"
         )
     return found
+
+
+def missing_name(name: str) -> ImportError:
+    """The error, in one line, for a name that this plugin needs and that the installed version lacks."""
+    top = name.split(".")[0]
+    package = f"open_clip_torch[training]=={CHECKED}.*" if top.startswith("open_clip") else top
+    return ImportError(
+        f"open_clip_ov2 needs {name}, which the installed version does not have; pip install --upgrade '{package}'"
+    )
