@@ -31,9 +31,9 @@ from open_clip_train.params import parse_args
 from PIL import Image, ImageDraw
 
 from open_clip_ov2.data.captions import parse_caption_keys
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.resize import Resize
-from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
 from open_clip_ov2.openclip.models.fast_tokenizer import remembering

@@ -30,8 +30,9 @@ from PIL import Image
 
 from open_clip_ov2.data import skips
 from open_clip_ov2.data.captions import parse_caption_keys
-from open_clip_ov2.data.loader import Batch, EvalLoader, TrainLoader, worker_death
-from open_clip_ov2.data.sources import WebDatasetSource
+from open_clip_ov2.data.loader import Batch, EvalLoader, TrainLoader
+from open_clip_ov2.data.receive import worker_death
+from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.errors import UserError
 
 KEYS = parse_caption_keys("json:recaption,txt")

@@ -20,7 +20,8 @@ from stopped_runs import (
 )
 
 from open_clip_ov2.data.loader import Batch, TrainLoader
-from open_clip_ov2.data.sources import Source, SyntheticSource, WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
+from open_clip_ov2.data.sources import Source, SyntheticSource
 
 
 def emitted(loaders: list[TrainLoader], batches: int | None, seen: dict[int, Counter[str]]) -> int:

@@ -23,7 +23,8 @@ from stopped_runs import (
 
 from open_clip_ov2.data import skips
 from open_clip_ov2.data.loader import TrainLoader
-from open_clip_ov2.data.sources import SyntheticSource, WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
+from open_clip_ov2.data.sources import SyntheticSource
 from open_clip_ov2.errors import UserError
 
 
@@ -207,8 +208,8 @@ def test_states_must_be_all_of_one_moment(tmp_path: Path) -> None:
     new = loader(source)
     for wrong, says in (
         ([], "no data position"),
-        (states[:1], "process 0 of 1 is that of process 0 of 2"),
-        (states[::-1], "process 0 of 2 is that of process 1 of 2"),
+        (states[:1], "process 0 of 1, found that of process 0 of 2"),
+        (states[::-1], "process 0 of 2, found that of process 1 of 2"),
         ([states[0], {**states[1], "batches_done": 1}], "mixes two moments"),
         ([{**states[0], "version": 0}], "version 0"),
     ):

@@ -9,9 +9,10 @@ from broken_shards import TXT, byte_tokens, good_tars, picture, settings, to_ten
 
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
-from open_clip_ov2.data.order.share import Share
+from open_clip_ov2.data.order.assignment import Assignment
+from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.data.skips import MISSING_CAPTION, UNDECODABLE_IMAGE, SkipCounter
-from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
+from open_clip_ov2.data.sources import ImageFolderSource
 from open_clip_ov2.errors import UserError
 
 CLS = CaptionKey("cls")
@@ -47,7 +48,7 @@ def test_classes_are_folders(folder: Path, num_workers: int) -> None:
 def test_a_folder_trains_like_any_source(folder: Path) -> None:
     """Oracle: every picture once in a pass over two consumers; classes as captions."""
     source = ImageFolderSource(folder)
-    shares = [Share(0, 0, 0, consumer, 2, 4) for consumer in range(2)]
+    shares = [Assignment(0, 0, 0, consumer, 2, 4) for consumer in range(2)]
     keys = [raw["__key__"] for share in shares for raw in source.train_samples(share, SkipCounter())]
     assert sorted(keys) == source.names
     (batch,) = TrainLoader(source, to_tensor, byte_tokens, **settings(batch_size=3, num_samples=3, caption_keys=(CLS,)))
@@ -73,12 +74,12 @@ def test_a_set_without_captions_is_evaluated_only_where_none_are_asked_for(tmp_p
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder; one folder for each class"):
+    with pytest.raises(UserError, match="no such folder; expected a folder with one folder for each class"):
         ImageFolderSource(tmp_path / "none")
     (tmp_path / "x.png").write_bytes(picture())
-    with pytest.raises(UserError, match=r"no picture \(jpg, .*\) in a folder of it"):
+    with pytest.raises(UserError, match=r"no image \(jpg, .*\) in its subfolders"):
         ImageFolderSource(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(picture())
-    with pytest.raises(UserError, match="1 pictures for 2 data workers"):
+    with pytest.raises(UserError, match="1 images for 2 data workers"):
         ImageFolderSource(tmp_path).check_consumers(2)

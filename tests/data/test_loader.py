@@ -18,7 +18,8 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from open_clip_ov2.data.loader import Batch, EvalLoader, TrainLoader
-from open_clip_ov2.data.sources import SyntheticSource, WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
+from open_clip_ov2.data.sources import SyntheticSource
 from open_clip_ov2.errors import UserError
 
 
@@ -126,9 +127,9 @@ def test_a_stall_is_warned_of_by_name(tmp_path: Path, caplog: pytest.LogCaptureF
     url = stalling(tmp_path / "slow", "1.5")
     source = WebDatasetSource((url, *good_tars(tmp_path / "fast", [6])))
     loader = train(source, num_workers=num_workers, num_samples=18, stall_warning_s=0.2)
-    with caplog.at_level(logging.WARNING, logger="open_clip_ov2.data.stall"):
+    with caplog.at_level(logging.WARNING, logger="open_clip_ov2.data.receive"):
         assert len(keys(list(loader))) == 18
-    lines = [record.getMessage() for record in caplog.records if record.name == "open_clip_ov2.data.stall"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "open_clip_ov2.data.receive"]
     assert len(lines) >= 2
     assert all("no batch for" in line for line in lines)
     assert lines[-1].endswith(f"reads {url}")
@@ -145,7 +146,7 @@ def thread_lasts(thread: threading.Thread) -> bool:
 def test_no_stall_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Oracle: a consumer that is slow itself is no stall of the data."""
     loader = train(WebDatasetSource(good_tars(tmp_path, [12])), num_samples=12, stall_warning_s=0.1)
-    with caplog.at_level(logging.WARNING, logger="open_clip_ov2.data.stall"):
+    with caplog.at_level(logging.WARNING, logger="open_clip_ov2.data.receive"):
         for _ in loader:
             threading.Event().wait(0.15)
-    assert not [record for record in caplog.records if record.name == "open_clip_ov2.data.stall"]
+    assert not [record for record in caplog.records if record.name == "open_clip_ov2.data.receive"]

@@ -12,7 +12,8 @@ import torch
 from broken_shards import TXT, giant_png, picture, random_crop, to_tensor
 from PIL import Image
 
-from open_clip_ov2.data.samples import Decoder, ImageFile, decode_image, find_image, sample_seed, seeded
+from open_clip_ov2.data.decode import decode_image
+from open_clip_ov2.data.samples import Decoder, ImageFile, find_image, sample_seed, seeded
 from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
 
 

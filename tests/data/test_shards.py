@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from broken_shards import good_tars, sample, write_tar
 
-from open_clip_ov2.data.order.share import Share
+from open_clip_ov2.data.order.assignment import Assignment
+from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.skips import BROKEN_SHARD, SkipCounter
-from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
 
 
-def share(**changed: int) -> Share:
+def share(**changed: int) -> Assignment:
     usual = {"seed": 0, "epoch": 0, "pass_index": 0, "consumer": 0, "consumers": 1, "shuffle_buffer": 4}
-    return Share(**{**usual, **changed})
+    return Assignment(**{**usual, **changed})
 
 
 def keys(source: WebDatasetSource, **changed: int) -> list[str]:
@@ -49,8 +49,8 @@ def test_braces_parts_and_weights(tmp_path: Path) -> None:
         ("nfs4://x/0.tar", None, "cannot open nfs4:"),
         ("{here}/0.tar", "1::2", "2 numbers for 1 data sources"),
         ("{here}/0.tar", "x", "numbers joined by ::"),
-        ("{here}/0.tar", "-1", "none below 0"),
-        ("{here}/0.tar", "0", "one above"),
+        ("{here}/0.tar", "-1", "expected finite numbers >= 0"),
+        ("{here}/0.tar", "0", "at least one of them > 0"),
         ("{here}/0.tar", "nan", "finite"),
     ],
 )

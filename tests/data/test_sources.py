@@ -9,7 +9,7 @@ from broken_shards import TXT, byte_tokens, picture, settings, to_tensor
 
 from open_clip_ov2.data.captions import parse_caption_keys
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
-from open_clip_ov2.data.order.share import Share
+from open_clip_ov2.data.order.assignment import Assignment
 from open_clip_ov2.data.skips import BAD_UTF8, MISSING_CAPTION, MISSING_IMAGE, SkipCounter
 from open_clip_ov2.data.sources import CsvSource, SyntheticSource
 from open_clip_ov2.errors import UserError
@@ -52,7 +52,7 @@ def test_rows_become_samples_and_bad_ones_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"image_column": "picture"}, r"no column 'picture' \(--csv-img-key\).*there are: file, text, other"),
+        ({"image_column": "picture"}, r"no column 'picture' \(--csv-img-key\).*columns: file, text, other"),
         ({"caption_columns": ("title",)}, r"no column 'title' \(--caption-keys\)"),
         ({"separator": "\t"}, r"no column 'file'.*'\\t'"),
         ({"separator": ", "}, "one character"),
@@ -76,7 +76,7 @@ def test_rows_are_shared_out_once_and_shuffled(tmp_path: Path) -> None:
     source = table(write_table(tmp_path, [b"%d.png,t,o" % n for n in range(11)]))
 
     def order(consumer: int, consumers: int, pass_index: int = 0) -> list[str]:
-        share = Share(0, 0, pass_index, consumer, consumers, 4)
+        share = Assignment(0, 0, pass_index, consumer, consumers, 4)
         return [raw["__key__"] for raw in source.train_samples(share, SkipCounter())]
 
     assert sorted(order(0, 3) + order(1, 3) + order(2, 3)) == sorted(f"row {n + 1}" for n in range(11))

@@ -19,7 +19,7 @@ from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.eval_loader import EvalLoader
-from open_clip_ov2.data.sources import WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.evaluate.classes import Classes
 from open_clip_ov2.evaluate.eval_model import Subject
 from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood

@@ -14,7 +14,8 @@ from PIL import Image
 from probe_sets import CLS, PatchSubject, about, encoded, extract_on_rank, loader_of, to_integers, write_folder
 
 from open_clip_ov2.data.captions import CaptionKey
-from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
+from open_clip_ov2.data.sources import ImageFolderSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import extraction as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe

@@ -104,7 +104,7 @@ def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, An
     """Oracle: one batch, its pictures rolled by one, through the model itself."""
     from open_clip_ov2.data.captions import parse_caption_keys
     from open_clip_ov2.data.loader import EvalLoader
-    from open_clip_ov2.data.sources import WebDatasetSource
+    from open_clip_ov2.data.shards import WebDatasetSource
     from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 
     opened = open_model(run)

@@ -18,7 +18,7 @@ from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
 from open_clip_ov2.data.captions import parse_caption_keys
 from open_clip_ov2.data.loader import EvalLoader
-from open_clip_ov2.data.sources import WebDatasetSource
+from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, family_overrides

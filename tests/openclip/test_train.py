@@ -61,7 +61,7 @@ def test_validation_is_exact(run: Path, squares: Path) -> None:
     """Oracle: the checkpoint loaded by plain OpenCLIP, one forward pass, F.cross_entropy."""
     from open_clip_ov2.data.captions import parse_caption_keys
     from open_clip_ov2.data.loader import EvalLoader
-    from open_clip_ov2.data.sources import WebDatasetSource
+    from open_clip_ov2.data.shards import WebDatasetSource
     from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 
     options = {"force_image_size": 24, "force_context_length": 12}
@@ -237,7 +237,7 @@ def test_baselines_run_through_the_stock_step(
 def coca_loss(run: Path, squares: Path) -> float:
     from open_clip_ov2.data.captions import parse_caption_keys
     from open_clip_ov2.data.loader import EvalLoader
-    from open_clip_ov2.data.sources import WebDatasetSource
+    from open_clip_ov2.data.shards import WebDatasetSource
     from open_clip_ov2.openclip.models.open_model import open_model
 
     loaded = open_model(run)

@@ -19,9 +19,9 @@ from open_clip_ov2.commands.options import (
     values_checked,
 )
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
-from open_clip_ov2.data.samples import decode_image
+from open_clip_ov2.data.decode import decode_image
+from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.skips import SkipSample
-from open_clip_ov2.data.sources import WebDatasetSource, expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import add_generation, generation_options
 

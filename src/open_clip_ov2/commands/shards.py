@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_clip_ov2.argv import Parser
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.resize import LEDGER, Resize
-from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.shrink import ShardReport, Shrink
 from open_clip_ov2.data.skips import describe

@@ -1,7 +1,7 @@
-"""The training crop: a box drawn on the picture's own size, resized, jittered, uint8.
+"""The training crop: a box drawn on the image's own size, resized, jittered, uint8.
 
-Draws what torchvision's RandomResizedCrop, RandomApply(ColorJitter) and RandomGrayscale draw, in their order, but from
-a generator that is handed in: a sample needs no global generator saved and put back.
+The box is what torchvision's RandomResizedCrop draws, but from a generator that is passed in, so that no global
+generator has to be saved and restored for each sample.
 Shapes: C channels, H and W pixels.
 """
 
@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
-from open_clip_ov2.data.jpeg import reduction_for
+from open_clip_ov2.data.decode import EncodedImage, reduction_for
 
-# A reduced picture still has this times the target's pixels along each side of the crop. The resize's triangle filter
-# then averages over four pixels or more and hides what the reduced DCT left out: measured on pictures of 512 px at
+# A reduced image still has this times the target's pixels along each side of the crop. The resize's triangle filter
+# then averages over four pixels or more and hides what the reduced DCT left out: measured on images of 512 px at
 # 84 px, 39 dB PSNR at 2 and above, 36 at 1.25 to 1.5, 33 at 1.
 MARGIN = 2.0
 ATTEMPTS = 10  # torchvision's, before it takes the middle
 
 
 class Box(NamedTuple):
-    """In pixels of the picture at full scale."""
+    """In pixels of the image at full scale."""
 
     left: int
     top: int
@@ -37,34 +39,35 @@ class Box(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Jitter:
-    """`ranges` of the factors of brightness, contrast, saturation and hue (turns), None: not changed; `probability` of
-    all four together, and that of grey. 0 draws nothing.
-    """
-
-    ranges: tuple[tuple[float, float] | None, ...]
-    probability: float
-    grey_probability: float
-
-
-@dataclass(frozen=True)
 class RandomCrop:
     """`size` (height, width) in px; `scale`: share of the area, `ratio`: width / height, each drawn from a range.
 
-    `fast`: JPEGs at a reduced scale where the crop stays MARGIN times as large as `size`, and torch's uint8 resize,
-    which is within one level of PIL's. Otherwise full scale and PIL. The boxes are the same.
+    `jitter` changes the colors of the crop and draws from torch's default generator, as torchvision's transforms do.
+    `fast`: JPEGs are decoded at a reduced scale where the crop stays MARGIN times as large as `size`, and resized by
+    torch in uint8, within one level of PIL. Otherwise full scale and PIL. The boxes are the same.
     """
 
     size: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float]
-    jitter: Jitter | None = None
+    jitter: Callable[[Image.Image], Image.Image] | None = None
     fast: bool = True
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """RGB picture -> uint8 `(3, H, W)`. None draws from torch's default generator."""
+        """RGB image -> uint8 `(3, H, W)`. Without a generator, torch's default one is used."""
         box = self.draw(image.width, image.height, generator)
-        return self.finish(self.cut(image, box), generator)
+        return self._jittered(self._cut(image, box), generator)
+
+    def decoded(self, encoded: EncodedImage, generator: torch.Generator) -> Tensor:
+        """Encoded image -> uint8 `(3, H, W)`; decodes no more of a JPEG than the crop needs. Raises SkipSample."""
+        box = self.draw(encoded.width, encoded.height, generator)
+        reduction = reduction_for((box.height, box.width), (MARGIN * self.size[0], MARGIN * self.size[1]))
+        pixels_HWC = encoded.rgb_reduced(reduction)
+        if pixels_HWC is None:
+            image_CHW = self._cut(encoded.rgb(), box)
+        else:
+            image_CHW = self._resized(_cut_reduced(pixels_HWC, box, reduction))
+        return self._jittered(image_CHW, generator)
 
     def draw(self, width: int, height: int, generator: torch.Generator | None) -> Box:
         low, high = _logs(self.ratio)
@@ -88,30 +91,29 @@ class RandomCrop:
             across = round(height * high)
         return Box((width - across) // 2, (height - down) // 2, across, down)
 
-    def reduction(self, box: Box) -> int:
-        """By how much a JPEG may be reduced before it is cut."""
-        return reduction_for((box.height, box.width), (MARGIN * self.size[0], MARGIN * self.size[1]))
-
-    def cut(self, image: Image.Image, box: Box) -> Tensor:
-        """The box of a picture at full scale, uint8 `(3, H, W)`."""
+    def _cut(self, image: Image.Image, box: Box) -> Tensor:
+        """The box of an image at full scale, uint8 `(3, H, W)`."""
         part = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
         if self.fast:
-            return self._resized(torch.from_numpy(np.array(part)))
+            return self._resized(np.array(part))
         return _to_tensor(part.resize(self.size[::-1], Image.Resampling.BILINEAR))
 
-    def cut_reduced(self, pixels: Any, box: Box, reduction: int) -> Tensor:
-        """The box, to the nearest pixel, of an array `(ceil(height / reduction), ceil(width / reduction), 3)`."""
-        left, right = _span(box.left, box.width, reduction, pixels.shape[1])
-        top, bottom = _span(box.top, box.height, reduction, pixels.shape[0])
-        return self._resized(torch.from_numpy(pixels[top:bottom, left:right]))
-
-    def _resized(self, pixels_HWC: Tensor) -> Tensor:
-        images_BCHW = pixels_HWC.permute(2, 0, 1)[None]
+    def _resized(self, pixels_HWC: npt.NDArray[np.uint8]) -> Tensor:
+        images_BCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
         return F.interpolate(images_BCHW, self.size, mode="bilinear", antialias=True)[0]
 
-    def finish(self, image_CHW: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Colour jitter and grey."""
-        return image_CHW if self.jitter is None else _jittered(image_CHW, self.jitter, generator)
+    def _jittered(self, image_CHW: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.jitter is None:
+            return image_CHW
+        image = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
+        if generator is None:
+            return _to_tensor(self.jitter(image))
+        before = torch.default_generator.get_state()
+        torch.default_generator.set_state(generator.get_state())
+        try:
+            return _to_tensor(self.jitter(image))
+        finally:
+            torch.default_generator.set_state(before)
 
 
 @functools.cache
@@ -121,45 +123,15 @@ def _logs(ratio: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _span(start: int, length: int, reduction: int, size: int) -> tuple[int, int]:
-    first = min(round(start / reduction), size - 1)
-    return first, min(max(round((start + length) / reduction), first + 1), size)
+def _cut_reduced(pixels_HWC: npt.NDArray[np.uint8], box: Box, reduction: int) -> npt.NDArray[np.uint8]:
+    """The box, to the nearest pixel, of an image that was decoded at 1 / `reduction` of its size."""
+
+    def span(start: int, length: int, size: int) -> slice:
+        first = min(round(start / reduction), size - 1)
+        return slice(first, min(max(round((start + length) / reduction), first + 1), size))
+
+    return pixels_HWC[span(box.top, box.height, pixels_HWC.shape[0]), span(box.left, box.width, pixels_HWC.shape[1])]
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _jittered(image_CHW: Tensor, jitter: Jitter, generator: torch.Generator | None) -> Tensor:
-    steps = _drawn_factors(jitter, generator)
-    grey = jitter.grey_probability > 0 and bool(torch.rand(1, generator=generator) < jitter.grey_probability)
-    if not steps and not grey:
-        return image_CHW
-    image = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
-    for which, factor in steps:
-        image = _ADJUST[which](image, factor)
-    return _to_tensor(image.convert("L").convert("RGB") if grey else image)
-
-
-def _drawn_factors(jitter: Jitter, generator: torch.Generator | None) -> list[tuple[int, float]]:
-    """(which, factor) in the order drawn. Probabilities are compared in float32, as torchvision does."""
-    if jitter.probability <= 0 or jitter.probability < torch.rand(1, generator=generator):
-        return []
-    order = torch.randperm(4, generator=generator).tolist()
-    factors = [r and torch.empty(1).uniform_(*r, generator=generator).item() for r in jitter.ranges]
-    return [(which, factor) for which in order if (factor := factors[which]) is not None]
-
-
-def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    steps = int(turns * 255) % 256  # torchvision's, of a circle that has 256
-    shifted = hue.point([(level + steps) % 256 for level in range(256)])
-    return Image.merge("HSV", (shifted, saturation, value)).convert("RGB")
-
-
-_ADJUST = (
-    lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
-    lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
-    lambda image, factor: ImageEnhance.Color(image).enhance(factor),
-    _shift_hue,
-)

@@ -1,4 +1,4 @@
-"""Batches for evaluation.
+"""Batches for evaluation, in the main process.
 
 Shapes: C channels, H and W pixels.
 """
@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, group_text
-from open_clip_ov2.data.order.share import Source
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.receive import Receiver, torch_loader
-from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
-from open_clip_ov2.data.skips import SkipCounter, SkipSample, describe
+from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.skips import SkipCounter, SkipSample, nothing_usable
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.data.streams import Batch, EvalStream, Tokenizer
-from open_clip_ov2.errors import UserError
 
 
 class Described(NamedTuple):
-    """A sample's words: `place` as in `Batch.indices`, all its captions, what stands under the loader's `group_by`."""
+    """The text of a sample: `place` as in `Batch.indices`, all its captions, the value of the loader's `group_by`."""
 
     place: int
     key: str
@@ -33,9 +33,9 @@ class Described(NamedTuple):
 class EvalLoader(Receiver):
     """Every sample exactly once over all processes and workers, the first caption of each; the last batch is partial.
 
-    File order, in turns of the workers. `num_samples` stops after so many samples of the files, usable or not.
-    Iterating gives this process's share; `full()` everything, for what runs on one process alone.
-    Labelled sets need no captions: without `caption_keys` they are "", without a tokenizer `texts_BL` is `(B, 0)`.
+    File order, the workers in turns. `num_samples` stops after so many samples of the files, usable or not.
+    Iterating gives this process's part; `full()` everything, for what runs on one process alone.
+    Labeled sets need no captions: without `caption_keys` they are "", without a tokenizer `texts_BL` is `(B, 0)`.
     Raises UserError if the whole set has no usable sample, or a worker dies.
     """
 
@@ -56,7 +56,7 @@ class EvalLoader(Receiver):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(num_workers)
-        self._parts = (source, Decoder(transform, caption_keys, max_image_pixels), tokenizer)
+        self._made_of = (source, Decoder(transform, caption_keys, max_image_pixels), tokenizer)
         self._batch_size = batch_size
         self._limit, self._group_by = num_samples, group_by
         self._rank, self._world_size = rank, world_size
@@ -64,14 +64,14 @@ class EvalLoader(Receiver):
         self.num_samples = num_samples or source.count() or 0
 
     def fingerprint(self) -> dict[str, str | int | None]:
-        """What samples and groups there are, without tokenizer and transform, which have no name."""
-        source, decoder, _ = self._parts
-        asked = {"limit": self._limit, "group_by": str(self._group_by), "caption_keys": str(decoder.caption_keys)}
-        return {**source.fingerprint(), **asked, "max_image_pixels": decoder.max_image_pixels}
+        """Identifies samples and groups; tokenizer and transform have no name and are left out."""
+        source, decoder, _ = self._made_of
+        settings = {"limit": self._limit, "group_by": str(self._group_by), "caption_keys": str(decoder.caption_keys)}
+        return {**source.fingerprint(), **settings, "max_image_pixels": decoder.max_image_pixels}
 
     def described(self) -> Iterator[Described]:
         """Every sample of the whole set in file order, without decoding its picture, which may prove unusable."""
-        source, decoder, _ = self._parts
+        source, decoder, _ = self._made_of
         for index, raw in enumerate(islice(source.in_order(SkipCounter(log=False)), self._limit)):
             captions: tuple[str, ...] = ()
             with contextlib.suppress(SkipSample):
@@ -79,36 +79,31 @@ class EvalLoader(Receiver):
             yield Described(index, raw["__key__"], captions, group_text(raw, self._group_by))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.share(self._rank, self._world_size)
+        return self._part(self._rank, self._world_size)
 
     def full(self) -> Iterator[Batch]:
-        return self.share(0, 1)
+        return self._part(0, 1)
 
-    def share(self, rank: int, world_size: int) -> Iterator[Batch]:
+    def _part(self, rank: int, world_size: int) -> Iterator[Batch]:
         """The part of one process among so many."""
         self.reset_skips()
-        stream = self._stream_of(rank, world_size)
+        stream = self._stream(rank, world_size, self._batch_size)
         used = False
         for batch in self.receive(iter(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
             used = True
             yield batch
         if not used and not (world_size > 1 and self._any_usable()):
-            raise self._nothing_usable()
+            raise nothing_usable("validation", "--val-data", self.skips)
 
     def check(self) -> None:
         """Raises UserError if there is no usable sample; reads as far as the first, in this process."""
         self.reset_skips()
-        if next(self.receive(iter(self._stream_of(0, 1, batch_size=1))), None) is None:
-            raise self._nothing_usable()
-
-    def _nothing_usable(self) -> UserError:
-        counts = describe(self.skips) or "no sample at all"
-        return UserError(f"the validation data has no usable sample ({counts}); look at --val-data and --caption-keys")
+        if next(self.receive(iter(self._stream(0, 1, batch_size=1))), None) is None:
+            raise nothing_usable("validation", "--val-data", self.skips)
 
     def _any_usable(self) -> bool:
-        """Whether another process has what this one's share lacks; only looked for when that is empty."""
-        return any(isinstance(item, Batch) for item in iter(self._stream_of(0, 1, batch_size=1)))
+        """Whether another process has a usable sample; only looked for when this one has none."""
+        return any(isinstance(item, Batch) for item in iter(self._stream(0, 1, batch_size=1)))
 
-    def _stream_of(self, rank: int, world_size: int, batch_size: int | None = None) -> EvalStream:
-        batch_size = batch_size or self._batch_size
-        return EvalStream(*self._parts, batch_size, rank, world_size, self._limit, self._group_by)
+    def _stream(self, rank: int, world_size: int, batch_size: int) -> EvalStream:
+        return EvalStream(*self._made_of, batch_size, rank, world_size, self._limit, self._group_by)

@@ -1,4 +1,4 @@
-"""Batches for training; those for evaluation are eval_loader.py's."""
+"""Batches for training, in the main process; eval_loader.py has those for evaluation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.order.resume import VERSION, Progress, Start, check_states, pack, start_from
-from open_clip_ov2.data.order.share import Source
-from open_clip_ov2.data.receive import Receiver, torch_loader, worker_death
-from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS, Decoder
-from open_clip_ov2.data.skips import merged
-from open_clip_ov2.data.stall import StallWatch, watched
+from open_clip_ov2.data.receive import Receiver, torch_loader, watched
+from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.skips import merge_counts
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.data.streams import Batch, Tokenizer, TrainStream
 from open_clip_ov2.errors import UserError
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "worker_death"]
+__all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
 STALL_WARNING_S = 60.0  # as often as the log's summaries of skips
 
@@ -30,8 +30,8 @@ STALL_WARNING_S = 60.0  # as often as the log's summaries of skips
 class TrainLoader(Receiver):
     """`num_batches` full batches an epoch, the same for every process, whatever the number of workers.
 
-    `num_samples` (over all processes) is rounded up to whole updates of `accum_freq` global batches. Where a
-    consumer's part is used up, another pass over it begins. `state()` and `resume()`: where a killed run goes on.
+    `num_samples` (over all processes) is rounded up to whole updates of `accum_freq` global batches. When a consumer
+    has read its part of the data, another pass begins. `state()` and `resume()` let a stopped run continue.
     Raises UserError: no usable sample, too few shards, a dead worker.
     """
 
@@ -56,7 +56,7 @@ class TrainLoader(Receiver):
     ) -> None:
         super().__init__(num_workers)
         if num_samples < 1:
-            raise UserError(f"--train-num-samples must be at least 1, got {num_samples}")
+            raise UserError(f"--train-num-samples {num_samples}: expected an integer >= 1")
         self._workers = max(1, num_workers)
         source.check_consumers(self._workers * world_size)
         self._asked, self._global_batch, self._accum_freq = num_samples, batch_size * world_size, accum_freq
@@ -73,7 +73,7 @@ class TrainLoader(Receiver):
             rank,
             world_size,
             shuffle_buffer,
-            board=multiprocessing.RawArray("q", [-1] * self._workers),
+            reading=multiprocessing.RawArray("q", [-1] * self._workers),
         )
         self._make_loader = partial(torch_loader, num_workers=num_workers, pin_memory=pin_memory, persistent=True)
         self._loader = self._make_loader(self._stream)
@@ -91,7 +91,7 @@ class TrainLoader(Receiver):
         return self._progress.batches_done
 
     def set_epoch(self, epoch: int) -> None:
-        """What order, captions and crops of the next iteration are drawn from; persistent workers see it too."""
+        """Order, captions and crops of the next iteration depend on it; persistent workers see it too."""
         if epoch != self._stream.epoch.value:
             self._stream.epoch.value, self._resumed = epoch, False
             self._progress = self._progress_at(Start())
@@ -100,13 +100,13 @@ class TrainLoader(Receiver):
         return self.num_batches
 
     def close(self) -> None:
-        """Ends the data workers. Left to the garbage collector they might be ended by a later, forked worker."""
+        """End the data workers. Left to the garbage collector they might be ended by a later, forked worker."""
         iterator = self._loader._iterator  # torch has no public name for it
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of the epoch that is set; the first time after `resume()`, those of its epoch that are left."""
+        """The batches of the current epoch; the first time after `resume()`, those that are left of it."""
         if not self._resumed:
             self._stream.resuming.value = 0
             self._progress = self._progress_at(Start())
@@ -116,25 +116,21 @@ class TrainLoader(Receiver):
 
     def _deliver(self, items: Iterator[Any], progress: Progress) -> Iterator[Batch]:
         first = progress.batches_done
-        watch = StallWatch(
-            self._stall_warning_s, lambda: self._reading((progress.batches_done - first) % self._workers)
-        )
-        for batch in self.receive(watched(items, watch)):
+        for batch in self.receive(watched(items, self._stall_warning_s, lambda: self._reading(progress, first))):
             progress.add(batch.position, self._global_batch)
             yield batch
 
-    def _reading(self, batches: int) -> str:
-        """What the worker reads whose turn it is after so many batches of this iteration."""
-        worker = batches % self._workers
-        index = self._stream.board[worker]
-        return f"data worker {worker} " + (
-            "has read nothing yet" if index < 0 else f"reads {self._stream.source.place(index)}"
-        )
+    def _reading(self, progress: Progress, first: int) -> str:
+        """What the worker reads whose turn it is, in an iteration that began after `first` batches."""
+        worker = (progress.batches_done - first) % self._workers
+        index = self._stream.reading[worker]
+        place = "has read nothing yet" if index < 0 else f"reads {self._stream.source.place(index)}"
+        return f"data worker {worker} {place}"
 
     def state(self) -> dict[str, Any]:
-        """Where this process stands, after any batch: numbers and strings for a checkpoint.
+        """Where this process stands, after any batch, as numbers and text for a checkpoint.
 
-        A restart needs the states of all processes. Batches that workers have ready but nobody took do not count.
+        To resume, the states of all processes are needed. Batches that workers have ready but nobody took do not count.
         """
         done, stream = self._progress, self._stream
         return {
@@ -149,7 +145,7 @@ class TrainLoader(Receiver):
             "samples_done": done.samples_done,
             "positions": pack(done.positions),
             # Of all consumers, and the same for every process.
-            "history": [pack(generation) for generation in done.history] if stream.rank == 0 else [],
+            "history": [pack(positions) for positions in done.history] if stream.rank == 0 else [],
             "skips": dict(self.skips),
         }
 
@@ -161,12 +157,11 @@ class TrainLoader(Receiver):
         }
 
     def resume(self, states: Sequence[dict[str, Any]], moved: bool = False) -> bool:
-        """Goes on where `states`, of all processes in the order of their ranks, were taken: sets the epoch, and lets
-        the next iteration give the batches that are left of it.
+        """Continue where `states`, of all processes in the order of their ranks, were taken.
 
-        True: exactly the batches that the old run would have seen. False, if the number of processes, of workers or
-        the batch size is another one: other batches, but no sample of a pass is lost or comes twice (resampled data
-        goes on with draws of its own). `moved`: see check_states.
+        Sets the epoch; the next iteration gives the batches that are left of it. True: exactly those of the old run.
+        False, if the number of processes or workers or the batch size has changed: other batches, but no sample of a
+        pass is lost or comes twice (resampled data draws anew). `moved`: see check_states.
         Raises UserError: other data, seed or shuffle buffer, or states missing.
         """
         check_states(states, self._identity(), moved)
@@ -179,8 +174,8 @@ class TrainLoader(Receiver):
         self._resume_at(start, old)
         if same:
             self.skips = dict(states[stream.rank]["skips"])
-        else:  # what nobody's part is any more is the first process's
-            self.skips = merged(state["skips"] for state in states) if stream.rank == 0 else {}
+        else:  # process 0 counts what no process can be given
+            self.skips = merge_counts(state["skips"] for state in states) if stream.rank == 0 else {}
         return same
 
     def _resume_at(self, start: Start, old: dict[str, Any]) -> None:
@@ -188,4 +183,4 @@ class TrainLoader(Receiver):
         stream.start = start
         stream.epoch.value, stream.resuming.value = old["epoch"], 1
         self._progress, self._resumed = self._progress_at(start, old["samples_done"]), True
-        self._loader = self._make_loader(stream)  # workers that are there have the old start
+        self._loader = self._make_loader(stream)  # running workers have the old start

@@ -1,34 +1,38 @@
-"""From torch's data workers to the main process: errors as they are, and the count of skips."""
+"""From torch's data workers to the main process: batches, errors as they are, the count of skips, and stalls."""
 
 from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from open_clip_ov2.data.skips import merge_counts
 from open_clip_ov2.data.streams import Batch, Failure
 from open_clip_ov2.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 # torch's words for a dead worker. An exception inside a worker says "in DataLoader worker process" and is not one.
 DEATH = re.compile(r"DataLoader worker \((pid[^)]*\)?[^)]*)\) (exited unexpectedly|is killed by signal: [\w ]+)")
-
-DEATH_S = 1.0  # it comes within milliseconds, if torch has not heard of it before
+DEATH_S = 1.0  # torch hears of a death within milliseconds, if it has not already
 
 
 def worker_death(error: RuntimeError) -> UserError | None:
-    """The UserError for a data worker that died; None if `error` tells of something else.
+    """The UserError for a data worker that died; None if `error` says something else.
 
-    Torch also raises from its SIGCHLD handler, at any place of the main thread: a training loop may ask here too.
+    torch also raises from its SIGCHLD handler, at any place of the main thread: a training loop may ask here too.
     """
     found = DEATH.search(str(error))
     return None if found is None else _died(f"{found[1]} {found[2].strip()}")
@@ -42,12 +46,12 @@ def _died(how: str) -> UserError:
 
 
 def _awaited_death(error: Exception) -> UserError:
-    """Torch's word on how the worker died comes with SIGCHLD, a moment later."""
+    """torch's message on how the worker died comes with SIGCHLD, a moment later."""
     try:
         time.sleep(DEATH_S)
-    except RuntimeError as told:
-        return worker_death(told) or _died(str(told))
-    return _died(f"the line to it broke: {type(error).__name__}")
+    except RuntimeError as raised:
+        return worker_death(raised) or _died(str(raised))
+    return _died(f"the connection to it broke: {type(error).__name__}")
 
 
 class Receiver:
@@ -74,25 +78,58 @@ class Receiver:
             except RuntimeError as error:
                 raise worker_death(error) or error from error
             except (EOFError, ConnectionError) as error:
-                # An error of the worker's own says "Caught"; this one is of the line to a worker that is going.
+                # An error raised in the worker says "Caught"; this one is of the connection to a worker that is dying.
                 if not self._from_processes or str(error).startswith("Caught"):
                     raise
                 raise _awaited_death(error) from error
             if isinstance(item, Failure):
                 raise UserError(item.message)
-            for cause, count in item.skipped.items():
-                self.skips[cause] = self.skips.get(cause, 0) + count
+            self.skips = merge_counts((self.skips, item.skipped))
             for cause, keys in item.skipped_keys.items():
                 self.skipped_keys.setdefault(cause, []).extend(keys)
             if isinstance(item, Batch):
                 yield item
 
 
+def watched(items: Iterator[Any], after_s: float, reading: Callable[[], str]) -> Iterator[Any]:
+    """The same items. While one is waited for longer than `after_s`, a warning names what is being read.
+
+    The next warning comes after twice as long.
+    """
+    since: float | None = None
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen, due_s, pause_s = None, after_s, after_s
+        while not stop.wait(pause_s):
+            begun = since
+            if begun != seen:
+                seen, due_s = begun, after_s
+            waited_s = 0.0 if begun is None else time.monotonic() - begun
+            if waited_s >= due_s:
+                logger.warning("no batch for %.0f s: %s", waited_s, reading())
+                due_s *= 2
+            pause_s = max(0.0, due_s - waited_s)
+
+    threading.Thread(target=watch, name="data-stall", daemon=True).start()
+    try:
+        while True:
+            since = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            since = None
+            yield item
+    finally:
+        stop.set()
+
+
 def torch_loader(stream: IterableDataset[Any], num_workers: int, pin_memory: bool, persistent: bool) -> DataLoader[Any]:
     return DataLoader(
         stream,
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         pin_memory=pin_memory,
@@ -101,8 +138,8 @@ def torch_loader(stream: IterableDataset[Any], num_workers: int, pin_memory: boo
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    """Torch's own would look at every key and caption for arrays to convert."""
+def _unchanged(batch: Any) -> Any:
+    """torch's own collate_fn would look at every key and caption for arrays to convert."""
     return batch
 
 
@@ -119,7 +156,7 @@ def _leaving() -> Any:
 
 
 def _init_worker(_: int, leaving: Any) -> None:
-    """Signals are the main process's business: a forked worker would otherwise run its handlers.
+    """Leave signals to the main process: a forked worker would otherwise run its handlers.
 
     A scheduler sends TERM to workers too, whose batches are still needed until the main process stops.
     """

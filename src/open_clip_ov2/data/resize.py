@@ -1,7 +1,7 @@
-"""Many tars -> a folder of the same with smaller pictures, in any number of sittings.
+"""Many tars to a folder of the same tars with smaller images; a stopped resize continues where it was.
 
-The folder's ledger, resize.jsonl, has one line of settings and one for each shard that is whole; a shard that has no
-line is made again. sizes.json comes last, so that a folder with it is complete.
+The folder's ledger, resize.jsonl, has one line of settings and one for each finished shard; a shard without a line is
+made again. sizes.json is written last, so a folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from open_clip_ov2.data.shrink import ShardReport, Shrink, shrink_shard
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import TEMPORARY, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ LEDGER, SIZES = "resize.jsonl", "sizes.json"
 
 
 def target_names(urls: Sequence[str]) -> dict[str, str]:
-    """Name of each new shard -> where it comes from. Raises UserError: no name to be had, or one twice."""
+    """Name of each new shard -> where it comes from. Raises UserError: a url without a file name, or a name twice."""
     names: dict[str, str] = {}
     for url in urls:
         name = url.split()[-1].rsplit("/", 1)[-1].strip("'\"")
-        for ending in (".gz", ".tgz"):
-            name = name.removesuffix(ending)
+        for suffix in (".gz", ".tgz"):
+            name = name.removesuffix(suffix)
         name = name if name.endswith(".tar") else f"{name}.tar"
         if name.startswith(".") or not name.removesuffix(".tar"):
-            raise UserError(f"{url}: does not end in a tar's name, which its smaller copy is to have")
+            raise UserError(f"{url}: does not end in a tar's name, which is needed to name its smaller copy")
         if name in names:
             raise UserError(f"{url} and {names[name]} have the same name; resize them into folders of their own")
         names[name] = url
@@ -47,8 +47,10 @@ def target_names(urls: Sequence[str]) -> dict[str, str]:
 
 @dataclass
 class Resize:
-    """Use as a context: the folder is then nobody else's. Raises UserError: a folder with other things in it, or with
-    shards of other settings or other sources; a second process at it."""
+    """A context in which no other process resizes into the folder.
+
+    Raises UserError: a folder that holds other files, or shards of other settings or sources; a second process.
+    """
 
     urls: Sequence[str]
     folder: Path
@@ -61,10 +63,12 @@ class Resize:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made ({error.strerror}); name another folder") from error
-        self._refuse_other_things()
+        self._refuse_other_files()
         self._ledger = open(self.folder / LEDGER, "a+", encoding="utf-8")
         try:
             self._lock()
+            for name in filter(_is_unfinished, os.listdir(self.folder)):
+                (self.folder / name).unlink()
             self._read_ledger()
         except BaseException:
             self._ledger.close()
@@ -77,48 +81,47 @@ class Resize:
         except BlockingIOError:
             raise UserError(f"{self.folder}: another process is resizing into it; wait for it") from None
         except OSError as error:  # Lustre without -o flock, some NFS
-            logger.warning("%s: no locks there (%s), so start this command once at a time", self.folder, error.strerror)
+            logger.warning(
+                "%s: file locks do not work there (%s); run only one resize at a time", self.folder, error.strerror
+            )
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ledger.close()
 
-    def _refuse_other_things(self) -> None:
-        there = sorted(path.name for path in self.folder.iterdir())
-        known = {LEDGER, SIZES, f".{SIZES}.part", *self._names, *(f".{name}.part" for name in self._names)}
-        if LEDGER in there:
-            known |= {entry.get("name", "") for entry in self._entries()}
-        other = [name for name in there if name not in known or (LEDGER not in there)]
-        if other:
-            raise UserError(f"{self.folder}: holds other things ({', '.join(other[:3])}); name a folder of its own")
+    def _refuse_other_files(self) -> None:
+        present = sorted(path.name for path in self.folder.iterdir())
+        if LEDGER in present:
+            known = {LEDGER, SIZES, *self._names, *(entry.get("name", "") for entry in self._entries())}
+            present = [name for name in present if name not in known and not _is_unfinished(name)]
+        if present:
+            raise UserError(f"{self.folder}: holds other files ({', '.join(present[:3])}); name a folder of its own")
 
     def _whole_lines(self) -> list[str]:
-        """Without what a kill left of the last one."""
+        """The ledger without what a kill left of the last line."""
         return (self.folder / LEDGER).read_text("utf-8").split("\n")[:-1]
 
     def _entries(self) -> list[dict[str, Any]]:
         try:
             return [json.loads(line) for line in self._whole_lines()]
         except ValueError:
-            raise UserError(f"{self.folder / LEDGER}: damaged; begin anew in another folder") from None
+            raise UserError(f"{self.folder / LEDGER}: damaged; start again in another folder") from None
 
     def _read_ledger(self) -> None:
         lines = self._whole_lines()
         self._ledger.truncate(sum(len(line.encode()) + 1 for line in lines))
+        wanted = asdict(self.shrink)
         if not lines:
-            return self._append({"settings": asdict(self.shrink)})
-        entries = self._entries()
-        before = entries[0]["settings"]
-        if before != asdict(self.shrink):
-            asked = asdict(self.shrink)
-            said = ", ".join(
-                f"{key} {before.get(key)}, not {asked[key]}" for key in asked if asked[key] != before.get(key)
+            return self._append({"settings": wanted})
+        first, *entries = self._entries()
+        found = first["settings"]
+        if found != wanted:
+            differ = ", ".join(
+                f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if wanted[key] != found.get(key)
             )
-            raise UserError(f"{self.folder}: was begun with {said}; say the same, or name another folder")
-        for entry in entries[1:]:
-            report, path = ShardReport(**entry), self.folder / entry["name"]
-            if path.is_file() and path.stat().st_size == report.bytes_out:  # another one is made again
+            raise UserError(f"{self.folder}: was begun with {differ}; give the same, or name another folder")
+        for entry in entries:
+            report = ShardReport(**entry)
+            if self._is_whole(report):  # another one is made again
                 self.reports[report.name] = report
         for name, url in self._names.items():
             if name in self.reports and self.reports[name].source != url:
@@ -126,12 +129,18 @@ class Resize:
                     f"{self.folder / name}: was made of {self.reports[name].source}, not of {url}; name another folder"
                 )
 
+    def _is_whole(self, report: ShardReport) -> bool:
+        path = self.folder / report.name
+        return path.is_file() and path.stat().st_size == report.bytes_out
+
     def _append(self, line: dict[str, Any]) -> None:
         try:
             self._ledger.write(json.dumps(line) + "\n")
             self._ledger.flush()
         except OSError as error:
-            raise UserError(f"{self.folder / LEDGER}: {error.strerror}; free some space, same command") from error
+            raise UserError(
+                f"{self.folder / LEDGER}: {error.strerror}; free some space and run the same command"
+            ) from error
 
     @property
     def left(self) -> list[tuple[str, str]]:
@@ -139,7 +148,7 @@ class Resize:
         return [(name, url) for name, url in self._names.items() if name not in self.reports]
 
     def run(self, workers: int) -> Iterator[ShardReport]:
-        """Makes what is left, a shard at a time in each process. Raises UserError."""
+        """Make what is left, a shard at a time in each process. Raises UserError."""
         jobs = [(url, self.folder / name, self.shrink) for name, url in self.left]
         for report in _in_processes(jobs, workers) if workers > 1 else (shrink_shard(*job) for job in jobs):
             self.reports[report.name] = report
@@ -147,16 +156,18 @@ class Resize:
             yield report
 
     def finish(self) -> dict[str, int]:
-        """Writes sizes.json, of all shards in the folder. Raises UserError if one is missing or has changed."""
+        """Write sizes.json for all shards in the folder. Raises UserError if one is missing or has changed."""
         for name, report in self.reports.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != report.bytes_out:
-                raise UserError(f"{path}: gone or changed since it was written; the same command makes it again")
+            if not self._is_whole(report):
+                raise UserError(f"{self.folder / name}: gone or changed since it was written; run the same command")
         sizes = {name: report.samples_out for name, report in sorted(self.reports.items())}
-        part = self.folder / f".{SIZES}.part"
-        part.write_text(json.dumps(sizes, indent=1) + "\n")
-        part.replace(self.folder / SIZES)
+        write_json(self.folder / SIZES, sizes)
         return sizes
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a file is what a killed resize left; releases before 0.1 wrote `.NAME.part`."""
+    return name.startswith(TEMPORARY) or (name.startswith(".") and name.endswith(".part"))
 
 
 def _in_processes(jobs: Sequence[tuple[str, Path, Shrink]], workers: int) -> Iterator[ShardReport]:
@@ -168,15 +179,15 @@ def _in_processes(jobs: Sequence[tuple[str, Path, Shrink]], workers: int) -> Ite
         for done in as_completed([pool.submit(shrink_shard, *job) for job in jobs]):
             yield done.result()
     except BrokenProcessPool as error:
-        raise UserError("a process was killed (out of memory?); try fewer --workers, same command") from error
-    finally:  # also when the consumer stops early, by Ctrl-C or an error: nobody waits for shards half done
+        raise UserError("a process was killed (out of memory?); try fewer --workers with the same command") from error
+    finally:  # also when the consumer stops early, by Ctrl-C or an error: do not wait for unfinished shards
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
 
 
 def _follow_the_parent() -> None:
-    """Ctrl-C is for the parent; and where it is killed, none goes on writing what the next command writes anew."""
+    """Leave Ctrl-C to the parent, and end when it is killed, so that nothing writes what the next command writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 

@@ -1,7 +1,4 @@
-"""Raw samples of webdataset tars, in a deterministic order; what is checked beforehand.
-
-tars.py reads one tar, plan.py says who reads which, shuffled.py puts a pass together.
-"""
+"""Raw samples of webdataset tars in a deterministic order, and the list of shards, checked beforehand."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,9 +17,8 @@ from urllib.parse import urlparse
 from braceexpand import braceexpand
 from webdataset.gopen import gopen_schemes, rewrite_url
 
-from open_clip_ov2.data.order.assignment import Part, parts_of
+from open_clip_ov2.data.order.assignment import Assignment, ShardRange, assigned_shards
 from open_clip_ov2.data.order.position import Cursor
-from open_clip_ov2.data.order.share import Share
 from open_clip_ov2.data.order.shuffled import ShuffledPass
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.tars import read_tar
@@ -41,7 +38,7 @@ def expand_shards(text: str, weights_text: str | None = None) -> tuple[tuple[str
         try:  # braceexpand also eats backslashes, which a command without braces may need
             expanded = [part] if part.startswith("pipe:") and "{" not in part else list(braceexpand(part))
         except ValueError as error:
-            raise UserError(f"shards {part!r}: {error}; braces look like {{00000..00099}}") from None
+            raise UserError(f"shards {part!r}: {error}; write braces as in {{00000..00099}}") from None
         urls += expanded
         each += [weights[index] if weights else 1.0] * len(expanded)
     check_shards_exist(urls)
@@ -53,11 +50,11 @@ def _parse_weights(text: str, parts: int) -> list[float]:
     try:
         weights = [float(weight) for weight in text.split("::")]
     except ValueError:
-        raise UserError(f"{flag}: numbers joined by :: are wanted, for example 1::2") from None
+        raise UserError(f"{flag}: expected numbers joined by ::, for example 1::2") from None
     if len(weights) != parts:
-        raise UserError(f"{flag}: {len(weights)} numbers for {parts} data sources; one for each, joined by ::")
+        raise UserError(f"{flag}: {len(weights)} numbers for {parts} data sources; give one for each, joined by ::")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise UserError(f"{flag}: finite numbers are wanted, none below 0 and one above, for example 1::2")
+        raise UserError(f"{flag}: expected finite numbers >= 0, at least one of them > 0, for example 1::2")
     return weights
 
 
@@ -86,14 +83,14 @@ def check_shards_exist(urls: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class WebDatasetSource:
-    """Tars read as streams. `resampled`: shards drawn with replacement, by weight."""
+    """Tars read as streams. `resampled`: shards are drawn with replacement, by weight."""
 
     urls: tuple[str, ...]
     weights: tuple[float, ...] | None = None
     resampled: bool = False
 
     def count(self) -> int | None:
-        """From sizes.json or __len__ in each folder of the shards, where OpenCLIP looks in the first one's."""
+        """From sizes.json or __len__ in each folder of the shards; OpenCLIP looks in the first one's alone."""
         folders: dict[Path, list[str]] = {}
         for url in self.urls:
             folders.setdefault(Path(url).parent, []).append(Path(url).name)
@@ -115,22 +112,32 @@ class WebDatasetSource:
     def place(self, index: int) -> str:
         return self.urls[index]
 
-    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
-        return iter(ShuffledPass(self.urls, self._parts(share), share, cursor or Cursor(), skips))
+    def train_samples(
+        self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
+    ) -> Iterator[dict[str, Any]]:
+        def read(shard: int, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
+            return read_tar(self.urls[shard], on_broken)
 
-    def _parts(self, share: Share) -> list[Part]:
-        numbers = list(range(len(self.urls)))
-        if self.resampled:
-            rng = share.rng("resampled", share.consumer)
-            drawn = rng.choices(numbers, weights=self.weights, k=max(1, len(numbers) // share.consumers))
-            return [Part(shard) for shard in drawn]
-        share.rng("shards").shuffle(numbers)
-        return parts_of(numbers, share)
+        def on_broken(shard: int, detail: str) -> None:
+            skips.add_broken(self.urls[shard], detail)
+
+        ranges = self._resampled(assignment) if self.resampled else self._dealt_out(assignment)
+        return iter(ShuffledPass(ranges, assignment, cursor or Cursor(), read, on_broken))
+
+    def _dealt_out(self, assignment: Assignment) -> list[ShardRange]:
+        order = list(range(len(self.urls)))
+        assignment.rng("shards").shuffle(order)
+        return assigned_shards(order, assignment)
+
+    def _resampled(self, assignment: Assignment) -> list[ShardRange]:
+        shards = range(len(self.urls))
+        rng, count = assignment.rng("resampled", assignment.consumer), max(1, len(shards) // assignment.consumers)
+        return [ShardRange(shard) for shard in rng.choices(shards, weights=self.weights, k=count)]
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         counter = skips or SkipCounter()
         for url in self.urls:
-            yield from read_tar(url, counter)
+            yield from read_tar(url, partial(counter.add_broken, url))
 
 
 def _folder_count(folder: Path, names: list[str]) -> int | None:
@@ -142,4 +149,4 @@ def _folder_count(folder: Path, names: list[str]) -> int | None:
         return int(ast.literal_eval(length.read_text())) if length.is_file() else None
     except (ValueError, TypeError, SyntaxError) as error:
         file = sizes if sizes.is_file() else length
-        raise UserError(f"{file}: not a number of samples ({error}); mend it or say --train-num-samples") from None
+        raise UserError(f"{file}: not a number of samples ({error}); fix it or give --train-num-samples") from None

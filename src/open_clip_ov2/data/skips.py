@@ -39,20 +39,20 @@ class SkipSample(Exception):
 
 
 class SkipCounter:
-    """Counts by cause, of one data worker, over all its epochs; with `keeps_keys` each sample's key too.
+    """Counts by cause for one data worker over all its epochs; with `keep_keys` each sample's key too.
 
-    Logs the first of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is kept by
+    Logs the first of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is set by
     whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
     """
 
-    def __init__(self, *, gives_up: bool = False, log: bool = True, keeps_keys: bool = False) -> None:
+    def __init__(self, *, gives_up: bool = False, log: bool = True, keep_keys: bool = False) -> None:
         self.total: Counter[str] = Counter()
         self.used = 0
         self.example = ""
         self._gives_up, self._log = gives_up, log
         self._ever: Counter[str] = Counter()
         self._since_take: Counter[str] = Counter()
-        self._keeps_keys, self._keys = keeps_keys, dict[str, list[str]]()
+        self._keep_keys, self._keys = keep_keys, dict[str, list[str]]()
         self._started = self._last_summary = time.monotonic()
 
     def begin(self) -> None:
@@ -61,17 +61,21 @@ class SkipCounter:
         self._started = time.monotonic()
 
     def add(self, cause: str, detail: str, key: str, url: str) -> None:
-        """Counts one skip. Raises UserError if it `gives_up` and there is no hope left."""
+        """Count one skip. Raises UserError if it `gives_up` and there is no hope left."""
         self.total[cause] += 1
         self._since_take[cause] += 1
         self._ever[cause] += 1
-        if self._keeps_keys:
+        if self._keep_keys:
             self._keys.setdefault(cause, []).append(key or url)
         self.example = f"{key} in {url}" if key else url
         if self._log:
             self._write(cause, detail)
         if self._gives_up and self._hopeless():
-            raise self.nothing_usable("training", "--train-data")
+            raise self.nothing_usable()
+
+    def add_broken(self, url: str, detail: str) -> None:
+        """Count a broken shard."""
+        self.add(BROKEN_SHARD, detail, "", url)
 
     def _hopeless(self) -> bool:
         many = self.total.total() >= HOPELESS_SKIPS
@@ -92,23 +96,19 @@ class SkipCounter:
         return counts
 
     def take_keys(self) -> dict[str, list[str]]:
-        """Keys by cause since the last call; of a broken shard its address."""
+        """Keys by cause since the last call; for a broken shard its address."""
         keys, self._keys = self._keys, {}
         return keys
 
-    def nothing_usable(self, what: str, flag: str) -> UserError:
-        """The error for data of which nothing can be used: counts, and the last that was skipped."""
-        counts = describe(self.total) or "no sample at all"
+    def nothing_usable(self) -> UserError:
+        """The error for training data of which nothing can be used."""
         example = f"; the last: {self.example}" if self.example else ""
-        return UserError(f"the {what} data has no usable sample ({counts}{example}); look at {flag} and --caption-keys")
+        return nothing_usable("training", "--train-data", self.total, example)
 
 
-def merged(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums of counts by cause."""
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(total)
+def nothing_usable(what: str, flag: str, counts: Mapping[str, int], example: str = "") -> UserError:
+    found = describe(counts) or "no sample at all"
+    return UserError(f"the {what} data has no usable sample ({found}{example}); check {flag} and --caption-keys")
 
 
 def describe(counts: Mapping[str, int]) -> str:
@@ -118,9 +118,9 @@ def describe(counts: Mapping[str, int]) -> str:
 
 
 def merge_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums of counts by key."""
+    """Sums of counts by cause."""
     total: dict[str, int] = {}
     for one in counts:
-        for key, value in one.items():
-            total[key] = total.get(key, 0) + value
+        for cause, count in one.items():
+            total[cause] = total.get(cause, 0) + count
     return total

@@ -1,4 +1,4 @@
-"""Raw samples in a deterministic order: webdataset tars (shards.py), a csv, a folder of classes, or made up.
+"""Where raw samples come from: webdataset tars (shards.py), or rows of a csv, a folder of classes, or made-up data.
 
 The order is a function of seed, epoch, pass and consumer alone; a consumer is one data worker of one process.
 """
@@ -9,55 +9,97 @@ import csv
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
-from open_clip_ov2.data.order.assignment import rows_of
+from open_clip_ov2.data.order.assignment import Assignment, assigned_rows
 from open_clip_ov2.data.order.position import Cursor
-from open_clip_ov2.data.order.share import Share, Source
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
-from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.errors import UserError
 
-__all__ = [
-    "CsvSource",
-    "ImageFolderSource",
-    "Share",
-    "Source",
-    "SyntheticSource",
-    "WebDatasetSource",
-    "check_shards_exist",
-    "expand_shards",
-]
+
+class Source(Protocol):
+    """Gives raw samples: `__key__`, `__url__`, and bytes or text by suffix or column."""
+
+    @property
+    def resampled(self) -> bool:
+        """Whether a pass is drawn with replacement, so that one pass need not show everything."""
+
+    def count(self) -> int | None:
+        """Number of samples, if it is written down anywhere. Raises UserError if that cannot be read."""
+
+    def check_consumers(self, consumers: int) -> None:
+        """Raises UserError if so many consumers cannot share this source."""
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What the order of samples depends on, small; equal for equal data."""
+
+    def place(self, index: int) -> str:
+        """The name of the shard or row that `Cursor.on_open` gets by number."""
+
+    def train_samples(
+        self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """One pass over a consumer's part, shuffled, from `cursor` on; no sample twice."""
+
+    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
+        """Everything, in file order."""
 
 
-def _go_on(rows: Iterator[int], make: Callable[[int], dict[str, Any]], cursor: Cursor) -> Iterator[dict[str, Any]]:
-    for row in itertools.islice(rows, cursor.taken, None):
-        cursor.opens(row)
-        cursor.taken += 1
-        yield make(row)
-
-
-class CsvSource:
-    """Rows with an image path and captions. A path is tried as given, then from the csv's folder.
-
-    The table is held in memory; pictures are read when they are used. Raises UserError: no such file or column, a
-    separator that is not one character, a table that csv cannot parse.
-    """
+class _Rows:
+    """What sources share that can read any row by its number."""
 
     resampled = False
+    shuffled = True
+
+    def count(self) -> int:
+        raise NotImplementedError
+
+    def what(self) -> str:
+        """The rows in words, for an error: `table.csv: 3 rows`."""
+        raise NotImplementedError
+
+    def sample(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check_consumers(self, consumers: int) -> None:
+        if self.count() < consumers:
+            raise UserError(f"{self.what()} for {consumers} data workers; use fewer --workers")
+
+    def train_samples(
+        self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
+    ) -> Iterator[dict[str, Any]]:
+        cursor = cursor or Cursor()
+        order = list(range(self.count()))
+        if self.shuffled:
+            assignment.rng("rows").shuffle(order)
+        for row in itertools.islice(assigned_rows(order, assignment), cursor.taken, None):
+            cursor.on_open(row)
+            cursor.taken += 1
+            yield self.sample(row)
+
+    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
+        return map(self.sample, range(self.count()))
+
+
+class CsvSource(_Rows):
+    """Rows with an image path and captions. A path is tried as given, then from the csv's folder.
+
+    The table is held in memory; images are read when they are used. Raises UserError: no such file or column, a
+    separator that is not one character, a table that csv cannot parse.
+    """
 
     def __init__(self, path: Path, *, separator: str, image_column: str, caption_columns: tuple[str, ...]) -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such file (--train-data, --val-data)")
         if len(separator) != 1:
-            raise UserError(f"--csv-separator {separator!r}: one character is wanted (a tab: --csv-separator $'\\t')")
+            raise UserError(f"--csv-separator {separator!r}: expected one character (a tab: --csv-separator $'\\t')")
         self.path = path
         self._columns = tuple(dict.fromkeys(caption_columns))
         try:
@@ -70,27 +112,25 @@ class CsvSource:
 
     def _read_rows(self, separator: str, image_column: str) -> Iterator[tuple[str | None, ...]]:
         """(image path, captions ...) of each row; None where a row is too short."""
-        # Bad UTF-8 costs its row, not the run: the bytes come back in _caption. utf-8-sig: Excel writes a mark.
+        # Bad UTF-8 costs its row, not the run: the bytes come back in `sample`. utf-8-sig: Excel writes a mark.
         with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file, delimiter=separator)
-            there = list(reader.fieldnames or [])
+            columns = list(reader.fieldnames or [])
             for flag, names in (("--csv-img-key", (image_column,)), ("--caption-keys", self._columns)):
                 for name in names:
-                    if name not in there:
-                        columns = ", ".join(there)
+                    if name not in columns:
                         raise UserError(
-                            f"{self.path}: no column {name!r} ({flag}) with --csv-separator {separator!r}; there are: "
-                            f"{columns}"
+                            f"{self.path}: no column {name!r} ({flag}) with --csv-separator {separator!r}; "
+                            f"columns: {', '.join(columns)}"
                         )
             for row in reader:
                 yield (row[image_column], *(row[name] for name in self._columns))
 
-    def count(self) -> int | None:
+    def count(self) -> int:
         return len(self._rows)
 
-    def check_consumers(self, consumers: int) -> None:
-        if len(self._rows) < consumers:
-            raise UserError(f"{self.path}: {len(self._rows)} rows for {consumers} data workers; use fewer --workers")
+    def what(self) -> str:
+        return f"{self.path}: {len(self._rows)} rows"
 
     def fingerprint(self) -> dict[str, str | int]:
         return {"rows": len(self._rows), "content": self._digest}
@@ -98,15 +138,7 @@ class CsvSource:
     def place(self, index: int) -> str:
         return f"row {index + 1} of {self.path}"
 
-    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
-        order = list(range(len(self._rows)))
-        share.rng("rows").shuffle(order)
-        return _go_on(rows_of(order, share), self._sample, cursor or Cursor())
-
-    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        return (self._sample(index) for index in range(len(self._rows)))
-
-    def _sample(self, index: int) -> dict[str, Any]:
+    def sample(self, index: int) -> dict[str, Any]:
         image, *captions = self._rows[index]
         raw: dict[str, Any] = {"__key__": f"row {index + 1}", "__url__": str(self.path)}
         for name, caption in zip(self._columns, captions, strict=True):
@@ -117,32 +149,27 @@ class CsvSource:
         return raw
 
 
-class ImageFolderSource:
-    """Pictures by class, `folder/CLASS/any/depth/picture.jpg`: the layout of torchvision's ImageFolder.
+class ImageFolderSource(_Rows):
+    """Images by class, `folder/CLASS/any/depth/image.jpg`: the layout of torchvision's ImageFolder.
 
     A sample's key is its path below `folder`, its entry `cls` the name of the class. In the order of the keys; hidden
-    files and other endings are left out. Raises UserError: no such folder, no class with a picture.
+    files and other endings are left out. Raises UserError: no such folder, no class with an image.
     """
-
-    resampled = False
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; one folder for each class is wanted in it")
+            raise UserError(f"{folder}: no such folder; expected a folder with one folder for each class")
         self.folder = folder
-        self.names = sorted(_picture_names(folder))
+        self.names = sorted(_image_names(folder))
         if not self.names:
             endings = ", ".join(IMAGE_SUFFIXES)
-            raise UserError(f"{folder}: no picture ({endings}) in a folder of it; one folder for each class is wanted")
+            raise UserError(f"{folder}: no image ({endings}) in its subfolders; expected one folder for each class")
 
-    def count(self) -> int | None:
+    def count(self) -> int:
         return len(self.names)
 
-    def check_consumers(self, consumers: int) -> None:
-        if len(self.names) < consumers:
-            raise UserError(
-                f"{self.folder}: {len(self.names)} pictures for {consumers} data workers; use fewer --workers"
-            )
+    def what(self) -> str:
+        return f"{self.folder}: {len(self.names)} images"
 
     def fingerprint(self) -> dict[str, str | int]:
         digest = hashlib.sha256(os.fsencode("\0".join(self.names)))
@@ -151,30 +178,22 @@ class ImageFolderSource:
     def place(self, index: int) -> str:
         return str(self.folder / self.names[index])
 
-    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
-        order = list(range(len(self.names)))
-        share.rng("rows").shuffle(order)
-        return _go_on(rows_of(order, share), self._sample, cursor or Cursor())
-
-    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        return (self._sample(index) for index in range(len(self.names)))
-
-    def _sample(self, index: int) -> dict[str, Any]:
+    def sample(self, index: int) -> dict[str, Any]:
         name = self.names[index]
-        picture = ImageFile((str(self.folder / name),))
-        return {"__key__": name, "__url__": str(self.folder), "cls": name.split("/")[0], IMAGE_ENTRY: picture}
+        image = ImageFile((str(self.folder / name),))
+        return {"__key__": name, "__url__": str(self.folder), "cls": name.split("/")[0], IMAGE_ENTRY: image}
 
 
-def _picture_names(folder: Path) -> Iterator[str]:
+def _image_names(folder: Path) -> Iterator[str]:
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(root).relative_to(folder)
-        if below.parts:  # a picture beside the folders has no class
-            wanted = (name for name in files if not name.startswith("."))
-            yield from ((below / name).as_posix() for name in wanted if _ending(name) in IMAGE_SUFFIXES)
+        if below.parts:  # an image beside the folders has no class
+            shown = (name for name in files if not name.startswith("."))
+            yield from ((below / name).as_posix() for name in shown if _suffix(name) in IMAGE_SUFFIXES)
 
 
-def _ending(name: str) -> str:
+def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
@@ -187,20 +206,19 @@ def _digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class SyntheticSource:
-    """Black pictures, `image_size` = (width, height) in px, with one caption: to measure everything but the data."""
+class SyntheticSource(_Rows):
+    """Black images, `image_size` = (width, height) in px, with one caption: to measure everything but the data."""
 
     num_samples: int
     image_size: tuple[int, int]
     caption: str = "Dummy caption"
-    resampled: bool = False
+    shuffled = False
 
-    def count(self) -> int | None:
+    def count(self) -> int:
         return self.num_samples
 
-    def check_consumers(self, consumers: int) -> None:
-        if self.num_samples < consumers:
-            raise UserError(f"--train-num-samples {self.num_samples} for {consumers} data workers; use fewer --workers")
+    def what(self) -> str:
+        return f"--train-num-samples {self.num_samples}"
 
     def fingerprint(self) -> dict[str, str | int]:
         return {"synthetic samples": self.num_samples}
@@ -208,12 +226,6 @@ class SyntheticSource:
     def place(self, index: int) -> str:
         return f"synthetic sample {index}"
 
-    def train_samples(self, share: Share, skips: SkipCounter, cursor: Cursor | None = None) -> Iterator[dict[str, Any]]:
-        return _go_on(rows_of(range(self.num_samples), share), self._make, cursor or Cursor())
-
-    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        return (self._make(index) for index in range(self.num_samples))
-
-    def _make(self, index: int) -> dict[str, Any]:
+    def sample(self, index: int) -> dict[str, Any]:
         image = Image.new("RGB", self.image_size)
         return {"__key__": f"synthetic {index}", "__url__": "synthetic", IMAGE_ENTRY: image, "txt": self.caption}

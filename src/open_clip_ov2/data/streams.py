@@ -1,4 +1,4 @@
-"""What runs inside a data worker: batches of its part of the data, or the reason why there are none.
+"""What runs inside a data worker: raw samples to batches, or the reason why there are none.
 
 Shapes: B batch, C channels, H and W pixels, L caption tokens.
 """
@@ -17,24 +17,25 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from open_clip_ov2.data.captions import CaptionKey, group_text
+from open_clip_ov2.data.order.assignment import Assignment
 from open_clip_ov2.data.order.position import Cursor, Position
 from open_clip_ov2.data.order.resume import Start
-from open_clip_ov2.data.order.share import Share, Source
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
 from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.errors import UserError
 
 Tokenizer = Callable[[list[str]], Tensor]
-# Passes in a row without a usable sample before a consumer gives up, where one pass does not show it everything:
+# A consumer gives up after so many passes in a row without a usable sample, where one pass does not show it everything:
 # with as many shards as consumers, one bad shard among good ones comes back 32 times with chance 2^-32 at most.
-BARREN_PASSES = 32
+EMPTY_PASSES = 32
 
 
 class Batch(NamedTuple):
     """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause.
 
-    `position`, in training: where its consumer stands after it, with the sizes of shards since its batch before.
-    `indices`, in evaluation: each sample's place in the file order; `skipped_keys`, there: which ones were `skipped`.
+    In training, `position` is where its consumer stands after it, with the sizes of shards since its last batch.
+    In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped.
     """
 
     images_BCHW: Tensor
@@ -78,7 +79,7 @@ class _Collector:
         self._rows: list[_Row] = []
 
     def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]], index: int = -1) -> None:
-        """Adds the sample, or counts why not."""
+        """Add the sample, or count why not."""
         try:
             image_CHW, caption = decode()
         except SkipSample as error:
@@ -92,7 +93,7 @@ class _Collector:
         return len(self._rows)
 
     def batch(self) -> Batch | None:
-        """All rows as a batch; None if the tokenizer refused some, which are gone and counted."""
+        """All rows as a batch; None if the tokenizer refused some, which are removed and counted."""
         texts_BL = self.tokenized()
         if texts_BL is None:
             return None
@@ -104,7 +105,7 @@ class _Collector:
         )  # fmt: skip
 
     def tokenized(self) -> Tensor | None:
-        """Token ids `(B, L)` of the rows in one call; None after dropping the rows that the tokenizer refuses."""
+        """Token ids `(B, L)` of the rows in one call; None after removing the rows that the tokenizer refuses."""
         if not self._rows:
             return None
         try:
@@ -151,8 +152,8 @@ class _Stream(IterableDataset[Any]):
 class TrainStream(_Stream):
     """One worker's batches of one epoch: every `workers`-th of those that are left.
 
-    torch asks the workers in turns from worker 0 on. After n batches of an epoch it is not consumer 0's turn, so
-    worker w then stands for consumer w + n.
+    torch asks the workers in turns, always from worker 0 on. After n batches of an epoch it is the turn of consumer
+    n mod workers, so worker w then stands for consumer (w + n) mod workers.
     """
 
     source: Source
@@ -165,7 +166,7 @@ class TrainStream(_Stream):
     world_size: int
     shuffle_buffer: int
     # Shared with the workers, which persist: what each reads, the epoch, and whether it begins at `start`.
-    board: Any
+    reading: Any
     epoch: Any = field(default_factory=partial(multiprocessing.Value, "q", 0))
     resuming: Any = field(default_factory=partial(multiprocessing.Value, "q", 0))
     start: Start = field(default_factory=Start)
@@ -176,41 +177,40 @@ class TrainStream(_Stream):
         start = self.start if self.resuming.value else Start()
         worker, workers = _worker()
         batches = len(range(start.batches_done + worker, self.num_batches, workers))
-        first = self._first_share(start)
+        first = self._first_assignment(start)
         position = start.positions[first.consumer] if start.positions else Position()
         return itertools.islice(self._endless(first, position, worker), batches)
 
-    def _endless(self, first: Share, position: Position, worker: int) -> Iterator[Batch]:
+    def _endless(self, first: Assignment, position: Position, worker: int) -> Iterator[Batch]:
+        """Pass after pass. Raises UserError after too many without a usable sample."""
         collector = _Collector(self.tokenizer, self.skips)
-        barren, limit = 0, 1 if first.consumers == 1 and not self.source.resampled else BARREN_PASSES
+        empty, most = 0, 1 if first.consumers == 1 and not self.source.resampled else EMPTY_PASSES
         for pass_index in itertools.count(position.pass_index):
-            share = replace(first, pass_index=pass_index)
-            cursor = Cursor(opens=partial(self.board.__setitem__, worker))
+            assignment = replace(first, pass_index=pass_index)
+            cursor = Cursor(on_open=partial(self.reading.__setitem__, worker))
             if pass_index == position.pass_index:
                 cursor.taken, cursor.sizes = position.taken, list(position.sizes)
-            whole = not cursor.taken and share.before() is None
+            whole = not cursor.taken and assignment.before() is None
             self.skips.used += cursor.taken > 0  # a batch had come of it, or nothing would have been taken
             used_before = self.skips.used
-            yield from self._pass(collector, share, cursor)
-            collector.tokenized()  # drops what the tokenizer refuses, so that `used` tells what this pass gave
-            barren = 0 if self.skips.used > used_before or not whole else barren + 1
-            if barren == limit:
-                raise self.skips.nothing_usable("training", "--train-data")
+            yield from self._pass(collector, assignment, cursor)
+            collector.tokenized()  # removes what the tokenizer refuses, so that `used` says what this pass gave
+            empty = 0 if self.skips.used > used_before or not whole else empty + 1
+            if empty == most:
+                raise self.skips.nothing_usable()
 
-    def _pass(self, collector: _Collector, share: Share, cursor: Cursor) -> Iterator[Batch]:
-        told = len(cursor.sizes)
-        for raw in self.source.train_samples(share, self.skips, cursor):
-            seed = sample_seed(share.seed, share.epoch, share.pass_index, raw["__key__"])
+    def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor) -> Iterator[Batch]:
+        sent = len(cursor.sizes)
+        for raw in self.source.train_samples(assignment, self.skips, cursor):
+            seed = sample_seed(assignment.seed, assignment.epoch, assignment.pass_index, raw["__key__"])
             collector.add(raw, partial(self.decoder.train, raw, seed))
-            if len(collector) == self.batch_size:
-                batch = collector.batch()
-                if batch is not None:
-                    yield batch._replace(position=Position(share.pass_index, cursor.taken, cursor.sizes[told:]))
-                    told = len(cursor.sizes)
+            if len(collector) == self.batch_size and (batch := collector.batch()) is not None:
+                yield batch._replace(position=Position(assignment.pass_index, cursor.taken, cursor.sizes[sent:]))
+                sent = len(cursor.sizes)
 
-    def _first_share(self, start: Start) -> Share:
+    def _first_assignment(self, start: Start) -> Assignment:
         worker, workers = _worker()
-        return Share(
+        return Assignment(
             seed=self.seed,
             epoch=self.epoch.value,
             pass_index=0,
@@ -243,18 +243,15 @@ class EvalStream(_Stream):
     def _items(self) -> Iterator[Batch | Tail]:
         worker, workers = _worker()
         mine, consumers = self.rank * workers + worker, self.world_size * workers
-        skips = SkipCounter(keeps_keys=True)
+        skips = SkipCounter(keep_keys=True)
         collector = _Collector(self.tokenizer, skips, self.group_by)
         reading = skips if mine == 0 else SkipCounter(log=False)  # all read every tar: one counts the broken ones
         samples = enumerate(self.source.in_order(reading))
         for index, raw in itertools.islice(samples, mine, self.limit, consumers):
             collector.add(raw, partial(self.decoder.evaluate, raw), index)
-            if len(collector) == self.batch_size:
-                batch = collector.batch()
-                if batch is not None:
-                    yield batch
+            if len(collector) == self.batch_size and (batch := collector.batch()) is not None:
+                yield batch
         while len(collector):  # twice if the tokenizer refuses a row
-            batch = collector.batch()
-            if batch is not None:
+            if (batch := collector.batch()) is not None:
                 yield batch
         yield Tail(skips.take(), skips.take_keys())

@@ -19,7 +19,7 @@ from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import Batch, EvalLoader
-from open_clip_ov2.data.sources import expand_shards
+from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import gathered_keys, rows_of
 from open_clip_ov2.evaluate.eval_model import Subject, gathered

@@ -13,8 +13,8 @@ from typing import Any
 
 from open_clip_ov2.core.generate import GENERATION_TYPES
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
-from open_clip_ov2.data.order.share import Source
-from open_clip_ov2.data.sources import ImageFolderSource, WebDatasetSource, check_shards_exist, expand_shards
+from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
+from open_clip_ov2.data.sources import ImageFolderSource, Source
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes
 from open_clip_ov2.evaluate.text.answering import PLACE

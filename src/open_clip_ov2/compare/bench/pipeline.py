@@ -16,9 +16,9 @@ import torch
 
 from open_clip_ov2.data.captions import choose_caption
 from open_clip_ov2.data.loader import TrainLoader
-from open_clip_ov2.data.order.share import Source
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.data.streams import Tokenizer
 from open_clip_ov2.errors import UserError
 

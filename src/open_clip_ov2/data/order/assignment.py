@@ -1,117 +1,152 @@
-"""What one consumer reads in one pass, also where other numbers of consumers have read some of it already."""
+"""What one consumer reads in one pass, also where another number of consumers has read some of the pass already."""
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from webdataset.filters import shuffle as buffer_shuffle
 
-from open_clip_ov2.data.order.position import Generation, Position
-from open_clip_ov2.data.order.share import Share
+from open_clip_ov2.data.order.position import Position, Positions
 
 SHUFFLE_INITIAL = 1000  # samples in the buffer before the first comes out, as in OpenCLIP
-Ref = tuple[int, int]  # which of a consumer's parts, which sample of its shard
+SampleIndex = tuple[int, int]  # which of a consumer's shard ranges, which sample of that shard
 
 
 @dataclass(frozen=True)
-class Part:
-    """Samples of one shard that are still to come: those numbered in `left`, and all from `start` on, if not None."""
+class Assignment:
+    """Consumer `consumer` of `consumers` in one pass: what it reads and in which order follows from these numbers.
+
+    `history`: where other numbers of consumers stopped earlier in this epoch, oldest first.
+    """
+
+    seed: int
+    epoch: int
+    pass_index: int
+    consumer: int
+    consumers: int
+    shuffle_buffer: int
+    history: tuple[Positions, ...] = ()
+
+    def rng(self, *more: object) -> random.Random:
+        """A generator of its own for (seed, epoch, pass, more)."""
+        return random.Random("/".join(map(str, (self.seed, self.epoch, self.pass_index, *more))))
+
+    def of(self, consumer: int) -> Assignment:
+        """The same pass for another consumer of the same launch."""
+        return replace(self, consumer=consumer)
+
+    def before(self) -> tuple[Assignment, Positions] | None:
+        """The assignment of this pass in the launch before, of its consumer 0, and where its consumers stopped.
+
+        None if this launch begins the pass.
+        """
+        for index in reversed(range(len(self.history))):
+            positions = self.history[index]
+            if any(position.pass_index >= self.pass_index for position in positions):
+                return replace(self, consumer=0, consumers=len(positions), history=self.history[:index]), positions
+        return None
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """Samples of one shard that are still to read: those numbered in `scattered`, and all from `start` on, if set."""
 
     shard: int
-    left: frozenset[int] = frozenset()
+    scattered: frozenset[int] = frozenset()
     start: int | None = 0
 
-    def wants(self, index: int) -> bool:
-        return (self.start is not None and index >= self.start) or index in self.left
+    def includes(self, index: int) -> bool:
+        return (self.start is not None and index >= self.start) or index in self.scattered
 
     def stop(self) -> int | None:
         """How many samples of the shard have to be read; None: all."""
-        return None if self.start is not None else max(self.left) + 1
+        return None if self.start is not None else max(self.scattered) + 1
 
 
-def shuffler(share: Share) -> Callable[[Iterator[Any]], Iterator[Any]]:
-    """webdataset's buffer shuffle: what comes out when depends on `share` and counts, never on the content."""
-    initial = min(SHUFFLE_INITIAL, share.shuffle_buffer)
-    shuffle = buffer_shuffle(share.shuffle_buffer, initial=initial, rng=share.rng("samples", share.consumer))
+def shuffler(assignment: Assignment) -> Callable[[Iterator[Any]], Iterator[Any]]:
+    """webdataset's buffer shuffle: what comes out when depends on `assignment` and counts, never on the content."""
+    buffer = assignment.shuffle_buffer
+    rng = assignment.rng("samples", assignment.consumer)
+    shuffle = buffer_shuffle(buffer, initial=min(SHUFFLE_INITIAL, buffer), rng=rng)
     return lambda items: iter(shuffle(items))
 
 
-def parts_of(order: Sequence[int], share: Share) -> list[Part]:
-    """The parts of one consumer, in its order, for shards that are in `order` in this pass.
+def assigned_shards(order: Sequence[int], assignment: Assignment) -> list[ShardRange]:
+    """What a consumer reads, in its order, of the shards that come in `order` in this pass.
 
-    What others left of this pass: shards that nobody opened go round all consumers; those that were open go to few,
-    because each who reads one must repeat the shuffle of the consumer that had it open.
+    After a launch with another number of consumers, shards that nobody had opened are dealt out to all. Those that were
+    open go to few, because whoever reads one must repeat the shuffle of the consumer that had it open.
     """
-    before = share.before()
+    before = assignment.before()
     if before is None:
-        return [Part(shard) for shard in order[share.consumer :: share.consumers]]
-    old_share, generation = before
-    opened: list[Part] = []
-    unopened: list[Part] = []
-    for old, position in enumerate(generation):
-        if position.pass_index > share.pass_index:
+        return [ShardRange(shard) for shard in order[assignment.consumer :: assignment.consumers]]
+    old_assignment, positions = before
+    opened: list[ShardRange] = []
+    unopened: list[ShardRange] = []
+    for old, position in enumerate(positions):
+        if position.pass_index > assignment.pass_index:
             continue
-        parts = parts_of(order, old_share.of(old))
-        begun = len(position.sizes) + 1 if position.pass_index == share.pass_index and position.taken else 0
-        unopened += parts[begun:]
-        heirs = _heirs(old, len(generation), share.consumers)
-        if begun and share.consumer in heirs:
-            rest = left_over(parts[:begun], position, old_share.of(old))
-            opened += rest[heirs.index(share.consumer) :: len(heirs)]
-    return opened + unopened[share.consumer :: share.consumers]
+        ranges = assigned_shards(order, old_assignment.of(old))
+        begun = len(position.sizes) + 1 if position.pass_index == assignment.pass_index and position.taken else 0
+        unopened += ranges[begun:]
+        successors = _successors(old, len(positions), assignment.consumers)
+        if begun and assignment.consumer in successors:
+            rest = unread(ranges[:begun], position, old_assignment.of(old))
+            opened += rest[successors.index(assignment.consumer) :: len(successors)]
+    return opened + unopened[assignment.consumer :: assignment.consumers]
 
 
-def _heirs(old: int, old_consumers: int, consumers: int) -> range:
-    """The consumers that go on with what `old` had open: one, or several if there are more now."""
+def _successors(old: int, old_consumers: int, consumers: int) -> range:
+    """The consumers that continue what consumer `old` had open: one, or several if there are more now."""
     if consumers > old_consumers:
         return range(old, consumers, old_consumers)
     return range(old % consumers, old % consumers + 1)
 
 
-def left_over(begun: Sequence[Part], position: Position, share: Share) -> list[Part]:
-    """What the consumer of `share` had not given out at `position`, of the parts it had begun. Reads nothing."""
-    sizes, waiting, last = position.sizes, set[Ref](), -1
+def unread(begun: Sequence[ShardRange], position: Position, assignment: Assignment) -> list[ShardRange]:
+    """What a consumer had not given out at `position` of the ranges that it had begun. Reads no data."""
+    sizes, waiting, last = position.sizes, set[SampleIndex](), -1
 
-    def refs() -> Iterator[Ref]:
+    def indices() -> Iterator[SampleIndex]:
         nonlocal last
         for place, part in enumerate(begun):
             ended = place < len(sizes)
             for index in range(sizes[place]) if ended else itertools.islice(itertools.count(), part.stop()):
-                if part.wants(index):
+                if part.includes(index):
                     waiting.add((place, index))
                     last = last if ended else index
                     yield place, index
 
-    for ref in itertools.islice(shuffler(share)(refs()), position.taken):
-        waiting.remove(ref)
+    for one in itertools.islice(shuffler(assignment)(indices()), position.taken):
+        waiting.remove(one)
     by_place: dict[int, set[int]] = {}
     for place, index in waiting:
         by_place.setdefault(place, set()).add(index)
     rest = []
     for place, part in enumerate(begun):
-        left, start = by_place.get(place, set()), None
-        if place == len(sizes):
-            left |= {index for index in part.left if index > last}
+        scattered, start = by_place.get(place, set()), None
+        if place == len(sizes):  # this one was being read
+            scattered |= {index for index in part.scattered if index > last}
             start = None if part.start is None else max(part.start, last + 1)
-        if left or start is not None:
-            rest.append(Part(part.shard, frozenset(left), start))
+        if scattered or start is not None:
+            rest.append(ShardRange(part.shard, frozenset(scattered), start))
     return rest
 
 
-def rows_of(order: Sequence[int], share: Share) -> Iterator[int]:
-    """`parts_of` for what is not in shards and not shuffled by a buffer: single rows in turns."""
-    before = share.before()
+def assigned_rows(order: Sequence[int], assignment: Assignment) -> Iterator[int]:
+    """`assigned_shards` for data that is not in shards: single rows in turns, without a buffer."""
+    before = assignment.before()
     if before is None:
-        return iter(order[share.consumer :: share.consumers])
-    old_share, generation = before
-    return itertools.islice(_unread_rows(order, old_share, generation), share.consumer, None, share.consumers)
+        return iter(order[assignment.consumer :: assignment.consumers])
+    return itertools.islice(_unread_rows(order, *before), assignment.consumer, None, assignment.consumers)
 
 
-def _unread_rows(order: Sequence[int], old_share: Share, generation: Generation) -> Iterator[int]:
-    for old, position in enumerate(generation):
-        if position.pass_index <= old_share.pass_index:
-            taken = position.taken if position.pass_index == old_share.pass_index else 0
-            yield from itertools.islice(rows_of(order, old_share.of(old)), taken, None)
+def _unread_rows(order: Sequence[int], assignment: Assignment, positions: Positions) -> Iterator[int]:
+    for old, position in enumerate(positions):
+        if position.pass_index <= assignment.pass_index:
+            taken = position.taken if position.pass_index == assignment.pass_index else 0
+            yield from itertools.islice(assigned_rows(order, assignment.of(old)), taken, None)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 
 class Position(NamedTuple):
-    """`taken` raw samples of pass `pass_index`; `sizes`: samples of its first shards, those read to their end.
+    """`taken` raw samples of pass `pass_index`; `sizes`: numbers of samples of its first shards, those read to the end.
 
-    The shuffle looks ahead: samples of a shard that was read to its end may still wait in its buffer.
+    The shuffle buffer looks ahead: samples of a shard that was read to its end may still wait in it.
     """
 
     pass_index: int = 0
@@ -18,20 +18,20 @@ class Position(NamedTuple):
     sizes: Sequence[int] = ()
 
 
-Generation = tuple[Position, ...]  # of all consumers of one start of the run, the workers of process 0 first
+Positions = tuple[Position, ...]  # of all consumers of one launch of the run, the workers of process 0 first
 
 
-def _to_nobody(shard: int) -> None:
+def _ignore(shard: int) -> None:
     pass
 
 
 @dataclass
 class Cursor:
-    """A position within a pass that moves: a source goes on from it, and keeps it up to date.
+    """A position within a pass that a source continues from and keeps up to date.
 
-    `opens` hears of each shard (or row) before it is opened, by number.
+    `on_open` is called with the number of each shard (or row) before it is opened.
     """
 
     taken: int = 0
     sizes: list[int] = field(default_factory=list)
-    opens: Callable[[int], None] = _to_nobody
+    on_open: Callable[[int], None] = _ignore

@@ -1,4 +1,4 @@
-"""The state of a loader, as plain numbers and strings, and where a new one goes on from it."""
+"""The state of a loader as plain numbers and text, and where a new loader continues from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip_ov2.data.order.position import Generation, Position
+from open_clip_ov2.data.order.position import Position, Positions
 from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -17,14 +17,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Start:
-    """Where the consumers of all processes begin in an epoch, of which `batches_done` are over.
+    """Where the consumers of all processes begin in an epoch of which `batches_done` are over.
 
-    No positions: at the beginning. `history`: see Share.
+    No positions: at the beginning. `history`: see Assignment.
     """
 
     batches_done: int = 0
-    positions: Generation = ()
-    history: tuple[Generation, ...] = ()
+    positions: Positions = ()
+    history: tuple[Positions, ...] = ()
 
 
 class Progress:
@@ -39,7 +39,7 @@ class Progress:
         self.positions = [Position(one.pass_index, one.taken, list(one.sizes)) for one in mine]
 
     def add(self, after: Position | None, global_batch: int) -> None:
-        """A batch was delivered, `after` which its consumer stands; consumers take turns."""
+        """Count a delivered batch; `after` is where its consumer stands now. Consumers take turns."""
         assert after is not None
         consumer = self.batches_done % len(self.positions)
         before = self.positions[consumer]
@@ -52,53 +52,50 @@ class Progress:
 
 
 def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any], moved: bool = False) -> None:
-    """Raises UserError if these are not all states of one moment, or if their data is not that of `identity`.
+    """Raises UserError unless these are the states of all processes at one batch, for the data of `identity`.
 
-    `moved`: the same number of shards or rows under other names is taken for the same data, with a warning.
+    `moved`: as many shards or rows under other names count as the same data, with a warning.
     """
     if not states:
         raise UserError("cannot resume: the checkpoint holds no data position; start without --resume")
     for rank, state in enumerate(states):
         if state.get("version") != VERSION:
             raise UserError(
-                f"cannot resume: the data position is of version {state.get('version')}, this open_clip_ov2 reads "
-                f"version {VERSION}; use the one that wrote the checkpoint"
+                f"cannot resume: the data position has version {state.get('version')}, this open_clip_ov2 reads "
+                f"version {VERSION}; use the release that wrote the checkpoint"
             )
         if (state["rank"], state["world_size"]) != (rank, len(states)):
             raise UserError(
-                f"cannot resume: the data position of process {rank} of {len(states)} is that of process "
+                f"cannot resume: expected the data position of process {rank} of {len(states)}, found that of process "
                 f"{state['rank']} of {state['world_size']}; all are needed, in order"
             )
         for name in ("epoch", "batches_done", "workers", "batch_size"):
             if state[name] != states[0][name]:
                 raise UserError(
                     f"cannot resume: {name} is {state[name]} for process {rank} and {states[0][name]} for process 0: "
-                    "the checkpoint mixes two moments; take another one"
+                    "the checkpoint mixes two moments; use another one"
                 )
-        _check_identity(state, identity, moved)
+        for name, flag in (("seed", "--seed"), ("shuffle_buffer", "--shuffle-buffer")):
+            if state[name] != identity[name]:
+                raise _differs(flag, str(state[name]), str(identity[name]))
+        _check_data(state["data"], identity["data"], moved)
 
 
-def _check_identity(state: dict[str, Any], identity: dict[str, Any], moved: bool) -> None:
-    flags = {"seed": "--seed", "shuffle_buffer": "--shuffle-buffer"}
-    for name, flag in flags.items():
-        if state[name] != identity[name]:
-            raise _differs(flag, str(state[name]), str(identity[name]))
-    old, new = state["data"], identity["data"]
-    if old != new and moved and _numbers(old) == _numbers(new):
+def _check_data(old: dict[str, Any], new: dict[str, Any], moved: bool) -> None:
+    if old == new:
+        return
+    before, now = _counts(old, new), _counts(new, old)
+    if moved and before == now:
         logger.warning(
-            "--train-data has other names than when the checkpoint was written, and as many (%s): taken for the same "
-            "data, moved (--override)", _in_words(new, old),
+            "--train-data has other names than in the checkpoint but as many (%s): treated as the same data, moved "
+            "(--override)", now,
         )  # fmt: skip
-    elif old != new:
-        said = [_in_words(data, other) for data, other in ((old, new), (new, old))]
-        raise _differs("--train-data", *(said if said[0] != said[1] else (said[0], f"others ({said[1]})")))
+        return
+    raise _differs("--train-data", before, now if now != before else f"others ({now})")
 
 
-def _numbers(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if not isinstance(value, str)}
-
-
-def _in_words(data: dict[str, Any], other: dict[str, Any]) -> str:
+def _counts(data: dict[str, Any], other: dict[str, Any]) -> str:
+    """The numbers of a source's fingerprint; whether it is resampled where `other` differs in that."""
     shown = [f"{value} {name}" for name, value in data.items() if not isinstance(value, str) and name != "resampled"]
     if data.get("resampled") != other.get("resampled"):
         shown.append("resampled" if data.get("resampled") else "not resampled")
@@ -112,22 +109,22 @@ def _differs(flag: str, old: str, new: str) -> UserError:
     )
 
 
-def pack(generation: Sequence[Position]) -> list[list[Any]]:
-    return [[position.pass_index, position.taken, list(position.sizes)] for position in generation]
+def pack(positions: Sequence[Position]) -> list[list[Any]]:
+    return [[position.pass_index, position.taken, list(position.sizes)] for position in positions]
 
 
-def unpack(rows: Sequence[Sequence[Any]]) -> Generation:
+def unpack(rows: Sequence[Sequence[Any]]) -> Positions:
     return tuple(Position(pass_index, taken, tuple(sizes)) for pass_index, taken, sizes in rows)
 
 
 def start_from(states: Sequence[dict[str, Any]], consumers: int, resampled: bool, batches_done: int) -> Start:
     """Where each of so many consumers begins: where an old one stopped, if there were as many.
 
-    Or else all begin with the earliest pass that is not over, and `history` tells what of it has been seen. A
-    resampled pass has no rest to share out: a new pass is drawn.
+    Otherwise all begin with the earliest pass that is not over, and `history` says what of it has been seen. A
+    resampled pass has no rest to deal out: a new pass is drawn.
     """
     stopped = tuple(position for state in states for position in unpack(state["positions"]))
-    history = tuple(unpack(generation) for generation in states[0]["history"])
+    history = tuple(unpack(positions) for positions in states[0]["history"])
     if len(stopped) == consumers:
         return Start(batches_done, stopped, history)
     if resampled:

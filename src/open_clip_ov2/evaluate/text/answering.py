@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_clip_ov2.data.samples import IMAGE_ENTRY, MAX_IMAGE_PIXELS, Decoder, ImageFile, seeded
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.samples import IMAGE_ENTRY, Decoder, ImageFile, seeded
 from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_model import gathered

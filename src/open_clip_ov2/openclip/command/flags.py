@@ -12,7 +12,7 @@ from typing import Any
 from open_clip_ov2.argv import Parser
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
-from open_clip_ov2.data.samples import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision import transforms as T
 
 from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.data.crop import Jitter, RandomCrop
+from open_clip_ov2.data.crop import RandomCrop
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +48,15 @@ def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: Augme
     """PIL image -> normalised float32 `(3, H, W)`, cropped at random from torch's default generator."""
     aug = aug or AugmentationCfg(scale=CROP_AREA)
     scale, ratio = _crop_ranges(aug)
-    steps: list[Any] = [
-        T.Lambda(_to_rgb),
-        T.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
-    ]
-    if aug.color_jitter:
-        steps.append(T.RandomApply([_color_jitter(aug)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
-    if aug.gray_scale_prob:
-        steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(mean=mean, std=std)])
+    return T.Compose(
+        [
+            T.Lambda(_to_rgb),
+            T.RandomResizedCrop(size, scale, ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
+            *_jitter_steps(aug),
+            T.ToTensor(),
+            T.Normalize(mean=mean, std=std),
+        ]
+    )
 
 
 def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | None, fast: bool) -> RandomCrop | None:
@@ -65,15 +65,19 @@ def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | N
     """
     if not isinstance(preprocess_cfg["interpolation"], FamilyBilinear) or (aug_cfg and aug_cfg.get("use_timm")):
         return None
-    aug, size, jitter = _augmentation(aug_cfg), preprocess_cfg["size"], None
-    if aug.color_jitter or aug.gray_scale_prob:
-        ranges = _color_jitter(aug)
-        jitter = Jitter(
-            (ranges.brightness, ranges.contrast, ranges.saturation, ranges.hue),
-            (aug.color_jitter_prob or JITTER_PROBABILITY) if aug.color_jitter else 0.0,
-            aug.gray_scale_prob or 0.0,
-        )
+    aug, size = _augmentation(aug_cfg), preprocess_cfg["size"]
+    steps = _jitter_steps(aug)
+    jitter = T.Compose(steps) if steps else None
     return RandomCrop((size, size) if isinstance(size, int) else tuple(size), *_crop_ranges(aug), jitter, fast)
+
+
+def _jitter_steps(aug: AugmentationCfg) -> list[Any]:
+    steps: list[Any] = []
+    if aug.color_jitter:
+        steps.append(T.RandomApply([_color_jitter(aug)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
+    if aug.gray_scale_prob:
+        steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
+    return steps
 
 
 def _crop_ranges(aug: AugmentationCfg) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -11,8 +11,8 @@ import open_clip
 import torch
 
 from open_clip_ov2.data.loader import TrainLoader
-from open_clip_ov2.data.order.share import Source
 from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.data.streams import Tokenizer
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.run.loaders import caption_keys, dataset_type, make_data, make_source

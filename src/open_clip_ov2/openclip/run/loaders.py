@@ -9,7 +9,8 @@ from typing import Any
 
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
-from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource, WebDatasetSource, expand_shards
+from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
+from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.flags import TrainOptions
 
