@@ -130,12 +130,26 @@ def test_a_full_disk_is_loud_and_costs_no_checkpoint(small_disk: Path, caplog: p
     assert writer.failures == 1
     assert "CHECKPOINT NOT WRITTEN" in caplog.text
     assert "No space left on device" in caplog.text
+    assert "Free some space." in caplog.text
     found = newest_checkpoint(small_disk)
     assert found is not None
     assert found[1]["state_dict"]["w"].sum() == 100_000
     assert sorted(os.listdir(small_disk)) == ["stage_1_samples_1.pt"]
     save(writer, 3, size=50_000)
     assert [path.name for path in list_checkpoints(small_disk)] == ["stage_1_samples_3.pt"]
+
+
+def test_another_failure_is_loud_too_and_says_nothing_of_space(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that is gone."""
+    writer = CheckpointWriter(tmp_path / "checkpoints", keep=1)
+    (tmp_path / "checkpoints").rmdir()
+    save(writer, 1)
+    assert writer.failures == 1
+    assert "CHECKPOINT NOT WRITTEN" in caplog.text
+    assert "No such file or directory" in caplog.text
+    assert "space" not in caplog.text
 
 
 KILLED = """

@@ -1,14 +1,13 @@
-"""Checkpoints on disk: whole or not at all, written in the background; the last, the best and each stage's end kept.
+"""Checkpoints on disk, written in the background. The newest few, the best one and that of each stage's end are kept.
 
-A file is a plain OpenCLIP checkpoint (`epoch`, `name`, `state_dict`, `optimizer`, `scaler`) with the state to go on
-from under RESUME_KEY. `stage_1_samples_4096.pt` lies within stage 1, `stage_1.pt` at its end.
+A file is a plain OpenCLIP checkpoint (`epoch`, `name`, `state_dict`, `optimizer`, `scaler`) with the training state to
+resume from under RESUME_KEY. `stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
-import os
 import re
 import threading
 import time
@@ -19,20 +18,21 @@ from typing import Any
 
 import torch
 
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
 RESUME_KEY = "open_clip_ov2"
 BEST_FILE = "best.json"
-TEMPORARY = ".tmp-"  # a file that begins so was not finished
-WAIT_WORTH_TELLING_S = 5.0  # ours: a shorter wait for the disk costs nobody anything
+LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"stage_(\d+)(?:_samples_(\d+))?\.pt")
 
 
 @dataclass(frozen=True, order=True)
 class CheckpointName:
-    """Where in a run a checkpoint lies; later ones are greater. `stage` counts from 1."""
+    """When in a run a checkpoint was saved; later ones are greater. `stage` counts from 1."""
 
     stage: int
     done: bool
@@ -55,9 +55,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, with its content on the CPU; damaged ones are named and passed over.
+    """The newest checkpoint that can be read, with its content on the CPU; a warning names each that cannot.
 
-    Raises UserError if there are some, and none can be read.
+    None if there is no checkpoint. Raises UserError if there are checkpoints, and none can be read.
     """
     found = list_checkpoints(folder)
     for path in reversed(found):
@@ -65,23 +65,23 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if RESUME_KEY in content:
                 return path, content
-            logger.warning("%s holds nothing to resume from: passed over", path)
+            logger.warning("%s has no training state to resume from: skipped", path)
         except Exception as error:  # zip, pickle and I/O errors of every kind: a damaged file must not end the run
-            logger.warning("%s cannot be read (%s): passed over", path, _reason(error))
+            logger.warning("%s cannot be read (%s): skipped", path, first_line(_cause(error)))
     if found:
         raise UserError(f"{folder}: none of {len(found)} checkpoints can be read; --name a new run, or restore one")
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """One line. Torch wraps what the file system said into words about its own archive: the first cause is wanted."""
+def _cause(error: BaseException) -> BaseException:
+    """The file system's error, which torch replaces by one about its archive."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return error
 
 
 def snapshot(value: Any) -> Any:
-    """A copy on the CPU that no later step changes."""
+    """A copy on the CPU, which later steps do not change."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -92,9 +92,9 @@ def snapshot(value: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in a thread; a step waits for the copy alone, or for the one before.
+    """Writes one checkpoint at a time, in a thread. A step waits for the copy to memory, and for the previous file.
 
-    A failure (disk full) is a loud warning: what was there before stays, and the run goes on.
+    If a file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -108,13 +108,13 @@ class CheckpointWriter:
             leftover.unlink(missing_ok=True)
 
     def save(self, name: CheckpointName, content: dict[str, Any], metric: float | None = None) -> None:
-        """`content` is copied now and written later. `metric`: the validation loss at this point, if there is one."""
+        """`content` is copied now and written later. `metric` is the validation loss at this point, if there is one."""
         copied = snapshot(content)
         start = time.monotonic()
-        self.wait()  # never left out: where a run was saved is where it can go on from
-        if (waited := time.monotonic() - start) > WAIT_WORTH_TELLING_S:
+        self.wait()
+        if (waited := time.monotonic() - start) > LONG_WAIT_S:
             logger.warning(
-                "waited %.0f s for the checkpoint before %s: saving comes more often than this disk takes "
+                "training waited %.0f s until the checkpoint before %s was written: save less often "
                 "(--save-every-steps, --save-every-minutes)", waited, name.file,
             )  # fmt: skip
         self.last_saved = time.monotonic()
@@ -127,37 +127,32 @@ class CheckpointWriter:
             self._thread = None
 
     def last_good(self) -> str:
-        """The newest finished file, for messages."""
+        """The newest file, for messages."""
         self.wait()
         found = list_checkpoints(self.folder)
         return str(found[-1]) if found else "none yet"
 
     def _write(self, name: CheckpointName, content: dict[str, Any], metric: float | None) -> None:
-        temporary = self.folder / f"{TEMPORARY}{name.file}"
         try:
-            with open(temporary, "wb") as file:
+            with written_whole(self.folder / name.file) as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name.file)
-            _sync_folder(self.folder)
             if metric is not None:
                 self._note_best(name.file, metric)
             self._prune()
-        except (
-            Exception
-        ) as error:  # OSError, or torch's RuntimeError around it; anything else must not be silent either
+        except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
             self.failures += 1
-            temporary.unlink(missing_ok=True)
+            cause = _cause(error)
+            full = isinstance(cause, OSError) and cause.errno in NO_SPACE
             logger.error(
-                "CHECKPOINT NOT WRITTEN: %s: %s. The run goes on; the newest checkpoint is still %s. Free some space.",
-                self.folder / name.file, _reason(error), [None, *list_checkpoints(self.folder)][-1],
+                "CHECKPOINT NOT WRITTEN: %s: %s. The run continues; the newest checkpoint is still %s.%s",
+                self.folder / name.file, first_line(cause), [None, *list_checkpoints(self.folder)][-1],
+                " Free some space." if full else "",
             )  # fmt: skip
 
     def _note_best(self, file: str, metric: float) -> None:
         best = read_best(self.folder)
         if best is None or metric < best[1]:
-            write_atomically(self.folder / BEST_FILE, json.dumps({"file": file, "caption_loss": metric}) + "\n")
+            write_json(self.folder / BEST_FILE, {"file": file, "caption_loss": metric})
 
     def _prune(self) -> None:
         best = read_best(self.folder)
@@ -168,28 +163,9 @@ class CheckpointWriter:
 
 
 def read_best(folder: Path) -> tuple[str, float] | None:
-    """(file name, validation caption loss) of the best checkpoint kept, if there is one."""
+    """(file name, validation caption loss) of the best checkpoint, if there is one."""
     try:
-        best = json.loads((folder / BEST_FILE).read_text())
+        best = read_json(folder / BEST_FILE, dict)
         return str(best["file"]), float(best["caption_loss"])
-    except (OSError, ValueError, KeyError):
+    except (UserError, ValueError, KeyError):
         return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or, if the process is killed, what was there before."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

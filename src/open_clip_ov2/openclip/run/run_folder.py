@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from copy import deepcopy
 from importlib.metadata import version
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from open_clip import factory as open_clip_factory
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text
 from open_clip_ov2.openclip.command.run_config import differences
 from open_clip_ov2.openclip.models.open_model import CONFIG
 from open_clip_ov2.openclip.models.tokenizer import MODE, find_vocab
 from open_clip_ov2.recipe import dump_recipe
-from open_clip_ov2.train.checkpoint import TEMPORARY, list_checkpoints, write_atomically
+from open_clip_ov2.train.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import RunPlan
@@ -31,7 +31,7 @@ def check_same_run(plan: RunPlan) -> bool:
     file = plan.folder / RUN_FILE
     if not file.is_file():
         return False
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file, dict)
     changes = differences(before["config"], plan.config)
     if changes and not plan.options.override:
         raise UserError(
@@ -56,9 +56,9 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
     plan.folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
     about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
-    write_atomically(file, json.dumps(about, indent=2) + "\n")
+    write_json(file, about)
     if plan.recipe is not None:
-        write_atomically(plan.folder / "recipe.toml", dump_recipe(plan.recipe))
+        write_text(plan.folder / "recipe.toml", dump_recipe(plan.recipe))
     return existed
 
 
@@ -82,5 +82,4 @@ def write_config(run_dir: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[
     text_cfg = model_cfg["text_cfg"]
     if text_cfg.get("tokenizer_mode") == MODE:
         shutil.copyfile(find_vocab(text_cfg["hf_tokenizer_name"]), run_dir / "vocab.txt")
-    text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
-    (run_dir / CONFIG).write_text(text + "\n")
+    write_json(run_dir / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
