@@ -47,5 +47,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--resolution", type=int, default=84, metavar="PX", help="default: %(default)s")
     add("--samples", type=int, default=1024, metavar="N", help="of each measurement (default: %(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=cores, metavar="N", help="data workers (default: the cores, %(default)s)")
+    add("--workers", type=int, default=cores, metavar="N", help="data workers (default: one for each core)")
     return parser

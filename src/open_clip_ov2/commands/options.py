@@ -12,7 +12,7 @@ from open_clip_ov2.errors import UserError
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", default=default_device(), help="default: cuda if there is a GPU, otherwise cpu")
 
 
 @contextlib.contextmanager

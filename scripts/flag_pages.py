@@ -1,0 +1,156 @@
+"""Writes docs/train_flags.md and docs/commands.md: every flag of every `ov2` command, read from its parser.
+
+python scripts/flag_pages.py          # write both pages; tests/test_docs.py compares them with the parsers
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+from open_clip_train.params import parse_args as open_clip_parse_args
+
+from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.openclip.command.flags import build_parser
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTE = "<!-- written by scripts/flag_pages.py -->"
+ADDRESS = re.compile(r"https?://\S+")
+
+
+class _Parser(Exception):
+    """Carries the parser of a command out of the command."""
+
+
+def _stop(parser: argparse.ArgumentParser, *_: object) -> None:
+    raise _Parser(parser)
+
+
+def parser_of(*command: str) -> argparse.ArgumentParser:
+    """The parser that `ov2 COMMAND` reads its flags with."""
+    with patch.object(argparse.ArgumentParser, "parse_known_args", _stop):
+        try:
+            main([*command, "--help"])
+        except _Parser as found:
+            parser = found.args[0]
+            assert isinstance(parser, argparse.ArgumentParser)
+            return parser
+    raise ValueError(f"ov2 {' '.join(command)} has no parser")
+
+
+def open_clip_parser() -> argparse.ArgumentParser:
+    """The parser that OpenCLIP's own `main` reads its flags with."""
+    with patch.object(argparse.ArgumentParser, "parse_known_args", _stop):
+        try:
+            open_clip_parse_args([])
+        except _Parser as found:
+            parser = found.args[0]
+            assert isinstance(parser, argparse.ArgumentParser)
+            return parser
+    raise ValueError("open_clip_train has no parser")
+
+
+def _text(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """The help of one flag for a table's cell, with the default that it names."""
+    text = " ".join(parser._get_formatter()._expand_help(action).split()) if action.help else ""
+    if "default" not in text.lower() and _has_default(action):
+        text = f"{text.rstrip('.')} (default: {action.default})".strip()
+    text = text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    return ADDRESS.sub(lambda found: f"<{found[0]}>".replace("\\", ""), text)
+
+
+def _has_default(action: argparse.Action) -> bool:
+    return action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, False, "", [])
+
+
+def _name(action: argparse.Action) -> str:
+    value = action.metavar or (action.dest.upper() if not action.choices else "")
+    if action.choices and not action.metavar:
+        value = "|".join(map(str, action.choices))
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    names = ", ".join(action.option_strings)
+    if not names:
+        return f"`{value}`".replace("|", "\\|")
+    return (f"`{names}`" if action.nargs == 0 else f"`{names} {value}`").replace("|", "\\|")
+
+
+def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """One table of the flags that stand in no group, and one for each group."""
+    groups: dict[str, list[argparse.Action]] = {}
+    for group in parser._action_groups:
+        title = "" if group.title in ("options", "positional arguments") else str(group.title)
+        groups.setdefault(title, []).extend(group._group_actions)
+    for title, actions in groups.items():
+        shown = [one for one in actions if one.help != argparse.SUPPRESS]
+        shown = [one for one in shown if not isinstance(one, (argparse._HelpAction, argparse._SubParsersAction))]
+        rows = [f"| {_name(action)} | {_text(parser, action)} |" for action in shown]
+        if rows:
+            heading = [f"**{title[:1].upper()}{title[1:]}**\n"] if title else []
+            yield "\n".join([*heading, "| flag | meaning |", "| --- | --- |", *rows, ""])
+
+
+def _prose(parser: argparse.ArgumentParser, text: str) -> Iterator[str]:
+    """A description or an epilog; as it stands where its lines are laid out by hand."""
+    if not text:
+        return
+    if issubclass(parser.formatter_class, argparse.RawDescriptionHelpFormatter) and "\n" in text:
+        yield f"```text\n{text.strip()}\n```\n"
+    else:
+        text = " ".join(text.split())
+        yield f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?')) else '.'}\n"
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _section(name: str, parser: argparse.ArgumentParser, what: str) -> Iterator[str]:
+    yield f"## {name}\n"
+    yield from _prose(parser, parser.description or what)
+    yield from _tables(parser)
+    yield from _prose(parser, parser.epilog or "")
+    for word, below in _subcommands(parser).items():
+        yield from _section(f"{name} {word}", below, below.description or "")
+
+
+def commands_page() -> str:
+    lines = [
+        NOTE,
+        "# Commands\n",
+        "`ov2 COMMAND --help` prints the same; [ov2 train](train_flags.md) has its own page.\n",
+    ]
+    for command, what in COMMANDS.items():
+        if command != "train":
+            lines += _section(f"ov2 {command}", parser_of(command), what)
+        if command == "bench":
+            lines += _section("ov2 bench data", parser_of("bench", "data"), "")
+    return "\n".join(lines)
+
+
+def train_page() -> str:
+    lines = [
+        NOTE,
+        "# Flags of ov2 train\n",
+        "```bash\nov2 train --model MODEL --train-data SHARDS [flags]\n```",
+        "The first tables list the flags of this project, the last one those of OpenCLIP, which work unchanged. A recipe "
+        "file (`configs/*.toml`) takes the same names without the leading dashes.\n",
+        "## Flags of this project\n",
+        *_tables(build_parser()),
+        "## Flags of OpenCLIP\n",
+        *_tables(open_clip_parser()),
+    ]
+    return "\n".join(lines)
+
+
+PAGES = {"train_flags.md": train_page, "commands.md": commands_page}
+
+if __name__ == "__main__":
+    for page, write in PAGES.items():
+        (DOCS / page).write_text(write(), encoding="utf-8")
