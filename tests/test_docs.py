@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +23,15 @@ from export_fixtures import make_language_model, make_run
 from PIL import Image
 from released_files import write_decoder, write_released
 
+import open_clip_ov2
 from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.openclip.command.flags import build_parser
 from open_clip_ov2.openclip.command.parse import parse
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import flag_pages  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USE = ROOT / "docs" / "use.md"
 HUB = "hf-hub:UCSC-VLAA/openvision2-vit-large-patch14-224-vision-only"
@@ -56,6 +63,33 @@ def check_parses(argv: list[str]) -> None:
         parse(rest, world_size=1, gpu=True)
     else:
         import_module(f"open_clip_ov2.commands.{command}")._parser().parse_args(rest)
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Oracle: `mkdocs build --strict`, to which a link that leads nowhere or a name that is gone is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    documented = {name.rpartition(".")[2] for name in re.findall(r'id="(open_clip_ov2[\w.]+)"', api)}
+    assert set(open_clip_ov2.__all__) <= documented
+    asked = [*re.findall(r'(?:<script[^>]*src|<link[^>]*rel="stylesheet"[^>]*href)="(https?:[^"]+)', api)]
+    assert asked == [], "a page that fetches something when it is read"
+
+
+@pytest.mark.parametrize("page", flag_pages.PAGES)
+def test_pages_of_flags_are_what_the_parsers_say(page: str) -> None:
+    """Oracle: the parsers. A page that differs is written again by `python scripts/flag_pages.py`."""
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == flag_pages.PAGES[page]()
+
+
+def test_every_flag_of_ours_is_explained() -> None:
+    """Oracle: the parser. A row of the page with an empty cell explains nothing."""
+    page = (ROOT / "docs" / "train_flags.md").read_text(encoding="utf-8")
+    flags = [option for action in build_parser()._actions for option in action.option_strings]
+    assert flags
+    rows = {flag: next((row for row in page.splitlines() if row.startswith(f"| `{flag}")), "") for flag in flags}
+    assert [flag for flag, row in rows.items() if len(row.split(" | ")[-1]) < 4] == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != USE], ids=lambda page: page.name)
