@@ -138,7 +138,7 @@ def train_page() -> str:
     lines = [
         NOTE,
         "# Flags of ov2 train\n",
-        "```bash\nov2 train --model MODEL --train-data SHARDS [flags]\n```",
+        "```bash\nov2 train --model MODEL --train-data SHARDS ...\n```",
         "The first tables list the flags of this project, the last one those of OpenCLIP, which work unchanged. A "
         "recipe file (`configs/*.toml`) takes the same names without the leading dashes.\n",
         "## Flags of this project\n",
