@@ -36,8 +36,8 @@ from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.resize import Resize
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
-from open_clip_ov2.openclip.models.fast_tokenizer import remembering
-from open_clip_ov2.openclip.models.preprocess import CROP_AREA, FamilyBilinear, color_jitter_cfg, train_crop
+from open_clip_ov2.openclip.models.fast_tokenizer import caching
+from open_clip_ov2.openclip.models.preprocess import CROP_AREA, Ov2Bilinear, color_jitter_cfg, train_crop
 
 SIDE, QUALITY = 512, 77  # about 64 KB each
 WORDS = ("a photo shows two people near the old harbour", "wooden boats on green water under a bright sky")
@@ -84,13 +84,13 @@ def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], I
 
 
 def ours(shards: str, args: argparse.Namespace, samples: int, fast: bool) -> Callable[[], Iterator[Any]]:
-    cfg = {"size": args.resolution, "interpolation": FamilyBilinear("bilinear")}
+    cfg = {"size": args.resolution, "interpolation": Ov2Bilinear("bilinear")}
     crop = train_crop(cfg, color_jitter_cfg() if args.color_jitter else None, fast)
     assert crop is not None
     loader = TrainLoader(
         WebDatasetSource(expand_shards(shards)[0]),
         crop,
-        remembering(open_clip.SimpleTokenizer(context_length=args.context_length)),
+        caching(open_clip.SimpleTokenizer(context_length=args.context_length)),
         batch_size=args.batch_size,
         num_workers=0,
         seed=0,

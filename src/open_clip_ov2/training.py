@@ -24,7 +24,7 @@ from open_clip_ov2.quiet import quiet
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import StagePlan
-    from open_clip_ov2.openclip.run.run_folder import LoadedRun
+    from open_clip_ov2.openclip.models.open_model import LoadedModel
 
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -54,7 +54,7 @@ def train(flags: Flags) -> Path:
     return run(as_argv(flags))
 
 
-def open_model(source: str | Path, device: str = "cpu", **options: Any) -> LoadedRun:
+def open_model(source: str | Path, device: str = "cpu", **options: Any) -> LoadedModel:
     """A trained or released model in evaluation mode, with its `preprocess` and `tokenizer`. Raises UserError.
 
     ```python
@@ -67,6 +67,34 @@ def open_model(source: str | Path, device: str = "cpu", **options: Any) -> Loade
     from open_clip_ov2.openclip.models.open_model import open_model as opened
 
     return opened(source, device, **options)
+
+
+def export(source: str | Path, to: str, out: Path | None = None, **options: Any) -> tuple[Path, list[str]]:
+    """Write a trained encoder in the format of another library, as `ov2 export` does. Raises UserError.
+
+    ```python
+    folder, notes = export("logs/RUN", to="hf", out=Path("encoder"))
+    ```
+
+    `source` as for `open_model`; `options` are the other flags of `ov2 export`, such as `image_size`.
+    """
+    from open_clip_ov2.openclip.models.exports import export as write
+
+    return write(str(source), to, out, **options)
+
+
+def push(source: str | Path, repository: str, to: str = "ov2", **options: Any) -> list[str]:
+    """Upload a model to ORG/NAME on the Hugging Face hub, as `ov2 push` does. Returns notes. Raises UserError."""
+    from open_clip_ov2.openclip.models.exports import push as upload
+
+    return upload(str(source), repository, to, **options)
+
+
+def convert(source: str | Path, to: Path, **options: Any) -> list[str]:
+    """Convert checkpoints of the authors and back, as `ov2 convert` does. Returns notes. Raises UserError."""
+    from open_clip_ov2.openclip.models.conversion import convert as write
+
+    return write(str(source), to, **options)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from golden_files import CASES, GOLDEN, GoldenCase
 from open_clip_ov2.cli import main
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.formats import flax_sizes, from_flax, read_flax, to_flax
+from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
 from open_clip_ov2.openclip.models.factory import build_caption_model
 
 ORBAX = GOLDEN / "orbax"  # written by orbax-checkpoint 0.12.8 from the parameters of cross_attn_keep1.0 under 17 kB
@@ -82,11 +82,14 @@ def test_any_model_of_ours_survives_the_way_through_flax(
             parameter.data.normal_(generator=generator)
     state = model.state_dict()
     flat = to_flax(state, decoder_heads)
-    sizes = flax_sizes(flat, heads, None if fusion == "cross_attn" else decoder_heads)
-    assert (sizes.width, sizes.layers, sizes.decoder_layers, sizes.cross) == (
-        width, layers, decoder_layers, fusion == "cross_attn",
-    )  # fmt: skip
-    assert (sizes.decoder_heads, sizes.mlp_width) == (decoder_heads, 4 * width)
+    found = flax_model_cfg(flat, heads, None if fusion == "cross_attn" else decoder_heads)
+    assert found["vision_cfg"] == {
+        "patch_size": 8, "width": width, "layers": layers, "head_width": width // heads, "mlp_ratio": 4.0,
+    }  # fmt: skip
+    assert found["decoder_cfg"] == {
+        "width": decoder_width, "layers": decoder_layers, "heads": decoder_heads, "mlp_width": 3 * decoder_width,
+    }  # fmt: skip
+    assert (found["text_cfg"]["vocab_size"], found["fusion"] == "cross_attn") == (50, fusion == "cross_attn")
     back = from_flax(flat)
     assert back.keys() == state.keys() - {"visual.positional_embedding", "visual.proj"}
     assert all(torch.equal(back[key], state[key]) for key in back)
@@ -156,7 +159,7 @@ ATTENTION = "img_encoder/Transformer/encoderblock_0/MultiHeadDotProductAttention
             HEADS,
             "visual.class_embedding (9,), not (64,)",
         ),
-        (lambda flat: _without(flat, "img_encoder/embedding/kernel"), HEADS, "not whole"),
+        (lambda flat: _without(flat, "img_encoder/embedding/kernel"), HEADS, "incomplete"),
         (lambda flat: flat, [], "--heads is missing"),
         (lambda flat: flat, ["--heads", "3", "--decoder-heads", "2"], "--heads 3: does not divide"),
         (lambda flat: flat, [*HEADS, "--fusion", "cross_attn"], "has no cross-attention blocks"),

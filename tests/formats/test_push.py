@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from hub_server import Hub
+from huggingface_hub import ModelCard
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.openclip.models.open_model import CONFIG
@@ -59,17 +60,19 @@ def test_a_file_that_is_no_encoder_ends_the_run_before_it_starts(squares: Path, 
 
 
 def test_the_card_says_what_the_run_says(trained, tmp_path: Path) -> None:
-    """Oracle: results.jsonl and run.json of the run."""
+    """Oracle: results.jsonl and run.json of the run; huggingface_hub's own reader of the card."""
     run, _ = trained
     folder = tmp_path / "pushed"
-    argv = ["push", str(run), "some-lab/tiny", "--dry-run", str(folder), "--licence", "apache-2.0"]
+    argv = ["push", str(run), "some-lab/tiny", "--dry-run", str(folder), "--license", "apache-2.0"]
     assert main(argv) == 0
     card = (folder / "README.md").read_text()
     records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     loss = [record["caption_loss"] for record in records if record["kind"] == "val"][-1]
-    front = card.split("---\n")[1]
-    assert 'license: "apache-2.0"' in front
-    assert "library_name: open_clip" in front
+    front = ModelCard.load(folder / "README.md").data
+    assert (front.license, front.library_name, front.pipeline_tag) == (
+        "apache-2.0", "open_clip", "image-feature-extraction",
+    )  # fmt: skip
+    assert {result.metric_type: result.metric_value for result in front.eval_results}["caption_loss"] == loss
     assert "| model | ov2-vit-nano-8 |" in card
     assert "Data: `{00000..00003}.tar`. Samples seen: 32." in card
     assert f"| caption loss | {loss:.4g} |" in card

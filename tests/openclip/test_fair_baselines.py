@@ -21,7 +21,7 @@ from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.open_model import open_model
-from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, family_overrides
+from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options
 from open_clip_ov2.openclip.models.tokenizer import EOS_ID, PAD_ID, WordPieceTokenizer, text_cfg_for, with_word_pieces
 
 NAMES = {"coca": "coca-of-ov2-vit-nano-8", "clip": "clip-of-ov2-vit-nano-8"}
@@ -46,7 +46,7 @@ def test_pixels_are_those_of_an_ov2_model() -> None:
     picture = Image.fromarray(pixels)
     made = []
     ours: dict[str, Any] = {"aug_cfg": color_jitter_cfg()}
-    for name, more in (("ov2-vit-nano-8", ours), (NAMES["clip"], ours | family_overrides()), (NAMES["clip"], {})):
+    for name, more in (("ov2-vit-nano-8", ours), (NAMES["clip"], ours | ov2_preprocess_options()), (NAMES["clip"], {})):
         transforms = open_clip.create_model_and_transforms(name, **SIZE, **more)[1:]
         images = []
         for transform in transforms:

@@ -26,7 +26,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import add_generation, generation_options
 
 if TYPE_CHECKING:
-    from open_clip_ov2.openclip.run.run_folder import LoadedRun
+    from open_clip_ov2.openclip.models.open_model import LoadedModel
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 BATCH_SIZE = 32
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _caption(run: LoadedRun, batch: list[Picture], args: argparse.Namespace) -> list[str]:
+def _caption(run: LoadedModel, batch: list[Picture], args: argparse.Namespace) -> list[str]:
     import torch
 
     from open_clip_ov2.evaluate.eval_job import eval_compute

@@ -48,7 +48,7 @@ def contender(
     the first ov2 model among the comparison's `models`, or OpenCLIP's own. Raises UserError.
     """
     from open_clip_ov2.openclip.command.parse import parse
-    from open_clip_ov2.openclip.models.factory import is_family
+    from open_clip_ov2.openclip.models.factory import is_ov2_model
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     args, options = plan.stages[-1].args, plan.stages[-1].options
@@ -61,7 +61,7 @@ def contender(
     return Job(
         arm=arm.name,
         model=plan.model,
-        words_of=next((name for name in models if is_family(name)), STOCK_WORDS),
+        words_of=next((name for name in models if is_ov2_model(name)), STOCK_WORDS),
         case=Case(arm.stages[-1].resolution, args.precision, args.batch_size),
         device=device,
         compile=args.torchcompile,

@@ -1,76 +1,66 @@
-"""The authors' release format, so that users of their code can load ours: a bare encoder, and the caption decoder.
+"""The authors' release format, which their code loads: a bare encoder, and the caption decoder beside it.
 
-Source: docs/reference.md, "Released encoder checkpoints". Their loader reads the pickle file, which holds plain tensors
-alone; the decoder is safetensors.
+Source: docs/reference.md, "Released encoder checkpoints". The encoder is a pickle file of plain tensors because their
+loader reads that; the decoder is safetensors.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import Encoder
-from open_clip_ov2.formats.model_files import write_json, write_tensors
-from open_clip_ov2.formats.open_clip import vision_cfg
+from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.open_clip import CONFIG, vision_cfg
+from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 
-# The released config's text_cfg, which no weights belong to.
+DECODER_FILE, DECODER_CONFIG, VOCAB_FILE = (
+    "caption_decoder.safetensors", "text_decoder_config.json", "bert_base_vocab_bos_eos.txt",
+)  # fmt: skip
+# The text_cfg of a released config, for which the release has no weights.
 _TEXT_CFG = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
 
-@dataclass(frozen=True)
-class CaptionDecoder:
-    """A prefix-LM decoder trained with word pieces, which is what the released format knows."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    vocab_file: Path
-    state: Mapping[str, Tensor]
-
-
-def write(encoder: Encoder, folder: Path, decoder: CaptionDecoder | None = None) -> None:
-    """open_clip_config.json, open_clip_pytorch_model.bin and, with a decoder, the three files of it."""
-    write_json(folder / "open_clip_config.json", config(encoder))
+def write(source: ExportSource, folder: Path) -> list[str]:
+    """Write open_clip_config.json and open_clip_pytorch_model.bin, and the three files of a decoder if possible."""
+    encoder, decoder = source.encoder, source.decoder
+    write_json(folder / CONFIG, config(encoder))
     torch.save({key: value.clone() for key, value in encoder.state.items()}, folder / "open_clip_pytorch_model.bin")
-    if decoder is not None:
-        write_json(folder / "text_decoder_config.json", _decoder_config(decoder, encoder.width))
-        write_tensors(folder / "caption_decoder.safetensors", decoder.state)
-        shutil.copyfile(decoder.vocab_file, folder / "bert_base_vocab_bos_eos.txt")
+    if not isinstance(decoder, CaptionDecoder):
+        return [f"wrote the encoder without a caption decoder: {decoder}"]
+    about = {
+        "architecture": "OpenVision2TextDecoder",
+        "fusion_style": "concat",
+        **decoder.config,
+        "vision_width": encoder.width,
+        "tokenizer": f"bert wordpiece ({VOCAB_FILE}), lowercase",
+    }
+    write_json(folder / DECODER_CONFIG, about)
+    write_tensors(folder / DECODER_FILE, decoder.state)
+    shutil.copyfile(decoder.vocab_file, folder / VOCAB_FILE)
+    return []
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
-    return {
-        "model_cfg": {
-            "embed_dim": encoder.output_width,
-            "vision_cfg": {**vision_cfg(encoder), "output_tokens": True},
-            "text_cfg": _TEXT_CFG,
-        }
+    model_cfg = {
+        "embed_dim": encoder.output_width,
+        "vision_cfg": {**vision_cfg(encoder), "output_tokens": True},
+        "text_cfg": _TEXT_CFG,
     }
+    return {"model_cfg": model_cfg}
 
 
-def _decoder_config(decoder: CaptionDecoder, vision_width: int) -> dict[str, Any]:
-    return {
-        "architecture": "OpenVision2TextDecoder",
-        "fusion_style": "concat",
-        "width": decoder.width,
-        "depth": decoder.layers,
-        "num_heads": decoder.heads,
-        "mlp_dim": decoder.mlp_width,
-        "vocab_size": decoder.vocab_size,
-        "vision_width": vision_width,
-        "pad_id": decoder.pad_id,
-        "bos_id": decoder.bos_id,
-        "eos_id": decoder.eos_id,
-        "tokenizer": "bert wordpiece (bert_base_vocab_bos_eos.txt), lowercase",
-    }
+TARGET = Target(
+    name="released",
+    summary="the authors' format: the encoder and, if it is of their kind, the caption decoder",
+    library="open_clip",
+    example="""import open_clip, open_clip_ov2
+
+model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
+tokens = model.encode_image_tokens(images)  # patch tokens before the final norm (B, N, D)""",
+    write=write,
+)

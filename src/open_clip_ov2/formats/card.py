@@ -1,106 +1,109 @@
-"""The model card: what the run's own files say of it, and how to use the format at hand."""
+"""The model card: what the run's own files say of the model, and how to use the format at hand."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import read_json
 from open_clip_ov2.formats.encoder import Encoder
+from open_clip_ov2.formats.target import Target
 
-_LIBRARY = {
-    "hf": "transformers", "llava": "transformers", "timm": "timm", "open-clip": "open_clip", "ov2": "open_clip",
-    "released": "open_clip", "onnx": "onnx",
-}  # fmt: skip
-_USE = {
-    "hf": """from transformers import AutoImageProcessor, AutoModel
-
-processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
-out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
-tokens = out.hidden_states[-1][:, 1:]  # patch tokens before the final norm""",
-    "llava": """from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-processor = AutoProcessor.from_pretrained("{name}")
-model = LlavaForConditionalGeneration.from_pretrained("{name}")  # the projector is untrained""",
-    "timm": """import timm
-
-model = timm.create_model("{schema}{name}", pretrained=True)
-tokens = model.forward_features(images)[:, 1:]  # patch tokens before the final norm""",
-    "open-clip": """import open_clip
-
-model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
-out = model.visual.forward_intermediates(images, indices=1, output_fmt="NLC")
-tokens = out["image_intermediates"][0]  # patch tokens before the final norm; the text tower is a stub""",
-    "ov2": """import open_clip, open_clip_ov2
-
-model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
-tokens = model.encode_image_tokens(images)  # patch tokens before the final norm
-ids = model.generate(images)""",
-    "released": """import open_clip, open_clip_ov2
-
-model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
-tokens = model.encode_image_tokens(images)  # patch tokens before the final norm""",
-    "onnx": """import onnxruntime
-
-session = onnxruntime.InferenceSession("encoder.onnx")
-tokens, pooled = session.run(["tokens", "pooled"], {{"images": images}})""",
-}
-# Of a stage's configuration, what a reader of the card wants; by the names that run.json has.
+# What the card tells of a stage's configuration, by the names that run.json has.
 _RECIPE = {
     "force_image_size": "resolution", "samples": "samples", "global_batch": "global batch", "lr": "peak lr",
     "wd": "weight decay", "keep_ratio": "keep ratio", "precision": "precision",
 }  # fmt: skip
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A vision encoder pre-trained with a caption loss only, as OpenVision 2
+([arXiv 2509.01644](https://arxiv.org/abs/2509.01644)), by open_clip_ov2.
+
+| encoder | |
+|---|---|
+| model | {{ facts.model or "not recorded" }} |
+| width / layers / heads / MLP | {{ [encoder.width, encoder.layers, encoder.heads, encoder.mlp_width] | join(" / ") }} |
+| parameters | {{ "{:,}".format(parameters) }} |
+| image | {{ image_size }} px, patches of {{ encoder.patch_size }} px, {{ encoder.num_tokens }} tokens |
+| preprocessing | {{ pre.interpolation }}, {{ resize }}, mean {{ pre.mean }}, std {{ pre.std }} |
+
+## Use
+```python
+{{ example }}
+```
+
+## Training
+{% if facts.stages -%}
+Data: {{ data }}. Samples seen: {{ seen }}.
+
+| stage | {{ columns | join(" | ") }} |
+|---{{ "|---" * columns | length }}|
+{% for row in rows -%}
+| {{ loop.index }} | {{ row | join(" | ") }} |
+{% endfor -%}
+{% if versions %}
+Versions: {{ versions }}.
+{% endif -%}
+{% else -%}
+No run is recorded beside this model.
+{% endif %}
+{%- if facts.metrics %}
+## Held-out metrics
+| | |
+|---|---|
+{% for name, value in facts.metrics.items() -%}
+| {{ name.replace("_", " ") }} | {{ "%.4g" | format(value) }} |
+{% endfor -%}
+{% endif %}
+## License
+{{ license or "Whoever wrote this card did not state a license." }}
+
+"""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Of a run's folder; empty where there is no run behind a model. `stages` are run.json's, as far as reached."""
+    """What a run's folder says, empty where there is no run. `stages` are run.json's, up to the checkpoint's."""
 
-    model: str | None
-    stages: Sequence[Mapping[str, Any]]
-    samples_seen: int | None
-    metrics: Mapping[str, float]
-    versions: Mapping[str, str]
+    stages: Sequence[Mapping[str, Any]] = ()
+    samples_seen: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str | None:
+        return self.stages[0].get("model") if self.stages else None
 
 
-def run_facts(folder: Path, checkpoint: Path) -> RunFacts:
-    """From run.json and results.jsonl, up to the checkpoint. Raises UserError for files that cannot be read."""
-    about = _read(folder / "run.json")
+def run_facts(folder: Path, stage: int | None = None, samples: int | None = None) -> RunFacts:
+    """From run.json and results.jsonl, up to a stage's end or a number of samples in it. Raises UserError."""
+    file = folder / "run.json"
+    about = read_json(file, dict) if file.is_file() else {}
     stages = list(about.get("config", {}).get("stages", []))
-    name = re.fullmatch(r"stage_(\d+)(?:_samples_(\d+))?\.pt", checkpoint.name)
-    last = int(name[1]) if name else len(stages)
-    until = int(name[2]) if name and name[2] else None
-    samples_seen, metrics = _results(folder / "results.jsonl", last, until)
-    return RunFacts(
-        model=stages[0].get("model") if stages else None,
-        stages=stages[:last],
-        samples_seen=samples_seen,
-        metrics=metrics,
-        versions=about.get("versions", {}),
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    last = len(stages) if stage is None else stage
+    seen, metrics = _results(folder / "results.jsonl", last, samples)
+    return RunFacts(stages[:last], seen, metrics, about.get("versions", {}))
 
 
 def _results(path: Path, stage: int, until: int | None) -> tuple[int | None, dict[str, float]]:
-    """(samples seen, the last validation's figures) of the records up to a stage and a number of samples."""
+    """(samples seen, the last validation's metrics) of the records up to a stage and a number of samples."""
     samples: int | None = None
     metrics: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
+        except ValueError:  # the incomplete last line of a run that was killed
             continue
         if record.get("stage", 1) > stage or (until is not None and record["samples_seen"] > until):
             continue
@@ -114,93 +117,62 @@ def _results(path: Path, stage: int, until: int | None) -> tuple[int | None, dic
 def card(
     title: str,
     location: str,
-    target: str,
+    target: Target,
     encoder: Encoder,
     facts: RunFacts,
     *,
-    licence: str | None = None,
+    license: str | None = None,
     dataset: str | None = None,
-) -> str:
-    """Markdown with the hub's front matter. `location`: what a user loads, ORG/NAME on the hub, or a folder."""
-    for flag, value in (("--licence", licence), ("--dataset", dataset)):
+) -> ModelCard:
+    """`location` is what a user loads: ORG/NAME on the hub, or a folder. Raises UserError."""
+    for flag, value in (("--license", license), ("--dataset", dataset)):
         if value is not None and ("\n" in value or not value.strip()):
-            raise UserError(f"{flag} {value!r}: one line, and not an empty one")
-    schema = "hf-hub:" if "/" in location else "local-dir:"
-    sections = [
-        _front_matter(target, licence),
-        f"# {title}\n",
-        "A vision encoder pre-trained with a caption loss alone, as OpenVision 2 "
-        "([arXiv 2509.01644](https://arxiv.org/abs/2509.01644)), by open_clip_ov2.\n",
-        _encoder_table(encoder, facts),
-        f"## Use\n```python\n{_USE[target].format(name=location, schema=schema)}\n```\n",
-        _training(facts, dataset),
-        _metrics(facts),
-        f"## Licence\n{licence or 'Not stated by whoever wrote this card.'}\n",
-    ]
-    return "\n".join(section for section in sections if section)
+            raise UserError(f"{flag} {value!r}: expected one line of text")
+    data = ModelCardData(
+        library_name=target.library,
+        pipeline_tag="image-feature-extraction",
+        license=license,
+        tags=["openvision2", "vision-encoder"],
+        model_name=title,
+        eval_results=[
+            EvalResult("image-to-text", "held-out", "Held-out images with captions", name, value)
+            for name, value in facts.metrics.items()
+            if name != "num_samples"
+        ] or None,
+    )  # fmt: skip
+    columns = [key for key in _RECIPE if any(_recipe_value(stage, key) for stage in facts.stages)]
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        encoder=encoder,
+        parameters=sum(tensor.numel() for tensor in encoder.state.values()),
+        pre=encoder.preprocessing,
+        resize="to the image size" if encoder.preprocessing.resize_mode == "squash" else "short side, center crop",
+        example=target.example_for(location),
+        facts=facts,
+        versions=", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+        image_size=" x ".join(map(str, encoder.image_size)),
+        data=dataset or _shard_names(facts.stages),
+        seen="not recorded" if facts.samples_seen is None else f"{facts.samples_seen:,}",
+        columns=[_RECIPE[key] for key in columns],
+        rows=[[_recipe_value(stage, key) for key in columns] for stage in facts.stages],
+    )
 
 
-def _front_matter(target: str, licence: str | None) -> str:
-    lines = ["---", f"library_name: {_LIBRARY[target]}", "pipeline_tag: image-feature-extraction"]
-    if licence:
-        lines.append(f"license: {json.dumps(licence)}")
-    return "\n".join([*lines, "tags:", "- openvision2", "- vision-encoder", "---", ""])
-
-
-def _encoder_table(encoder: Encoder, facts: RunFacts) -> str:
-    pre, (rows, columns) = encoder.preprocessing, encoder.image_size
-    parameters = sum(tensor.numel() for tensor in encoder.state.values())
-    sizes = f"{encoder.width} / {encoder.layers} / {encoder.heads} / {encoder.mlp_width}"
-    resize = "to the image size" if pre.resize_mode == "squash" else "short side, centre crop"
-    lines = [
-        "| encoder | |", "|---|---|",
-        f"| model | {facts.model or 'not recorded'} |",
-        f"| width / layers / heads / MLP | {sizes} |",
-        f"| parameters | {parameters:,} |",
-        f"| image | {rows} x {columns} px, patches of {encoder.patch_size} px, {encoder.num_tokens} tokens |",
-        f"| preprocessing | {pre.interpolation}, {resize}, mean {pre.mean}, std {pre.std} |",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _training(facts: RunFacts, dataset: str | None) -> str:
-    if not facts.stages:
-        return "## Training\nNo run is recorded beside this model.\n"
-    seen = f"{facts.samples_seen:,}" if facts.samples_seen is not None else "not recorded"
-    lines = ["## Training", f"Data: {dataset or _shard_names(facts.stages)}. Samples seen: {seen}.", ""]
-    columns = [key for key in _RECIPE if any(_recipe_value(stage, key) is not None for stage in facts.stages)]
-    lines += ["| stage | " + " | ".join(_RECIPE[key] for key in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for number, stage in enumerate(facts.stages, 1):
-        values = [_recipe_value(stage, key) for key in columns]
-        lines.append(f"| {number} | " + " | ".join("" if value is None else str(value) for value in values) + " |")
-    if facts.versions:
-        lines += ["", "Versions: " + ", ".join(f"{key} {value}" for key, value in facts.versions.items()) + "."]
-    return "\n".join(lines) + "\n"
-
-
-def _recipe_value(stage: Mapping[str, Any], key: str) -> Any:
+def _recipe_value(stage: Mapping[str, Any], key: str) -> str:
+    """A cell of the table of stages, empty for a value that the stage does not have."""
     if key == "samples":
         samples, epochs = stage.get("train_num_samples"), stage.get("epochs")
-        return f"{samples * epochs:,}" if samples and epochs else None
+        return f"{samples * epochs:,}" if samples and epochs else ""
     value = stage.get(key)
     if isinstance(value, list):
         return " x ".join(str(side) for side in value)
-    return f"{value:,}" if key == "global_batch" and isinstance(value, int) else value
+    return "" if value is None else f"{value:,}" if key == "global_batch" else str(value)
 
 
 def _shard_names(stages: Sequence[Mapping[str, Any]]) -> str:
-    """File names alone: where they lie is nobody's business."""
-    names: list[str] = []
-    for stage in stages:
-        for source in str(stage.get("train_data") or "").split("::"):
-            name = source.rstrip("/").rsplit("/", 1)[-1]
-            if name and name not in names:
-                names.append(name)
-    return ", ".join(f"`{name}`" for name in names) or "not recorded"
-
-
-def _metrics(facts: RunFacts) -> str:
-    if not facts.metrics:
-        return ""
-    rows = [f"| {key.replace('_', ' ')} | {value:.4g} |" for key, value in facts.metrics.items()]
-    return "\n".join(["## Held-out figures", "| | |", "|---|---|", *rows]) + "\n"
+    """Names of the shards, without their folders, which are private."""
+    sources = [source for stage in stages for source in str(stage.get("train_data") or "").split("::")]
+    names = dict.fromkeys(source.rstrip("/").rsplit("/", 1)[-1] for source in sources)
+    return ", ".join(f"`{name}`" for name in names if name) or "not recorded"

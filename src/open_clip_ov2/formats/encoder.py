@@ -1,4 +1,4 @@
-"""The encoder as plain sizes and tensors: what every export starts from.
+"""The encoder as plain sizes and tensors, from which every export starts.
 
 Shapes: N patches, D width, F MLP width, P patch size.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from open_clip_ov2.errors import UserError
 
@@ -18,14 +18,17 @@ EPS = 1e-6  # flax's LayerNorm, as the reference uses it
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:
-    """The ratio that OpenCLIP and timm turn back into `mlp_width` by `int(width * ratio)`."""
+    """A ratio from which OpenCLIP and timm compute exactly `mlp_width`, as `int(width * ratio)`."""
     ratio = mlp_width / width
     return ratio if int(width * ratio) == mlp_width else ratio + 0.5 / width
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Short side to the image size (bilinear unless said otherwise), centre crop, then mean and standard deviation."""
+    """Resize the short side to the image size, crop the center, then subtract `mean` and divide by `std`.
+
+    With `resize_mode` "squash", both sides are resized to the image size and nothing is cropped.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -34,11 +37,11 @@ class Preprocessing:
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any]) -> Preprocessing:
-        """From OpenCLIP's `preprocess_cfg`. Raises UserError for what other libraries do not have."""
+        """From OpenCLIP's `preprocess_cfg`. Raises UserError for settings that other libraries do not have."""
         if cfg["resize_mode"] not in ("shortest", "squash"):
-            raise UserError(f"resize_mode {cfg['resize_mode']!r} has no counterpart in the formats of ov2 export")
+            raise UserError(f"resize_mode {cfg['resize_mode']!r}: `ov2 export` supports shortest and squash only")
         if cfg["interpolation"] not in ("bilinear", "bicubic"):
-            raise UserError(f"interpolation {cfg['interpolation']!r} has no counterpart in the formats of ov2 export")
+            raise UserError(f"interpolation {cfg['interpolation']!r}: `ov2 export` supports bilinear and bicubic only")
         return cls(tuple(cfg["mean"]), tuple(cfg["std"]), str(cfg["interpolation"]), cfg["resize_mode"])
 
 
@@ -74,30 +77,35 @@ class Encoder:
 
     @property
     def square_size(self) -> int:
-        """The side, for formats that know squares alone. Raises UserError."""
+        """The side, for formats that support square images only. Raises UserError."""
         if self.image_size[0] != self.image_size[1]:
-            raise UserError(f"this format knows square images alone, and the encoder's are {self.image_size}")
+            raise UserError(f"this format supports square images only, and the encoder's are {self.image_size}")
         return self.image_size[0]
+
+    def renamed(self, blocks: str, parts: Mapping[str, str | tuple[str, str, str]]) -> dict[str, Tensor]:
+        """Tensors of all blocks under another library's names.
+
+        `blocks` is the path of one block, such as `blocks.{}`. `parts` maps our modules to its modules; a tuple takes
+        apart the joint query, key and value projection.
+        """
+        out = {}
+        for index in range(self.layers):
+            for ours, theirs in parts.items():
+                for kind in ("weight", "bias"):
+                    separator = "_" if ours == "attn.in_proj" else "."
+                    value = self.state[f"transformer.resblocks.{index}.{ours}{separator}{kind}"]
+                    names = (theirs,) if isinstance(theirs, str) else theirs
+                    for name, piece in zip(names, value.chunk(len(names)), strict=True):
+                        out[f"{blocks.format(index)}.{name}.{kind}"] = piece
+        return out
 
     @classmethod
     def of(cls, visual: Any, preprocess_cfg: Mapping[str, Any]) -> Encoder:
-        """From OpenCLIP's VisionTransformer. Raises UserError for any other architecture than the family's."""
-        block = visual.transformer.resblocks[0] if hasattr(visual, "transformer") else None
-        checks = {
-            "no norm before the blocks": isinstance(getattr(visual, "ln_pre", None), nn.Identity),
-            "mean pooling": getattr(visual, "pool_type", "") == "avg" and getattr(visual, "attn_pool", 1) is None,
-            "the final norm after pooling": getattr(visual, "final_ln_after_pool", False),
-            "exact GELU": block is not None and _is_exact_gelu(block.mlp.gelu),
-            "no layer scale": block is not None and isinstance(block.ls_1, nn.Identity),
-            "LayerNorm's eps 1e-6": block is not None and block.ln_1.eps == EPS,
-        }
-        lacking = [name for name, there in checks.items() if not there]
-        if lacking:
-            raise UserError(f"ov2 export knows the family's encoders, which have {', '.join(lacking)}")
-        assert block is not None
+        """From the VisionTransformer of an ov2 model or a released encoder. Raises UserError for unusual sizes."""
+        block = visual.transformer.resblocks[0]
         rows, columns = visual.patch_size
         if rows != columns:
-            raise UserError(f"patches of {rows} x {columns} pixels have no counterpart in the formats of ov2 export")
+            raise UserError(f"patches of {rows} x {columns} pixels: `ov2 export` supports square patches only")
         for side in visual.image_size:
             if side % rows:
                 raise UserError(f"image size {side} is not a multiple of the patch size, {rows} (--image-size)")
@@ -112,7 +120,3 @@ class Encoder:
             preprocessing=Preprocessing.of(preprocess_cfg),
             state=state,
         )
-
-
-def _is_exact_gelu(module: nn.Module) -> bool:
-    return isinstance(module, nn.GELU) and module.approximate == "none"

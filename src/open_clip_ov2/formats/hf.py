@@ -13,21 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import EPS, Encoder
-from open_clip_ov2.formats.model_files import write_json, write_tensors
+from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.target import ExportSource, Target
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
+_ATTENTION = "attention.attention"
+_PARTS: dict[str, str | tuple[str, str, str]] = {
+    "attn.in_proj": (f"{_ATTENTION}.query", f"{_ATTENTION}.key", f"{_ATTENTION}.value"),
+    "attn.out_proj": "attention.output.dense",
+    "mlp.c_fc": "intermediate.dense",
+    "mlp.c_proj": "output.dense",
+    "ln_1": "layernorm_before",
+    "ln_2": "layernorm_after",
+}
 
 
-def write(encoder: Encoder, folder: Path) -> None:
-    """config.json, model.safetensors, preprocessor_config.json."""
+def write(source: ExportSource, folder: Path) -> list[str]:
+    """Write config.json, preprocessor_config.json and model.safetensors."""
+    encoder = source.encoder
     write_json(folder / "config.json", {"architectures": ["ViTModel"], **config(encoder)})
     write_json(folder / "preprocessor_config.json", image_processor(encoder))
     write_tensors(folder / "model.safetensors", state_dict(encoder))
+    return []
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
-    """Of ViTConfig. The pooler is the identity on the class token: the family pools patch tokens instead."""
+    """Of ViTConfig. The pooler is the identity on the class token, since an ov2 model pools patch tokens instead."""
     return {
         "model_type": "vit",
         "hidden_size": encoder.width,
@@ -49,7 +62,7 @@ def config(encoder: Encoder) -> dict[str, Any]:
 
 
 def image_processor(encoder: Encoder) -> dict[str, Any]:
-    """CLIP's processor is the one that has short side and centre crop; the name says nothing about the model."""
+    """CLIP's processor resizes the short side and crops the center; its name does not refer to the model."""
     side, pre = encoder.square_size, encoder.preprocessing
     squash = pre.resize_mode == "squash"
     return {
@@ -81,15 +94,17 @@ def state_dict(encoder: Encoder) -> dict[str, Tensor]:
         "pooler.dense.weight": torch.eye(width),
         "pooler.dense.bias": torch.zeros(width),
     }
-    for index in range(encoder.layers):
-        ours, theirs = f"transformer.resblocks.{index}", f"encoder.layer.{index}"
-        for kind in ("weight", "bias"):
-            parts = state[f"{ours}.attn.in_proj_{kind}"].chunk(3)
-            for name, part in zip(("query", "key", "value"), parts, strict=True):
-                out[f"{theirs}.attention.attention.{name}.{kind}"] = part
-            out[f"{theirs}.attention.output.dense.{kind}"] = state[f"{ours}.attn.out_proj.{kind}"]
-            out[f"{theirs}.intermediate.dense.{kind}"] = state[f"{ours}.mlp.c_fc.{kind}"]
-            out[f"{theirs}.output.dense.{kind}"] = state[f"{ours}.mlp.c_proj.{kind}"]
-            out[f"{theirs}.layernorm_before.{kind}"] = state[f"{ours}.ln_1.{kind}"]
-            out[f"{theirs}.layernorm_after.{kind}"] = state[f"{ours}.ln_2.{kind}"]
-    return out
+    return out | encoder.renamed("encoder.layer.{}", _PARTS)
+
+
+TARGET = Target(
+    name="hf",
+    summary="transformers: AutoModel.from_pretrained(FOLDER), a ViTModel with its image processor",
+    library="transformers",
+    example="""from transformers import AutoImageProcessor, AutoModel
+
+processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
+out = model(**processor(image, return_tensors="pt"), output_hidden_states=True)
+tokens = out.hidden_states[-1][:, 1:]  # patch tokens before the final norm (B, N, D)""",
+    write=write,
+)

@@ -1,6 +1,6 @@
 """LLaVA in transformers: a LlavaForConditionalGeneration ready for alignment training.
 
-The vision tower is the ViT of `export.hf`, the projector is new, the language model is the user's.
+The vision tower is the ViT of `hf.py`, the projector is new, and the language model is the user's.
 """
 
 from __future__ import annotations
@@ -10,31 +10,39 @@ from typing import Any
 
 import torch
 
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.formats import hf
 from open_clip_ov2.formats.encoder import Encoder
+from open_clip_ov2.formats.target import ExportSource, Target
 
 IMAGE_TOKEN = "<image>"
-# The last block before the final norm: what the caption loss trains, and what our decoder reads. LLaVA's -2 is for
-# contrastive encoders, whose last block serves the pooled feature.
+# The caption loss trains the last block's output, and our decoder reads it. LLaVA's usual -2 is for contrastive
+# encoders, whose last block serves the pooled output.
 FEATURE_LAYER = -1
 
 
 def write(
-    encoder: Encoder, folder: Path, language_model: Path, feature_layer: int = FEATURE_LAYER, seed: int = 0
-) -> str:
-    """The model, its tokenizer with an image token, and its processor. Raises UserError.
+    source: ExportSource,
+    folder: Path,
+    language_model: Path | None = None,
+    feature_layer: int = FEATURE_LAYER,
+    seed: int = 0,
+) -> list[str]:
+    """Write the model, its tokenizer with an image token, and its processor. Raises UserError.
 
-    Returns the name of the dtype of all weights, which is the language model's: LLaVA's code runs in one dtype.
-    `feature_layer` is transformers' `vision_feature_layer`: -1 the last block, -2 the one before.
+    All weights get the language model's dtype, because LLaVA's code runs in one dtype. `feature_layer` is transformers'
+    `vision_feature_layer`: -1 is the last block, -2 the one before. `seed` is for the projector's weights.
     """
+    encoder = source.encoder
+    if language_model is None:
+        raise UserError("--to llava needs --language-model DIR, the folder of a causal language model")
     if not -encoder.layers <= feature_layer <= -1:
-        raise UserError(f"--feature-layer {feature_layer}: it is -{encoder.layers} (first block) to -1 (last)")
+        raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
     from tokenizers import AddedToken
 
     transformers = _transformers()
     text_model, tokenizer = _language_model(transformers, language_model)
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # beside its own special tokens
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # keeps its own special tokens
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
@@ -52,7 +60,11 @@ def write(
     _take_weights(transformers, model, encoder, text_model)
     model.save_pretrained(folder)
     _write_processor(transformers, encoder, tokenizer, folder)
-    return str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    return [
+        f"the projector is new; it sees {encoder.num_tokens} image tokens of vision_feature_layer {feature_layer}; all "
+        f"weights are {dtype}, as the language model's"
+    ]
 
 
 def _transformers() -> Any:
@@ -72,19 +84,18 @@ def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, safetensors', pickle's and torch's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--language-model {source}: cannot be loaded ({reason})") from error
+        raise UserError(f"--language-model {source}: cannot be loaded ({first_line(error)})") from error
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        lack = "no output embeddings" if head is None else "a bias in its output embeddings"
-        raise UserError(f"--language-model {source}: {type(model).__name__} has {lack}, which LLaVA has no place for")
+        problem = "no output embeddings" if head is None else "a bias in its output embeddings"
+        raise UserError(f"--language-model {source}: {type(model).__name__} has {problem}, which LLaVA cannot use")
     return model, tokenizer
 
 
 def _take_weights(transformers: Any, model: Any, encoder: Encoder, text_model: Any) -> None:
-    """Encoder and language model, strictly; the projector stays as it was drawn."""
+    """Load encoder and language model strictly; the projector keeps its random weights."""
     model.to(next(text_model.parameters()).dtype)
-    # transformers' own loader turns the names on disk into those in memory, which differ between its versions.
+    # Names in memory differ between versions of transformers; its own loader maps the names on disk to them.
     vit = transformers.ViTModel.from_pretrained(
         None, config=model.config.vision_config, state_dict=hf.state_dict(encoder)
     )
@@ -104,3 +115,23 @@ def _write_processor(transformers: Any, encoder: Encoder, tokenizer: Any, folder
         num_additional_image_tokens=1,  # the class token, which the strategy then drops
     )
     processor.save_pretrained(folder)
+
+
+TARGET = Target(
+    name="llava",
+    summary="transformers: LlavaForConditionalGeneration.from_pretrained(FOLDER), with a new projector",
+    library="transformers",
+    example="""from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = LlavaForConditionalGeneration.from_pretrained("{name}")  # the projector is untrained""",
+    write=write,
+    options={
+        "--language-model": {"type": Path, "metavar": "DIR", "help": "the folder of a causal language model"},
+        "--feature-layer": {
+            "type": int,
+            "metavar": "N",
+            "help": "which block's tokens: -1 the last (default), -2 the one before",
+        },
+    },
+)

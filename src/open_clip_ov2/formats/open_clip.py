@@ -1,7 +1,8 @@
-"""Plain OpenCLIP, without this plugin: a stock CLIP whose encoder is ours and whose text tower is a stub.
+"""OpenCLIP's own format: a stock CLIP that needs no plugin, and the whole model for OpenCLIP with this plugin.
 
-`model.encode_image` is the pooled feature; `model.visual.forward_intermediates` gives patch tokens. The text tower is
-one narrow block of zeros, there because stock OpenCLIP has no model without one: `encode_text` means nothing.
+The stock CLIP has our encoder. `encode_image` is the pooled output, and `visual.forward_intermediates` gives patch
+tokens. Its text tower is one narrow block of zeros, because stock OpenCLIP has no model without a text tower; the
+output of `encode_text` is meaningless.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import EPS, Encoder, mlp_ratio
-from open_clip_ov2.formats.model_files import write_json, write_tensors
+from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.target import ExportSource, Target
 
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _TEXT_WIDTH, _TEXT_LENGTH, _TEXT_VOCAB = 8, 77, 49_408  # the last two are OpenCLIP's tokenizer's
 
 
-def write(encoder: Encoder, folder: Path) -> None:
-    """open_clip_config.json, open_clip_model.safetensors."""
-    write_json(folder / "open_clip_config.json", config(encoder))
-    write_tensors(folder / "open_clip_model.safetensors", state_dict(encoder))
+def write(source: ExportSource, folder: Path) -> list[str]:
+    """Write open_clip_config.json and open_clip_model.safetensors."""
+    write_json(folder / CONFIG, config(source.encoder))
+    write_tensors(folder / WEIGHTS, state_dict(source.encoder))
+    return []
+
+
+def write_whole(source: ExportSource, folder: Path) -> list[str]:
+    """Write the same files for the model with its decoder, and its tokenizer. Raises UserError."""
+    source.write_whole(folder)
+    return []
 
 
 def vision_cfg(encoder: Encoder) -> dict[str, Any]:
-    """What every OpenCLIP config of this encoder says of it."""
+    """The `vision_cfg` of this encoder in every OpenCLIP config."""
     return {
         "image_size": encoder.square_size,
         "layers": encoder.layers,
@@ -59,7 +70,7 @@ def config(encoder: Encoder) -> dict[str, Any]:
 
 
 def state_dict(encoder: Encoder) -> dict[str, Tensor]:
-    """OpenCLIP's CLIP."""
+    """Under the names of OpenCLIP's CLIP."""
     width, block = _TEXT_WIDTH, "transformer.resblocks.0."
     shapes = {
         "token_embedding.weight": (_TEXT_VOCAB, width),
@@ -83,3 +94,27 @@ def state_dict(encoder: Encoder) -> dict[str, Tensor]:
     stub = {name: torch.zeros(shape) for name, shape in shapes.items()}
     visual = {f"visual.{name}": tensor for name, tensor in encoder.state.items()}
     return {**visual, **stub, "logit_scale": torch.zeros(())}
+
+
+TARGET = Target(
+    name="open-clip",
+    summary="OpenCLIP without this plugin: create_model_from_pretrained('local-dir:FOLDER')",
+    library="open_clip",
+    example="""import open_clip  # this plugin is not needed
+
+model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
+out = model.visual.forward_intermediates(images, indices=1, output_fmt="NLC")
+tokens = out["image_intermediates"][0]  # patch tokens before the final norm (B, N, D)""",
+    write=write,
+)
+WHOLE_TARGET = Target(
+    name="ov2",
+    summary="OpenCLIP with this plugin: the whole model, decoder included, in safetensors",
+    library="open_clip",
+    example="""import open_clip, open_clip_ov2
+
+model, preprocess = open_clip.create_model_from_pretrained("{schema}{name}")
+tokens = model.encode_image_tokens(images)  # patch tokens before the final norm (B, N, D)
+ids = model.generate(images)  # captions as token ids""",
+    write=write_whole,
+)

@@ -12,22 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import Encoder, mlp_ratio
-from open_clip_ov2.formats.model_files import write_json, write_tensors
+from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.target import ExportSource, Target
 
-# timm's entry of each published size and the nearest one for the rest; model_args say what differs.
+# timm's entry for each published size, and the nearest one for the rest; model_args has what differs from it.
 _ENTRIES = {
     (192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (384, 8): "vit_small_patch8_224",
     (768, 16): "vit_base_patch16_224", (768, 8): "vit_base_patch8_224", (1024, 14): "vit_large_patch14_224",
     (1280, 14): "vit_huge_patch14_224", (1408, 14): "vit_giant_patch14_224",
 }  # fmt: skip
 _NEAREST = "vit_large_patch14_224"
+_PARTS: dict[str, str | tuple[str, str, str]] = {
+    "ln_1": "norm1",
+    "attn.in_proj": "attn.qkv",
+    "attn.out_proj": "attn.proj",
+    "ln_2": "norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
-def write(encoder: Encoder, folder: Path) -> None:
-    """config.json, model.safetensors."""
+def write(source: ExportSource, folder: Path) -> list[str]:
+    """Write config.json and model.safetensors."""
+    encoder = source.encoder
     write_json(folder / "config.json", config(encoder))
     write_tensors(folder / "model.safetensors", state_dict(encoder))
+    return []
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
@@ -77,13 +89,16 @@ def state_dict(encoder: Encoder) -> dict[str, Tensor]:
         "head.weight": state["proj"].T,
         "head.bias": torch.zeros(encoder.output_width),
     }
-    for index in range(encoder.layers):
-        ours, theirs = f"transformer.resblocks.{index}", f"blocks.{index}"
-        for kind in ("weight", "bias"):
-            out[f"{theirs}.norm1.{kind}"] = state[f"{ours}.ln_1.{kind}"]
-            out[f"{theirs}.attn.qkv.{kind}"] = state[f"{ours}.attn.in_proj_{kind}"]
-            out[f"{theirs}.attn.proj.{kind}"] = state[f"{ours}.attn.out_proj.{kind}"]
-            out[f"{theirs}.norm2.{kind}"] = state[f"{ours}.ln_2.{kind}"]
-            out[f"{theirs}.mlp.fc1.{kind}"] = state[f"{ours}.mlp.c_fc.{kind}"]
-            out[f"{theirs}.mlp.fc2.{kind}"] = state[f"{ours}.mlp.c_proj.{kind}"]
-    return out
+    return out | encoder.renamed("blocks.{}", _PARTS)
+
+
+TARGET = Target(
+    name="timm",
+    summary="timm.create_model('local-dir:FOLDER', pretrained=True)",
+    library="timm",
+    example="""import timm
+
+model = timm.create_model("{schema}{name}", pretrained=True).eval()
+tokens = model.forward_features(images)[:, 1:]  # patch tokens before the final norm (B, N, D)""",
+    write=write,
+)

@@ -52,7 +52,7 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch(
         "open_clip.factory",
         "image_transform_v2",
-        preprocess.use_family_crop,
+        preprocess.use_ov2_crop,
         "ov2 models get the crop they ask for; OpenCLIP's is bicubic, of 90 to 100% of the area, whatever is asked for",
     ),
     Patch(

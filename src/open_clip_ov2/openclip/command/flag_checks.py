@@ -30,7 +30,7 @@ _REFUSED = {
 
 def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
     """`gpu`: whether the machine that will run it has one. Raises UserError."""
-    family = factory.is_family(theirs.model)
+    family = factory.is_ov2_model(theirs.model)
     on_cpu = theirs.device == "cpu" or not gpu
     if theirs.device.startswith("cuda") and not gpu:
         raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
@@ -91,7 +91,7 @@ def _check_family(theirs: argparse.Namespace) -> None:
 def _abilities(model: str) -> frozenset[Ability]:
     """What a model with such a config can be asked for."""
     config = get_model_config(model) or {}
-    if factory.is_family_config(config):
+    if factory.is_ov2_config(config):
         return frozenset(("features", "caption"))
     contrastive: tuple[Ability, ...] = ("features", "contrast")
     return frozenset((*contrastive, "caption") if "multimodal_cfg" in config else contrastive)

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None =
         name=name,
         folder=Path(first.logs) / name,
         model=first.model,
-        family=factory.is_family(first.model),
+        family=factory.is_ov2_model(first.model),
         stages=tuple(stages),
         carry_optimizer=ours.carry_optimizer,
         options=run_options(ours),
@@ -141,7 +141,7 @@ def _check_model_name(name: str, was_given: bool) -> None:
         raise UserError("ov2 train: --model is missing, for example --model ov2-vit-l-14")
     if ":" in name:
         try:
-            factory.is_family(name)
+            factory.is_ov2_model(name)
         except (
             Exception
         ) as error:  # whatever a folder that is none, or a hub that cannot be reached, makes upstream raise

@@ -104,7 +104,7 @@ def derived_words(
     the run will have. Raises UserError.
     """
     extra = _machine_words(words, theirs, gpu)
-    if factory.is_family(theirs.model):
+    if factory.is_ov2_model(theirs.model):
         # docs/reference.md: Adam b1 0.9, b2 0.95; eps is optax's default, 1e-8.
         for flag, value in (("--beta1", "0.9"), ("--beta2", "0.95"), ("--eps", "1e-8")):
             extra += [] if given(words, flag) else [flag, value]
@@ -124,7 +124,7 @@ def _machine_words(words: Sequence[str], theirs: argparse.Namespace, gpu: bool) 
     if not cuda and theirs.device.startswith("cuda") and not given(words, "--device"):
         extra += ["--device", "cpu"]
     if not given(words, "--precision"):
-        family = factory.is_family(theirs.model)
+        family = factory.is_ov2_model(theirs.model)
         # OpenCLIP's `amp` (fp16) on a CPU runs without visible updates (docs/openclip.md).
         extra += ["--precision", ("amp_bf16" if family else "amp") if cuda else "fp32"]
     return extra

@@ -17,7 +17,7 @@ from typing import Any
 
 from open_clip import factory as open_clip_factory
 
-from open_clip_ov2.openclip.models.factory import FAMILY_KEY, MODEL_CONFIGS, VISION_FIXED
+from open_clip_ov2.openclip.models.factory import DECODER_KEY, MODEL_CONFIGS, VISION_FIXED
 
 COCA_OF, CLIP_OF = "coca-of-", "clip-of-"
 POOLER_HEADS = 8
@@ -58,7 +58,7 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    decoder = config[FAMILY_KEY]
+    decoder = config[DECODER_KEY]
     if decoder["mlp_width"] != 4 * decoder["width"]:
         # OpenCLIP's CoCa builds its decoder with a ratio of 4 whatever mlp_ratio says.
         raise ValueError(f"mlp_width {decoder['mlp_width']}: OpenCLIP's text towers need 4 x width")

@@ -21,9 +21,9 @@ from open_clip_ov2.core.vit_fast import use_fast_parts
 logger = logging.getLogger(__name__)
 
 MODEL_CONFIGS = Path(__file__).parents[2] / "model_configs"
-FAMILY_KEY = "decoder_cfg"  # a config with this key is one of ours
+DECODER_KEY = "decoder_cfg"  # a config with this key is one of ours
 _TOP_KEYS = {
-    "embed_dim", "vision_cfg", "text_cfg", FAMILY_KEY, "fusion", "keep_ratio", "eval_keep_ratio",
+    "embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "fusion", "keep_ratio", "eval_keep_ratio",
     "cast_dtype", "output_dict",
 }  # fmt: skip
 # What makes OpenCLIP's VisionTransformer the reference's (docs/reference.md, "Released encoder checkpoints").
@@ -36,13 +36,13 @@ VISION_FIXED = {
 }
 
 
-def is_family_config(config: Mapping[str, Any] | None) -> bool:
-    return config is not None and FAMILY_KEY in config
+def is_ov2_config(config: Mapping[str, Any] | None) -> bool:
+    return config is not None and DECODER_KEY in config
 
 
-def is_family(model_name: str) -> bool:
+def is_ov2_model(model_name: str) -> bool:
     """Whether a name known to OpenCLIP's registry is an ov2 model."""
-    return is_family_config(open_clip_factory.get_model_config(model_name))
+    return is_ov2_config(open_clip_factory.get_model_config(model_name))
 
 
 def build_caption_model(**config: Any) -> CaptionModel:
@@ -60,7 +60,7 @@ def build_caption_model(**config: Any) -> CaptionModel:
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
     use_fast_parts(visual)
     init_vision(visual)
-    decoder_cfg = {**config[FAMILY_KEY]}
+    decoder_cfg = {**config[DECODER_KEY]}
     if "fusion" in config:
         decoder_cfg["fusion"] = config["fusion"]
     check_keys("decoder_cfg", decoder_cfg, {field.name for field in fields(DecoderConfig)})

@@ -16,7 +16,7 @@ MOST_WORDS = 1 << 18  # then it starts anew: web captions never run out of new o
 LONGEST_WORD = 32  # characters; text without spaces, such as Chinese, would fill the memory and never come again
 
 
-class RememberingTokenizer(SimpleTokenizer):
+class CachingTokenizer(SimpleTokenizer):
     """Shares everything with the tokenizer that it is made of, which has no special tokens but the usual two.
 
     None of its tokens has a space within, so text may be cut at spaces first.
@@ -67,7 +67,7 @@ class RememberingTokenizer(SimpleTokenizer):
         return ids
 
 
-def remembering(tokenizer: Any) -> Any:
+def caching(tokenizer: Any) -> Any:
     """The same, faster, if it is OpenCLIP's built-in one and no variant of it; anything else as it is."""
     plain = type(tokenizer) is SimpleTokenizer and len(tokenizer.all_special_ids) == 2
-    return RememberingTokenizer(tokenizer) if plain else tokenizer
+    return CachingTokenizer(tokenizer) if plain else tokenizer

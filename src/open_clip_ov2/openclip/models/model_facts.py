@@ -17,7 +17,7 @@ from torch import nn
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.models.factory import is_family_config, known_models
+from open_clip_ov2.openclip.models.factory import is_ov2_config, known_models
 from open_clip_ov2.openclip.models.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, text_options
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.recipe.flops import CaptionSizes, ClipSizes, CocaSizes, Encoder, ModelSizes, Tower
@@ -60,7 +60,7 @@ def model_facts(
     if resolution is not None and resolution < patch_size:
         raise UserError(f"resolution {resolution}: smaller than one patch of {patch_size} px")
     options: dict[str, Any] = {}
-    if is_family_config(config):
+    if is_ov2_config(config):
         options = {} if fusion is None else {"fusion": fusion}
     if tokenizer:
         words = _text_cfg(tokenizer, context_length or config["text_cfg"].get("context_length", 77))

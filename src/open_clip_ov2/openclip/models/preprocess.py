@@ -27,20 +27,20 @@ JITTER = (0.32, 0.32, 0.32, 0.08)
 JITTER_PROBABILITY, GREY_PROBABILITY = 0.8, 0.2
 
 
-class FamilyBilinear(str):
+class Ov2Bilinear(str):
     """The interpolation of an ov2 model, "bilinear"; its type tells OpenCLIP's transforms whose crop to use.
 
     It travels in `preprocess_cfg`, so the right crop comes out however the model was made.
     """
 
 
-def family_preprocess(cfg: dict[str, Any]) -> dict[str, Any]:
+def ov2_preprocess_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` with OpenCLIP's stock values replaced by ours; values that somebody chose stay."""
     ours = dict(cfg)
     if (tuple(cfg["mean"]), tuple(cfg["std"])) == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD):
         ours |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     interpolation = cfg["interpolation"]
-    ours["interpolation"] = FamilyBilinear("bilinear") if interpolation in ("bicubic", "bilinear") else interpolation
+    ours["interpolation"] = Ov2Bilinear("bilinear") if interpolation in ("bicubic", "bilinear") else interpolation
     return ours
 
 
@@ -63,7 +63,7 @@ def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | N
     """`train_transform` up to its ToTensor, for our loader: the same draws, uint8. None where the model's transform is
     not ours: another interpolation, or timm's augmentation.
     """
-    if not isinstance(preprocess_cfg["interpolation"], FamilyBilinear) or (aug_cfg and aug_cfg.get("use_timm")):
+    if not isinstance(preprocess_cfg["interpolation"], Ov2Bilinear) or (aug_cfg and aug_cfg.get("use_timm")):
         return None
     aug, size = _augmentation(aug_cfg), preprocess_cfg["size"]
     steps = _jitter_steps(aug)
@@ -105,12 +105,12 @@ def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def family_overrides() -> dict[str, Any]:
+def ov2_preprocess_options() -> dict[str, Any]:
     """What `create_model_and_transforms` gets so that any model sees the pixels that an ov2 model would."""
     return {
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
-        "image_interpolation": FamilyBilinear("bilinear"),
+        "image_interpolation": Ov2Bilinear("bilinear"),
     }
 
 
@@ -129,17 +129,17 @@ def color_jitter_cfg() -> dict[str, Any]:
 def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
     def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
         if isinstance(model, (CaptionModel, VisionModel)):
-            preprocess_cfg |= family_preprocess(preprocess_cfg)  # in place: upstream logs the same dict afterwards
+            preprocess_cfg |= ov2_preprocess_cfg(preprocess_cfg)  # in place: upstream logs the same dict afterwards
             logger.info("image preprocessing of the ov2 family: %s", preprocess_cfg)
         original(model, preprocess_cfg)
 
     return set_model_preprocess_cfg
 
 
-def use_family_crop(original: Callable[..., Any]) -> Callable[..., Any]:
+def use_ov2_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     def image_transform_v2(cfg: PreprocessCfg, is_train: bool, aug_cfg: Any = None) -> Any:
         uses_timm = isinstance(aug_cfg, dict) and aug_cfg.get("use_timm")
-        if not is_train or uses_timm or not isinstance(cfg.interpolation, FamilyBilinear):
+        if not is_train or uses_timm or not isinstance(cfg.interpolation, Ov2Bilinear):
             return original(cfg, is_train, aug_cfg)
         return train_transform(cfg.size, cfg.mean, cfg.std, _augmentation(aug_cfg))
 

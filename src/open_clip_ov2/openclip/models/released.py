@@ -21,7 +21,7 @@ from torch import nn
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel, sincos_2d
 from open_clip_ov2.core.vit_fast import use_fast_parts
 from open_clip_ov2.formats.encoder import mlp_ratio
-from open_clip_ov2.openclip.models.factory import FAMILY_KEY, VISION_FIXED, build_caption_model, check_keys
+from open_clip_ov2.openclip.models.factory import DECODER_KEY, VISION_FIXED, build_caption_model, check_keys
 from open_clip_ov2.openclip.models.weights import TABLE_TOLERANCE, check_fit, load_encoder_file, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "imag
     VISION_FIXED
 )
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # NAME or ORGANISATION/NAME
-_TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", FAMILY_KEY, "cast_dtype", "output_dict", "position_table"}
+_TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "cast_dtype", "output_dict", "position_table"}
 _DECODER_KEYS = {
     "architecture", "fusion_style", "width", "depth", "num_heads", "mlp_dim", "vocab_size", "vision_width", "pad_id",
     "bos_id", "eos_id", "tokenizer",
@@ -50,8 +50,8 @@ CONTEXT_LENGTH, EVAL_KEEP_RATIO = 128, 1.0
 
 def is_vision_only(config: Mapping[str, Any]) -> bool:
     """Whether a config asks for a bare encoder: `decoder_cfg` none, or the released layout."""
-    if FAMILY_KEY in config:
-        return config[FAMILY_KEY] is None
+    if DECODER_KEY in config:
+        return config[DECODER_KEY] is None
     vision = config.get("vision_cfg")
     return (
         isinstance(vision, Mapping)
@@ -67,14 +67,14 @@ def is_vision_only(config: Mapping[str, Any]) -> bool:
 def build_vision_model(**config: Any) -> VisionModel:
     """Raises ValueError for unknown keys and values out of range."""
     for key in ("fusion", "keep_ratio", "eval_keep_ratio"):
-        config.pop(key, None) if FAMILY_KEY in config else None  # of the decoder that is not wanted
+        config.pop(key, None) if DECODER_KEY in config else None  # of the decoder that is not wanted
     check_keys("model config", config, _TOP_KEYS)
     vision_cfg = complete_vision_cfg(config["vision_cfg"])
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
     use_fast_parts(visual)
     options = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
     model: Any = VisionModel(visual, **options)
-    model.alone_by_layout = FAMILY_KEY not in config  # nobody said so: weights.py then looks for a text tower
+    model.alone_by_layout = DECODER_KEY not in config  # nobody said so: weights.py then looks for a text tower
     model.reset_position_table()
     return model
 
@@ -174,7 +174,7 @@ def dispatch_model_class(original: Callable[..., nn.Module]) -> Callable[..., nn
     def model_class(*args: Any, **kwargs: Any) -> nn.Module:
         if not args and is_vision_only(kwargs):
             return build_vision_model(**kwargs)
-        if FAMILY_KEY in kwargs:
+        if DECODER_KEY in kwargs:
             return build_caption_model(**kwargs)
         return original(*args, **kwargs)
 
@@ -188,7 +188,7 @@ def load_image_weights_strictly(original: Callable[..., Any]) -> Callable[..., A
     def create_model(model_name: str, *args: Any, **kwargs: Any) -> Any:
         path = kwargs.get("pretrained_image_path")
         config = open_clip_factory.get_model_config(model_name) if path else None
-        if config is None or not (FAMILY_KEY in config or is_vision_only(config)):
+        if config is None or not (DECODER_KEY in config or is_vision_only(config)):
             return original(model_name, *args, **kwargs)
         model = original(model_name, *args, **{**kwargs, "pretrained_image_path": None})
         load_encoder_file(model, str(path))

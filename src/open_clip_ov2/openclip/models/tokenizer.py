@@ -12,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.models.factory import is_family_config
+from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.released import check_tokenizer_folder
 
 MODE = "ov2"  # text_cfg.tokenizer_mode that asks for WordPieceTokenizer
@@ -132,7 +132,7 @@ def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, A
 
 def text_options(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
     """What `create_model` gets for a model of any family that is to read word pieces. Raises UserError."""
-    return {"text_cfg": dict(words)} if is_family_config(config) else with_word_pieces(name, config, words)
+    return {"text_cfg": dict(words)} if is_ov2_config(config) else with_word_pieces(name, config, words)
 
 
 def eos_id_of(tokenizer: Any) -> int:

@@ -23,7 +23,7 @@ from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models import baseline_configs
-from open_clip_ov2.openclip.models.factory import is_family_config, known_models
+from open_clip_ov2.openclip.models.factory import is_ov2_config, known_models
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for, text_options
 from open_clip_ov2.openclip.run import baselines
@@ -210,7 +210,7 @@ def caption_ids(name: str, tokenizer: str | None = None) -> tuple[int, int, int,
     """Size of an ov2 model's vocabulary, and its ids of begin, end and padding; or those of a folder of word pieces.
     Raises UserError."""
     config = open_clip.get_model_config(name) or {}
-    if not is_family_config(config):
+    if not is_ov2_config(config):
         raise UserError(f"--model {name}: no ov2 model; contenders of other kinds go into --arms")
     text = text_cfg_for(tokenizer, config["text_cfg"]["context_length"]) if tokenizer else config["text_cfg"]
     return int(text["vocab_size"]), int(text["bos_id"]), int(text["eos_id"]), int(text["pad_id"])

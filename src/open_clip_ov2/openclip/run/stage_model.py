@@ -13,8 +13,8 @@ from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
-from open_clip_ov2.openclip.models.fast_tokenizer import remembering
-from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, family_overrides, train_crop
+from open_clip_ov2.openclip.models.fast_tokenizer import caching
+from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines
@@ -68,7 +68,7 @@ class StageModel:
             if self.session.carried is not None or self._found:
                 pretrained, kwargs["pretrained_image"] = None, False
             if self.options.augmentation == FAMILY and not self.family:
-                kwargs |= {**family_overrides(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
+                kwargs |= {**ov2_preprocess_options(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
             if self.options.color_jitter:
                 kwargs["aug_cfg"] = {**color_jitter_cfg(), **(kwargs.get("aug_cfg") or {})}
             try:
@@ -130,7 +130,7 @@ class StageModel:
                     self.options.tokenizer, self.model.context_length, kwargs.get("cache_dir")
                 )
             else:
-                self.tokenizer = remembering(original(name, **kwargs))
+                self.tokenizer = caching(original(name, **kwargs))
             return self.tokenizer
 
         return get_tokenizer

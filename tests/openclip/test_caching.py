@@ -1,4 +1,4 @@
-"""The remembering tokenizer. Oracle: OpenCLIP's own, on the same texts."""
+"""The caching tokenizer. Oracle: OpenCLIP's own, on the same texts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from open_clip_ov2.openclip.models import fast_tokenizer as module
-from open_clip_ov2.openclip.models.fast_tokenizer import RememberingTokenizer, remembering
+from open_clip_ov2.openclip.models.fast_tokenizer import CachingTokenizer, caching
 
 STOCK = open_clip.SimpleTokenizer(context_length=24)
-OURS = remembering(STOCK)
+OURS = caching(STOCK)
 PIECES = [
     "the", "dog's", "caf\u00e9", "&amp;", "&lt;", "<start_of_text>", "<END_OF_TEXT>", "\u201cquote\u201d", "\ufb01",
     "123", "\u00e2\u20ac\u2122", "\x1b[1m", "\x07", "\n", "\t", "  ", "\u65e5\u672c", "I'LL", "...!?",
@@ -41,7 +41,7 @@ def test_ids_are_the_same(text: str) -> None:
 
 def test_it_forgets_and_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: OpenCLIP's own; the number of words kept."""
-    ours = remembering(STOCK)
+    ours = caching(STOCK)
     monkeypatch.setattr(module, "MOST_WORDS", 3)
     words = ["one", "two", "three", "four", "five", "six", "one", "two"]
     assert ours.encode(" ".join(words)) == STOCK.encode(" ".join(words))
@@ -56,13 +56,13 @@ def test_variants_keep_their_ways() -> None:
     """Oracles: another cleaning's ids; types."""
     canonical = open_clip.SimpleTokenizer(clean="canonicalize")
     text = "A plain, plain_text."
-    assert isinstance(remembering(canonical), RememberingTokenizer)
-    assert remembering(canonical).encode(text) == canonical.encode(text) != STOCK.encode(text)
+    assert isinstance(caching(canonical), CachingTokenizer)
+    assert caching(canonical).encode(text) == canonical.encode(text) != STOCK.encode(text)
     for other in (OURS, len):
-        assert remembering(other) is other
+        assert caching(other) is other
     special = open_clip.SimpleTokenizer(additional_special_tokens=["a dog"])
-    assert remembering(special) is special  # a token with a space within
+    assert caching(special) is special  # a token with a space within
     assert torch.equal(OURS(["a b c"], context_length=3), STOCK(["a b c"], context_length=3))
     assert torch.equal(OURS("a b c"), STOCK("a b c"))
-    masked = remembering(open_clip.SimpleTokenizer(context_length=6, reduction_mask="simple"))
+    masked = caching(open_clip.SimpleTokenizer(context_length=6, reduction_mask="simple"))
     assert masked(["one two three four five six seven"]).shape == (1, 6)

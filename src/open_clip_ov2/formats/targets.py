@@ -1,0 +1,21 @@
+"""The formats that `ov2 export` and `ov2 push` know. A new one is a module with a `Target`, and a line here."""
+
+from __future__ import annotations
+
+from open_clip_ov2.formats import authors, hf, llava, onnx, open_clip, timm
+from open_clip_ov2.formats.target import Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        hf.TARGET,
+        llava.TARGET,
+        timm.TARGET,
+        open_clip.TARGET,
+        open_clip.WHOLE_TARGET,
+        authors.TARGET,
+        onnx.TARGET,
+    )
+}
+# A push has no flags of a format's own.
+PUSHABLE = [name for name, target in TARGETS.items() if not target.options]

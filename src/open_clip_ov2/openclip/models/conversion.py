@@ -1,0 +1,98 @@
+"""`ov2 convert`: the authors' checkpoints to a model folder of ours, and a model back to their Flax parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from open_clip.transform import PreprocessCfg
+
+from open_clip_ov2.core import CaptionModel
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
+from open_clip_ov2.formats.flax import NOT_IN_FLAX
+from open_clip_ov2.formats.flax_files import write_npz
+from open_clip_ov2.formats.model_files import new_folder
+from open_clip_ov2.openclip.models.exports import encoder_of, write_model_folder
+from open_clip_ov2.openclip.models.factory import build_caption_model
+from open_clip_ov2.openclip.models.open_model import CONFIG, caption_model, open_model
+from open_clip_ov2.openclip.models.preprocess import ov2_preprocess_cfg
+from open_clip_ov2.openclip.models.tokenizer import BOS_ID, EOS_ID, PAD_ID, WordPieceTokenizer
+from open_clip_ov2.openclip.models.weights import check_fit
+
+# docs/reference.md: the reference's caption length, and the published resolution.
+CONTEXT_LENGTH, IMAGE_SIZE = 128, 224
+
+
+def convert(source: str, target: Path, **options: Any) -> list[str]:
+    """Lines for the user. `options` are those of `ov2 convert` that are given. Raises UserError."""
+    path = Path(source)
+    if target.suffix == ".npz":
+        _refuse(source, options, "is for Flax parameters that are read")
+        flat = _to_flax(caption_model(open_model(source)))
+        write_npz(target, flat)
+        return [f"{target}: {len(flat)} Flax parameters from {source}"]
+    notes = []
+    if path.suffix == ".npz" or (path.is_dir() and not (path / CONFIG).is_file()):
+        length = options.get("context_length", CONTEXT_LENGTH)
+        vocabulary = options.pop("tokenizer", None)
+        model = model_from_flax(read_flax(path), **options)
+        preprocess_cfg = ov2_preprocess_cfg(asdict(PreprocessCfg()))
+        tokenizer: Any = WordPieceTokenizer(vocabulary, length) if vocabulary else None
+        if tokenizer is None:
+            notes.append("no --tokenizer given: the folder has no vocabulary, so the model cannot write captions")
+    else:
+        _refuse(source, options, "is for Flax parameters", but="image_size")
+        run = open_model(source, image_size=options.get("image_size"))
+        model, preprocess_cfg, tokenizer = caption_model(run), run.preprocess_cfg, run.tokenizer
+    with new_folder(target) as folder:
+        write_model_folder(model, encoder_of(model, preprocess_cfg), tokenizer, folder, target.resolve().name)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return [f"{target}: {count:,} parameters, encoder and decoder, from {source}", *notes]
+
+
+def _refuse(source: str, options: Mapping[str, Any], why: str, but: str = "") -> None:
+    """Raises UserError for an option that would have no effect."""
+    for name in options:
+        if name != but:
+            raise UserError(f"--{name.replace('_', '-')} {why}, and {source} already determines it; leave the flag out")
+
+
+def _to_flax(model: CaptionModel) -> dict[str, np.ndarray]:
+    return to_flax(model.state_dict(), model.text_decoder.config.heads)
+
+
+def model_from_flax(
+    flat: Mapping[str, np.ndarray],
+    *,
+    image_size: int = IMAGE_SIZE,
+    context_length: int = CONTEXT_LENGTH,
+    fusion: str | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> CaptionModel:
+    """In evaluation mode, with the reference's word-piece ids. Raises UserError."""
+    if context_length < 2 or image_size < 1:
+        raise UserError(f"--context-length {context_length} --image-size {image_size}: at least 2 (bos, eos) and 1")
+    cfg = flax_model_cfg(flat, heads, decoder_heads)
+    cross = cfg["fusion"] == "cross_attn"
+    if fusion is not None and (fusion == "cross_attn") != cross:
+        raise UserError(f"--fusion {fusion}: the decoder {'has' if cross else 'has no'} cross-attention blocks")
+    if image_size % cfg["vision_cfg"]["patch_size"]:
+        patch_size = cfg["vision_cfg"]["patch_size"]
+        raise UserError(f"--image-size {image_size}: not a multiple of the patch size, {patch_size}")
+    cfg["fusion"] = fusion or cfg["fusion"]
+    cfg["vision_cfg"]["image_size"] = image_size
+    cfg["text_cfg"] |= {"context_length": context_length, "bos_id": BOS_ID, "eos_id": EOS_ID, "pad_id": PAD_ID}
+    state = from_flax(flat)
+    try:
+        model = build_caption_model(**cfg)
+        expected = {name: value for name, value in model.state_dict().items() if name not in NOT_IN_FLAX}
+        check_fit("the Flax parameters", state, expected)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model.load_state_dict(state, strict=False)  # the position table and the identity are the model's own
+    return model.eval()

@@ -1,0 +1,154 @@
+"""A model as what `ov2 export` and `ov2 push` write, and as a folder that OpenCLIP loads with this plugin."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer
+from torch import nn
+
+from open_clip_ov2.core import CaptionModel, VisionModel
+from open_clip_ov2.core.vit_fast import stock_patches
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import write_json
+from open_clip_ov2.formats.card import card, run_facts
+from open_clip_ov2.formats.encoder import Encoder
+from open_clip_ov2.formats.hub import upload
+from open_clip_ov2.formats.model_files import new_folder, write_tensors
+from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vision_cfg
+from open_clip_ov2.formats.target import CaptionDecoder, ExportSource
+from open_clip_ov2.formats.targets import TARGETS
+from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
+from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer, find_vocab
+from open_clip_ov2.train.checkpoint import CheckpointName
+
+
+def export(
+    source: str,
+    to: str,
+    out: Path | None = None,
+    *,
+    image_size: int | None = None,
+    position_table: str | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+    **options: Any,
+) -> tuple[Path, list[str]]:
+    """(new folder, lines for the user). `options` are the target's own. Raises UserError."""
+    TARGETS[to].check_installed()
+    run = open_model(source, image_size=image_size, position_table=position_table)
+    if out is None:
+        if source.startswith(HUB):
+            raise UserError(f"--out is missing: {source} is on the hub, so there is no folder to write into")
+        out = run.folder / "export" / to
+    with new_folder(out) as folder:
+        lines = _write(run, to, folder, out.resolve().name, options)
+        _write_card(run, to, folder, run.folder.resolve().name, out.name, license, dataset)
+    return out, lines
+
+
+def push(
+    source: str,
+    repository: str,
+    to: str = "ov2",
+    *,
+    image_size: int | None = None,
+    private: bool = False,
+    license: str | None = None,
+    dataset: str | None = None,
+    dry_run: Path | None = None,
+) -> list[str]:
+    """Lines for the user, the last one with the commit's URL, or with `dry_run`, where all was written instead."""
+    run = open_model(source, image_size=image_size)
+    with new_folder(dry_run) if dry_run else tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        lines = _write(run, to, folder, repository, {})
+        _write_card(run, to, folder, repository.split("/")[1], repository, license, dataset)
+        done = f"not pushed; what would be: {dry_run}" if dry_run else f"pushed: {upload(folder, repository, private)}"
+    return [*lines, done]
+
+
+def _write(run: LoadedModel, to: str, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
+    source = export_source(run, name)
+    with stock_patches(source.visual):  # OpenCLIP's own convolution, which exporters know
+        return list(TARGETS[to].write(source, folder, **options))
+
+
+def _write_card(
+    run: LoadedModel, to: str, folder: Path, title: str, location: str, license: str | None, dataset: str | None
+) -> None:
+    """Write FOLDER/README.md."""
+    at = CheckpointName.of(run.checkpoint.name)
+    facts = run_facts(run.folder, at.stage if at else None, at.samples_seen if at and not at.done else None)
+    encoder = encoder_of(run.model, run.preprocess_cfg)
+    card(title, location, TARGETS[to], encoder, facts, license=license, dataset=dataset).save(folder / "README.md")
+
+
+def export_source(run: LoadedModel, name: str) -> ExportSource:
+    """What the formats may take from a model. Raises UserError for a model that is not ours."""
+    encoder, visual = encoder_of(run.model, run.preprocess_cfg), run.model.visual
+    assert isinstance(visual, nn.Module)
+
+    def write_whole(folder: Path) -> None:
+        write_model_folder(caption_model(run), encoder, run.tokenizer, folder, name)
+
+    return ExportSource(encoder, visual, name, write_whole, released_decoder(run.model, run.tokenizer))
+
+
+def encoder_of(model: Any, preprocess_cfg: dict[str, Any]) -> Encoder:
+    """Raises UserError for a model that is not ours."""
+    if not isinstance(model, (CaptionModel, VisionModel)):
+        raise UserError(f"{type(model).__name__} is not an ov2 model, so its encoder cannot be exported")
+    return Encoder.of(model.visual, preprocess_cfg)
+
+
+def released_decoder(model: Any, tokenizer: Any) -> CaptionDecoder | str:
+    """The decoder in the authors' format, or the reason why it has no such form."""
+    if not isinstance(model, CaptionModel):
+        return "the model has none"
+    config, text = model.text_decoder.config, model.text_config
+    if config.fusion != "prefix":
+        return f"the authors' format has prefix decoders only, and this one's fusion is {config.fusion}"
+    if not isinstance(tokenizer, WordPieceTokenizer):
+        return "the authors' format has word pieces only (--tokenizer), and this one has OpenCLIP's tokenizer"
+    about = {
+        "width": config.width, "depth": config.layers, "num_heads": config.heads, "mlp_dim": config.mlp_width,
+        "vocab_size": text.vocab_size, "pad_id": text.pad_id, "bos_id": text.bos_id, "eos_id": text.eos_id,
+    }  # fmt: skip
+    return CaptionDecoder(about, model.text_decoder.state_dict(), find_vocab(tokenizer.source))
+
+
+def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str) -> None:
+    """Write the whole model as OpenCLIP's `local-dir:` or hub folder.
+
+    `name` is what the folder will be called, or its hub name; OpenCLIP looks for the tokenizer under it.
+    """
+    cfg = model_cfg(model, encoder)
+    if isinstance(tokenizer, WordPieceTokenizer):
+        cfg["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_mode": MODE}
+        shutil.copyfile(find_vocab(tokenizer.source), folder / "vocab.txt")
+    elif isinstance(tokenizer, HFTokenizer):
+        cfg["text_cfg"] |= {"hf_tokenizer_name": name}
+        tokenizer.save_pretrained(str(folder))
+    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": preprocess_cfg(encoder)})
+    write_tensors(folder / WEIGHTS, model.state_dict())
+
+
+def model_cfg(model: CaptionModel, encoder: Encoder) -> dict[str, Any]:
+    """OpenCLIP's `model_cfg` that builds this model again."""
+    decoder = asdict(model.text_decoder.config)
+    fusion = decoder.pop("fusion")
+    return {
+        "embed_dim": encoder.width,
+        "vision_cfg": {**vision_cfg(encoder), "output_tokens": True},
+        "text_cfg": asdict(model.text_config),
+        "decoder_cfg": decoder,
+        "fusion": fusion,
+        "keep_ratio": str(model.token_drop.keep_ratio),
+        "eval_keep_ratio": model.token_drop.eval_keep_ratio,
+        "custom_text": True,
+    }
