@@ -37,13 +37,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not TOML: {error}") from error
 
 
-def key(read: Reader, *, default: Any = dataclasses.MISSING, name: str | None = None, example: str = "") -> Any:
+def key(
+    read: Reader,
+    *,
+    default: Any = dataclasses.MISSING,
+    name: str | None = None,
+    example: str = "",
+    help: str = "",
+    metavar: str | None = None,
+) -> Any:
     """A field of a dataclass for `from_table`.
 
     `default` may be a factory (dict); `name` is the key if it is not the field's name; `example` is shown where a
-    required key is missing.
+    required key is missing; `help` and `metavar` are for a command-line flag made from the field.
     """
-    metadata = {"read": read, "name": name, "example": example}
+    metadata = {"read": read, "name": name, "example": example, "help": help, "metavar": metavar}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -53,7 +53,7 @@ def test_signals_are_ignored_until_python_handles_them(tmp_path: Path) -> None:
     """Oracle: the kernel's mask of ignored signals, as Python is started by the job's command."""
     mask = "import re; print(re.search(r'SigIgn:\\s*(\\w+)', open('/proc/self/status').read())[1])"
     options = ClusterOptions()
-    command = executor._deaf_at_first(executor.python_command(options)) + f' -c "{mask}"'
+    command = executor._ignoring_signals(executor.python_command(options)) + f' -c "{mask}"'
     ignored = int(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout, 16)
     usr2, term = 12, 15
     assert ignored >> (usr2 - 1) & 1

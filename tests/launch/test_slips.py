@@ -16,12 +16,12 @@ SLIPS = {  # before `--`, after it, what the line says
     "no such model": ([], ["--model", "ov2-vit-l-15"], "near: ov2-vit-l-14"),
     "no recipe": ([], ["--recipe", "nowhere.toml"], "nowhere.toml"),
     "bad time": (["--time", "soon"], [], "1-12:00:00"),
-    "bad nodes": (["--nodes", "0"], [], "from 1 on"),
+    "bad nodes": (["--nodes", "0"], [], "expected an integer >= 1"),
     "several nodes, one job": (["--nodes", "1,2"], [], "--stage-jobs"),
     "no such cluster file": (["--cluster", "nowhere.toml"], [], "nowhere.toml: cannot be read"),
     "local and debug": (["--local", "1", "--debug"], [], "not allowed with"),
-    "no processes": (["--local", "0"], [], "at least one process"),
-    "stages as jobs without SLURM": (["--local", "1", "--stage-jobs"], [], "--stage-jobs is for SLURM"),
+    "no processes": (["--local", "0"], [], "expected at least one process"),
+    "stages as jobs without SLURM": (["--local", "1", "--stage-jobs"], [], "--stage-jobs needs SLURM"),
     "does not fit": (["--gpus-per-node", "1", "--gpu-memory-gb", "0.1"], ["--batch-size", "512"], "needs about"),
     "no SLURM": ([], [], "no SLURM on this machine"),
 }
@@ -61,7 +61,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(
     assert main(["submit", "--dry-run", *shape, "--", *flags, *stages]) == 0
     out = capsys.readouterr().out
     for text in (
-        "ov2-cluster.toml", "96 samples", "stage 2: 2 nodes, 4 processes, 2 GPUs a node, partition train, 1 h 00 min",
+        "ov2-cluster.toml", "96 samples", "stage 2: 2 nodes, 4 processes, 2 GPUs per node, partition train, 1 h 00 min",
         "--- sbatch.stage-2.sh", "#SBATCH --dependency=afterok:STAGE_1", "#SBATCH --gpus-per-node=2",
     ):  # fmt: skip
         assert text in out
@@ -75,6 +75,6 @@ def test_jobs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["jobs", "logs", "x"]) == 2
     assert "x: no submitted run" in capsys.readouterr().err
     assert main(["jobs", "cancel"]) == 2
-    assert "which run?" in capsys.readouterr().err
+    assert "RUN is missing" in capsys.readouterr().err
     assert main(["sweep", "nowhere.toml"]) == 2
     assert "nowhere.toml: cannot be read" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from open_clip_ov2.launch import ends, state
-from open_clip_ov2.launch.ends import OWN, PEER, End
+from open_clip_ov2.launch.ends import OWN, PEER, ExitRecord
 from open_clip_ov2.launch.folder import LOCAL, SLURM
 from open_clip_ov2.launch.queue import QueueJob, look_up
 from open_clip_ov2.tracking.status import Status
@@ -40,8 +40,8 @@ ROWS = {  # jobs in the queue, what the run said last, -> state, what its reason
     "first stage done, second waits": (jobs("COMPLETED", "PENDING"), said("finished"), "queued", "Priority", "8"),
     "first stage failed, second cancelled": (jobs("FAILED", "CANCELLED"), said("failed"), "failed", "", "7"),
     "second stage cancelled": (jobs("COMPLETED", "CANCELLED"), said("finished"), "stopped", "stage 1 of 2", "7"),
-    "cancelled while it ran": (jobs("CANCELLED"), said("interrupted"), "cancelled", "by hand", "7"),
-    "killed and forgotten": (jobs("UNKNOWN"), said("running"), "died", "its job is gone", "7"),
+    "cancelled while it ran": (jobs("CANCELLED"), said("interrupted"), "cancelled", "by scancel", "7"),
+    "killed and forgotten": (jobs("UNKNOWN"), said("running"), "died", "SLURM no longer knows its job", "7"),
     "out of time": (jobs("TIMEOUT"), said("running"), "died", "TIMEOUT", "7"),
     "never said a word": (jobs("FAILED"), None, "died", "FAILED", "7"),
     "was not submitted": ([], None, "died", "never submitted", ""),
@@ -51,42 +51,42 @@ ROWS = {  # jobs in the queue, what the run said last, -> state, what its reason
 @pytest.mark.parametrize("row", ROWS)
 def test_judgement(row: str) -> None:
     queue, status, expected, reason, job = ROWS[row]
-    found = state.judge(queue, status, stages=2, cancelled=False)
+    found = state.state_of(queue, status, stages=2, cancelled=False)
     assert (found[0], found[2]) == (expected, job)
     assert reason in found[1]
 
 
 def test_a_cancelled_run_stays_cancelled() -> None:
-    assert state.judge(jobs("UNKNOWN"), said("failed", reason="x"), 2, cancelled=True)[0] == "cancelled"
-    assert state.judge(jobs("UNKNOWN"), said("finished", stage=2), 2, cancelled=True)[0] == "finished"
+    assert state.state_of(jobs("UNKNOWN"), said("failed", reason="x"), 2, cancelled=True)[0] == "cancelled"
+    assert state.state_of(jobs("UNKNOWN"), said("finished", stage=2), 2, cancelled=True)[0] == "finished"
 
 
-def end(kind: str, rank: int, when: float) -> End:
-    return End("7", 0, rank, kind, f"{kind} of {rank}", when)
+def end(kind: str, rank: int, when: float) -> ExitRecord:
+    return ExitRecord("7", 0, rank, kind, f"{kind} of {rank}", when)
 
 
 def test_a_reason_of_its_own_wins_over_lost_peers() -> None:
     """One rank is out of memory, the others only see it go."""
     found = [end(PEER, 0, 1.0), end(OWN, 3, 2.0), end(OWN, 2, 3.0)]
-    assert ends.judge(found, 1, [], "", 3) == ends.Verdict(False, "own of 3")
+    assert ends.decide_requeue(found, 1, [], "", 3) == ends.RequeueDecision(False, "own of 3")
 
 
 def test_deaths_without_progress_come_to_an_end() -> None:
-    assert ends.judge([], 137, [], "", 3).again
-    assert ends.judge([end(PEER, 1, 1.0)], 137, ["a", "a"], "b", 3).again
-    assert ends.judge([], 137, ["b"], "b", 3).again
-    last = ends.judge([], 137, ["a", "b", "b"], "b", 3)
-    assert not last.again
+    assert ends.decide_requeue([], 137, [], "", 3).requeue
+    assert ends.decide_requeue([end(PEER, 1, 1.0)], 137, ["a", "a"], "b", 3).requeue
+    assert ends.decide_requeue([], 137, ["b"], "b", 3).requeue
+    last = ends.decide_requeue([], 137, ["a", "b", "b"], "b", 3)
+    assert not last.requeue
     assert "signal 9" in last.reason
     assert "3 times since b" in last.reason
 
 
 def test_ends_are_read_of_one_start_alone(tmp_path: Path) -> None:
     for restart, rank in ((0, 1), (1, 0), (1, 11)):
-        ends.write_end(tmp_path, End("7_1", restart, rank, OWN, "x", float(-rank)))
-    assert [(found.restart, found.rank) for found in ends.read_ends(tmp_path, "7_1", 1)] == [(1, 11), (1, 0)]
-    assert ends.note_death(tmp_path, 0, "a") == []
-    assert ends.note_death(tmp_path, 0, "b") == ["a"]
+        ends.write_exit(tmp_path, ExitRecord("7_1", restart, rank, OWN, "x", float(-rank)))
+    assert [(found.restart, found.rank) for found in ends.read_exits(tmp_path, "7_1", 1)] == [(1, 11), (1, 0)]
+    assert ends.record_loss(tmp_path, 0, "a") == []
+    assert ends.record_loss(tmp_path, 0, "b") == ["a"]
 
 
 def test_local_jobs_are_alive_while_they_are() -> None:

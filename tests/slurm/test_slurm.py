@@ -160,7 +160,7 @@ def test_stages_as_jobs(cluster: Cluster, place: Path, staged: list[str]) -> Non
     assert "2 steps in a row had a non-finite loss" in reason[1]
     assert cluster.queue() == []
     again = ov2("submit", *chain, *staged, *broken, "--max-bad-steps", "2", "--name", "broken", cwd=place, check=False)
-    assert "--retry goes on from its last checkpoint" in again.stderr
+    assert "--retry continues from its last checkpoint" in again.stderr
     assert "finished already" in ov2("submit", *chain, *staged, *STAGES, "--name", "chain", cwd=place).stdout
 
 
@@ -209,7 +209,7 @@ def test_a_sweep(cluster: Cluster, place: Path, flags: list[str], reference: Pat
     assert (folder / "report.png").is_file()
     again = ov2(*sweep, *ONE, "--dry-run", "--", *words, cwd=place).stdout
     assert again.count("finished") == 3
-    assert "--retry goes on" in again
+    assert "--retry continues" in again
     assert "nothing to submit" in again
 
 

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from open_clip_ov2 import training as trainer
+from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM
-from open_clip_ov2.launch.plan import show_plan
+from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, Request
 
-POLL_S = 1.0
+_POLL_S = 1.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,86 +27,91 @@ def main(argv: Sequence[str]) -> None:
     executor = LOCAL if args.local is not None else DEBUG if args.debug else SLURM
     file = cluster.find_file(args.cluster)
     clusters = _clusters(args, file, executor, after)
-    work = submit.run_work(after, clusters)
-    how = submit.How(
+    spec = submit.plan_run(after, clusters)
+    request = Request(
+        title=spec.name,
         executor=executor,
-        clusters=clusters,
         command=("ov2", "submit", *argv),
-        argv=tuple(after),
-        cluster_file=file,
+        given_argv=tuple(after),
+        cluster_file=str(file) if file else None,
+        clusters=clusters,
+        members=(spec,),
         stage_jobs=args.stage_jobs,
     )
-    show_plan(work, how)
-    found = submit.earlier(work).get(work.members[0].run_dir)
-    if found is not None and not submit.check_again(found, args.retry) and not args.dry_run:
+    folder = Path(spec.run_dir)
+    submit.show_plan(folder, request)
+    found = submit.submitted_before(folder).get(spec.run_dir)
+    if found is not None and not submit.needs_submission(found, args.retry) and not args.dry_run:
         return
     if args.dry_run:
-        for name, text in submit.dry_run_texts(work, how).items():
-            print(f"\n--- {name}\n{text}")
-        print("dry run: nothing was written or submitted")
+        show_batch_scripts(folder, request)
         return
-    _, jobs = submit.submit(work, how)
-    ids = ", ".join(job.job_id for job in jobs)
-    print(f"submitted as job {ids}: `ov2 jobs` shows where it stands, `ov2 jobs logs {work.title}` what it says")
+    ids = ", ".join(job.job_id for job in submit.submit(folder, request))
+    print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 jobs logs {spec.name}` its output")
     if args.wait:
-        wait(work.folder)
+        wait(folder)
+
+
+def show_batch_scripts(folder: Path, request: Request) -> None:
+    for name, text in submit.batch_scripts(folder, request).items():
+        print(f"\n--- {name}\n{text}")
+    print("dry run: nothing was written or submitted")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ov2 submit",
         usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN",
-        description="Run `ov2 train` on SLURM. What stands after `--` is checked before anything is submitted.",
+        description="Run `ov2 train` on SLURM. The flags after `--` are checked before anything is submitted.",
     )
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="show the plan, the folder and the sbatch file; submit nothing")
-    add("--retry", action="store_true", help="go on with a run that failed, from its last checkpoint")
-    add("--stage-jobs", action="store_true", help="a job for each stage, each after the one before")
-    add("--wait", action="store_true", help="until the run is over; exit status 2 if it did not finish")
+    add("--dry-run", action="store_true", help="show the plan, the folder and the batch script; submit nothing")
+    add("--retry", action="store_true", help="continue a run that failed, from its last checkpoint")
+    add("--stage-jobs", action="store_true", help="submit a job for each stage; each waits for the one before")
+    add("--wait", action="store_true", help="wait until the run is over; exit status 2 if it did not finish")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--local", type=int, metavar="N", help="on this machine, N processes, no SLURM")
-    where.add_argument("--debug", action="store_true", help="in this process, no SLURM")
-    add_cluster_flags(parser)
+    where.add_argument("--local", type=int, metavar="N", help="N processes on this machine, without SLURM")
+    where.add_argument("--debug", action="store_true", help="in this process, without SLURM")
+    add_cluster_flags(parser, without=["max-running"])
     return parser
 
 
 def _clusters(
     args: argparse.Namespace, file: Path | None, executor: str, argv: list[str]
 ) -> tuple[ClusterOptions, ...]:
-    given = given_flags(args)
+    flags = given_flags(args)
     if executor == SLURM:
         if not args.stage_jobs:
-            return cluster.resolve(given, file)
-        firsts = {key: value[:1] if key in ("nodes", "time_min") else value for key, value in given.items()}
-        (first,) = cluster.resolve(firsts, file)
-        stages = len(trainer.check(argv, first.world_size, first.gpus_per_node > 0).stages)
-        return cluster.resolve(given, file, stages)
+            return cluster.resolve(flags, file)
+        first_stage = {name: value[:1] if name in cluster.OF_EACH_STAGE else value for name, value in flags.items()}
+        (first,) = cluster.resolve(first_stage, file)
+        stages = len(training.check(argv, first.world_size, first.gpus_per_node > 0).stages)
+        return cluster.resolve(flags, file, stages)
     if args.stage_jobs:
-        raise UserError("--stage-jobs is for SLURM: here one process after the other trains all stages anyway")
+        raise UserError("--stage-jobs needs SLURM; --local and --debug train all stages one after the other anyway")
     if args.local is not None and args.local < 1:
-        raise UserError(f"--local {args.local}: at least one process")
-    (options,) = cluster.resolve(given, file)
+        raise UserError(f"--local {args.local}: expected at least one process")
+    (options,) = cluster.resolve(flags, file)
     tasks = args.local or 1
     return (replace(options, nodes=1, tasks_per_node=tasks, gpus_per_node=_gpus_here(tasks)),)
 
 
 def _gpus_here(tasks: int) -> int:
-    """One for each process, or none on a machine without."""
+    """One for each process, or 0 on a machine without GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < tasks:
-        raise UserError(f"--local {tasks}: this machine has {gpus} GPUs; CUDA_VISIBLE_DEVICES= runs on the CPU")
+        raise UserError(f"--local {tasks}: this machine has {gpus} GPUs; set CUDA_VISIBLE_DEVICES= to train on the CPU")
     return min(gpus, tasks)
 
 
 def wait(folder: Path) -> None:
-    """Until no run in the folder is under way. Raises UserError for the first that did not finish."""
-    while True:
+    """Wait until all runs in the folder are over. Raises UserError for the first that did not finish."""
+    found = state.find([folder])
+    while any(run.alive for run in found):
+        time.sleep(_POLL_S)
         found = state.find([folder])
-        if not any(run.alive for run in found):
-            break
-        time.sleep(POLL_S)
     for run in found:
         if run.state != state.FINISHED:
             raise UserError(f"{run.run_dir}: {run.state}: {run.reason}")

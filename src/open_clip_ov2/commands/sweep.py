@@ -1,4 +1,4 @@
-"""`ov2 sweep`: many runs from one file, as one array of jobs; and what came of them."""
+"""`ov2 sweep`: many runs from one file, as one array of jobs; and a report of their results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from open_clip_ov2.argv import Parser
-from open_clip_ov2.commands.cluster_flags import add_cluster_flags, count_of, given_flags, split
-from open_clip_ov2.commands.submit import wait
+from open_clip_ov2.argv import Parser, to_argv
+from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
+from open_clip_ov2.commands.submit import show_batch_scripts, wait
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, report, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.folder import SLURM
-from open_clip_ov2.launch.plan import show_plan
+from open_clip_ov2.launch.folder import SLURM, Request, RunSpec
 from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
-from open_clip_ov2.recipe.toml import flag_words
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,26 +29,25 @@ def main(argv: Sequence[str]) -> None:
         return
     file = cluster.find_file(args.cluster)
     clusters = cluster.resolve(given_flags(args), file)
-    work = _left_to_do(_work(sweep, folder, after, clusters), args.retry)
-    if not work.members:
-        print(f"{folder}: nothing to submit (--report makes the table)")
+    specs = _without_submitted(folder, _planned(sweep, folder, after, clusters), args.retry)
+    if not specs:
+        print(f"{folder}: nothing to submit (--report shows the results)")
         return
-    how = submit.How(
+    request = Request(
+        title=sweep.name,
         executor=SLURM,
-        clusters=clusters,
         command=("ov2", "sweep", *argv),
-        argv=tuple(after),
-        cluster_file=file,
-        running_at_once=clusters[0].max_running,
+        given_argv=tuple(after),
+        cluster_file=str(file) if file else None,
+        clusters=clusters,
+        members=tuple(specs),
     )
-    show_plan(work, how)
+    submit.show_plan(folder.absolute(), request)
     if args.dry_run:
-        for name, text in submit.dry_run_texts(work, how).items():
-            print(f"\n--- {name}\n{text}")
-        print("dry run: nothing was written or submitted")
+        show_batch_scripts(folder, request)
         return
-    _, jobs = submit.submit(work, how)
-    print(f"submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}: `ov2 jobs --logs {folder}` lists them")
+    jobs = submit.submit(folder, request)
+    print(f"submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}; `ov2 jobs --logs {folder}` lists them")
     if args.wait:
         wait(folder)
 
@@ -59,57 +56,54 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ov2 sweep",
         usage="ov2 sweep FILE.toml [flags] [-- FLAGS OF OV2 TRAIN]",
-        description="Train a grid or list of runs; --report compares them. Flags after `--` are for all of them.",
+        description="Train a grid or list of runs on SLURM. The flags after `--` are for all of them.",
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.toml", help="what varies ([grid], [[run]]) and what does not ([base])")
     add("--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="runs lie in FOLDER/SWEEP (default: logs)")
-    add("--max-running", type=count_of("max_running"), metavar="N", help="how many run at once (default: 256)")
-    add("--dry-run", action="store_true", help="show the runs and the sbatch file; submit nothing")
-    add("--retry", action="store_true", help="go on with runs that failed, from their last checkpoints")
-    add("--wait", action="store_true", help="until all are over; exit status 2 if one did not finish")
-    add("--report", action="store_true", help="write report.csv, report.md and report.png into the sweep's folder")
-    add("--metric", default="caption_loss", help="of the report; a name in results.jsonl (default: %(default)s)")
+    add("--dry-run", action="store_true", help="show the runs and the batch script; submit nothing")
+    add("--retry", action="store_true", help="continue runs that failed, from their last checkpoints")
+    add("--wait", action="store_true", help="wait until all runs are over; exit status 2 if one did not finish")
+    add("--report", action="store_true", help="compare the runs: report.csv, .md and .png in the sweep's folder")
+    add("--metric", default="caption_loss", help="for --report: a metric in results.jsonl (default: %(default)s)")
     add_cluster_flags(parser)
     return parser
 
 
-def _work(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[ClusterOptions, ...]) -> submit.Work:
-    """All runs, checked. Raises UserError."""
-    made = []
+def _planned(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[ClusterOptions, ...]) -> list[RunSpec]:
+    """All runs of the sweep, checked. Raises UserError."""
+    runs = []
     for run in expand(sweep):
-        place = ["--logs", str(folder), "--name", run.name]
-        flags = [*flag_words(run.base), *more, *flag_words(run.own), *place]
+        flags = [*to_argv(run.base), *more, *to_argv(run.own), "--logs", str(folder), "--name", run.name]
         try:
-            made.append(submit.member_of(flags, clusters, run.own))
+            runs.append(submit.plan_run(flags, clusters, run.own))
         except UserError as error:
             raise UserError(f"{run.name}: {error}") from error
-    members, checked = zip(*made, strict=True)
-    return submit.Work(folder.absolute(), sweep.name, members, checked)
+    return runs
 
 
-def _left_to_do(work: submit.Work, retry: bool) -> submit.Work:
-    """Without the runs that are under way, or finished, or (unless --retry) failed; each is named."""
-    before, left = submit.earlier(work), []
-    for member, checked in zip(work.members, work.checked, strict=True):
-        found = before.get(member.run_dir)
-        if found is not None and (found.alive or found.state == state.FINISHED or not retry):
-            hint = "" if found.alive or found.state == state.FINISHED else f": {found.reason}; --retry goes on"
-            print(f"left out  {member.name}: {found.state}{hint}")
+def _without_submitted(folder: Path, specs: list[RunSpec], retry: bool) -> list[RunSpec]:
+    """Without the runs that are queued, running or finished, or (unless --retry) failed; each of these is printed."""
+    before, left = submit.submitted_before(folder), []
+    for spec in specs:
+        found = before.get(spec.run_dir)
+        over = found is not None and not found.alive and found.state != state.FINISHED
+        if found is None or (over and retry):
+            left.append(spec)
         else:
-            left.append((member, checked))
-    return submit.Work(work.folder, work.title, tuple(m for m, _ in left), tuple(c for _, c in left))
+            hint = f": {found.reason}; --retry continues it" if over else ""
+            print(f"skipped   {spec.name}: {found.state}{hint}")
+    return left
 
 
 def show_report(folder: Path, metric: str) -> None:
-    found = state.find([folder])
-    if not found:
+    rows = [report.row_of(run, metric) for run in state.find([folder])]
+    if not rows:
         raise UserError(f"{folder}: no run of this sweep was submitted yet")
-    rows = report.rows(found, metric)
     header, lines = report.table(rows, metric)
     shown = Table(*header, box=None, pad_edge=False)
     for line in lines:
         shown.add_row(*line)
     Console().print(shown)
     for path in report.write_report(rows, metric, folder):
-        print(path)
+        print(f"wrote {path}")

@@ -1,57 +1,98 @@
-"""What a job asks of the cluster: flags over a small user file over our defaults. Units stand in names."""
+"""What a job asks of the cluster: flags of `ov2 submit`, over a TOML file with the same keys, over our defaults."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.toml import read_toml
+from open_clip_ov2.tables import each, key, read_toml, read_values, real, table, text, whole
 
-FILE_HERE = Path("ov2-cluster.toml")
-FILE_OF_USER = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
+LOCAL_FILE = Path("ov2-cluster.toml")
+USER_FILE = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
+OF_EACH_STAGE = ("nodes", "time_min")  # fields of which --stage-jobs takes one value for each stage
+
+
+def minutes(value: str | int) -> int:
+    """`30m`, `24h`, `2d`, `1d12h`, SLURM's `1-12:00:00` and `12:00:00`. Raises UserError."""
+    written = str(value).strip()
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", written)
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::\d\d)?", written)
+    found = units or clock
+    if not written or found is None:
+        raise UserError(f"{written!r}: expected a time such as 30m, 24h, 2d, 1d12h or 1-12:00:00")
+    days, hours, mins = (int(part or 0) for part in found.groups())
+    total = 24 * 60 * days + 60 * hours + mins
+    if total < 1:
+        raise UserError(f"{written!r}: expected at least one minute")
+    return total
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {name: str(item) for name, item in table(value).items()}
+
+
+def _of_sbatch(name: str) -> Any:
+    return key(text, default=None, metavar="TEXT", help=f"sbatch's --{name}")
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """One job's wishes. `mem_gb` is per node; `gpus_per_node=0` is a run on CPUs.
+    """Resources of one job, and how it starts. Each field is a key of the cluster file and a flag of `ov2 submit`."""
 
-    `signal_delay_s` before its time is up a job is told to save. `max_deaths`: how often a run may die without a reason
-    of its own and without a checkpoint in between.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    nodelist: str | None = None
-    exclude: str | None = None
-    nodes: int = 1
-    gpus_per_node: int = 0
-    tasks_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem_gb: float | None = None
-    gpu_memory_gb: float | None = None
-    time_min: int = 24 * 60
-    signal_delay_s: int = 120
-    max_deaths: int = 3
-    max_running: int = 256
-    python: str | None = None
-    container: str | None = None
-    mounts: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
-    srun_args: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    partition: str | None = _of_sbatch("partition")
+    account: str | None = _of_sbatch("account")
+    qos: str | None = _of_sbatch("qos")
+    constraint: str | None = _of_sbatch("constraint")
+    nodelist: str | None = _of_sbatch("nodelist")
+    exclude: str | None = _of_sbatch("exclude")
+    nodes: int = key(whole(1), default=1, metavar="N", help="default: 1; N,N,... with --stage-jobs: one for each stage")
+    gpus_per_node: int = key(whole(0), default=0, metavar="N", help="one process for each (default: 0, train on CPUs)")
+    tasks_per_node: int | None = key(whole(1), default=None, metavar="N", help="processes (default: --gpus-per-node)")
+    cpus_per_task: int | None = key(
+        whole(1), default=None, metavar="N", help="also the number of torch's threads (default: SLURM's, and 1 thread)"
+    )
+    mem_gb: float | None = key(
+        real(0, above=True), default=None, metavar="GB", help="memory of a node (default: SLURM's)"
+    )
+    gpu_memory_gb: float | None = key(
+        real(0, above=True), default=None, metavar="GB", help="memory of a GPU: refuse a batch estimated not to fit"
+    )
+    time_min: int = key(
+        minutes, default=24 * 60, name="time", metavar="T",
+        help="30m, 24h, 2d (default: 24h); T,T,... with --stage-jobs: one for each stage",
+    )  # fmt: skip
+    signal_delay_s: int = key(
+        whole(0), default=120, metavar="S", help="seconds before the time limit at which the run saves (default: 120)"
+    )
+    max_deaths: int = key(
+        whole(1), default=3, metavar="N",
+        help="requeue a run that loses ranks until this happened N times without a new checkpoint (default: 3)",
+    )  # fmt: skip
+    max_running: int = key(whole(1), default=256, metavar="N", help="how many runs run at once (default: 256)")
+    python: str | None = key(text, default=None, metavar="COMMAND", help="starts Python (default: this Python)")
+    container: str | None = key(text, default=None, metavar="IMAGE", help="FILE.sif: apptainer; else: pyxis")
+    mounts: tuple[str, ...] = key(
+        each(text), default=(), metavar="PATH[:PATH]", help="mount into the container; repeatable"
+    )
+    setup: tuple[str, ...] = key(each(text), default=(), metavar="LINE", help="shell line before the run; repeatable")
+    srun_args: tuple[str, ...] = key(
+        each(text), default=(), metavar="FLAG", help="for srun, as --srun-args=--flag; repeatable"
+    )
+    environment: Mapping[str, str] = key(
+        _texts, default=dict, metavar="NAME=VALUE", help="environment variable of the job; repeatable"
+    )
+    sbatch: Mapping[str, Any] = key(
+        table, default=dict, metavar="NAME=VALUE", help="any other flag of sbatch; repeatable"
+    )
 
     @property
     def tasks(self) -> int:
-        """Of each node: one for each GPU."""
+        """Processes on each node: one for each GPU."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     @property
@@ -60,106 +101,39 @@ class ClusterOptions:
 
     @property
     def threads(self) -> int:
-        """Of each task's torch. One without a say, as torchrun does, so that sums on a CPU are the same."""
+        """Of torch in each task. 1 by default, as in torchrun, so that sums on a CPU are the same."""
         return self.cpus_per_task or 1
 
 
-TEXT = ("partition", "account", "qos", "constraint", "nodelist", "exclude", "python", "container")
-COUNTS = {  # smallest value
-    "nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_delay_s": 0, "max_deaths": 1,
-    "max_running": 1,
-}  # fmt: skip
-NUMBERS = ("mem_gb", "gpu_memory_gb")
-LISTS = ("mounts", "setup", "srun_args")
-TABLES = ("environment", "sbatch")
-KEYS = tuple(sorted("time" if item.name == "time_min" else item.name for item in fields(ClusterOptions)))
-
-
-def minutes(text: str | int) -> int:
-    """`30m`, `24h`, `2d`, `1d12h`, SLURM's `1-12:00:00` and `12:00:00`. Raises UserError."""
-    text = str(text).strip()
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::\d\d)?", text)
-    found = units or clock
-    if not text or found is None:
-        raise UserError(f"time {text!r}: write it as 30m, 24h, 2d, 1d12h or 1-12:00:00")
-    days, hours, mins = (int(part or 0) for part in found.groups())
-    total = 24 * 60 * days + 60 * hours + mins
-    if total < 1:
-        raise UserError(f"time {text!r}: less than a minute")
-    return total
-
-
-def of_file(path: Path) -> dict[str, Any]:
-    """Fields of ClusterOptions from a TOML file. Raises UserError."""
-    table = read_toml(path)
-    return {name: value for key, raw in table.items() for name, value in [_checked(key, raw, f"{path}: ")]}
-
-
-def _checked(key: str, raw: Any, where: str) -> tuple[str, Any]:
-    """(field, value) of one key, in kebab or snake case."""
-    name = key.replace("-", "_")
-    if name not in KEYS:
-        near = get_close_matches(name, KEYS, n=1)
-        hint = f"nearest: {near[0].replace('_', '-')}; " if near else ""
-        there = ", ".join(item.replace("_", "-") for item in KEYS)
-        raise UserError(f"{where}{key}: no such key ({hint}there are: {there})")
-    where = f"{where}{key}"
-    if name == "time":
-        try:
-            return "time_min", minutes(raw)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    if name in TEXT and isinstance(raw, str) and raw:
-        return name, raw
-    if name in COUNTS and isinstance(raw, int) and not isinstance(raw, bool) and raw >= COUNTS[name]:
-        return name, raw
-    if name in NUMBERS and isinstance(raw, (int, float)) and not isinstance(raw, bool) and raw > 0:
-        return name, float(raw)
-    if name in LISTS and isinstance(raw, list) and all(isinstance(item, str) for item in raw):
-        return name, tuple(raw)
-    if name in TABLES and isinstance(raw, dict):
-        return name, {str(k): v if name == "sbatch" else str(v) for k, v in raw.items()}
-    raise UserError(f"{where} = {raw!r}: must be {_wanted(name)}")
-
-
-def _wanted(name: str) -> str:
-    if name in COUNTS:
-        return f"a whole number, at least {COUNTS[name]}"
-    if name in NUMBERS:
-        return "a number above 0"
-    if name in LISTS:
-        return "a list of texts"
-    return "a table" if name in TABLES else "a text"
-
-
 def find_file(given: Path | None) -> Path | None:
-    """The cluster file: the one given, ./ov2-cluster.toml, ~/.config/ov2/cluster.toml, or none."""
+    """The given cluster file, else ./ov2-cluster.toml, else ~/.config/ov2/cluster.toml, else None."""
     if given is not None:
         return given
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return next((path for path in (FILE_HERE, config / FILE_OF_USER) if path.is_file()), None)
+    return next((path for path in (LOCAL_FILE, config / USER_FILE) if path.is_file()), None)
 
 
-def resolve(given: Mapping[str, Any], file: Path | None, jobs: int = 1) -> tuple[ClusterOptions, ...]:
-    """One ClusterOptions for each of so many jobs. `given` (flags) wins over `file`.
+def resolve(flags: Mapping[str, Any], file: Path | None, jobs: int = 1) -> tuple[ClusterOptions, ...]:
+    """The options of each of `jobs` jobs; `flags` (by field name) win over `file`.
 
-    A flag given as a list has one value for each job. Raises UserError.
+    A flag in OF_EACH_STAGE is a tuple of one value, or of one for each job. Raises UserError.
     """
-    base = of_file(file) if file is not None else {}
+    base = read_values(ClusterOptions, str(file), read_toml(file)) if file is not None else {}
     out = []
     for index in range(jobs):
-        own = {key: _of_job(key, value, index, jobs) for key, value in given.items()}
-        tables = {key: {**base.get(key, {}), **own[key]} for key in TABLES if key in own}
-        out.append(replace(ClusterOptions(), **{**base, **own, **tables}))
+        own = {name: _of_job(name, value, index, jobs) for name, value in flags.items()}
+        for name in ("environment", "sbatch"):
+            if name in own:
+                own[name] = {**base.get(name, {}), **own[name]}
+        out.append(ClusterOptions(**{**base, **own}))
     return tuple(out)
 
 
-def _of_job(key: str, value: Any, index: int, jobs: int) -> Any:
-    if key not in ("nodes", "time_min") or not isinstance(value, Sequence):
+def _of_job(name: str, value: Any, index: int, jobs: int) -> Any:
+    if name not in OF_EACH_STAGE:
         return value
     if len(value) not in (1, jobs):
-        flag = "--time" if key == "time_min" else "--nodes"
-        what = "there is one job" if jobs == 1 else f"there are {jobs} stages"
-        raise UserError(f"{flag}: {len(value)} values, and {what}; several are for --stage-jobs, one for each stage")
+        flag = "--time" if name == "time_min" else f"--{name}"
+        count = "there is one job" if jobs == 1 else f"there are {jobs} stages"
+        raise UserError(f"{flag}: {len(value)} values, but {count}; give one, or with --stage-jobs one for each stage")
     return value[index if len(value) > 1 else 0]

@@ -1,22 +1,30 @@
-"""Why the ranks of a job ended: what they wrote themselves, and what is made of it. Standard library alone."""
+"""Why the ranks of a job ended, and whether SLURM should requeue the job.
+
+`python -m open_clip_ov2.launch.ends FOLDER STATUS` is what the batch script runs after a failed srun: it exits with 75
+if the job should be requeued, else with srun's status, and writes the reason into the run's status.json.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import sys
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from open_clip_ov2.launch.folder import write_json
+from open_clip_ov2.errors import INTERRUPTED_STATUS
+from open_clip_ov2.files import read_json, write_json
+from open_clip_ov2.launch.folder import Submission
+from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, job_id, read_status, write_status
 
-OWN, PEER = "own", "peer"  # it would happen again; no more than that another rank is gone
-DEATHS = "deaths.json"
+# The kinds of exit: an error of the rank itself, which would happen again; or only the loss of another rank.
+OWN, PEER = "own", "peer"
 
 
 @dataclass(frozen=True)
-class End:
-    """A rank that ended before the run did."""
+class ExitRecord:
+    """Why a rank ended before the run did. `when` is a Unix time; `restart` counts SLURM's restarts of the job."""
 
     job_id: str
     restart: int
@@ -27,58 +35,84 @@ class End:
 
 
 def restart_count(environment: Mapping[str, str] = os.environ) -> int:
-    """How often SLURM has started this job again."""
+    """How often SLURM has restarted this job."""
     return int(environment.get("SLURM_RESTART_COUNT", 0))
 
 
-def write_end(folder: Path, end: End) -> None:
-    write_json(folder / f"{end.job_id}.{end.restart}.{end.rank}.json", asdict(end))
+def write_exit(folder: Path, record: ExitRecord) -> None:
+    write_json(folder / f"{record.job_id}.{record.restart}.{record.rank}.json", asdict(record))
 
 
-def read_ends(folder: Path, job_id: str, restart: int) -> list[End]:
-    """Of one start of one job, the first to end first."""
-    found = [End(**json.loads(path.read_text())) for path in folder.glob(f"{job_id}.{restart}.*.json")]
-    return sorted(found, key=lambda end: end.when)
+def read_exits(folder: Path, job_id: str, restart: int) -> list[ExitRecord]:
+    """Exit records of one start of one job, in the order of time."""
+    found = [ExitRecord(**read_json(path, dict)) for path in folder.glob(f"{job_id}.{restart}.*.json")]
+    return sorted(found, key=lambda record: record.when)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    again: bool
+class RequeueDecision:
+    requeue: bool
     reason: str
 
 
-def judge(ends: list[End], status: int, deaths: list[str], newest: str, limit: int) -> Verdict:
-    """What becomes of a job whose srun ended with `status`.
+def decide_requeue(
+    exits: list[ExitRecord], status: int, earlier: list[str], newest: str, limit: int
+) -> RequeueDecision:
+    """Whether to requeue a job whose srun ended with `status`.
 
-    `deaths`: the newest checkpoint at each earlier death of the run; `newest`: at this one.
+    An error of a rank's own fails the run. A lost rank is worth a new start, but not `limit` times in a row without a
+    new checkpoint: `earlier` has the newest checkpoint at each earlier loss, `newest` is the one at this loss.
     """
-    own = [end for end in ends if end.kind == OWN]
+    own = [record for record in exits if record.kind == OWN]
     if own:
-        return Verdict(False, own[0].reason)
+        return RequeueDecision(False, own[0].reason)
     if status > 128:
-        how = f"a rank was killed (signal {status - 128})"
+        loss = f"a rank was killed (signal {status - 128})"
     else:
-        how = f"a rank was lost (srun's status {status})"
-    since = 1
-    for before in reversed(deaths):
-        if before != newest:
+        loss = f"a rank was lost (srun's status {status})"
+    count = 1
+    for checkpoint in reversed(earlier):
+        if checkpoint != newest:
             break
-        since += 1
-    if since >= limit:
-        where = f"since {newest}" if newest else "before its first checkpoint"
-        return Verdict(False, f"{how}; it has now died {since} times {where}: look at its logs (max-deaths)")
-    return Verdict(True, f"{how}; started again")
+        count += 1
+    if count >= limit:
+        where = f"since {newest}" if newest else "before the first checkpoint"
+        return RequeueDecision(False, f"{loss}; this happened {count} times {where} (--max-deaths): see the run's logs")
+    return RequeueDecision(True, f"{loss}; the job is requeued")
 
 
-def newest_checkpoint(run_dir: Path) -> str:
-    """The file written last, by name; empty if there is none."""
+def last_written_checkpoint(run_dir: Path) -> str:
+    """Name of the newest file by its time; empty if there is none. It tells progress alone, so nothing is loaded."""
     found = sorted((run_dir / "checkpoints").glob("stage_*.pt"), key=lambda path: path.stat().st_mtime)
     return found[-1].name if found else ""
 
 
-def note_death(folder: Path, member: int, newest: str) -> list[str]:
-    """Earlier entries of this member; `newest` is added to them."""
-    path = folder / f"{member}.{DEATHS}"
-    before: list[str] = json.loads(path.read_text()) if path.is_file() else []
-    write_json(path, [*before, newest])
-    return before
+def record_loss(folder: Path, index: int, newest: str) -> list[str]:
+    """Note the newest checkpoint at this loss of a rank of run `index`; returns the earlier notes."""
+    path = folder / f"{index}.deaths.json"
+    earlier: list[str] = read_json(path, list) if path.is_file() else []
+    write_json(path, [*earlier, newest])
+    return earlier
+
+
+def main(folder: Path, status: int) -> int:
+    """The exit status of the batch script's check."""
+    if status == INTERRUPTED_STATUS:  # the run has saved, but rank 0 could not ask for the requeue itself
+        return status
+    submission = Submission(folder)
+    request = submission.request()
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    run_dir = Path(request.members[index].run_dir)
+    newest = last_written_checkpoint(run_dir)
+    earlier = record_loss(submission.exits, index, newest)
+    exits = read_exits(submission.exits, job_id(), restart_count())
+    decision = decide_requeue(exits, status, earlier, newest, request.clusters[0].max_deaths)
+    before = read_status(run_dir) or Status(FAILED, job_id=job_id())
+    state = INTERRUPTED if decision.requeue else FAILED
+    write_status(run_dir, replace(before, state=state, reason=decision.reason, updated=time.time(), job_id=job_id()))
+    print(f"ov2: {decision.reason}", flush=True)
+    return INTERRUPTED_STATUS if decision.requeue else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

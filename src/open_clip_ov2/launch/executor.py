@@ -1,4 +1,4 @@
-"""ClusterOptions -> submitit's executors, and the sbatch text."""
+"""ClusterOptions -> submitit's executors, and the text of the batch script."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from open_clip_ov2.errors import INTERRUPTED_STATUS, UserError
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import Submission
 
-LOCAL_TIME_MIN = 60 * 24 * 365  # submitit's local jobs end after two minutes unless told otherwise
-_PASSED = ("partition", "account", "qos", "constraint", "nodelist", "exclude", "nodes", "cpus_per_task")
+_LOCAL_TIME_MIN = 60 * 24 * 365  # submitit ends local jobs after two minutes by default
+_PASSED_ON = ("partition", "account", "qos", "constraint", "nodelist", "exclude", "nodes", "cpus_per_task")
 
 
-class _SlurmExecutor(submitit.SlurmExecutor):
-    """Can also be made where there is no SLURM, so that a dry run shows the same text everywhere."""
+class SlurmExecutor(submitit.SlurmExecutor):
+    """Can be made without SLURM too, so that a dry run shows the same text everywhere."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -33,23 +33,31 @@ class _SlurmExecutor(submitit.SlurmExecutor):
     def text(self) -> str:
         return self._make_submission_file_text(self._submitit_command_str, "")
 
+    def ids_of(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[str]:
+        """Submit the calls, several as one array; their job ids. Raises UserError."""
+        with _submitting():
+            if len(calls) == 1:
+                return [str(self.submit(function, *calls[0]).job_id)]
+            with self.batch():
+                jobs = [self.submit(function, *call) for call in calls]
+            return [str(job.job_id) for job in jobs]
+
 
 def check_slurm() -> None:
     """Raises UserError."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
-            "no SLURM on this machine (no sbatch on the PATH): submit from a login node, or run here by --local N; "
-            "--dry-run shows what would be submitted"
+            "no SLURM on this machine (sbatch and srun are not on the PATH): submit from a login node, run here with "
+            "--local N, or show the job with --dry-run"
         )
 
 
 def slurm(
-    submission: Submission, options: ClusterOptions, title: str, *, running_at_once: int = 1, after: str | None = None
-) -> _SlurmExecutor:
-    """`after`: id of the job that must end well before this one starts. Raises UserError."""
-    python = python_command(options)
-    executor = _SlurmExecutor(submission.logs, python=_deaf_at_first(python))
-    parameters: dict[str, Any] = {name: getattr(options, name) for name in _PASSED}
+    submission: Submission, options: ClusterOptions, title: str, *, runs: int = 1, after: str | None = None
+) -> SlurmExecutor:
+    """For a job, or an array of `runs` jobs. `after`: id of the job that must end well before this one starts."""
+    executor = SlurmExecutor(submission.logs, python=_ignoring_signals(python_command(options)))
+    parameters: dict[str, Any] = {name: getattr(options, name) for name in _PASSED_ON}
     parameters |= {
         "job_name": title,
         "time": options.time_min,
@@ -57,7 +65,8 @@ def slurm(
         "gpus_per_node": options.gpus_per_node or None,
         "mem": f"{round(options.mem_gb * 1024)}MB" if options.mem_gb else None,
         "signal_delay_s": options.signal_delay_s,
-        "array_parallelism": running_at_once,
+        "array_parallelism": options.max_running,
+        "map_count": runs if runs > 1 else None,
         "stderr_to_stdout": True,
         "setup": setup_lines(submission, options),
         "teardown": _teardown_lines(submission, options),
@@ -70,11 +79,11 @@ def slurm(
 
 
 def _srun_args(options: ClusterOptions) -> list[str]:
-    # A dead rank must end the job, not leave the others waiting in a collective.
-    words = ["--kill-on-bad-exit=1"]
-    if options.cpus_per_task:  # since SLURM 22.05 srun does not take it from sbatch
-        words.append(f"--cpus-per-task={options.cpus_per_task}")
-    return [*words, *_pyxis_args(options), *options.srun_args]
+    # A rank that ends must end the job, or the others would wait for it in a collective.
+    flags = ["--kill-on-bad-exit=1"]
+    if options.cpus_per_task:  # since SLURM 22.05 srun does not inherit it from sbatch
+        flags.append(f"--cpus-per-task={options.cpus_per_task}")
+    return [*flags, *_pyxis_args(options), *options.srun_args]
 
 
 def _pyxis_args(options: ClusterOptions) -> list[str]:
@@ -85,7 +94,7 @@ def _pyxis_args(options: ClusterOptions) -> list[str]:
 
 
 def python_command(options: ClusterOptions) -> str:
-    """How the job starts Python, as shell words."""
+    """How the job starts Python, as shell text."""
     python = options.python or shlex.quote(sys.executable)
     if options.container and _is_apptainer(options.container):
         binds = "".join(f" --bind {shlex.quote(mount)}" for mount in options.mounts)
@@ -100,13 +109,13 @@ def _is_apptainer(image: str) -> bool:
     return image.endswith(".sif")
 
 
-def _deaf_at_first(python: str) -> str:
-    """Python with the signals ignored that would end it before it can handle them; handlers set later replace this."""
+def _ignoring_signals(python: str) -> str:
+    """Python, started with the job's signals ignored: they would end it before it has handlers of its own."""
     return f'bash -c \'trap "" USR2 TERM; exec "$@"\' ov2 {python}'
 
 
 def setup_lines(submission: Submission, options: ClusterOptions) -> list[str]:
-    """The user's own lines first, so that a module or an environment of theirs cannot hide the code of this run."""
+    """The user's lines come first, so that a module or environment of theirs cannot hide the snapshot of the code."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in options.environment.items()]
     return [
         *options.setup,
@@ -117,15 +126,15 @@ def setup_lines(submission: Submission, options: ClusterOptions) -> list[str]:
 
 
 def _teardown_lines(submission: Submission, options: ClusterOptions) -> list[str]:
-    """After srun: a run that died without a reason of its own goes back into the queue (launch/after.py decides)."""
+    """After srun: requeue the job if ends.py decides so, or if the run has saved and asks for it."""
     python, pyxis = python_command(options), _pyxis_args(options)
-    if pyxis:  # the batch script itself is outside of the container
+    if pyxis:  # the batch script itself runs outside the container
         python = f"{shlex.join(['srun', '--nodes=1', '--ntasks=1', '--overlap', *pyxis])} {python}"
-    after = f"{python} -m open_clip_ov2.launch.after {shlex.quote(str(submission.folder))}"
+    decide = f"{python} -m open_clip_ov2.launch.ends {shlex.quote(str(submission.folder))}"
     return [
         "ov2_status=$?",
         "ov2_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; ov2_job=${ov2_job:-$SLURM_JOB_ID}",
-        f'[ "$ov2_status" -eq 0 ] || {{ {after} "$ov2_status"; ov2_status=$?; }}',
+        f'[ "$ov2_status" -eq 0 ] || {{ {decide} "$ov2_status"; ov2_status=$?; }}',
         f'if [ "$ov2_status" -eq {INTERRUPTED_STATUS} ] && [ "$(squeue -h -j "$ov2_job" -o %T)" = RUNNING ]; then',
         '  scontrol requeue "$ov2_job" && sleep 60',
         "fi",
@@ -133,20 +142,25 @@ def _teardown_lines(submission: Submission, options: ClusterOptions) -> list[str
     ]
 
 
-def local(submission: Submission, options: ClusterOptions) -> submitit.LocalExecutor:
+def start_locally(
+    submission: Submission, options: ClusterOptions, function: Callable[..., Any], call: tuple[Any, ...]
+) -> str:
+    """Start the tasks on this machine, in the background; the job's id. Raises UserError."""
     executor = submitit.LocalExecutor(submission.logs)
     executor.update_parameters(
-        timeout_min=LOCAL_TIME_MIN,
+        timeout_min=_LOCAL_TIME_MIN,
         tasks_per_node=options.tasks,
         gpus_per_node=options.gpus_per_node,
         signal_delay_s=options.signal_delay_s,
         stderr_to_stdout=True,
     )
-    return executor
+    variables = local_environment(submission, options)
+    with environment(variables), _children_print_to(submission.logs / "controller.log"), _submitting():
+        return str(executor.submit(function, *call).job_id)
 
 
 def local_environment(submission: Submission, options: ClusterOptions) -> dict[str, str]:
-    """What `setup_lines` does for SLURM, without the user's lines, which are for the cluster."""
+    """Like `setup_lines`, without the user's lines, which are for the cluster."""
     before = os.environ.get("PYTHONPATH")
     return {
         "OMP_NUM_THREADS": str(options.threads),
@@ -157,7 +171,7 @@ def local_environment(submission: Submission, options: ClusterOptions) -> dict[s
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables too, for what is started meanwhile."""
+    """Set environment variables for what is started in the block."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -168,8 +182,8 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def children_print_to(path: Path) -> Iterator[None]:
-    """What is started meanwhile, and stays, must not hold on to our terminal or pipe."""
+def _children_print_to(path: Path) -> Iterator[None]:
+    """Redirect the output of what is started in the block, so that it does not keep our terminal or pipe open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -186,9 +200,9 @@ def children_print_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def submitting() -> Iterator[None]:
-    """Away from the variables of a job that we may be in; what sbatch refuses is one line. Raises UserError."""
-    conf = os.environ.get("SLURM_CONF")  # which cluster, not which job
+def _submitting() -> Iterator[None]:
+    """Hide the variables of a job that we may be in; what sbatch refuses is one line. Raises UserError."""
+    conf = os.environ.get("SLURM_CONF")  # says which cluster, not which job
     try:
         with clean_env():
             if conf is not None:
@@ -196,15 +210,7 @@ def submitting() -> Iterator[None]:
             yield
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-        told = lines[-1].removeprefix("sbatch: ").removeprefix("error: ")
-        raise UserError(f"SLURM refused the job: {told} (`sinfo` lists partitions, --dry-run shows the job)") from error
-
-
-def submit(executor: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Job ids, in the order of `calls`; several calls are one array. Raises UserError."""
-    with submitting():
-        if len(calls) == 1:
-            return [str(executor.submit(function, *calls[0]).job_id)]
-        with executor.batch():
-            jobs = [executor.submit(function, *call) for call in calls]
-        return [str(job.job_id) for job in jobs]
+        reason = lines[-1].removeprefix("sbatch: ").removeprefix("error: ")
+        raise UserError(
+            f"SLURM refused the job: {reason} (`sinfo` lists partitions, --dry-run shows the job)"
+        ) from error

@@ -1,72 +1,84 @@
-"""What lies in FOLDER/submit: one numbered folder for each submission, which says everything of it.
+"""What lies in FOLDER/submit: one numbered folder for each submission. FOLDER is a run's or a sweep's.
 
-    submit/001/request.json    what was asked, resolved: flags, cluster, members
-               command.txt     the exact command line
-               jobs.json       ids of its jobs
-               code/           the package as it was, which the job imports; edits made while it waits do not leak in
-               git.txt         commit and difference, if the package lies in a git repository
-               versions.txt    of Python and every package
-               recipe/         the recipe's file
-               sbatch*.sh      what SLURM got
-               ends/           why ranks ended, where they had a reason; restarts after deaths
-               logs/           one file for each job, rank and restart; submitit's own files
-
-FOLDER is the run's, or a sweep's.
+submit/001/request.json    what was asked for: argv of each run, cluster options
+           command.txt     the exact command line
+           jobs.json       ids of the jobs
+           code/           a copy of this package, which the job imports: later edits do not reach a waiting job
+           git.txt         commit and uncommitted changes, if the package lies in a git repository
+           versions.txt    versions of Python and all packages
+           recipe/         a copy of the recipe
+           sbatch*.sh      the batch scripts
+           ends/           why ranks ended, and at which checkpoint ranks were lost
+           logs/           one file for each job, rank and restart; submitit's own files
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import getpass
 import os
 import shutil
+import socket
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.launch.cluster import ClusterOptions
 
 SUBMIT = "submit"
 REQUEST, JOBS, CANCELLED = "request.json", "jobs.json", "cancelled"
-LOCAL, SLURM, DEBUG = "local", "slurm", "debug"
+LOCAL, SLURM, DEBUG = "local", "slurm", "debug"  # executors
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run: `argv` of `ov2 train`, and what is known of it before it starts. `varied`: what a sweep varies."""
+class RunSpec:
+    """One run: `argv` of `ov2 train`, and what is known before it starts. `varied`: the flags that a sweep varies."""
 
     name: str
     run_dir: str
     argv: tuple[str, ...]
-    signature: str
     model: str
     stages: int
     total_samples: int
     varied: Mapping[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    summaries: tuple[str, ...] = ()  # of its stages
 
 
 @dataclass(frozen=True)
 class Request:
-    """One submission. `clusters`: one for each job of a chain of stages, else one. Members are in array order."""
+    """One submission; its fields are the keys of request.json.
+
+    `members` are the runs, in array order. `clusters` has one item for each stage with `stage_jobs`, else one.
+    `command` is the whole command line, `given_argv` what stands after `--`.
+    """
 
     title: str
     executor: str
     command: tuple[str, ...]
     given_argv: tuple[str, ...]
-    created: float
-    user: str
-    host: str
-    cwd: str
     cluster_file: str | None
     clusters: tuple[ClusterOptions, ...]
-    stage_jobs: bool
-    members: tuple[Member, ...]
+    members: tuple[RunSpec, ...]
+    stage_jobs: bool = False
+    created: float = field(default_factory=time.time)
+    user: str = field(default_factory=getpass.getuser)
+    host: str = field(default_factory=socket.gethostname)
+    cwd: str = field(default_factory=os.getcwd)
+
+    @property
+    def stage_clusters(self) -> list[tuple[int, ClusterOptions]]:
+        """(stage, cluster options) of each job of the chain; stage 0 is all stages in one job."""
+        return list(enumerate(self.clusters, 1)) if self.stage_jobs else [(0, self.clusters[0])]
 
 
 @dataclass(frozen=True)
 class Job:
-    """`member` counts from 0; `stage` from 1 where stages are jobs of their own, else 0."""
+    """`member` is the index of its run; `stage` counts from 1 if stages are jobs of their own, else it is 0."""
 
     job_id: str
     member: int = 0
@@ -78,23 +90,12 @@ class Submission:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def code(self) -> Path:
-        return self.folder / "code"
-
-    @property
-    def ends(self) -> Path:
-        return self.folder / "ends"
+        self.logs, self.code, self.exits = folder / "logs", folder / "code", folder / "ends"
 
     def discard(self) -> None:
-        """Of a submission that came to nothing."""
+        """Remove a submission that failed, and the folders above it that hold nothing else."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in (self.folder.parent, self.folder.parent.parent):  # those that hold nothing else
+        for parent in (self.folder.parent, self.folder.parent.parent):
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
@@ -102,57 +103,51 @@ class Submission:
         write_json(self.folder / REQUEST, asdict(request))
 
     def request(self) -> Request:
-        values = json.loads((self.folder / REQUEST).read_text(encoding="utf-8"))
-        values["clusters"] = tuple(ClusterOptions(**_tuples(cluster)) for cluster in values["clusters"])
-        values["members"] = tuple(Member(**_tuples(member)) for member in values["members"])
-        return Request(**_tuples(values))
+        values = read_json(self.folder / REQUEST, dict)
+        values["clusters"] = [_loaded(ClusterOptions, cluster) for cluster in values["clusters"]]
+        values["members"] = [_loaded(RunSpec, run) for run in values["members"]]
+        return _loaded(Request, values)
 
     def write_jobs(self, jobs: Sequence[Job]) -> None:
         write_json(self.folder / JOBS, [asdict(job) for job in jobs])
 
-    def cancelled(self, member: int) -> bool:
-        """By `ov2 jobs cancel`: whoever asks why the run ended must not have to ask SLURM, which forgets."""
-        return (self.folder / f"{CANCELLED}.{member}").is_file()
-
-    def note_cancelled(self, member: int) -> None:
-        (self.folder / f"{CANCELLED}.{member}").touch()
-
     def jobs(self) -> tuple[Job, ...]:
-        """Empty until submitted."""
-        try:
-            return tuple(Job(**values) for values in json.loads((self.folder / JOBS).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return ()
+        """Empty before the submission is done."""
+        path = self.folder / JOBS
+        return tuple(Job(**values) for values in read_json(path, list)) if path.is_file() else ()
+
+    def is_cancelled(self, index: int) -> bool:
+        """Whether `ov2 jobs cancel` ended the run. SLURM forgets its jobs, so a file remembers it."""
+        return (self.folder / f"{CANCELLED}.{index}").is_file()
+
+    def mark_cancelled(self, index: int) -> None:
+        (self.folder / f"{CANCELLED}.{index}").touch()
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists alone."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _loaded(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """A dataclass from JSON, whose lists become tuples. Keys of other versions are ignored."""
+    named = {item.name: values[item.name] for item in fields(kind) if item.name in values}  # type: ignore[arg-type]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
 
 
 def submissions(folder: Path) -> list[Submission]:
-    """Those of a run's or sweep's folder, oldest first."""
+    """Submissions of a run or sweep, oldest first."""
     found = [path for path in (folder / SUBMIT).glob("[0-9]*") if (path / REQUEST).is_file()]
     return [Submission(path) for path in sorted(found, key=lambda path: int(path.name))]
 
 
+def next_submission(folder: Path) -> Submission:
+    """The one that a submission now would be; nothing is made."""
+    number = max((int(path.name) for path in (folder / SUBMIT).glob("[0-9]*")), default=0) + 1
+    return Submission((folder / SUBMIT / f"{number:03d}").absolute())
+
+
 def new_submission(folder: Path) -> Submission:
-    """The next number; two that submit at once get one each."""
-    (folder / SUBMIT).mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in (folder / SUBMIT).glob("[0-9]*")), default=0)
+    """Make the next folder. Two commands that submit at the same time get one each."""
     while True:
-        number += 1
-        path = folder / SUBMIT / f"{number:03d}"
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return Submission(path.absolute())
+        submission = next_submission(folder)
+        submission.folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            submission.folder.mkdir()
+            submission.exits.mkdir()
+            return submission

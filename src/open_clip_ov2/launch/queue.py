@@ -1,4 +1,4 @@
-"""What SLURM and this machine say of jobs. Works without accounting (sacct): squeue and scontrol alone."""
+"""What SLURM and this machine know of jobs. Works without accounting (sacct): squeue, scontrol and scancel suffice."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _ALIVE = (PENDING, RUNNING, COMPLETING, "CONFIGURING", "REQUEUED", "REQUEUE_HOLD
 
 @dataclass(frozen=True)
 class QueueJob:
-    """`state` in SLURM's words; UNKNOWN: SLURM has forgotten the job. `why`: what a waiting job waits for."""
+    """`state` is SLURM's, or UNKNOWN for a job that SLURM has forgotten. `why`: what a pending job waits for."""
 
     job_id: str
     state: str
     why: str = ""
-    nodes: str = ""
 
     @property
     def alive(self) -> bool:
@@ -34,42 +33,36 @@ class QueueJob:
 
 
 def look_up(executor: str, job_ids: Iterable[str]) -> dict[str, QueueJob]:
-    """Every id asked for is there."""
+    """Every given job, by its id. Raises UserError."""
     wanted = list(dict.fromkeys(job_ids))
-    if executor == SLURM:
-        return _of_slurm(wanted)
-    if executor == LOCAL:
-        return {name: QueueJob(name, RUNNING if _runs_here(name) else UNKNOWN) for name in wanted}
-    return {name: QueueJob(name, UNKNOWN) for name in wanted}
-
-
-def _of_slurm(wanted: list[str]) -> dict[str, QueueJob]:
     found = {name: QueueJob(name, UNKNOWN) for name in wanted}
-    if not wanted or shutil.which("squeue") is None:
-        return found
-    masters = ",".join(dict.fromkeys(name.split("_")[0] for name in wanted))
-    # One id alone that SLURM has forgotten is an error; of several it leaves those out.
-    done = subprocess.run(
-        ["squeue", "-h", "-r", "-t", "all", "-j", masters, "-o", "%i|%T|%r|%N"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise UserError(f"squeue: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
-    for line in done.stdout.splitlines():
-        name, state, why, nodes = line.split("|", 3)
-        if name in found:
-            found[name] = QueueJob(name, state, "" if why == "None" else why, nodes)
+    if executor == LOCAL:
+        found |= {name: QueueJob(name, RUNNING) for name in wanted if _runs_here(name)}
+    elif executor == SLURM and wanted and shutil.which("squeue") is not None:
+        found |= {job.job_id: job for job in _ask_slurm(wanted) if job.job_id in found}
     return found
 
 
+def _ask_slurm(job_ids: list[str]) -> list[QueueJob]:
+    """All jobs of these arrays. squeue fails for a single id that it has forgotten, but skips it among several."""
+    arrays = ",".join(dict.fromkeys(name.split("_")[0] for name in job_ids))
+    done = subprocess.run(
+        ["squeue", "-h", "-r", "-t", "all", "-j", arrays, "-o", "%i|%T|%r"], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise UserError(f"squeue: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
+    rows = (line.split("|", 2) for line in done.stdout.splitlines())
+    return [QueueJob(name, state, "" if why == "None" else why) for name, state, why in rows]
+
+
 def _runs_here(job_id: str) -> bool:
-    """submitit's local jobs are named by the process that watches over their tasks."""
+    """A local job of submitit is named after the process that watches over its tasks."""
     own = Path("/proc") / job_id
     if Path("/proc/self").exists():
         with contextlib.suppress(OSError):
             command = (own / "cmdline").read_bytes()
             zombie = (own / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
-            return not zombie and (not command or b"submitit" in command)  # empty at its very beginning
+            return not zombie and (not command or b"submitit" in command)  # empty while the process starts
         return False
     try:
         os.kill(int(job_id), 0)
@@ -78,12 +71,20 @@ def _runs_here(job_id: str) -> bool:
     return True
 
 
+def may_requeue(job_id: str) -> bool:
+    """False for a job that was cancelled, which must not come back. True if SLURM cannot be asked."""
+    try:
+        return look_up(SLURM, [job_id])[job_id].state in (RUNNING, UNKNOWN)
+    except (UserError, OSError, subprocess.SubprocessError):
+        return True
+
+
 def cancel(executor: str, job_ids: Iterable[str]) -> None:
     """Raises UserError."""
     for name in job_ids:
         if executor == LOCAL:
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(name), signal.SIGTERM)  # its tasks get it too, save and leave
+                os.kill(int(name), signal.SIGTERM)  # reaches its tasks too, which save and exit
         elif executor == SLURM:
             done = subprocess.run(["scancel", name], capture_output=True, text=True, timeout=60)
             if done.returncode and not re.search("already complet|Invalid job id", done.stderr):

@@ -1,4 +1,4 @@
-"""A sweep's runs side by side: table (CSV, Markdown) and a plot of one metric over what was swept."""
+"""The runs of a sweep side by side: a table (CSV, Markdown), and a plot of a metric over what was varied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `last` and `best` of the metric; None where it has none."""
+    """One run. `last` and `best` are values of the metric; None if the run has none."""
 
     name: str
     varied: Mapping[str, Any]
@@ -34,24 +34,18 @@ class Row:
     hparams: Mapping[str, Any]
 
 
-def rows(found: Sequence[RunState], metric: str) -> list[Row]:
-    return [_row(run, metric) for run in found]
-
-
-def _row(run: RunState, metric: str) -> Row:
+def row_of(run: RunState, metric: str) -> Row:
     try:
         records = read_results(run.run_dir)
-    except UserError:  # has not begun
+    except UserError:  # it has not begun
         records = []
-    # Held-out figures if there are any.
-    values = _values(records, "val", metric) or _values(records, "train", metric)
-    if run.state in (FAILED, DIED):  # where it broke off is no result
-        values = []
+    # Of the validation data if it was validated. A value at which a run broke off is no result.
+    values = [] if run.state in (FAILED, DIED) else _values(records, "val", metric) or _values(records, "train", metric)
     speeds = _values(records, "train", "images_per_second")
     smaller_is_better = "loss" in metric or metric == "perplexity"
     return Row(
-        name=run.member.name,
-        varied=run.member.varied,
+        name=run.spec.name,
+        varied=run.spec.varied,
         state=run.state,
         reason=run.reason,
         samples_seen=run.status.samples_seen if run.status else 0,
@@ -68,12 +62,10 @@ def _values(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> lis
 
 
 def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
-    """(header, lines). What was swept, then flags that TensorBoard's hparams show to differ, then how it went."""
+    """(header, lines): the varied flags, other flags that differ by TensorBoard's hparams, then the results."""
     swept = list(dict.fromkeys(key for row in rows for key in row.varied))
-    told = [
-        key for key in dict.fromkeys(key for row in rows for key in row.hparams) if key.replace("_", "-") not in swept
-    ]
-    differ = [key for key in told if len({str(row.hparams[key]) for row in rows if key in row.hparams}) > 1]
+    others = dict.fromkeys(key for row in rows for key in row.hparams if key.replace("_", "-") not in swept)
+    differ = [key for key in others if len({str(row.hparams[key]) for row in rows if key in row.hparams}) > 1]
     header = ["run", *swept, *differ, "state", "samples", metric, f"best {metric}", "images/s", "restarts", "reason"]
     lines = [
         [
@@ -99,19 +91,19 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def write_report(rows_: Sequence[Row], metric: str, folder: Path) -> list[Path]:
+def write_report(rows: Sequence[Row], metric: str, folder: Path) -> list[Path]:
     """report.csv, report.md, and report.png if any run has the metric."""
-    header, lines = table(rows_, metric)
+    header, lines = table(rows, metric)
     files = [folder / "report.csv", folder / "report.md"]
     with open(files[0], "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *lines])
     cells = [header, ["---"] * len(header), *lines]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
     files[1].write_text(text + "\n", encoding="utf-8")
-    if any(row.last is not None for row in rows_):
+    if any(row.last is not None for row in rows):
         files.append(folder / "report.png")
         with figure(files[2]) as (axes,):
-            draw(axes, rows_, metric)
+            draw(axes, rows, metric)
     return files
 
 

@@ -1,4 +1,4 @@
-"""Where runs stand: what the queue says, and what they say of themselves, made one."""
+"""The state of submitted runs, from the queue and from their status.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch.folder import SUBMIT, Job, Member, Request, Submission, submissions
+from open_clip_ov2.launch.folder import SUBMIT, Job, Request, RunSpec, Submission, submissions
 from open_clip_ov2.launch.queue import COMPLETING, PENDING, UNKNOWN, QueueJob, look_up
 from open_clip_ov2.tracking import status as run_status
 from open_clip_ov2.tracking.status import Status, read_status
@@ -19,10 +19,10 @@ ALIVE = (QUEUED, STARTING, RUNNING)
 
 @dataclass(frozen=True)
 class RunState:
-    """One run as of now. `reason`: why it waits, failed, died. `jobs`: those of its newest submission;
-    `index` is the member's."""
+    """One run now. `submission` is its newest one, `jobs` are those of that submission, `index` is the run's place in
+    it; `reason`: why the run waits, failed or died."""
 
-    member: Member
+    spec: RunSpec
     request: Request
     submission: Submission
     jobs: tuple[Job, ...]
@@ -34,14 +34,14 @@ class RunState:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.member.run_dir)
+        return Path(self.spec.run_dir)
 
     @property
     def alive(self) -> bool:
         return self.state in ALIVE
 
     def log(self, rank: int = 0) -> Path | None:
-        """The newest log of a rank; submitit's own where the rank has not come so far."""
+        """The newest log of a rank, or submitit's own log if the rank has not opened one yet."""
         logs = self.submission.logs
         found = sorted(logs.glob(f"{self.job_id}.rank{rank}.restart*.log"), key=lambda path: path.stat().st_mtime)
         early = logs / f"{self.job_id}_{rank}_log.out"
@@ -49,7 +49,7 @@ class RunState:
 
 
 def find(folders: Iterable[Path]) -> list[RunState]:
-    """All runs that were submitted and lie in these folders (run, sweep, or folder of them), each once."""
+    """All submitted runs in these folders (of a run, of a sweep, or one that holds those), each once."""
     roots: dict[Path, None] = {}
     for folder in folders:
         for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
@@ -59,49 +59,49 @@ def find(folders: Iterable[Path]) -> list[RunState]:
     for root in roots:
         for submission in submissions(root):
             request = submission.request()
-            for index, member in enumerate(request.members):
-                before = newest.get(member.run_dir)
+            for index, spec in enumerate(request.members):
+                before = newest.get(spec.run_dir)
                 if before is None or before[1].created < request.created:
-                    newest[member.run_dir] = (submission, request, index)
+                    newest[spec.run_dir] = (submission, request, index)
     return _states(list(newest.values()))
 
 
 def of_run(name: str, folders: Iterable[Path]) -> RunState:
-    """By its folder, or by its name in one of the folders. Raises UserError."""
+    """The run in the folder `name`, or of that name in one of the folders. Raises UserError."""
     path = Path(name).absolute()
     found = find([path] if path.is_dir() else folders)
-    hits = [state for state in found if state.run_dir == path or state.member.name == name]
+    hits = [state for state in found if state.run_dir == path or state.spec.name == name]
     if len(hits) != 1:
-        known = ", ".join(state.member.name for state in found) or "none"
-        what = "no submitted run" if not hits else f"{len(hits)} runs of that name; give the folder"
-        raise UserError(f"{name}: {what} (there are: {known}; --logs says where to look)")
+        known = ", ".join(state.spec.name for state in found) or "none"
+        problem = "no submitted run" if not hits else f"{len(hits)} runs have this name; give the folder"
+        raise UserError(f"{name}: {problem} (known: {known}; --logs FOLDER looks elsewhere)")
     return hits[0]
 
 
 def _states(found: list[tuple[Submission, Request, int]]) -> list[RunState]:
-    jobs = [(submission.jobs(), request.executor) for submission, request, _ in found]
+    jobs = [submission.jobs() for submission, _, _ in found]
+    ids: dict[str, list[str]] = {}
+    for own, (_, request, _) in zip(jobs, found, strict=True):
+        ids.setdefault(request.executor, []).extend(job.job_id for job in own)
     queue: dict[str, QueueJob] = {}
-    for executor in {kind for _, kind in jobs}:
-        queue |= look_up(executor, (job.job_id for own, kind in jobs if kind == executor for job in own))
-    out = []
-    for (submission, request, index), (all_jobs, _) in zip(found, jobs, strict=True):
-        own = tuple(job for job in all_jobs if job.member == index)
-        out.append(_state(submission, request, index, own, queue))
-    return out
+    for executor, names in ids.items():
+        queue |= look_up(executor, names)
+    return [_state(*one, own, queue) for one, own in zip(found, jobs, strict=True)]
 
 
 def _state(
     submission: Submission, request: Request, index: int, jobs: tuple[Job, ...], queue: Mapping[str, QueueJob]
 ) -> RunState:
-    member = request.members[index]
-    status = read_status(Path(member.run_dir))
-    rows = [queue[job.job_id] for job in jobs]
-    state, reason, job_id = judge(rows, status, member.stages, submission.cancelled(index))
-    return RunState(member, request, submission, jobs, index, job_id, state, reason, status)
+    spec = request.members[index]
+    own = tuple(job for job in jobs if job.member == index)
+    status = read_status(Path(spec.run_dir))
+    rows = [queue[job.job_id] for job in own]
+    state, reason, job_id = state_of(rows, status, spec.stages, submission.is_cancelled(index))
+    return RunState(spec, request, submission, own, index, job_id, state, reason, status)
 
 
-def judge(rows: list[QueueJob], status: Status | None, stages: int, cancelled: bool) -> tuple[str, str, str]:
-    """(state, reason, id of the job that it is about) of a run, from its jobs in order and its own word."""
+def state_of(rows: list[QueueJob], status: Status | None, stages: int, cancelled: bool) -> tuple[str, str, str]:
+    """(state, reason, id of the job that they are about) of a run, from its jobs in order and its own status."""
     done = status is not None and status.state == run_status.FINISHED and status.stage >= stages
     over = done or (status is not None and status.state == run_status.FAILED)
     for row in sorted((row for row in rows if row.alive), key=lambda row: row.state == PENDING):
@@ -122,11 +122,10 @@ def judge(rows: list[QueueJob], status: Status | None, stages: int, cancelled: b
         return FAILED, status.reason, job_id
     ended = next((row.state for row in rows if row.job_id == job_id), UNKNOWN)
     if ended == "CANCELLED":
-        return CANCELLED, "by SLURM or by hand", job_id
+        return CANCELLED, "by scancel or by SLURM", job_id
     if status is not None and status.state in (run_status.FINISHED, run_status.INTERRUPTED):
-        said = status.reason or f"after stage {status.stage} of {stages}, as asked"
-        return STOPPED, said, job_id
+        return STOPPED, status.reason or f"as asked, after stage {status.stage} of {stages}", job_id
     if not rows:
         return DIED, "it was never submitted", ""
-    told = "its job is gone" if ended == UNKNOWN else f"its job ended as {ended}"
-    return DIED, f"{told}, and it said nothing; see `ov2 jobs logs`", job_id
+    end = "SLURM no longer knows its job" if ended == UNKNOWN else f"its job ended as {ended}"
+    return DIED, f"{end}, and the run recorded no reason; see `ov2 jobs logs`", job_id

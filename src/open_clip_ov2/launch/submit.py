@@ -1,221 +1,183 @@
-"""From a checked command line to jobs: finds the run again, writes its folder, submits."""
+"""From a checked command line to jobs: show the plan, write the submission's folder, submit."""
 
 from __future__ import annotations
 
-import getpass
-import os
-import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2 import training as trainer
+from open_clip_ov2 import training
+from open_clip_ov2.argv import is_given
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import executor as executors
 from open_clip_ov2.launch import snapshot, state
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, SUBMIT, Job, Member, Request, Submission, new_submission
+from open_clip_ov2.launch.folder import (
+    DEBUG,
+    LOCAL,
+    SLURM,
+    Job,
+    Request,
+    RunSpec,
+    Submission,
+    new_submission,
+    next_submission,
+)
 from open_clip_ov2.launch.job import run_member
 from open_clip_ov2.launch.queue import cancel
 
 
-@dataclass(frozen=True)
-class Work:
-    """One or more runs that are submitted together. `folder`: the run's, or the sweep's."""
-
-    folder: Path
-    title: str
-    members: tuple[Member, ...]
-    checked: tuple[trainer.Checked, ...]
-
-
-def member_of(
+def plan_run(
     argv: Sequence[str], clusters: Sequence[ClusterOptions], varied: Mapping[str, Any] | None = None
-) -> tuple[Member, trainer.Checked]:
-    """Raises UserError for whatever would fail later."""
-    surroundings = ((item.world_size, item.gpus_per_node > 0, item.gpu_memory_gb) for item in clusters)
-    checked = [trainer.check(argv, *each) for each in dict.fromkeys(surroundings)]
-    if len({found.signature for found in checked}) > 1:
+) -> RunSpec:
+    """Check a command line of `ov2 train` for each of the clusters. Raises UserError for what would fail later."""
+    settings = ((item.world_size, item.gpus_per_node > 0, item.gpu_memory_gb) for item in clusters)
+    results = [training.check(argv, *each) for each in dict.fromkeys(settings)]
+    if len({result.signature for result in results}) > 1:
         raise UserError(
-            "--nodes differs between stages, and with it the global batch: give --global-batch, or batches of stages"
+            "--nodes differs between stages, and so the global batch does: give --global-batch, or a batch per stage"
         )
-    found = checked[0]
-    named = any(word == "--name" or word.startswith("--name=") for word in argv)
-    own = tuple(argv) if named else (*argv, "--name", found.name)
-    member = Member(
-        name=found.name,
-        run_dir=str(found.run_dir.absolute()),
-        argv=own,
-        signature=found.signature,
-        model=found.model,
-        stages=len(found.stages),
-        total_samples=found.total_samples,
+    checked = results[0]
+    return RunSpec(
+        name=checked.name,
+        run_dir=str(checked.run_dir.absolute()),
+        argv=tuple(argv) if is_given(argv, "--name") else (*argv, "--name", checked.name),
+        model=checked.model,
+        stages=len(checked.stages),
+        total_samples=checked.total_samples,
         varied=dict(varied or {}),
+        parameters=checked.parameters,
+        summaries=checked.summaries,
     )
-    return member, found
 
 
-def run_work(argv: Sequence[str], clusters: Sequence[ClusterOptions]) -> Work:
-    member, checked = member_of(argv, clusters)
-    return Work(Path(member.run_dir), member.name, (member,), (checked,))
+def submitted_before(folder: Path) -> dict[str, state.RunState]:
+    """States of the runs that were submitted before, by the folder of the run. `folder`: the run's or the sweep's."""
+    return {found.spec.run_dir: found for found in state.find([folder])}
 
 
-def check_again(found: state.RunState, retry: bool) -> bool:
-    """Whether to submit a run that was submitted before. Raises UserError."""
-    where = f"{found.run_dir}"
+def needs_submission(found: state.RunState, retry: bool) -> bool:
+    """Whether to submit a run that was submitted before: not if it has finished. Raises UserError."""
     if found.alive:
-        raise UserError(f"{where}: {found.state} already, as job {found.job_id} (`ov2 jobs` says more)")
+        raise UserError(f"{found.run_dir}: {found.state} already, as job {found.job_id} (see `ov2 jobs`)")
     if found.state == state.FINISHED:
-        print(f"{where}: finished already ({found.status.samples_seen if found.status else 0:,} samples)")
+        print(f"{found.run_dir}: finished already ({found.status.samples_seen if found.status else 0:,} samples)")
         return False
     if not retry:
-        raise UserError(f"{where}: {found.state}: {found.reason}; --retry goes on from its last checkpoint")
+        raise UserError(f"{found.run_dir}: {found.state}: {found.reason}; --retry continues from its last checkpoint")
     return True
 
 
-def earlier(work: Work) -> dict[str, state.RunState]:
-    """Members that were submitted before, by the folder of their run."""
-    return {found.member.run_dir: found for found in state.find([work.folder])}
+def resubmit(run: state.RunState) -> tuple[Job, ...]:
+    """Check and submit the run's newest submission once more, with the code as it is now. Raises UserError."""
+    before = run.request
+    spec = plan_run(run.spec.argv, before.clusters, run.spec.varied)
+    return submit(run.run_dir, replace(before, title=spec.name, members=(spec,), created=time.time()))
 
 
-@dataclass(frozen=True)
-class How:
-    """`command`: the whole command line; `argv`: what was given after `--`."""
-
-    executor: str
-    clusters: tuple[ClusterOptions, ...]
-    command: tuple[str, ...]
-    argv: tuple[str, ...]
-    cluster_file: Path | None = None
-    stage_jobs: bool = False
-    running_at_once: int = 256
-
-
-def again(run: state.RunState) -> tuple[Work, How]:
-    """The run's newest submission, once more; checked again. Raises UserError."""
-    request = run.request
-    member, checked = member_of(run.member.argv, request.clusters, run.member.varied)
-    how = How(
-        executor=request.executor,
-        clusters=request.clusters,
-        command=request.command,
-        argv=request.given_argv,
-        cluster_file=Path(request.cluster_file) if request.cluster_file else None,
-        stage_jobs=request.stage_jobs,
-    )
-    return Work(run.run_dir, member.name, (member,), (checked,)), how
-
-
-def request_of(work: Work, how: How) -> Request:
-    return Request(
-        title=work.title,
-        executor=how.executor,
-        command=how.command,
-        given_argv=how.argv,
-        created=time.time(),
-        user=getpass.getuser(),
-        host=socket.gethostname(),
-        cwd=os.getcwd(),
-        cluster_file=str(how.cluster_file) if how.cluster_file else None,
-        clusters=how.clusters,
-        stage_jobs=how.stage_jobs,
-        members=work.members,
-    )
-
-
-def submit(work: Work, how: How) -> tuple[Submission, tuple[Job, ...]]:
-    """Write the folder, submit. What SLURM refuses leaves no submission behind. Raises UserError."""
-    if how.executor == SLURM:
+def submit(folder: Path, request: Request) -> tuple[Job, ...]:
+    """Write the submission into the folder and start its jobs. What SLURM refuses leaves nothing. Raises UserError."""
+    if request.executor == SLURM:
         executors.check_slurm()
-    submission = new_submission(work.folder)
-    snapshot.take(submission, how.command)
-    members = []
-    for member, checked in zip(work.members, work.checked, strict=True):
-        argv = member.argv
-        if checked.recipe is not None:
-            argv = snapshot.keep_recipe(submission, checked.recipe, argv)
-        members.append(replace(member, argv=argv))
-    work = replace(work, members=tuple(members))
-    submission.write_request(request_of(work, how))
+    submission = new_submission(folder)
+    snapshot.take(submission, request.command)
+    specs = (replace(spec, argv=snapshot.keep_recipe(submission, spec.argv)) for spec in request.members)
+    request = replace(request, members=tuple(specs))
+    submission.write_request(request)
     try:
-        jobs = _SUBMITTERS[how.executor](submission, work, how)
+        jobs = tuple(_SUBMITTERS[request.executor](submission, request))
     except UserError:
         submission.discard()
         raise
     submission.write_jobs(jobs)
-    return submission, tuple(jobs)
+    return jobs
 
 
-def _to_slurm(submission: Submission, work: Work, how: How) -> list[Job]:
-    if how.stage_jobs:
-        return _chain(submission, work, how)
-    calls = [(str(submission.folder), index, 0) for index in range(len(work.members))]
-    made = executors.slurm(submission, how.clusters[0], work.title, running_at_once=how.running_at_once)
-    (submission.folder / "sbatch.sh").write_text(made.text(), encoding="utf-8")
-    ids = executors.submit(made, run_member, calls)
-    return [Job(job_id, index) for index, job_id in enumerate(ids)]
+def _batch(
+    submission: Submission, request: Request, stage: int, cluster: ClusterOptions, after: str | None
+) -> tuple[str, executors.SlurmExecutor]:
+    """(name of the batch script, executor) of a job; `after`: the job that must end well before."""
+    title = f"{request.title}-stage-{stage}" if stage else request.title
+    made = executors.slurm(submission, cluster, title, runs=len(request.members), after=after)
+    return (f"sbatch.stage-{stage}.sh" if stage else "sbatch.sh"), made
 
 
-def _chain(submission: Submission, work: Work, how: How) -> list[Job]:
-    """A job for each stage, after the one before; those done already are left out."""
+def batch_scripts(folder: Path, request: Request) -> dict[str, str]:
+    """What sbatch would get, by file name; nothing is written. Empty for other executors than SLURM."""
+    texts: dict[str, str] = {}
+    for stage, cluster in request.stage_clusters if request.executor == SLURM else []:
+        after = f"STAGE_{stage - 1}" if stage > 1 else None
+        name, made = _batch(next_submission(folder), request, stage, cluster, after)
+        texts[name] = made.text()
+    return texts
+
+
+def _to_slurm(submission: Submission, request: Request) -> list[Job]:
+    """One job (an array, for several runs), or a chain of jobs for the stages that are not done yet."""
     jobs: list[Job] = []
+    done = _stages_done(Path(request.members[0].run_dir)) if request.stage_jobs else -1
     try:
-        for stage, cluster in enumerate(how.clusters, 1):
-            if stage <= stages_done(Path(work.members[0].run_dir)):
+        for stage, cluster in request.stage_clusters:
+            if stage <= done:
                 continue
-            parent = jobs[-1].job_id if jobs else None
-            made = executors.slurm(submission, cluster, f"{work.title}-stage-{stage}", after=parent)
-            (submission.folder / f"sbatch.stage-{stage}.sh").write_text(made.text(), encoding="utf-8")
-            (job_id,) = executors.submit(made, run_member, [(str(submission.folder), 0, stage)])
-            jobs.append(Job(job_id, 0, stage))
+            name, made = _batch(submission, request, stage, cluster, jobs[-1].job_id if jobs else None)
+            (submission.folder / name).write_text(made.text(), encoding="utf-8")
+            calls = [(str(submission.folder), index, stage) for index in range(len(request.members))]
+            ids = made.ids_of(run_member, calls)
+            jobs += [Job(job_id, index, stage) for index, job_id in enumerate(ids)]
     except UserError:
         cancel(SLURM, [job.job_id for job in jobs])
         raise
     return jobs
 
 
-def stages_done(run_dir: Path) -> int:
-    """Stages whose last checkpoint is there, from the first on."""
+def _stages_done(run_dir: Path) -> int:
+    """How many stages, from the first on, have written their last checkpoint."""
     done = 0
     while (run_dir / "checkpoints" / f"stage_{done + 1}.pt").is_file():
         done += 1
     return done
 
 
-def _to_local(submission: Submission, work: Work, how: How) -> list[Job]:
-    made = executors.local(submission, how.clusters[0])
-    surroundings = executors.environment(executors.local_environment(submission, how.clusters[0]))
-    with surroundings, executors.children_print_to(submission.logs / "controller.log"):
-        ids = executors.submit(made, run_member, [(str(submission.folder), 0, 0)])
-    return [Job(ids[0])]
+def _to_local(submission: Submission, request: Request) -> list[Job]:
+    call = (str(submission.folder), 0, 0)
+    return [Job(executors.start_locally(submission, request.clusters[0], run_member, call))]
 
 
-def _debug(submission: Submission, work: Work, how: How) -> list[Job]:
-    """In this process, with its terminal: no log file, no job; errors come out as they are."""
-    with executors.environment(dict(how.clusters[0].environment)):
-        trainer.train(work.members[0].argv)
+def _debug(submission: Submission, request: Request) -> list[Job]:
+    """Train in this process and terminal, without a job or a log file; errors are raised as they are."""
+    with executors.environment(dict(request.clusters[0].environment)):
+        training.train(request.members[0].argv)
     return [Job("debug")]
 
 
-_SUBMITTERS = {SLURM: _to_slurm, LOCAL: _to_local, DEBUG: _debug}
+_SUBMITTERS: dict[str, Callable[[Submission, Request], list[Job]]] = {
+    SLURM: _to_slurm, LOCAL: _to_local, DEBUG: _debug,
+}  # fmt: skip
 
 
-def dry_run_texts(work: Work, how: How) -> dict[str, str]:
-    """What sbatch would get, by file name; nothing is written. Empty without SLURM's executor."""
-    if how.executor != SLURM:
-        return {}
-    number = len(list((work.folder / SUBMIT).glob("[0-9]*"))) + 1
-    submission = Submission((work.folder / SUBMIT / f"{number:03d}").absolute())
-    if not how.stage_jobs:
-        made = executors.slurm(submission, how.clusters[0], work.title, running_at_once=how.running_at_once)
-        if len(work.members) > 1:
-            made.parameters["map_count"] = len(work.members)
-        return {"sbatch.sh": made.text()}
-    return {
-        f"sbatch.stage-{stage}.sh": executors.slurm(
-            submission, cluster, f"{work.title}-stage-{stage}", after=f"STAGE_{stage - 1}" if stage > 1 else None
-        ).text()
-        for stage, cluster in enumerate(how.clusters, 1)
-    }
+def show_plan(folder: Path, request: Request) -> None:
+    print(f"folder    {folder}")
+    print(f"cluster   {request.cluster_file or 'no cluster file'}")
+    for stage, cluster in request.stage_clusters:
+        print(f"job       {f'stage {stage}: ' if stage else ''}{_resources(cluster, request.executor)}")
+    for spec in request.members:
+        name = f"{spec.name}: " if len(request.members) > 1 else ""
+        size = f"{spec.parameters / 1e6:,.1f} M parameters, {spec.total_samples:,} samples"
+        print(f"run       {name}{spec.model}, {size}")
+        for number, summary in enumerate(spec.summaries, 1):
+            if summary:
+                print(f"          stage {number}: {summary}")
+
+
+def _resources(options: ClusterOptions, executor: str) -> str:
+    tasks = f"{options.world_size} process{'es' if options.world_size > 1 else ''}"
+    device = f"{options.gpus_per_node} GPUs per node" if options.gpus_per_node else "on CPUs"
+    if executor != SLURM:
+        return f"{executor}, {tasks}, {device}"
+    nodes = f"{options.nodes} node{'s' if options.nodes > 1 else ''}"
+    queue = f"partition {options.partition}" if options.partition else "default partition"
+    hours, minutes = divmod(options.time_min, 60)
+    return f"{nodes}, {tasks}, {device}, {queue}, {hours} h {minutes:02d} min"

@@ -33,7 +33,7 @@ srun --unbuffered --output /shared/logs/run/submit/001/logs/%j_%t_log.out --kill
 # teardown
 ov2_status=$?
 ov2_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; ov2_job=${ov2_job:-$SLURM_JOB_ID}
-[ "$ov2_status" -eq 0 ] || { /env/bin/python -m open_clip_ov2.launch.after /shared/logs/run/submit/001 "$ov2_status"; ov2_status=$?; }
+[ "$ov2_status" -eq 0 ] || { /env/bin/python -m open_clip_ov2.launch.ends /shared/logs/run/submit/001 "$ov2_status"; ov2_status=$?; }
 if [ "$ov2_status" -eq 75 ] && [ "$(squeue -h -j "$ov2_job" -o %T)" = RUNNING ]; then
   scontrol requeue "$ov2_job" && sleep 60
 fi
