@@ -1,14 +1,10 @@
 """The training crop: a box drawn on the image's own size, resized, jittered, uint8.
 
-The box is what torchvision's RandomResizedCrop draws, but from a generator that is passed in, so that no global
-generator has to be saved and restored for each sample.
 Shapes: C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +22,6 @@ from open_clip_ov2.data.decode import EncodedImage, reduction_for
 # then averages over four pixels or more and hides what the reduced DCT left out: measured on images of 512 px at
 # 84 px, 39 dB PSNR at 2 and above, 36 at 1.25 to 1.5, 33 at 1.
 MARGIN = 2.0
-ATTEMPTS = 10  # torchvision's, before it takes the middle
 
 
 class Box(NamedTuple):
@@ -40,56 +35,30 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """`size` (height, width) in px; `scale`: share of the area, `ratio`: width / height, each drawn from a range.
+    """`size`: (height, width) in px. `draw` gives a box for an image's width and height; `jitter` changes its colors.
 
-    `jitter` changes the colors of the crop and draws from torch's default generator, as torchvision's transforms do.
+    Both draw from torch's default generator, as torchvision's transforms do.
     `fast`: JPEGs are decoded at a reduced scale where the crop stays MARGIN times as large as `size`, and resized by
     torch in uint8, within one level of PIL. Otherwise full scale and PIL. The boxes are the same.
     """
 
     size: tuple[int, int]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
+    draw: Callable[[int, int], Box]
     jitter: Callable[[Image.Image], Image.Image] | None = None
     fast: bool = True
 
-    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """RGB image -> uint8 `(3, H, W)`. Without a generator, torch's default one is used."""
-        box = self.draw(image.width, image.height, generator)
-        return self._jittered(self._cut(image, box), generator)
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 `(3, H, W)`."""
+        return self._jittered(self._cut(image, self.draw(image.width, image.height)))
 
-    def decoded(self, encoded: EncodedImage, generator: torch.Generator) -> Tensor:
+    def decoded(self, encoded: EncodedImage) -> Tensor:
         """Encoded image -> uint8 `(3, H, W)`; decodes no more of a JPEG than the crop needs. Raises SkipSample."""
-        box = self.draw(encoded.width, encoded.height, generator)
+        box = self.draw(encoded.width, encoded.height)
         reduction = reduction_for((box.height, box.width), (MARGIN * self.size[0], MARGIN * self.size[1]))
         pixels_HWC = encoded.rgb_reduced(reduction)
         if pixels_HWC is None:
-            image_CHW = self._cut(encoded.rgb(), box)
-        else:
-            image_CHW = self._resized(_cut_reduced(pixels_HWC, box, reduction))
-        return self._jittered(image_CHW, generator)
-
-    def draw(self, width: int, height: int, generator: torch.Generator | None) -> Box:
-        low, high = _logs(self.ratio)
-        for _ in range(ATTEMPTS):
-            area = width * height * torch.empty(1).uniform_(*self.scale, generator=generator).item()
-            ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
-            across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < across <= width and 0 < down <= height:
-                top = int(torch.randint(0, height - down + 1, (1,), generator=generator))
-                left = int(torch.randint(0, width - across + 1, (1,), generator=generator))
-                return Box(left, top, across, down)
-        return self._middle(width, height)
-
-    def _middle(self, width: int, height: int) -> Box:
-        """As much as the range of ratios allows."""
-        low, high = min(self.ratio), max(self.ratio)
-        across, down = width, height
-        if width / height < low:
-            down = round(width / low)
-        elif width / height > high:
-            across = round(height * high)
-        return Box((width - across) // 2, (height - down) // 2, across, down)
+            return self._jittered(self._cut(encoded.rgb(), box))
+        return self._jittered(self._resized(_cut_reduced(pixels_HWC, box, reduction)))
 
     def _cut(self, image: Image.Image, box: Box) -> Tensor:
         """The box of an image at full scale, uint8 `(3, H, W)`."""
@@ -102,25 +71,10 @@ class RandomCrop:
         images_BCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
         return F.interpolate(images_BCHW, self.size, mode="bilinear", antialias=True)[0]
 
-    def _jittered(self, image_CHW: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _jittered(self, image_CHW: Tensor) -> Tensor:
         if self.jitter is None:
             return image_CHW
-        image = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
-        if generator is None:
-            return _to_tensor(self.jitter(image))
-        before = torch.default_generator.get_state()
-        torch.default_generator.set_state(generator.get_state())
-        try:
-            return _to_tensor(self.jitter(image))
-        finally:
-            torch.default_generator.set_state(before)
-
-
-@functools.cache
-def _logs(ratio: tuple[float, float]) -> tuple[float, float]:
-    """In float32, as torchvision has them."""
-    low, high = torch.log(torch.tensor(ratio)).tolist()
-    return low, high
+        return _to_tensor(self.jitter(Image.fromarray(image_CHW.permute(1, 2, 0).numpy())))
 
 
 def _cut_reduced(pixels_HWC: npt.NDArray[np.uint8], box: Box, reduction: int) -> npt.NDArray[np.uint8]:

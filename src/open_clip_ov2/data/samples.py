@@ -61,34 +61,26 @@ class Decoder:
         """
         rng = random.Random(seed)
         caption = choose_caption(raw, self.caption_keys, rng)
-        crop_seed = rng.getrandbits(63)
-        if isinstance(self.transform, RandomCrop):
-            crop, data = self.transform, encoded_image(raw)
-            return self._guarded(lambda: self._cropped(crop, data, crop_seed)), caption
-        return self._transformed(raw, crop_seed), caption
+        return self._pixels(raw, rng.getrandbits(63)), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
         """Image `(C, H, W)` and the first caption, "" without `caption_keys`. Raises SkipSample."""
         caption = all_captions(raw, self.caption_keys)[0] if self.caption_keys else ""
-        return self._transformed(raw, 0), caption  # a transform that draws must not vary, nor disturb the model
+        return self._pixels(raw, 0), caption  # a transform that draws must neither vary nor disturb the model
 
     def image(self, raw: Mapping[str, Any]) -> Image.Image:
         """The image of a sample in RGB. Raises SkipSample."""
         data = encoded_image(raw)
         return data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
 
-    def _transformed(self, raw: Mapping[str, Any], seed: int) -> Tensor:
+    def _pixels(self, raw: Mapping[str, Any], seed: int) -> Tensor:
+        crop = self.transform
+        if isinstance(crop, RandomCrop) and isinstance(data := encoded_image(raw), bytes):
+            with torch_seeded(seed):
+                return self._guarded(lambda: crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast)))
         image = self.image(raw)
         with seeded(seed):
             return self._guarded(lambda: self.transform(image))
-
-    def _cropped(self, crop: RandomCrop, data: bytes | Image.Image, seed: int) -> Tensor:
-        """Uint8 `(3, H, W)`."""
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-        if isinstance(data, Image.Image):
-            return crop(data, generator)
-        return crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast), generator)
 
     @staticmethod
     def _guarded(make: Callable[[], Tensor]) -> Tensor:
@@ -120,18 +112,28 @@ def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's generators and restore them afterwards: in the main process the model draws from them too.
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU and restore it afterwards: in the main process the model draws from it too.
 
     Not by torch.manual_seed, which also queues a seeding of CUDA at each call before CUDA is initialized.
     """
-    states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
     try:
         yield
     finally:
-        torch.default_generator.set_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        torch.default_generator.set_state(state)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The same for Python's and NumPy's generators too, for transforms and tokenizers that may draw from any."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    try:
+        with torch_seeded(seed):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
+import torch
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import AugmentationCfg, PreprocessCfg
 from torch import nn
 from torchvision import transforms as T
 
 from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.data.crop import RandomCrop
+from open_clip_ov2.data.crop import Box, RandomCrop
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,14 @@ def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | N
     aug, size = _augmentation(aug_cfg), preprocess_cfg["size"]
     steps = _jitter_steps(aug)
     jitter = T.Compose(steps) if steps else None
-    return RandomCrop((size, size) if isinstance(size, int) else tuple(size), *_crop_ranges(aug), jitter, fast)
+    draw = partial(_draw_box, *_crop_ranges(aug))
+    return RandomCrop((size, size) if isinstance(size, int) else tuple(size), draw, jitter, fast)
+
+
+def _draw_box(scale: tuple[float, float], ratio: tuple[float, float], width: int, height: int) -> Box:
+    empty = torch.empty(0, height, width)  # torchvision asks it for its size alone
+    top, left, box_height, box_width = T.RandomResizedCrop.get_params(empty, list(scale), list(ratio))
+    return Box(left, top, box_width, box_height)
 
 
 def _jitter_steps(aug: AugmentationCfg) -> list[Any]:
