@@ -36,8 +36,8 @@ from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.resize import Resize
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
-from open_clip_ov2.openclip.models.fast_tokenizer import caching
 from open_clip_ov2.openclip.models.preprocess import CROP_AREA, Ov2Bilinear, color_jitter_cfg, train_crop
+from open_clip_ov2.openclip.models.tokenizer import caching
 
 SIDE, QUALITY = 512, 77  # about 64 KB each
 WORDS = ("a photo shows two people near the old harbour", "wooden boats on green water under a bright sky")

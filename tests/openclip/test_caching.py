@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from open_clip_ov2.openclip.models import fast_tokenizer as module
-from open_clip_ov2.openclip.models.fast_tokenizer import CachingTokenizer, caching
+from open_clip_ov2.openclip.models import tokenizer as module
+from open_clip_ov2.openclip.models.tokenizer import CachingTokenizer, caching
 
 STOCK = open_clip.SimpleTokenizer(context_length=24)
 OURS = caching(STOCK)

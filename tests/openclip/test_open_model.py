@@ -120,7 +120,7 @@ def change(folder: Path, **values) -> None:
         (lambda folder: change(folder, vision_width=65), "vision_width 65, and the encoder's width is 64"),
         (lambda folder: change(folder, vocab_size=41), "of another shape (lm_head.weight (40, 32), not (41, 32)"),
         (lambda folder: change(folder, num_heads=5), "decoder width 32 is not divisible by its 5 heads"),
-        (lambda folder: (folder / "text_decoder_config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "text_decoder_config.json").write_text("{"), "text_decoder_config.json: not JSON"),
         (lambda folder: (folder / "bert_base_vocab_bos_eos.txt").unlink(), "without its vocabulary"),
         (lambda folder: (folder / "text_decoder_config.json").unlink(), "an encoder without a decoder"),
     ],

@@ -116,7 +116,7 @@ def test_options_reach_the_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep_ratoi": 0.5}, "did you mean 'keep_ratio'"),
+        ({"keep_ratoi": 0.5}, "did you mean keep_ratio\\?"),
         ({"keep_ratio": 1.5}, r"\(0, 1\]"),
         ({"fusion": "concat"}, "prefix, causal, cross_attn"),
     ],

@@ -13,7 +13,7 @@ from released_files import PATCH, SHAPES, config, encoder_state, plain_encoder, 
 
 import open_clip_ov2
 from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.openclip.models.released import complete_vision_cfg
+from open_clip_ov2.openclip.models.factory import complete_vision_cfg
 
 TIGHT = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -43,7 +43,7 @@ def test_every_way_of_making_a_model_gives_the_encoder(released, caplog: pytest.
             torch.testing.assert_close(model.encode_image(images()), pooled, **TIGHT)
             assert torch.equal(model(images())["image_embs"], model.encode_image_tokens(images()))
         assert torch.equal(model.state_dict()["visual.conv1.weight"], state["conv1.weight"])
-    assert f"{len(state)} encoder keys taken" in caplog.text
+    assert f"loaded all {len(state)} encoder keys" in caplog.text
     assert "(0.485, 0.456, 0.406)" in caplog.text  # what is supplied is shown
 
 
@@ -112,7 +112,7 @@ def test_a_bare_file_goes_into_a_model_of_ours_encoder_only(suffix: str, tmp_pat
     loaded = model.state_dict()
     assert all(torch.equal(loaded[f"visual.{key}"], value) for key, value in state.items())
     assert all(torch.equal(loaded[key], fresh[key]) for key in fresh if key.startswith("text_decoder."))
-    assert f"{len(state)} encoder keys taken" in caplog.text
+    assert f"loaded all {len(state)} encoder keys" in caplog.text
     assert "the text decoder starts from new weights" in caplog.text
     larger = open_clip.create_model("ov2-vit-nano-8", pretrained=str(file), force_image_size=96)
     torch.testing.assert_close(larger.visual.positional_embedding.data, plain_table(12, 192), atol=1e-6, rtol=0)
@@ -219,26 +219,26 @@ BROKEN = {
     ),
     "pickle bomb": (
         lambda folder, state: save(folder, {**state, "proj": Bomb(folder / "ran")}),
-        "cannot be read as tensors alone",
+        "cannot be read as a file of tensors only",
     ),
     "no tensors": (lambda folder, state: save(folder, {"proj": 1.0}), "not a state dict"),
     "no checkpoint at all": (
         lambda folder, state: (folder / "open_clip_pytorch_model.bin").write_bytes(b"version https://git-lfs"),
-        "cannot be read as tensors alone",
+        "cannot be read as a file of tensors only",
     ),
     "unknown vision key": (
         lambda folder, state: change_config(folder, lambda cfg: cfg["model_cfg"]["vision_cfg"].update(hed_width=16)),
-        "unknown key 'hed_width' in vision_cfg; did you mean 'head_width'",
+        "vision_cfg: unknown key 'hed_width'; did you mean head_width",
     ),
     "unknown model key": (
         lambda folder, state: change_config(folder, lambda cfg: cfg["model_cfg"].update(run_this="rm")),
-        "unknown key 'run_this' in model config",
+        "model config: unknown key 'run_this'",
     ),
     "a tower of timm's": (
         lambda folder, state: change_config(
             folder, lambda cfg: cfg["model_cfg"].update(decoder_cfg=None) or cfg["model_cfg"]["vision_cfg"].update(
                 timm_model_name="hf-hub:evil/model")),
-        "unknown key 'timm_model_name' in vision_cfg",
+        "vision_cfg: unknown key 'timm_model_name'",
     ),
     "no vision_cfg": (
         lambda folder, state: change_config(folder, lambda cfg: cfg["model_cfg"].pop("vision_cfg")),

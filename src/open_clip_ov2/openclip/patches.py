@@ -34,13 +34,13 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch(
         "open_clip.factory",
         "CustomTextCLIP",
-        released.dispatch_model_class,
+        factory.dispatch_model_class,
         "create_model takes the class from its module's globals; a config with decoder_cfg becomes a CaptionModel",
     ),
     Patch(
         "open_clip.factory",
         "resize_pos_embed",
-        factory.recompute_position_table,
+        weights.recompute_position_table,
         "the fixed sine-cosine table is recomputed for a new grid; OpenCLIP interpolates it",
     ),
     Patch(
@@ -64,7 +64,7 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch(
         "open_clip.factory",
         "CLIP",
-        released.dispatch_model_class,
+        factory.dispatch_model_class,
         "a released vision-only config becomes a VisionModel; OpenCLIP builds a text tower that has no weights",
     ),
     Patch(
@@ -77,10 +77,10 @@ REGISTRATION: tuple[Patch, ...] = (
     Patch(
         "open_clip.factory",
         "create_model",
-        released.load_image_weights_strictly,
+        weights.load_image_weights_strictly,
         "pretrained_image_path of ov2 models must fit; OpenCLIP loads it with strict=False and only logs its errors",
     ),
-    Patch("open_clip", "create_model", released.load_image_weights_strictly, "the same function under its public name"),
+    Patch("open_clip", "create_model", weights.load_image_weights_strictly, "the same function under its public name"),
     Patch(
         "open_clip.factory",
         "_find_checkpoint_in_dir",

@@ -37,7 +37,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "open_clip.model",
         "_build_vision_tower",
-        f"{_FACTORY} openclip/models/released.py",
+        _FACTORY,
         "the encoder of an ov2 model is OpenCLIP's own, so its checkpoints and tools fit",
     ),
     PrivateName(
@@ -49,7 +49,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("open_clip.factory", "_MODEL_CONFIG_PATHS", "openclip/patches.py", "`unregister` takes our folder out"),
     PrivateName("open_clip.factory", "_rescan_model_configs", _BASELINES, "sorts the registry, baselines included"),
     *(
-        PrivateName("open_clip.tokenizer.SimpleTokenizer", name, "openclip/models/fast_tokenizer.py", _FAST_TOKENIZER)
+        PrivateName("open_clip.tokenizer.SimpleTokenizer", name, "openclip/models/tokenizer.py", _FAST_TOKENIZER)
         for name in ("encoder", "byte_encoder", "bpe", "pat", "clean_fn", "reduction_fn", "sot_token_id")
     ),
     PrivateName("open_clip.tokenizer.HFTokenizer", "tokenizer", "openclip/models/tokenizer.py", "its end of text"),
@@ -57,7 +57,6 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         PrivateName("open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py", _COCA_PARTS)
         for name in ("image_latent", "image_embs", "output_labels", "text", "text_decoder", "pad_id")
     ),
-    PrivateName("torch.nn.modules.module", "_IncompatibleKeys", "openclip/models/weights.py", "what loading returns"),
     PrivateName(
         "torch.ops.aten",
         "_flash_attention_forward",

@@ -16,9 +16,10 @@ from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
 from open_clip_ov2.formats.flax import NOT_IN_FLAX
 from open_clip_ov2.formats.flax_files import write_npz
 from open_clip_ov2.formats.model_files import new_folder
+from open_clip_ov2.formats.open_clip import CONFIG
 from open_clip_ov2.openclip.models.exports import encoder_of, write_model_folder
 from open_clip_ov2.openclip.models.factory import build_caption_model
-from open_clip_ov2.openclip.models.open_model import CONFIG, caption_model, open_model
+from open_clip_ov2.openclip.models.open_model import caption_model, open_model
 from open_clip_ov2.openclip.models.preprocess import ov2_preprocess_cfg
 from open_clip_ov2.openclip.models.tokenizer import BOS_ID, EOS_ID, PAD_ID, WordPieceTokenizer
 from open_clip_ov2.openclip.models.weights import check_fit

@@ -1,11 +1,9 @@
-"""From a model config to a CaptionModel, inside OpenCLIP's own factory functions."""
+"""From a model config to a CaptionModel or a bare VisionModel, inside OpenCLIP's own factory functions."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,19 @@ import open_clip
 import torch
 from open_clip import factory as open_clip_factory
 from open_clip import model as open_clip_model
-from torch import Tensor, nn
+from torch import nn
 
-from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, sincos_2d
+from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel
 from open_clip_ov2.core.vit_fast import use_fast_parts
-
-logger = logging.getLogger(__name__)
+from open_clip_ov2.errors import unknown_key
+from open_clip_ov2.formats.encoder import mlp_ratio
 
 MODEL_CONFIGS = Path(__file__).parents[2] / "model_configs"
-DECODER_KEY = "decoder_cfg"  # a config with this key is one of ours
-_TOP_KEYS = {
-    "embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "fusion", "keep_ratio", "eval_keep_ratio",
-    "cast_dtype", "output_dict",
-}  # fmt: skip
-# What makes OpenCLIP's VisionTransformer the reference's (docs/reference.md, "Released encoder checkpoints").
+DECODER_KEY = "decoder_cfg"  # a config with this key is an ov2 model; null asks for its encoder alone
+_DECODER_OPTIONS = {"fusion", "keep_ratio", "eval_keep_ratio"}
+_TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "cast_dtype", "output_dict"}
+_TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
+# With these, OpenCLIP's VisionTransformer is the reference's (docs/reference.md, "Released encoder checkpoints").
 VISION_FIXED = {
     "no_ln_pre": True,
     "pool_type": "avg",
@@ -34,6 +31,12 @@ VISION_FIXED = {
     "output_tokens": True,
     "norm_kwargs": {"eps": 1e-6},
 }
+_VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
+# docs/reference.md, encoder variants: (heads, MLP width) by width, for released configs that leave them out.
+PUBLISHED_SIZES = {
+    192: (3, 768), 384: (6, 1536), 768: (12, 3072), 1024: (16, 4096), 1152: (16, 4304), 1280: (16, 5120),
+    1408: (16, 6144),
+}  # fmt: skip
 
 
 def is_ov2_config(config: Mapping[str, Any] | None) -> bool:
@@ -45,58 +48,104 @@ def is_ov2_model(model_name: str) -> bool:
     return is_ov2_config(open_clip_factory.get_model_config(model_name))
 
 
-def build_caption_model(**config: Any) -> CaptionModel:
-    """A CaptionModel from the keys of a model config; called by OpenCLIP's `create_model`.
+def known_models() -> list[str]:
+    return open_clip.list_models()
 
-    Raises ValueError for unknown keys and values out of range.
-    """
-    check_keys("model config", config, _TOP_KEYS)
-    vision_cfg = {**config["vision_cfg"]}
-    for key, value in VISION_FIXED.items():
-        if vision_cfg.setdefault(key, value) != value:
-            raise ValueError(f"an ov2 model has vision_cfg.{key} = {value!r}, not {vision_cfg[key]!r}")
-    if config["embed_dim"] != vision_cfg["width"]:
+
+def is_vision_only(config: Mapping[str, Any]) -> bool:
+    """Whether a config asks for a bare encoder: `decoder_cfg` is null, or the layout is the authors' release."""
+    if DECODER_KEY in config:
+        return config[DECODER_KEY] is None
+    vision = config.get("vision_cfg")
+    return (
+        isinstance(vision, Mapping)
+        and vision.get("output_tokens") is True
+        and "multimodal_cfg" not in config
+        and not vision.get("timm_model_name")
+        and not vision.get("attentional_pool")
+        and vision.get("pool_type") == "avg"  # OpenCLIP's default differs
+        and all(vision.get(key, value) == value for key, value in VISION_FIXED.items())
+    )
+
+
+def build_caption_model(**config: Any) -> CaptionModel:
+    """A CaptionModel from the keys of a model config. Raises ValueError for unknown keys and values out of range."""
+    check_keys("model config", config, _TOP_KEYS | _DECODER_OPTIONS)
+    if config["embed_dim"] != config["vision_cfg"]["width"]:
         raise ValueError(f"an ov2 model has embed_dim = vision_cfg.width, got {config['embed_dim']}")
-    visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
-    use_fast_parts(visual)
+    visual = _vision_tower(config, config["vision_cfg"])
     init_vision(visual)
     decoder_cfg = {**config[DECODER_KEY]}
     if "fusion" in config:
         decoder_cfg["fusion"] = config["fusion"]
-    check_keys("decoder_cfg", decoder_cfg, {field.name for field in fields(DecoderConfig)})
+    check_keys("decoder_cfg", decoder_cfg, _names(DecoderConfig))
+    check_keys("text_cfg", config["text_cfg"], _names(TextConfig) | _TOKENIZER_KEYS)
+    text_cfg = {key: value for key, value in config["text_cfg"].items() if key not in _TOKENIZER_KEYS}
     return CaptionModel(
         visual,
         DecoderConfig(**decoder_cfg),
-        text_config(config["text_cfg"]),
+        TextConfig(**text_cfg),
         keep_ratio=KeepRatio.of(config.get("keep_ratio", 0.35)),
         eval_keep_ratio=config.get("eval_keep_ratio"),
         output_dict=config.get("output_dict", True),
     )
 
 
-def text_config(text_cfg: Mapping[str, Any]) -> TextConfig:
-    """The part of `text_cfg` that the model needs; the rest is the tokenizer's."""
-    tokenizer_keys = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
-    names = {field.name for field in fields(TextConfig)}
-    check_keys("text_cfg", text_cfg, names | tokenizer_keys)
-    return TextConfig(**{key: value for key, value in text_cfg.items() if key in names})
+def build_vision_model(**config: Any) -> VisionModel:
+    """A bare encoder. Raises ValueError for unknown keys and values out of range."""
+    options = _DECODER_OPTIONS if DECODER_KEY in config else set()  # options of the decoder have no effect here
+    check_keys("model config", config, _TOP_KEYS | {"position_table"} | options)
+    visual = _vision_tower(config, complete_vision_cfg(config["vision_cfg"]))
+    given = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
+    model: Any = VisionModel(visual, **given)
+    model.alone_by_layout = DECODER_KEY not in config  # a file may then hold a text tower, which weights.py refuses
+    model.reset_position_table()
+    return model
 
 
-def check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+def complete_vision_cfg(given: Mapping[str, Any]) -> dict[str, Any]:
+    """With the published sizes where a released config leaves them out. Raises ValueError."""
+    check_keys("vision_cfg", given, _VISION_KEYS | set(VISION_FIXED))
+    vision_cfg = {**given}
+    if (width := vision_cfg.get("width")) in PUBLISHED_SIZES:
+        heads, mlp_width = PUBLISHED_SIZES[width]
+        vision_cfg.setdefault("head_width", width // heads)
+        vision_cfg.setdefault("mlp_ratio", mlp_ratio(width, mlp_width))
+    for key in ("width", "layers", "patch_size", "image_size"):
+        if key not in vision_cfg:
+            raise ValueError(f"vision_cfg has no {key}")
+    return vision_cfg
+
+
+def _vision_tower(config: Mapping[str, Any], vision_cfg: Mapping[str, Any]) -> nn.Module:
+    """OpenCLIP's encoder with the settings that an ov2 model has. Raises ValueError for other settings."""
+    for key, value in VISION_FIXED.items():
+        if vision_cfg.get(key, value) != value:
+            raise ValueError(f"an ov2 model has vision_cfg.{key} = {value!r}, not {vision_cfg[key]!r}")
+    vision_cfg = {**vision_cfg, **VISION_FIXED}
+    visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
+    use_fast_parts(visual)
+    return visual
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def check_keys(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises ValueError, as OpenCLIP's factory does, for a key that is not known."""
     for key in given:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown key {key!r} in {where}{hint} (known: {', '.join(sorted(known))})")
+            raise ValueError(str(unknown_key(where, key, sorted(known))))
 
 
 @torch.no_grad()
 def init_vision(visual: nn.Module) -> None:
-    """big_vision's initialisation of a ViT (OpenCLIP leaves torch's defaults).
+    """big_vision's initialization of a ViT (OpenCLIP leaves torch's defaults).
 
-    Xavier-uniform attention (each of q, k, v by itself) and MLP kernels, MLP biases normal(1e-6), patch
-    embedding LeCun-normal. The class token is normal(0.02), not zero: with a zero position row LayerNorm would see
-    a zero vector and multiply its gradient by eps^-0.5 = 1000. The untrained head is the identity.
+    Xavier-uniform attention (q, k and v separately) and MLP kernels, MLP biases normal(1e-6), patch embedding
+    LeCun-normal. The class token is normal(0.02), not zero: with a zero position row LayerNorm would see a zero vector
+    and multiply its gradient by eps^-0.5 = 1000. The untrained head is the identity.
     """
     vit: Any = visual
     fan_in = vit.conv1.weight[0].numel()
@@ -114,35 +163,15 @@ def init_vision(visual: nn.Module) -> None:
     nn.init.eye_(vit.proj)
 
 
-# --- what patches.py puts into open_clip.factory -------------------------------------------------------
+def dispatch_model_class(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """What patches.py puts in the place of OpenCLIP's CLIP and CustomTextCLIP."""
 
+    def model_class(*args: Any, **kwargs: Any) -> nn.Module:
+        if not args and is_vision_only(kwargs):
+            return build_vision_model(**kwargs)
+        if DECODER_KEY in kwargs:
+            return build_caption_model(**kwargs)
+        return original(*args, **kwargs)
 
-def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:
-    """A fixed table is recomputed for the new grid; a checkpoint that holds any other is refused."""
-
-    def resize_pos_embed(state_dict: dict[str, Tensor], model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        stored = state_dict.get("visual.positional_embedding")
-        if not isinstance(model, CaptionModel) or stored is None:
-            original(state_dict, model, *args, **kwargs)
-            return
-        table = model.position_table()
-        side = round((stored.shape[0] - 1) ** 0.5)
-        grid = model.visual.grid_size if stored.shape == table.shape else (side, side)
-        if stored.shape != (1 + grid[0] * grid[1], table.shape[1]) or not torch.allclose(
-            stored.float().cpu(),
-            sincos_2d(grid, table.shape[1]),
-            atol=1e-2 if stored.dtype != torch.float32 else 1e-5,
-        ):
-            raise ValueError(
-                f"visual.positional_embedding of shape {tuple(stored.shape)} is not the fixed 2-D sine-cosine table "
-                f"of an ov2 model of width {table.shape[1]}"
-            )
-        if stored.shape != table.shape:
-            logger.info("position table recomputed: grid %s -> %s", grid, model.visual.grid_size)
-        state_dict["visual.positional_embedding"] = table.to(stored.device)
-
-    return resize_pos_embed
-
-
-def known_models() -> list[str]:
-    return open_clip.list_models()
+    model_class.__name__ = original.__name__  # OpenCLIP logs it
+    return model_class

@@ -1,4 +1,4 @@
-"""Any of our models, wherever it lies: a run, a checkpoint of it, a folder or a hub name, released or exported."""
+"""Opens a model from a run, a checkpoint of it, a folder or a hub name, released or exported."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, DECODER_CONFIG, DECODER_FILE, VOCAB_FILE, add_decoder
+from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FILE
+from open_clip_ov2.formats.open_clip import CONFIG as CONFIG  # for run_folder.py
+from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.checkpoint import list_checkpoints
@@ -24,7 +26,6 @@ from open_clip_ov2.train.checkpoint import list_checkpoints
 logger = logging.getLogger(__name__)
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
-CONFIG = "open_clip_config.json"
 
 
 @dataclass
@@ -41,8 +42,10 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Where:
-    """`name` is what OpenCLIP calls it; `checkpoint` is none if the folder's own weights are meant, or `pretrained`, as
-    OpenCLIP has it for a model of its registry."""
+    """Where a model is. `name` is its name for OpenCLIP; `pretrained` belongs to a model of OpenCLIP's registry.
+
+    With neither `checkpoint` nor `pretrained`, the folder's own weights are meant.
+    """
 
     name: str
     folder: Path | None
@@ -82,7 +85,7 @@ def open_model(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where.checkpoint or source}: cannot be loaded ({_first(error)})") from error
+        raise UserError(f"{where.checkpoint or source}: cannot be loaded ({first_line(error)})") from error
     folder, checkpoint = where.folder, where.checkpoint
     if where.pretrained is not None:
         folder, checkpoint = Path(), Path(where.pretrained)
@@ -142,10 +145,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path, found[-1]
 
 
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _hub_file(name: str, file: str) -> str:
     return open_clip_factory.download_pretrained_from_hf(name.removeprefix(HUB), filename=file)
 
@@ -174,13 +173,13 @@ def _fetch_decoder(name: str) -> Path | None:
         found = Path(hf_hub_download(name.removeprefix(HUB), DECODER_CONFIG))
     except LocalEntryNotFoundError as error:  # not in the cache, and the hub was not or could not be asked
         if not constants.HF_HUB_OFFLINE:
-            raise UserError(f"{name}: cannot tell whether it has a caption decoder ({_first(error)})") from error
+            raise UserError(f"{name}: cannot tell whether it has a caption decoder ({first_line(error)})") from error
         logger.warning("%s: offline, and no %s in the cache: an encoder alone", name, DECODER_CONFIG)
         return None
     except EntryNotFoundError:
         return None
     except Exception as error:
-        raise UserError(f"{name}: cannot tell whether it has a caption decoder ({_first(error)})") from error
+        raise UserError(f"{name}: cannot tell whether it has a caption decoder ({first_line(error)})") from error
     for file in (DECODER_FILE, VOCAB_FILE):
         _hub_file(name, file)
     return found.parent

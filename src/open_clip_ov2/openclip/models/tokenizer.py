@@ -1,4 +1,7 @@
-"""Tokenizers: OpenCLIP's built-in one (the default, no download), or BERT word pieces as the reference has them."""
+"""Tokenizers: OpenCLIP's built-in one (the default, no download), or the reference's BERT word pieces.
+
+Shapes: B captions, L caption tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn, whitespace_clean
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
@@ -16,6 +20,8 @@ from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.released import check_tokenizer_folder
 
 MODE = "ov2"  # text_cfg.tokenizer_mode that asks for WordPieceTokenizer
+MOST_WORDS = 1 << 18  # of a CachingTokenizer's cache, about 50 MB; web captions never run out of new words
+LONGEST_WORD = 32  # characters; text without spaces, such as Chinese, would fill the cache and never be used again
 REFERENCE_VOCAB_SIZE = 32_000  # docs/reference.md: the head's size over BERT's 30,522 word pieces
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2  # docs/reference.md: [PAD] and the first two unused slots
 
@@ -25,8 +31,7 @@ class WordPieceTokenizer:
 
     `source` is a local folder with vocab.txt, that file itself, or a hub name (`bert-base-uncased`). Texts are
     not cleaned and never parsed for special tokens, as in the reference's TensorFlow op; a truncated caption
-    keeps eos as its last id. Called on texts it gives `(B, context_length)` int64.
-    The reference's `labels` have one more slot, a [CLS] that its decoder never reads.
+    keeps eos as its last id. The reference's `labels` have one more slot, a [CLS] that its decoder never reads.
     """
 
     def __init__(self, source: str | Path, context_length: int = 128, cache_dir: str | None = None) -> None:
@@ -61,6 +66,7 @@ class WordPieceTokenizer:
         return self._pieces.decode(words, skip_special_tokens=False)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Int64 `(B, L)`, padded with [PAD]."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         length = context_length or self.context_length
         ids_BL = torch.full((len(texts), length), PAD_ID, dtype=torch.long)
@@ -68,6 +74,64 @@ class WordPieceTokenizer:
             ids = [BOS_ID, *self.encode(text)[: length - 2], EOS_ID]
             row[: len(ids)] = torch.tensor(ids)
         return ids_BL
+
+
+class CachingTokenizer(SimpleTokenizer):
+    """OpenCLIP's built-in tokenizer with a cache: the same ids, faster.
+
+    It shares everything with the tokenizer that it is made of, which must have only the usual two special tokens. Then
+    no token contains a space, so text may be split at spaces first.
+    """
+
+    def __init__(self, original: SimpleTokenizer) -> None:
+        self.__dict__.update(original.__dict__)
+        self._ids: dict[str, tuple[int, ...]] = {}
+        self._lowers = self.clean_fn is get_clean_fn("lower")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ids": {}}
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """Int64 `(B, L)`, zeros after the end token."""
+        length = context_length or self.context_length
+        if self.reduction_fn is not None or isinstance(texts, str) or not length:
+            return super().__call__(texts, context_length)
+        ids_BL = np.zeros((len(texts), length), dtype=np.int64)
+        for row, text in zip(ids_BL, texts, strict=True):
+            ids = [self.sot_token_id, *self.encode(text)][: length - 1]
+            row[: len(ids) + 1] = *ids, self.eot_token_id
+        return torch.from_numpy(ids_BL)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for word in self._cleaned(text).split(" "):
+            known = self._ids.get(word)
+            ids += self._encode_word(word) if known is None else known
+        return ids
+
+    def _cleaned(self, text: str) -> str:
+        # In printable ASCII, ftfy and html.unescape change only entities, which have an ampersand.
+        if self._lowers and text.isascii() and text.isprintable() and "&" not in text:
+            return whitespace_clean(text).lower()
+        return self.clean_fn(text)
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        ids = tuple(
+            self.encoder[piece]
+            for part in self.pat.findall(word)
+            for piece in self.bpe("".join(self.byte_encoder[byte] for byte in part.encode())).split(" ")
+        )
+        if len(word) <= LONGEST_WORD:
+            if len(self._ids) >= MOST_WORDS:
+                self._ids.clear()
+            self._ids[word] = ids
+        return ids
+
+
+def caching(tokenizer: Any) -> Any:
+    """A CachingTokenizer of OpenCLIP's built-in one; any other tokenizer unchanged."""
+    plain = type(tokenizer) is SimpleTokenizer and len(tokenizer.all_special_ids) == 2
+    return CachingTokenizer(tokenizer) if plain else tokenizer
 
 
 def find_vocab(source: str, cache_dir: str | None = None) -> Path:
@@ -87,8 +151,8 @@ def find_vocab(source: str, cache_dir: str | None = None) -> Path:
         return Path(hf_hub_download(source, "vocab.txt", cache_dir=cache_dir))
     except Exception as error:
         raise UserError(
-            f"--tokenizer {source}: not a local folder, and vocab.txt of the hub's {source!r} cannot be had "
-            f"({type(error).__name__}); without a network give a folder that holds vocab.txt"
+            f"--tokenizer {source}: not a local folder, and vocab.txt of the hub's {source!r} could not be downloaded "
+            f"({type(error).__name__}); without a network, give a folder that holds vocab.txt"
         ) from error
 
 
@@ -98,7 +162,7 @@ def text_cfg_for(source: str, context_length: int) -> dict[str, Any]:
     if 30_000 <= entries <= REFERENCE_VOCAB_SIZE:
         vocab_size = REFERENCE_VOCAB_SIZE
     else:
-        vocab_size = -(-entries // 64) * 64  # matrix sizes the hardware likes
+        vocab_size = -(-entries // 64) * 64  # a multiple of 64 is faster
     path = Path(source).expanduser()
     return {
         "context_length": context_length,
@@ -112,16 +176,16 @@ def text_cfg_for(source: str, context_length: int) -> dict[str, Any]:
 
 
 def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """The text sections of a CLIP's or CoCa's config for word pieces; `words` is what text_cfg_for gives.
+    """The text sections of a CLIP's or CoCa's config for word pieces; `words` comes from text_cfg_for.
 
-    OpenCLIP pools a CLIP's text at the largest id, which is the end of a caption in its own vocabulary alone: here at
-    the first eos. Its CoCa pools at a class token, and leaves [PAD] out as it does its own id 0.
+    OpenCLIP pools a CLIP's text at the largest id, which is the end of a caption in its own vocabulary only, so here it
+    pools at the first eos. Its CoCa pools at a class token, and ignores [PAD], whose id 0 its own padding has too.
     Raises UserError.
     """
     text_cfg = config["text_cfg"]
     if text_cfg.get("hf_model_name"):
         raise UserError(f"--tokenizer: the text tower of {name} comes from the hub, with a tokenizer of its own")
-    words = {key: value for key, value in words.items() if key != "bos_id"}  # which upstream does not ask for
+    words = {key: value for key, value in words.items() if key != "bos_id"}  # which OpenCLIP does not know
     pooling = {} if text_cfg.get("embed_cls") else {"pool_type": "eos"}
     sections: dict[str, Any] = {"text_cfg": {**text_cfg, **words, **pooling}}
     if "multimodal_cfg" in config:
@@ -131,12 +195,12 @@ def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, A
 
 
 def text_options(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """What `create_model` gets for a model of any family that is to read word pieces. Raises UserError."""
+    """Options of `create_model` for any model that is to read word pieces. Raises UserError."""
     return {"text_cfg": dict(words)} if is_ov2_config(config) else with_word_pieces(name, config, words)
 
 
 def eos_id_of(tokenizer: Any) -> int:
-    """The id that ends a caption."""
+    """The id of the token that ends a caption."""
     if isinstance(tokenizer, WordPieceTokenizer):
         return EOS_ID
     if isinstance(tokenizer, SimpleTokenizer):
@@ -146,7 +210,7 @@ def eos_id_of(tokenizer: Any) -> int:
 
 
 def decode_caption(tokenizer: Any, ids: Sequence[int] | Tensor, bos_id: int, eos_id: int) -> str:
-    """Text of one row of ids, from after bos to before the first eos."""
+    """Text of one row of ids, between bos and the first eos."""
     ids = [int(token) for token in ids]
     if ids and ids[0] == bos_id:
         ids = ids[1:]
@@ -168,7 +232,7 @@ def dispatch_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
         tokenizer_mode: str | None = None,
         **kw: Any,
     ) -> Any:
-        if isinstance(tokenizer_name, Path):  # the folder of a local-dir: name, whose config said the rest
+        if isinstance(tokenizer_name, Path):  # the folder of a local-dir: name
             check_tokenizer_folder(tokenizer_name)
         if tokenizer_mode == MODE:
             return WordPieceTokenizer(tokenizer_name, context_length or 128, kw.get("cache_dir"))

@@ -1,6 +1,6 @@
-"""Checkpoints into our models: every key accounted for, nothing unpickled, never a partly loaded tower.
+"""Checkpoints into our models: every key is accounted for, nothing is unpickled, no tower is partly loaded.
 
-What a file may hold: a whole ov2 model (`visual.*`, `text_decoder.*`), a bare encoder as released (`conv1.weight`, no
+A file may hold a whole ov2 model (`visual.*`, `text_decoder.*`), a bare encoder as released (`conv1.weight`, without
 prefix), or an encoder beside a text tower (OpenVision 1, other CLIPs).
 """
 
@@ -16,6 +16,8 @@ from open_clip import factory as open_clip_factory
 from torch import Tensor, nn
 
 from open_clip_ov2.core import CaptionModel, VisionModel, sincos_2d
+from open_clip_ov2.errors import first_line
+from open_clip_ov2.openclip.models.factory import is_ov2_config, is_vision_only
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: cannot be read as tensors alone, and nothing else is read ({reason})") from error
+        raise ValueError(f"{path}: cannot be read as a file of tensors only ({first_line(error)})") from error
     strange = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strange:
-        raise ValueError(f"{path}: not a state dict ({listed(strange)}: no tensor)")
+        raise ValueError(f"{path}: not a state dict ({listed(strange)}: not a tensor)")
     return dict(state)
 
 
@@ -68,61 +69,56 @@ def check_fit(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Ten
         "unexpected": sorted(given.keys() - expected.keys()),
         "of another shape": shapes,
     }
-    told = [f"{len(names)} {problem} ({listed(names)})" for problem, names in problems.items() if names]
-    if told:
-        raise ValueError(f"{what}: {'; '.join(told)}")
+    found = [f"{len(names)} {problem} ({listed(names)})" for problem, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{what}: {'; '.join(found)}")
 
 
-def split_encoder(what: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(encoder with `visual.` in front of each key, the rest). A state without prefixes is an encoder as a whole."""
-    if not any(key.startswith(VISION) for key in state):
-        return {VISION + key: value for key, value in state.items()}, {}
+@torch.no_grad()
+def load_weights(model: VisionModel | CaptionModel, path: str, encoder_only: bool = False) -> None:
+    """Load all of an ov2 model if the file has a decoder, or its encoder; the decoder then stays as it is.
+
+    With `encoder_only`, whatever else the file holds is left out. Raises ValueError.
+    """
+    state = read_tensors(path)
+    if not any(key.startswith(VISION) for key in state):  # a bare encoder
+        state = {VISION + key: value for key, value in state.items()}
     encoder = {key: value for key, value in state.items() if key.startswith(VISION)}
-    rest = {key: value for key, value in state.items() if key not in encoder}
-    strange = [key for key in rest if not key.startswith((DECODER, *TEXT_TOWER))]
-    if strange:
-        raise ValueError(f"{what}: {len(strange)} unexpected ({listed(strange)})")
-    return encoder, rest
-
-
-def load_weights(model: VisionModel | CaptionModel, state: Mapping[str, Tensor], what: str) -> None:
-    """All of an ov2 model, or its encoder alone; the decoder then stays as it is. Raises ValueError."""
-    encoder, rest = split_encoder(what, state)
-    if isinstance(model, CaptionModel) and any(key.startswith(DECODER) for key in rest):
-        whole = {**encoder, **rest}
-        open_clip_factory.resize_pos_embed(whole, model)
-        check_fit(what, whole, model.state_dict())
-        model.load_state_dict(whole)
+    rest = [key for key in state if key not in encoder]
+    if strange := [key for key in rest if not key.startswith((DECODER, *TEXT_TOWER))]:
+        raise ValueError(f"{path}: {len(strange)} unexpected ({listed(strange)})")
+    if encoder_only or not isinstance(model, CaptionModel) or not any(key.startswith(DECODER) for key in rest):
+        _load_encoder(model, encoder, rest, path)
         return
-    _load_encoder(model, encoder, rest, what)
+    open_clip_factory.resize_pos_embed(state, model)
+    check_fit(path, state, model.state_dict())
+    model.load_state_dict(state)
 
 
-def _load_encoder(
-    model: VisionModel | CaptionModel, encoder: dict[str, Tensor], rest: Mapping[str, Tensor], what: str
-) -> None:
+def _load_encoder(model: VisionModel | CaptionModel, encoder: dict[str, Tensor], rest: list[str], what: str) -> None:
     if rest and isinstance(model, VisionModel) and model.alone_by_layout:
         raise ValueError(
             f"{what}: holds a text tower, and its config reads as an encoder's alone (vision_cfg.output_tokens: true); "
             'for the CLIP set that to false, for its encoder add "decoder_cfg": null to model_cfg'
         )
     expected = {VISION + key: value for key, value in model.visual.state_dict().items()}
-    left = sorted({key.split(".")[0] for key in rest})
+    left_out = sorted({key.split(".")[0] for key in rest})
     if isinstance(model, CaptionModel) and rest and PROJECTION in encoder:  # into CLIP's space; ours is untrained
         del encoder[PROJECTION], expected[PROJECTION]
-        left.append(PROJECTION)
+        left_out.append(PROJECTION)
     if POSITIONS in encoder:
         _fit_table(model, encoder, what)
     check_fit(what, encoder, expected)
     model.visual.load_state_dict({key.removeprefix(VISION): value for key, value in encoder.items()}, strict=False)
-    logger.info("%s: %d encoder keys taken, all that there are", what, len(encoder))
-    if left:
-        logger.info("%s: left out: %s", what, ", ".join(left))
+    logger.info("%s: loaded all %d encoder keys of the file", what, len(encoder))
+    if left_out:
+        logger.info("%s: left out: %s", what, ", ".join(left_out))
     if isinstance(model, CaptionModel):
         logger.warning("%s: encoder only; the text decoder starts from new weights", what)
 
 
 def _fit_table(model: VisionModel | CaptionModel, encoder: dict[str, Tensor], what: str) -> None:
-    """The stored table for the model's grid. One that is no table of this width is left for check_fit to name."""
+    """Fit the stored position table to the model's grid; check_fit reports a table of another width or of no grid."""
     stored, expected = encoder[POSITIONS], model.visual.positional_embedding
     grid, fits = model.visual.grid_size, stored.shape == expected.shape
     side = round(max(len(stored) - 1, 0) ** 0.5) if stored.ndim == 2 else 0
@@ -141,13 +137,6 @@ def _fit_table(model: VisionModel | CaptionModel, encoder: dict[str, Tensor], wh
         logger.info("%s: table of %d positions %sd for %s", what, len(stored), model.position_table_mode, grid)
 
 
-def load_encoder_file(model: VisionModel | CaptionModel, path: str) -> None:
-    """The encoder of a file, whatever else the file holds. Raises ValueError."""
-    encoder, rest = split_encoder(path, read_tensors(path))
-    with torch.no_grad():
-        _load_encoder(model, encoder, rest, path)
-
-
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
 
 
@@ -157,8 +146,49 @@ def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if not isinstance(model, (VisionModel, CaptionModel)):
             return original(model, checkpoint_path, strict=strict, weights_only=weights_only, device=device)
-        with torch.no_grad():
-            load_weights(model, read_tensors(checkpoint_path), str(checkpoint_path))
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+        load_weights(model, str(checkpoint_path))
+        return nn.Module().load_state_dict({})  # torch's report, which says that no key is missing or unexpected
 
     return load_checkpoint
+
+
+def load_image_weights_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`pretrained_image_path` for models of ours; OpenCLIP handles any other."""
+
+    def create_model(model_name: str, *args: Any, **kwargs: Any) -> Any:
+        path = kwargs.get("pretrained_image_path")
+        config = open_clip_factory.get_model_config(model_name) if path else None
+        if config is None or not (is_ov2_config(config) or is_vision_only(config)):
+            return original(model_name, *args, **kwargs)
+        model = original(model_name, *args, **{**kwargs, "pretrained_image_path": None})
+        load_weights(model, str(path), encoder_only=True)
+        return model
+
+    return create_model
+
+
+def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:
+    """A fixed table is recomputed for the new grid; a checkpoint that holds any other is refused."""
+
+    def resize_pos_embed(state_dict: dict[str, Tensor], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        stored = state_dict.get(POSITIONS)
+        if not isinstance(model, CaptionModel) or stored is None:
+            original(state_dict, model, *args, **kwargs)
+            return
+        table = model.position_table()
+        side = round((stored.shape[0] - 1) ** 0.5)
+        grid = model.visual.grid_size if stored.shape == table.shape else (side, side)
+        if stored.shape != (1 + grid[0] * grid[1], table.shape[1]) or not torch.allclose(
+            stored.float().cpu(),
+            sincos_2d(grid, table.shape[1]),
+            atol=1e-2 if stored.dtype != torch.float32 else 1e-5,
+        ):
+            raise ValueError(
+                f"{POSITIONS} of shape {tuple(stored.shape)} is not the fixed 2-D sine-cosine table "
+                f"of an ov2 model of width {table.shape[1]}"
+            )
+        if stored.shape != table.shape:
+            logger.info("position table recomputed: grid %s -> %s", grid, model.visual.grid_size)
+        state_dict[POSITIONS] = table.to(stored.device)
+
+    return resize_pos_embed

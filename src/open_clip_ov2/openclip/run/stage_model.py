@@ -13,9 +13,8 @@ from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
-from open_clip_ov2.openclip.models.fast_tokenizer import caching
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
-from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, text_cfg_for, text_options
+from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run import optimizers as shims
