@@ -68,6 +68,22 @@ def test_a_dry_run_shows_all_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["ov2-cluster.toml"]
 
 
+def test_a_dry_run_of_a_sweep_shows_one_array(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: sbatch's own flag for an array, of which so many run at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr.toml").write_text("[grid]\nlr = [1e-3, 1e-4, 1e-5]\n")
+    flags = [*NANO, "--train-data", f"{squares}/train/00000.tar", "--dataset-resampled"]
+    assert main(["sweep", "lr.toml", "--dry-run", "--max-running", "2", "--", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --array=0-2%2" in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("run ")] == [
+        "lr-0.001:", "lr-0.0001:", "lr-1e-05:",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["lr.toml"]
+
+
 def test_jobs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["jobs"]) == 0

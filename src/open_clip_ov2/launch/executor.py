@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import shutil
@@ -30,8 +31,11 @@ class SlurmExecutor(submitit.SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
-    def text(self) -> str:
-        return self._make_submission_file_text(self._submitit_command_str, "")
+    def text(self, runs: int = 1) -> str:
+        """The batch script of a job, or of an array of `runs` jobs."""
+        shown = copy.copy(self)
+        shown.parameters = {**self.parameters, **({"map_count": runs} if runs > 1 else {})}
+        return shown._make_submission_file_text(self._submitit_command_str, "")
 
     def ids_of(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[str]:
         """Submit the calls, several as one array; their job ids. Raises UserError."""
@@ -52,10 +56,8 @@ def check_slurm() -> None:
         )
 
 
-def slurm(
-    submission: Submission, options: ClusterOptions, title: str, *, runs: int = 1, after: str | None = None
-) -> SlurmExecutor:
-    """For a job, or an array of `runs` jobs. `after`: id of the job that must end well before this one starts."""
+def slurm(submission: Submission, options: ClusterOptions, title: str, *, after: str | None = None) -> SlurmExecutor:
+    """`after`: id of the job that must end well before this one starts."""
     executor = SlurmExecutor(submission.logs, python=_ignoring_signals(python_command(options)))
     parameters: dict[str, Any] = {name: getattr(options, name) for name in _PASSED_ON}
     parameters |= {
@@ -66,7 +68,6 @@ def slurm(
         "mem": f"{round(options.mem_gb * 1024)}MB" if options.mem_gb else None,
         "signal_delay_s": options.signal_delay_s,
         "array_parallelism": options.max_running,
-        "map_count": runs if runs > 1 else None,
         "stderr_to_stdout": True,
         "setup": setup_lines(submission, options),
         "teardown": _teardown_lines(submission, options),

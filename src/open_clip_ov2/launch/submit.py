@@ -97,11 +97,11 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
 
 def _batch(
     submission: Submission, request: Request, stage: int, cluster: ClusterOptions, after: str | None
-) -> tuple[str, executors.SlurmExecutor]:
-    """(name of the batch script, executor) of a job; `after`: the job that must end well before."""
+) -> tuple[executors.SlurmExecutor, str, str]:
+    """(executor, name and text of the batch script) of a job; `after`: the job that must end well before."""
     title = f"{request.title}-stage-{stage}" if stage else request.title
-    made = executors.slurm(submission, cluster, title, runs=len(request.members), after=after)
-    return (f"sbatch.stage-{stage}.sh" if stage else "sbatch.sh"), made
+    made = executors.slurm(submission, cluster, title, after=after)
+    return made, f"sbatch.stage-{stage}.sh" if stage else "sbatch.sh", made.text(len(request.members))
 
 
 def batch_scripts(folder: Path, request: Request) -> dict[str, str]:
@@ -109,8 +109,7 @@ def batch_scripts(folder: Path, request: Request) -> dict[str, str]:
     texts: dict[str, str] = {}
     for stage, cluster in request.stage_clusters if request.executor == SLURM else []:
         after = f"STAGE_{stage - 1}" if stage > 1 else None
-        name, made = _batch(next_submission(folder), request, stage, cluster, after)
-        texts[name] = made.text()
+        _, name, texts[name] = _batch(next_submission(folder), request, stage, cluster, after)
     return texts
 
 
@@ -122,8 +121,8 @@ def _to_slurm(submission: Submission, request: Request) -> list[Job]:
         for stage, cluster in request.stage_clusters:
             if stage <= done:
                 continue
-            name, made = _batch(submission, request, stage, cluster, jobs[-1].job_id if jobs else None)
-            (submission.folder / name).write_text(made.text(), encoding="utf-8")
+            made, name, text = _batch(submission, request, stage, cluster, jobs[-1].job_id if jobs else None)
+            (submission.folder / name).write_text(text, encoding="utf-8")
             calls = [(str(submission.folder), index, stage) for index in range(len(request.members))]
             ids = made.ids_of(run_member, calls)
             jobs += [Job(job_id, index, stage) for index, job_id in enumerate(ids)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TEXT_PX = 14
 LINE_PX = 18
+GAP_PX = 6  # between an image and its text
 MARGIN_PX = 12
-RIGHT, WRONG, TRUE = (20, 120, 50), (170, 40, 30), (105, 105, 105)
+BLACK, GREEN, RED, GRAY = (0, 0, 0), (20, 120, 50), (170, 40, 30), (105, 105, 105)
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,32 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_p
 def contact_sheet(cells: Sequence[Captioned], columns: int = 4, cell_px: int = 200) -> Image.Image:
     """A grid of images. Below each stands its generated caption: black without a true one, green if both are equal,
     else red with the true one below it in gray."""
-    font = ImageFont.load_default(TEXT_PX)
-    texts: list[list[tuple[str, tuple[int, int, int]]]] = []
-    for cell in cells:
-        same = cell.true is not None and "".join(cell.generated.split()) == "".join(cell.true.split())
-        color = (0, 0, 0) if cell.true is None else RIGHT if same else WRONG
-        lines = [(line, color) for line in _wrap(cell.generated, font, cell_px)]
-        if cell.true is not None and not same:
-            lines += [(line, TRUE) for line in _wrap(cell.true, font, cell_px)]
-        texts.append(lines)
-    rows = [list(range(start, min(start + columns, len(cells)))) for start in range(0, len(cells), columns)]
-    heights = [cell_px + 6 + LINE_PX * max(len(texts[index]) for index in row) + MARGIN_PX for row in rows]
+    drawn = [_cell(cell, cell_px) for cell in cells]
+    rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
+    heights = [max(cell.height for cell in row) + MARGIN_PX for row in rows]
     width = MARGIN_PX + min(columns, max(len(cells), 1)) * (cell_px + MARGIN_PX)
     sheet = Image.new("RGB", (width, MARGIN_PX + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
     top = MARGIN_PX
     for row, height in zip(rows, heights, strict=True):
-        for column, index in enumerate(row):
-            left = MARGIN_PX + column * (cell_px + MARGIN_PX)
-            picture = cells[index].image.convert("RGB")
-            scale = cell_px / max(picture.size)
-            small = picture.resize(
-                (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
-            )
-            sheet.paste(small, (left + (cell_px - small.width) // 2, top + (cell_px - small.height) // 2))
-            draw.rectangle((left - 1, top - 1, left + cell_px, top + cell_px), outline=(215, 215, 215))
-            for line, (text, color) in enumerate(texts[index]):
-                draw.text((left, top + cell_px + 6 + line * LINE_PX), text, fill=color, font=font)
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (MARGIN_PX + column * (cell_px + MARGIN_PX), top))
         top += height
     return sheet
+
+
+def _cell(cell: Captioned, size_px: int) -> Image.Image:
+    """The image, scaled to fit a square, and the lines of text below it."""
+    font = ImageFont.load_default(TEXT_PX)
+    right = cell.true is not None and "".join(cell.generated.split()) == "".join(cell.true.split())
+    color = BLACK if cell.true is None else GREEN if right else RED
+    lines = [(line, color) for line in _wrap(cell.generated, font, size_px)]
+    if cell.true is not None and not right:
+        lines += [(line, GRAY) for line in _wrap(cell.true, font, size_px)]
+    drawn = Image.new("RGB", (size_px, size_px + GAP_PX + LINE_PX * len(lines)), "white")
+    square = ImageOps.pad(cell.image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS, color="white")
+    drawn.paste(square)
+    draw = ImageDraw.Draw(drawn)
+    draw.rectangle((0, 0, size_px - 1, size_px - 1), outline=(215, 215, 215))
+    for index, (line, color) in enumerate(lines):
+        draw.text((0, size_px + GAP_PX + index * LINE_PX), line, fill=color, font=font)
+    return drawn
