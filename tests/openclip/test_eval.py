@@ -318,7 +318,7 @@ def test_a_task_that_fails_costs_no_training(squares: Path, tmp_path: Path) -> N
     assert ov2(["train", *flags, asked]) == 0
     assert [row["samples_seen"] for row in results(tmp_path / "run", "val")] == [16, 24]
     assert (tmp_path / "run" / "checkpoints" / "stage_1.pt").is_file()
-    assert "training goes on without these figures" in (tmp_path / "run" / "out.log").read_text()
+    assert "training continues without these figures" in (tmp_path / "run" / "out.log").read_text()
 
 
 def test_a_model_is_asked_what_it_can(baselines: Path, squares: Path, tmp_path: Path, capsys: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import (
+    TINY_MODEL,
     Killer,
     assert_equal_weights,
     data_flags,
@@ -29,13 +30,14 @@ from training import (
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import INTERRUPTED_STATUS
+from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, text_cfg_for
 from open_clip_ov2.train.checkpoint import RESUME_KEY, list_checkpoints
 
 
 def common(squares: Path, vocabulary: Path | None, logs: Path) -> list[str]:
     flags = [*data_flags(squares), "--logs", str(logs), "--name", "run", "--log-every-n-steps", "1"]
     if vocabulary is not None:
-        flags += ["--model", "ov2-vit-nano-8", "--force-context-length", "12", "--tokenizer", str(vocabulary)]
+        flags += ["--model", TINY_MODEL, "--force-context-length", "12", "--tokenizer", str(vocabulary)]
     return flags
 
 
@@ -128,12 +130,15 @@ def test_baselines_go_on_too(squares: Path, baselines: Path, tmp_path: Path, mod
 
 def test_each_stages_checkpoint_is_open_clips(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
     """Oracle: plain OpenCLIP's create_model, and its own optimizer-free fine-tuning call, a forward pass."""
-    assert ov2(["train", *two_stages(squares, None, tmp_path), "--model", "ov2-vit-nano-8"]) == 0
+    assert ov2(["train", *two_stages(squares, vocabulary, tmp_path), "--model", "ov2-vit-nano-8"]) == 0
+    words = text_cfg_for(str(vocabulary), 12)
     for stage, size in ((1, 16), (2, 24)):
         path = str(tmp_path / "run" / "checkpoints" / f"stage_{stage}.pt")
-        model, _, preprocess = open_clip.create_model_and_transforms("ov2-vit-nano-8", path, force_image_size=size)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            "ov2-vit-nano-8", path, force_image_size=size, text_cfg=words
+        )
         assert torch.equal(model.text_decoder.lm_head.weight, weights(Path(path))["text_decoder.lm_head.weight"])
-        tokens = open_clip.get_tokenizer("ov2-vit-nano-8")(["a red square"])
+        tokens = WordPieceTokenizer(vocabulary, 12)(["a red square"])
         model(torch.randn(1, 3, size, size), tokens)["logits"].sum().backward()
         assert f"size={size}" in str(preprocess)
 
@@ -202,7 +207,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(squares: Path, voc
     """SIGKILL to either rank of 2, with 2 workers each, 10 times over 2 stages; some while a checkpoint is written."""
 
     def flags(logs: Path) -> list[str]:
-        stages = ["--stage", "16:samples=240,lr=1e-3", "--stage", "24:samples=240,lr=5e-4"]
+        stages = ["--stage", "16:samples=480,lr=1e-3", "--stage", "24:samples=480,lr=5e-4"]
         return [
             *without(two_stages(squares, vocabulary, logs), "--stage"), *stages, "--workers", "2", "--batch-size", "4",
             "--save-every-steps", "2", "--sample-captions", "0", "--caption-keys", "json:recaption,txt",
@@ -256,10 +261,10 @@ def test_non_finite_steps_are_left_out_and_then_end_the_run(
 
 
 def test_a_disk_that_fills_up_does_not_end_the_run(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
-    """A file system with room for the logs and two checkpoints of three."""
+    """A file system with room for the logs and one checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (needs root)")
     try:
         flags = [*common(squares, vocabulary, disk), "--force-image-size", "16", "--train-num-samples", "48"]
@@ -340,7 +345,7 @@ def test_a_recipes_train_table_reaches_the_runs_own_options(squares: Path, vocab
     """Oracle: validations at each multiple, and the best of them named."""
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(
-        'model = "ov2-vit-nano-8"\n[train]\nval-every-samples = 16\nsample-captions = 0\n'
+        f'model = "{TINY_MODEL}"\n[train]\nval-every-samples = 16\nsample-captions = 0\n'
         "[[stage]]\nresolution = 16\nsamples = 40\nlr = 1e-3\n"
     )
     flags = without(common(squares, vocabulary, tmp_path), "--epochs", "--train-num-samples", "--model", "--lr")

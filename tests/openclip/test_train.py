@@ -226,10 +226,10 @@ def test_baselines_run_through_the_stock_step(
     assert "image_to_text_R@1" in val
     log = (tmp_path / "run" / "out.log").read_text()
     if model == "clip_tiny":
-        assert "mended" not in log
+        assert "fixed:" not in log
         assert "caption_loss" not in val
         return
-    assert "mended: CoCa's decoder head" in log
+    assert "fixed: CoCa's decoder head" in log
     assert "val_generative_loss" not in val
     assert val["caption_loss"] == pytest.approx(coca_loss(tmp_path / "run", squares), abs=1e-4)
 
@@ -259,7 +259,7 @@ def test_coca_without_contrast_survives_ddp(squares: Path, baselines: Path, tmp_
     rows = results(tmp_path / "run", "train")
     assert rows[-1]["contrastive_loss"] == 0.0
     log = (tmp_path / "run" / "out.log").read_text()
-    assert "mended: CoCa with contrastive weight 0" in log
+    assert "fixed: CoCa with contrastive weight 0" in log
     assert "gradients are summed between processes in bfloat16" in log
 
 

@@ -52,7 +52,7 @@ def contender(
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     args, options = plan.stages[-1].args, plan.stages[-1].options
-    unknown = [flag for flag, given in _unknown_to_bench(args, plan.family).items() if given]
+    unknown = [flag for flag, given in _unknown_to_bench(args, plan.is_ov2).items() if given]
     if unknown:
         return f"`ov2 bench` has no {', '.join(unknown)}"
     device = "cpu" if args.device == "cpu" else default_device()

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None =
         name=name,
         folder=Path(first.logs) / name,
         model=first.model,
-        family=factory.is_ov2_model(first.model),
+        is_ov2=factory.is_ov2_model(first.model),
         stages=tuple(stages),
         carry_optimizer=ours.carry_optimizer,
         options=run_options(ours),

@@ -38,7 +38,7 @@ class RunPlan:
     name: str
     folder: Path
     model: str
-    family: bool
+    is_ov2: bool  # whether the model is an ov2 model; CLIP and CoCa take OpenCLIP's own step
     stages: tuple[StagePlan, ...]
     carry_optimizer: bool
     options: RunOptions

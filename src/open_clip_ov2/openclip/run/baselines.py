@@ -1,4 +1,4 @@
-"""CLIP and CoCa through OpenCLIP's own step: what we mend there, and how our monitor watches it."""
+"""CLIP and CoCa through OpenCLIP's own step: its faults that are fixed, and how our monitor follows it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from open_clip import CoCa
 from torch import Tensor, nn
 
 from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.data.skips import merge_counts
 from open_clip_ov2.train.guard import StockGuard
 from open_clip_ov2.train.step import StepReport
 
@@ -20,29 +21,29 @@ logger = logging.getLogger(__name__)
 
 
 def init_coca_head(model: nn.Module) -> None:
-    """Stock CoCa's decoder head comes from `torch.empty`, and its own init is never called (docs/openclip.md)."""
+    """Initialize the head of CoCa's decoder, which OpenCLIP makes by `torch.empty` and leaves so (docs/openclip.md)."""
     if isinstance(model, CoCa):
         head = model.text_decoder.text_projection
-        nn.init.normal_(head, std=head.shape[0] ** -0.5)  # what its unused init_parameters intends
-        logger.info("mended: CoCa's decoder head, uninitialised in OpenCLIP 3.3, drawn from normal(width^-0.5)")
+        nn.init.normal_(head, std=head.shape[0] ** -0.5)  # as its init_parameters would, which nobody calls
+        logger.info("fixed: CoCa's decoder head, uninitialized in OpenCLIP 3.3, is drawn from normal(width^-0.5)")
 
 
 class RecordedLoss(nn.Module):
-    """OpenCLIP's loss, with its last values kept for the monitor.
+    """OpenCLIP's loss, whose last values the monitor reads.
 
-    `contrastive_off` mends `--coca-contrastive-loss-weight 0`, which crashes DDP at its second step because the
-    text features stay out of the loss: they enter it with weight zero.
+    With `--coca-contrastive-loss-weight 0` (`contrastive_off`) text features do not reach OpenCLIP's loss, and DDP
+    fails at its second step: here they enter the loss with weight zero.
     """
 
     def __init__(self, inner: nn.Module, contrastive_off: bool, weights: dict[str, float]) -> None:
-        """`weights`: by which `inner` multiplies each loss before it returns it."""
+        """`weights`: the factor that `inner` multiplies each loss by."""
         super().__init__()
         self.weights = weights
         self.inner = inner
         self.contrastive_off = contrastive_off
         self.last: dict[str, Tensor] = {}
         if contrastive_off:
-            logger.info("mended: CoCa with contrastive weight 0 keeps its text features in the graph, for DDP")
+            logger.info("fixed: CoCa with contrastive weight 0 keeps its text features in the graph, as DDP needs")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         losses = self.inner(*args, **kwargs)
@@ -54,10 +55,10 @@ class RecordedLoss(nn.Module):
 
 
 class StockFeed:
-    """Our loader as OpenCLIP's step wants it: pairs of images and texts.
+    """Our loader as OpenCLIP's loop wants it: pairs of images and texts.
 
-    The stock step runs while this iterator is suspended at its `yield`, so what lies between two batches is the
-    step, and `after_step` hears of it when the next batch is asked for.
+    OpenCLIP's step runs while this iterator waits at its `yield`. `after_step` is called when the next batch is asked
+    for.
     """
 
     def __init__(
@@ -89,8 +90,6 @@ class StockFeed:
             asked = time.perf_counter()
 
     def _report(self, window: list[Batch], wait_s: float, step_s: float) -> StepReport:
-        from open_clip_ov2.data.skips import merge_counts
-
         weighted = self._loss.last
         losses = {name: value / (self._loss.weights.get(name) or 1.0) for name, value in weighted.items()}
         losses["loss"] = torch.stack(list(weighted.values())).sum() if weighted else torch.tensor(0.0)
@@ -111,10 +110,7 @@ class StockFeed:
 
 
 def stock_epoch(stock: Callable[..., None], feed: StockFeed, *args: Any, steps_done: int, run_args: Any) -> None:
-    """OpenCLIP's own train_one_epoch over our feed, whose schedule goes on from `steps_done` steps of the epoch.
-
-    TensorBoard is the monitor's, so it gets no writer.
-    """
+    """OpenCLIP's own train_one_epoch over our feed, with the learning rate after `steps_done` steps of the epoch."""
     model, loss, epoch, optimizer, scaler, scheduler, dist_model = args
     data = {"train": SimpleNamespace(dataloader=feed, set_epoch=lambda _: None)}
     resumed = scheduler and (lambda step: scheduler(step + steps_done))
@@ -133,7 +129,7 @@ def stock_metrics(
     args: Any,
     tokenizer: Any,
 ) -> dict[str, float]:
-    """OpenCLIP's own validation metrics on the master, over the whole set, written by nobody but us."""
+    """OpenCLIP's own validation metrics of the whole set, computed on rank 0; OpenCLIP logs none of them."""
 
     class Pairs:
         num_samples = loader.num_samples if loader is not None else 0

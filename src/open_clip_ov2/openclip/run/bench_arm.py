@@ -26,8 +26,7 @@ from open_clip_ov2.openclip.models import baseline_configs
 from open_clip_ov2.openclip.models.factory import is_ov2_config, known_models
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for, text_options
-from open_clip_ov2.openclip.run import baselines
-from open_clip_ov2.openclip.run import optimizers as shims
+from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.model_flops import image_flops
 from open_clip_ov2.train.step import StepSettings, optimizer_step
 
@@ -130,7 +129,7 @@ class Contender:
         groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": self.args.wd}]
         optim: Any = torch.optim
         if self.family:
-            optim = shims.optim_for(lambda: (dict(self.model.named_parameters()), self.model.no_weight_decay()))
+            optim = optimizers.optim_for(lambda: (dict(self.model.named_parameters()), self.model.no_weight_decay()))
         return optim.AdamW(groups, lr=self.args.lr, betas=(self.args.beta1, self.args.beta2), eps=self.args.eps)
 
     def loaded(self, images: Tensor, texts: Tensor) -> Pair:

@@ -49,14 +49,14 @@ def data_parts(argv: Sequence[str]) -> DataParts:
     args.rank, args.world_size, args.device = 0, 1, "cpu"
     size = args.force_image_size
     size = size[0] if isinstance(size, list) and len(size) == 1 else size  # as OpenCLIP's `main` reads it
-    session: Any = SimpleNamespace(plan=plan, carried=None)
+    session: Any = SimpleNamespace(plan=plan, previous_stage=None)
     built = StageModel(session, stage, None)
     with quiet(), torch.device("meta"):
-        _, *transforms = built.creates_model(open_clip.create_model_and_transforms)(
+        _, *transforms = built.create_model(open_clip.create_model_and_transforms)(
             args.model, None, device="meta", force_image_size=size, aug_cfg=args.aug_cfg,
             force_context_length=args.force_context_length,
         )  # fmt: skip
-    tokenizer = built.gets_tokenizer(open_clip.get_tokenizer)(args.model, context_length=args.force_context_length)
+    tokenizer = built.get_tokenizer(open_clip.get_tokenizer)(args.model, context_length=args.force_context_length)
     kind = dataset_type(args.train_data or "", args.dataset_type)
     decoder = Decoder(transforms[0], caption_keys(args, options, kind), options.max_image_pixels)
     source = make_source(args.train_data or "", kind, args, options, train=True)

@@ -1,4 +1,4 @@
-"""Small stand-ins for names that OpenCLIP's `main` uses (patches.RUN says why)."""
+"""Optimizers and DDP as a run makes them, in the place of names that OpenCLIP's `main` uses (patches.RUN says why)."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Matrices that are no map between hidden layers, which Muon's authors leave to AdamW.
+# Matrices that do not map one hidden layer to another, which Muon's authors leave to AdamW.
 NOT_HIDDEN = ("*embedding*", "*lm_head*", "*text_projection*", "*conv1*", "*logit_scale*")
 
 
 def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]) -> Any:
-    """In the place of `torch.optim`: an AdamW that spares what the reference spares, in one fused kernel.
+    """In the place of `torch.optim`: AdamW in one fused kernel, without weight decay where the reference has none.
 
-    `parameters()` gives the model's, by name, and the names that weight decay leaves alone.
+    `parameters()` gives the model's parameters by name, and the names of those without weight decay.
     """
 
     def adamw(groups: list[dict[str, Any]], **kwargs: Any) -> torch.optim.Optimizer:
-        named, spared_names = parameters()
-        spared = {id(named[name]) for name in spared_names if name in named}
+        named, names = parameters()
+        without_decay = {id(named[name]) for name in names if name in named}
         plain, decayed = groups
-        moved = [p for p in decayed["params"] if id(p) in spared]
-        kept = [p for p in decayed["params"] if id(p) not in spared]
-        groups = [{**plain, "params": plain["params"] + moved}, {**decayed, "params": kept}]
+        moved = [p for p in decayed["params"] if id(p) in without_decay]
+        stay = [p for p in decayed["params"] if id(p) not in without_decay]
+        groups = [{**plain, "params": plain["params"] + moved}, {**decayed, "params": stay}]
         return torch.optim.AdamW(groups, fused=True, **kwargs)
 
     return SimpleNamespace(AdamW=adamw)
 
 
 def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of timm's `create_optimizer_v2`: Muon moves the matrices between hidden layers, AdamW all else, by
-    the same learning rate (Jordan et al. 2024; the size of an update is timm's default, Moonlight's rule, arXiv
-    2502.16982, section 2.2, which keeps AdamW's learning rates). Raises UserError for a timm that cannot tell them
-    apart.
+    """In the place of timm's `create_optimizer_v2`: Muon for the matrices between hidden layers, AdamW for the rest.
+
+    Both take the same learning rate: timm scales Muon's updates by Moonlight's rule (arXiv 2502.16982, section 2.2).
+    Raises UserError for a timm that cannot tell the matrices apart.
     """
 
     def create(model: nn.Module, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
@@ -55,8 +55,8 @@ def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]
     return create
 
 
-def carry_moments(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:
-    """The moments of an earlier optimizer over the same parameters; those of another shape start anew."""
+def carry_optimizer(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:
+    """Load the state of the previous stage's optimizer; parameters of another shape start without."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fitting = {
         index: state
@@ -65,11 +65,11 @@ def carry_moments(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> N
         and all(value.ndim == 0 or value.shape == parameters[index].shape for value in state.values())
     }
     optimizer.load_state_dict({"state": fitting, "param_groups": optimizer.state_dict()["param_groups"]})
-    logger.info("moments of %d of %d parameters carried over from the stage before", len(fitting), len(parameters))
+    logger.info("optimizer state of %d of %d parameters kept from the previous stage", len(fitting), len(parameters))
 
 
 def ddp_on_any_device(original: type, reduction: str = "fp32") -> Callable[..., nn.Module]:
-    """`reduction`: "bf16" sends gradients between processes in bfloat16, half the bytes, and rounds them so."""
+    """In the place of DistributedDataParallel. With `reduction` "bf16" processes exchange gradients in bfloat16."""
 
     def distributed_data_parallel(module: nn.Module, device_ids: Any = None, **kwargs: Any) -> nn.Module:
         ddp = wrapped(module, device_ids, **kwargs)
@@ -82,8 +82,8 @@ def ddp_on_any_device(original: type, reduction: str = "fp32") -> Callable[..., 
         if next(module.parameters()).device.type != "cpu":
             return original(module, device_ids=device_ids, **kwargs)
         if not kwargs.get("static_graph"):
-            # Otherwise DDP regroups its buckets after its first step, and the order in which more than two
-            # processes are summed would depend on when a run was last resumed.
+            # DDP would regroup its buckets after its first step otherwise, and the order in which it sums more than two
+            # processes would depend on when the run was last resumed.
             kwargs["find_unused_parameters"] = True
         return original(module, **kwargs)
 

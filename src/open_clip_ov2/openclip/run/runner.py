@@ -1,4 +1,4 @@
-"""`ov2 train`: the stages of a run, one after the other, from where the run stands."""
+"""`ov2 train`: argv -> RunPlan -> Session -> StageRun, stage by stage, from where the run was stopped."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ _HPARAMS = ("model", "lr", "wd", "batch_size", "accum_freq", "warmup", "epochs",
 
 
 def train(argv: Sequence[str]) -> Path:
-    """Parse, check, run; on every rank alike. Returns the run's folder.
+    """Run a training command on this rank; every rank calls it alike. Returns the run's folder.
 
-    Raises UserError (a mistake of the user's), RunFailed (the run cannot go on), Interrupted (a signal; all saved).
+    Raises UserError (a mistake of the user's), RunFailed (the run cannot continue), Interrupted (a signal; all saved).
     """
     plan = parse(argv)
     with StopSignals() as signals, Session(plan, signals) as session, session.monitor.status.outcome():
-        _run(plan, session)
+        _run_stages(plan, session)
     return plan.folder
 
 
-def _run(plan: RunPlan, session: Session) -> None:
-    state = session.state
+def _run_stages(plan: RunPlan, session: Session) -> None:
+    state, checkpoint = session.state, session.checkpoint
+    session.checkpoint = None  # as large as the model: whoever gets it below drops it
     first = 0 if state is None else state["stage"] - 1 + bool(state["stage_done"])
-    until = plan.options.until_stage or len(plan.stages)
-    if first >= until:
+    stop = plan.options.until_stage or len(plan.stages)
+    if first >= stop:
         _refuse_a_longer_stage(plan, state)
         logger.info("nothing left to do: %s has finished stage %d of %d", plan.folder, first, len(plan.stages))
         session.monitor.status.update(stage=first, stages=len(plan.stages))
         return
-    within = session.found if state is not None and not state["stage_done"] else None
     if state is not None:
-        done = state["stage_samples"] if within else 0
-        session.samples_before = state["samples_seen"] - done
-        if within is None:
-            session.carried = session.found
-    session.found = None
-    for stage in plan.stages[first:until]:
+        session.samples_before = state["samples_seen"]
+        if state["stage_done"]:
+            session.previous_stage, checkpoint = checkpoint, None
+        else:
+            session.samples_before -= state["stage_samples"]
+    for stage in plan.stages[first:stop]:
         if len(plan.stages) > 1:
             logger.info("stage %d of %d: %s", stage.number, len(plan.stages), stage.summary)
-        run = StageRun(session, stage, within)
-        within = None
+        run, checkpoint = StageRun(session, stage, checkpoint), None
         run.run()
         session.samples_before = run.samples_seen
         if stage.args.torchcompile:
@@ -60,14 +59,14 @@ def _run(plan: RunPlan, session: Session) -> None:
 
 
 def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
-    """A stage that is over has come to the end of its schedule. Raises UserError if --override asks for more of it."""
+    """A finished stage has decayed its learning rate. Raises UserError if --override asks for more samples of it."""
     last = plan.stages[-1]
     asked = (last.args.train_num_samples or 0) * last.args.epochs
     if state is not None and plan.options.override and state["stage"] == last.number and asked > state["stage_samples"]:
         raise UserError(
-            f"{plan.folder}: stage {last.number} is finished, its learning rate at the schedule's end, with "
-            f"{state['stage_samples']:,} samples; {asked:,} are asked for now: --name another run, with --pretrained "
-            "this one's last checkpoint"
+            f"{plan.folder}: stage {last.number} is finished: its learning rate has come to the end of its schedule "
+            f"after {state['stage_samples']:,} samples; to train on {asked:,} start another run (--name) from its last "
+            "checkpoint (--pretrained)"
         )
 
 

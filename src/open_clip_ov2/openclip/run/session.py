@@ -1,4 +1,4 @@
-"""What lasts over all stages of a run in one process: ranks, log, monitor, checkpoints, signals."""
+"""What one process keeps over all stages of a run: its rank, log, monitor, checkpoint writer and signals."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from open_clip_ov2.train.signals import Agreement, StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
 
-STOP, SAVE = 0, 1  # flags that ranks agree on at each step
+STOP, SAVE = 0, 1  # the flags that ranks agree on at each step
 
 
 class Session:
-    """Entered once a run, on every rank alike. `found` is the checkpoint to go on from, if there is one.
+    """Entered once in a run, by every rank alike.
 
-    `carried` takes the weights (and moments) of a finished stage to the next.
+    `checkpoint` is what the run resumes from; None for a new run. `previous_stage` has the weights, and with
+    --carry-optimizer the optimizer state, that a finished stage hands to the next.
     """
 
     def __init__(self, plan: RunPlan, signals: StopSignals) -> None:
         self.plan = plan
         self.signals = signals
         self.console = Console()
-        self.found: dict[str, Any] | None = None
-        self.carried: dict[str, Any] | None = None
-        self.samples_before = 0  # samples seen in the stages before the one at hand
+        self.checkpoint: dict[str, Any] | None = None
+        self.previous_stage: dict[str, Any] | None = None
+        self.samples_before = 0  # samples seen in the stages before the present one
         self.trains = bool(plan.stages[0].args.train_data) or plan.stages[0].args.dataset_type == "synthetic"
 
     def __enter__(self) -> Session:
@@ -85,28 +86,28 @@ class Session:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What the checkpoint to go on from says of itself."""
-        return self.found and self.found[RESUME_KEY]
+        """The training state in the checkpoint that the run resumes from."""
+        return self.checkpoint and self.checkpoint[RESUME_KEY]
 
     def _find_checkpoint(self) -> None:
-        """Rank 0 looks, all load the same file."""
+        """Rank 0 looks for the newest checkpoint, and all ranks load it."""
         path = self.on_rank_0(self._newest)
         if path is None:
-            logger.info("no checkpoint in %s yet: starting from the beginning", self.plan.folder)
+            logger.info("no checkpoint in %s yet: training starts from the beginning", self.plan.folder)
             return
-        if self.found is None:
-            self.found = torch.load(path, map_location="cpu", weights_only=True)
-        logger.info("going on from %s: %s samples seen", path, f"{self.found[RESUME_KEY]['samples_seen']:,}")
+        if self.checkpoint is None:
+            self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        logger.info("resuming from %s: %s samples seen", path, f"{self.checkpoint[RESUME_KEY]['samples_seen']:,}")
 
     def _newest(self) -> str | None:
         found = newest_checkpoint(self.plan.folder / "checkpoints")
         if found is None:
             return None
-        self.found = found[1]
+        self.checkpoint = found[1]
         return str(found[0])
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Its result, on every rank; an exception of rank 0 is raised on all."""
+        """Call the function on rank 0. Its result is returned, or its exception raised, on every rank."""
         result: tuple[Any, Exception | None] = (None, None)
         if self.rank == 0:
             try:
@@ -132,7 +133,7 @@ class Session:
         return box[0]
 
     def enter_main(self, args: argparse.Namespace) -> torch.device:
-        """In the place of OpenCLIP's init_distributed_device: a process group is made once for all stages."""
+        """In the place of OpenCLIP's init_distributed_device: the process group is made once for all stages."""
         vars(args).update(
             {name: getattr(self._ranks, name) for name in ("device", "rank", "local_rank", "world_size", "distributed")}
         )
@@ -142,11 +143,11 @@ class Session:
         if self.writer is not None:
             self.writer.wait()
         self.monitor.close()
-        self._leave(peers_are_well=kind is None or issubclass(kind, Interrupted))
+        self._leave(others_are_there=kind is None or issubclass(kind, Interrupted))
 
-    def _leave(self, peers_are_well: bool = False) -> None:
+    def _leave(self, others_are_there: bool = False) -> None:
         if hasattr(self, "_log"):
             self._log.close()
-        # With peers in trouble the end of the process must not wait for them.
-        if peers_are_well and torch.distributed.is_initialized():
+        # After an error the other ranks may be gone, and destroying the group would wait for them.
+        if others_are_there and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -10,22 +10,21 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.data.crop import RandomCrop
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
-from open_clip_ov2.openclip.run import baselines
-from open_clip_ov2.openclip.run import optimizers as shims
+from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY
 
-CHOSEN = ("image_mean", "image_std")  # what somebody chose stays, with ov2 models too
+CHOSEN = ("image_mean", "image_std")  # flags that --augmentation family does not override
 
 
 def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
-    """What `create_model` gets on top of the model's config. Raises UserError for a missing vocabulary."""
+    """Options of `create_model` beyond the model's config. Raises UserError for a missing vocabulary."""
     extra: dict[str, Any] = options.model_options()
     if options.tokenizer:
         config = open_clip_factory.get_model_config(name) or {}
@@ -35,49 +34,48 @@ def model_options(options: TrainOptions, name: str, context_length: int | None) 
 
 
 def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
-    """Raises UserError where --override has changed the model itself."""
+    """Raises UserError if --override has changed the model itself."""
     try:
         check_fit(what, state, model.state_dict())
     except ValueError as error:
-        raise UserError(
-            f"--override: another model than before: {error}; --name another run, and start it anew"
-        ) from error
+        raise UserError(f"--override: another model than before: {error}; start another run for it (--name)") from error
 
 
 class StageModel:
-    """`model`, `tokenizer` and `preprocess_cfg` are there once `main` has asked.
+    """`model`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
-    Weights come from `found` (a checkpoint within the stage), or the stage before, or --pretrained, or are new.
+    Weights come from `checkpoint` (from within the stage), or the previous stage, or --pretrained, or are new.
     """
 
-    def __init__(self, session: Session, stage: StagePlan, found: dict[str, Any] | None) -> None:
+    def __init__(self, session: Session, stage: StagePlan, checkpoint: dict[str, Any] | None) -> None:
         self.session = session
         self.options = stage.options
-        self.family = session.plan.family
-        self.compile_blocks = self.family and stage.args.torchcompile
+        self.is_ov2 = session.plan.is_ov2
+        self.compile_blocks = self.is_ov2 and stage.args.torchcompile
         self.model: Any = None
         self.tokenizer: Any = None
         self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
-        self._found = found
+        self._checkpoint = checkpoint
 
-    def creates_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def create(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
+    def create_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In the place of OpenCLIP's `create_model_and_transforms`."""
+
+        def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
             extra = model_options(self.options, name, kwargs.get("force_context_length"))
-            if self.session.carried is not None or self._found:
+            if self.session.previous_stage is not None or self._checkpoint:
                 pretrained, kwargs["pretrained_image"] = None, False
-            if self.options.augmentation == FAMILY and not self.family:
+            if self.options.augmentation == FAMILY and not self.is_ov2:
                 kwargs |= {**ov2_preprocess_options(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
             if self.options.color_jitter:
                 kwargs["aug_cfg"] = {**color_jitter_cfg(), **(kwargs.get("aug_cfg") or {})}
             try:
                 model, train_tf, val_tf = original(name, pretrained, **kwargs, **extra)
             except (ValueError, RuntimeError, AssertionError, OSError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"--model {name}: {reason}") from error
-            if self.session.carried is not None:
-                self._take_over(model)
-            elif not pretrained and not self._found:
+                raise UserError(f"--model {name}: {first_line(error)}") from error
+            if self.session.previous_stage is not None:
+                self._load_previous_stage(model, self.session.previous_stage["state_dict"])
+            elif not pretrained and not self._checkpoint:
                 baselines.init_coca_head(model)
             if self.compile_blocks:
                 model.compile_blocks(memory_budget=self.options.activation_memory_budget)
@@ -85,44 +83,43 @@ class StageModel:
             self.val_transform = val_tf
             return model, self._train_crop(kwargs.get("aug_cfg")) or train_tf, val_tf
 
-        return create
+        return create_model
 
     def _train_crop(self, aug_cfg: dict[str, Any] | None) -> RandomCrop | None:
-        """Uint8 crops, for our step; the stock one of CLIP and CoCa wants them normalised. Raises UserError."""
-        if not self.family:
+        """A crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats. Raises UserError."""
+        if not self.is_ov2:
             return None
         crop = train_crop(self.preprocess_cfg, aug_cfg, fast=self.options.decode != "exact")
         if crop is None and self.options.decode == "fast":
             raise UserError(
-                "--decode fast: the crop of this --aug-cfg or --model is not the family's own, and takes whole "
-                "pictures; leave --decode out"
+                "--decode fast: this --aug-cfg or --model has another crop than ov2 models, which needs whole images; "
+                "leave --decode out"
             )
         return crop
 
-    def _take_over(self, model: nn.Module) -> None:
-        """The weights of the stage before; its position table fitted to this stage's grid."""
-        assert self.session.carried is not None
-        weights = dict(self.session.carried["state_dict"])
+    def _load_previous_stage(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Load the weights of the previous stage, with the position table fitted to this stage's grid."""
+        weights = dict(state)
         open_clip_factory.resize_pos_embed(weights, model)
         if hasattr(model, "positional_embedding") or hasattr(getattr(model, "text", None), "positional_embedding"):
             open_clip_factory.resize_text_pos_embed(weights, model)
-        _check_model("the stage before", weights, model)
+        _check_model("the previous stage", weights, model)
         model.load_state_dict(weights)
 
-    def load(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """The checkpoint to go on from, with names as `main`'s model has them, and the epoch to start with."""
-        assert self._found is not None
-        found = {key: value for key, value in self._found.items() if key != RESUME_KEY}
-        self._found = None  # as large as the model
-        _check_model("the checkpoint to go on from", found["state_dict"], self.model)
+    def load_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """In the place of OpenCLIP's `pt_load`: the checkpoint to resume from, with the names of a model in DDP."""
+        assert self._checkpoint is not None
+        content = {key: value for key, value in self._checkpoint.items() if key != RESUME_KEY}
+        self._checkpoint = None  # as large as the model
+        _check_model("the checkpoint to resume from", content["state_dict"], self.model)
         if self.session.world_size > 1:
-            found["state_dict"] = {f"module.{name}": value for name, value in found["state_dict"].items()}
-        return found
+            content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
+        return content
 
     def model_options(self, args: argparse.Namespace) -> dict[str, Any]:
         return model_options(self.options, args.model, args.force_context_length)
 
-    def gets_tokenizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_tokenizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_tokenizer(name: str, **kwargs: Any) -> Any:
             if self.options.tokenizer:
                 self.tokenizer = WordPieceTokenizer(
@@ -135,7 +132,7 @@ class StageModel:
         return get_tokenizer
 
     def optim(self, original: Any) -> Any:
-        return shims.optim_for(self._model_parameters) if self.family else original
+        return optimizers.optim_for(self._model_parameters) if self.is_ov2 else original
 
     def _model_parameters(self) -> tuple[dict[str, nn.Parameter], set[str]]:
         return dict(self.model.named_parameters()), self.model.no_weight_decay()

@@ -1,4 +1,4 @@
-"""What happens after each optimizer step of a stage, whichever step it was: report, guard, validate, save, stop."""
+"""What happens after each optimizer step of a stage, ours or OpenCLIP's: report, guard, validate, save, stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from open_clip_ov2.train.step import StepReport
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a checkpoint of the stage is made of."""
+    """What a checkpoint is made of."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -29,9 +29,9 @@ class StageParts:
 
 
 class UntilSignal:
-    """A validation's batches; after a signal to this process the one at hand is the last, and `stopped` says so.
+    """The batches of a validation. After a signal to this process the present batch is the last: `stopped` is true.
 
-    Schedulers signal all processes of a job. One that is signalled alone waits for the others' validation.
+    Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation.
     """
 
     def __init__(self, loader: Any, signals: StopSignals) -> None:
@@ -50,7 +50,7 @@ class UntilSignal:
 
 
 class StageProgress:
-    """Where a stage stands. Steps count within the stage; samples over the whole run."""
+    """How far a stage has come. Steps are counted within the stage, samples over the whole run."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class StageProgress:
         last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
         self._guard = StepGuard(self._options.max_bad_steps, last_good, bad_in_a_row)
         self.validate: Callable[[], Any] | None = None
-        self.validated: tuple[int, float] | None = None  # samples seen, and the caption loss there
+        self.validated: tuple[int, float] | None = None  # samples seen at the last validation, and its caption loss
 
     @property
     def samples_seen(self) -> int:
@@ -90,7 +90,7 @@ class StageProgress:
         return self.steps_done >= self.steps_per_epoch * self.epochs
 
     def after_step(self, report: StepReport, parts: StageParts) -> None:
-        """On every rank. Raises Interrupted (after saving) and RunFailed."""
+        """Called on every rank. Raises Interrupted (after saving) and RunFailed (too many bad steps)."""
         self.steps_done += 1
         self._session.monitor.step(
             self.samples_seen,
@@ -105,36 +105,38 @@ class StageProgress:
         )
         self._guard.note(report.bad, report.keys, self.samples_seen)
         if self.steps_in_epoch == 0:
-            return  # the end of an epoch validates and saves by itself
+            return  # `end_epoch` validates and saves
         validated = self._validate_if_due()
-        flags = self._session.agreement.exchange([int(self._session.signals.name is not None), int(self._clock_says())])
+        flags = self._session.agreement.exchange(
+            [int(self._session.signals.name is not None), int(self._save_time_is_up())]
+        )
         every = self._options.save_every_steps
         if flags[STOP] or flags[SAVE] or validated or (every and self.steps_done % every == 0):
             self.save(parts)
         if flags[STOP]:
-            self._leave()
+            self._stop()
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         self._session.agreement.close()
         if self._session.writer is not None:
             self._session.writer.wait()
-        self._session.agreement.now(False)  # none leaves before rank 0 has written: a launcher would kill the rest
+        self._session.agreement.now(False)  # nobody exits before rank 0 has written: a launcher would kill the others
         name = self._session.signals.name or "a signal to another rank"
-        raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command goes on from there")
+        raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command resumes the run")
 
     @property
     def tasks_due(self) -> bool:
-        """Whether a validation here runs the tasks of `--eval`; at the stage's end in any case."""
+        """Whether a validation now runs the tasks of --eval, as it always does at the stage's end."""
         every = self._options.eval_every_samples
         return every is None or self._passed(every) or self.finished
 
     def _passed(self, every: int | None) -> bool:
-        """Whether this step passed a multiple of so many samples."""
+        """Whether this step passed a multiple of `every` samples."""
         return every is not None and self.samples_seen // every != (self.samples_seen - self.global_batch) // every
 
     @property
     def validation_due(self) -> bool:
-        """By samples, whatever the epochs say; with an interval of tasks at the stage's end too."""
+        """Whether --val-every-samples or --eval-every-samples asks for a validation, whatever --val-frequency says."""
         options = self._options
         ends = self.finished and options.eval_every_samples is not None
         return ends or self._passed(options.val_every_samples) or self._passed(options.eval_every_samples)
@@ -145,30 +147,31 @@ class StageProgress:
         self.validate()
         return True
 
-    def _clock_says(self) -> bool:
+    def _save_time_is_up(self) -> bool:
+        """--save-every-minutes, by the clock of rank 0."""
         minutes, writer = self._options.save_every_minutes, self._session.writer
         if not (minutes and writer and time.monotonic() - writer.last_saved > 60 * minutes):
             return False
-        writer.last_saved = time.monotonic()  # the answer of all ranks comes a step later: ask once
+        writer.last_saved = time.monotonic()  # ranks agree a step later, and must not be asked again until then
         return True
 
     def end_epoch(self, parts: StageParts, save_frequency: int) -> None:
-        """After the epoch's validation: save if it is time, at the stage's end in any case."""
+        """After the epoch's validation: save if it is time to, as it always is at the stage's end."""
         self._session.agreement.close()
         self._guard.check()
-        # In epochs of a step or two this is the only place where ranks agree on a signal.
+        # In epochs of one or two steps this is the only place where ranks agree on a signal.
         stop = not self.finished and self._session.agreement.now(self._session.signals.name is not None)
         every = self._options.save_every_steps
         due = (save_frequency > 0 and self.epochs_done % save_frequency == 0) or (
             every and self.steps_done % every == 0
         )
-        if stop or self.finished or due or self._session.agreement.now(self._clock_says()):
+        if stop or self.finished or due or self._session.agreement.now(self._save_time_is_up()):
             self.save(parts)
         if stop:
-            self._leave()
+            self._stop()
 
     def save(self, parts: StageParts) -> None:
-        """All ranks give what they have, rank 0 writes."""
+        """Rank 0 gathers the random state and data position of every rank, and writes."""
         self._guard.check()
         session = self._session
         own = {"random": get_random_state(session.device), "data": parts.loader.state()}

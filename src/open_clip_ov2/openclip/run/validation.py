@@ -1,5 +1,4 @@
-"""A validation during training: caption loss, OpenCLIP's own figures for CLIP and CoCa, the tasks of `--eval`, and
-captions to look at."""
+"""A validation during training: caption loss, OpenCLIP's own metrics of CLIP and CoCa, --eval's tasks, captions."""
 
 from __future__ import annotations
 
@@ -29,38 +28,38 @@ logger = logging.getLogger("open_clip_ov2")
 
 
 class Validation:
-    """`stock` is OpenCLIP's own `evaluate`."""
+    """`stock_evaluate` is OpenCLIP's own `evaluate`, for the metrics of CLIP and CoCa."""
 
-    def __init__(self, session: Session, built: StageModel, family: bool, stock: Callable[..., Any]) -> None:
-        self.session, self.built, self.family, self.stock = session, built, family, stock
+    def __init__(self, session: Session, built: StageModel, stock_evaluate: Callable[..., Any]) -> None:
+        self.session, self.built, self.is_ov2 = session, built, session.plan.is_ov2
+        self.stock_evaluate = stock_evaluate
 
     def run(
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute,
         samples_seen: int, tasks: bool,
     ) -> dict[str, float]:  # fmt: skip
-        """Metrics by name, on every rank what that rank has of them; empty if a signal ended it. `tasks`: those of
-        `--eval` too."""
+        """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too."""
         loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
         metrics: dict[str, float] = {}
         with self._eager():
-            if loader is not None and (self.family or isinstance(evaluate.unwrap(model), CoCa)):
+            if loader is not None and (self.is_ov2 or isinstance(evaluate.unwrap(model), CoCa)):
                 metrics = evaluate.caption_loss(model, loader, compute)
                 if self.session.agreement.now(loader.stopped):
-                    logger.warning(
-                        "validation left off after a signal: %s samples seen, no result", f"{samples_seen:,}"
-                    )
+                    logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                     return {}
-            if not self.family and args.rank == 0:
-                metrics |= baselines.stock_metrics(self.stock, model, loader, data, epoch, args, self.built.tokenizer)
+            if not self.is_ov2 and args.rank == 0:
+                metrics |= baselines.stock_metrics(
+                    self.stock_evaluate, model, loader, data, epoch, args, self.built.tokenizer
+                )
             metrics |= self._tasks(model, args, compute) if tasks else {}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
-            if self.family and args.rank == 0 and self.session.plan.options.sample_captions:
+            if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions:
                 self._show_captions(evaluate.unwrap(model), loader, samples_seen, compute)
         return metrics
 
     @contextlib.contextmanager
     def _eager(self) -> Iterator[None]:
-        """Each length of a growing caption would be compiled anew."""
+        """Without torch.compile, which would compile each length of a growing caption anew."""
         if self.built.compile_blocks:
             torch.compiler.set_stance("force_eager")
         try:
@@ -70,7 +69,7 @@ class Validation:
                 torch.compiler.set_stance("default")
 
     def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
-        """Headlines of the tasks of `--eval`; training's random numbers stay as they are."""
+        """The main figures of the tasks of --eval. Training draws the same random numbers as without them."""
         if self.session.plan.options.eval is None:
             return {}
         built = self.built
@@ -79,8 +78,8 @@ class Validation:
         with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
             try:
                 return headlines(run_tasks(job, logger.info))
-            except (UserError, ValueError) as error:  # of flags or data, and so on all ranks: training is worth more
-                logger.error("--eval: %s; training goes on without these figures", error)
+            except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
+                logger.error("--eval: %s; training continues without these figures", error)
                 return {}
 
     def _show_captions(self, model: Any, loader: Any, samples_seen: int, compute: Compute) -> None:
