@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import flag_pages  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "src" / "open_clip_ov2"
 README = ROOT / "README.md"
 USE = ROOT / "docs" / "use.md"
 README_SIZES = {
@@ -105,6 +106,18 @@ def test_every_flag_of_ours_is_explained() -> None:
     assert flags
     rows = {flag: next((row for row in page.splitlines() if row.startswith(f"| `{flag}")), "") for flag in flags}
     assert [flag for flag, row in rows.items() if len(row.split(" | ")[-1]) < 4] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_and_functions_that_pages_name_are_there(page: Path) -> None:
+    """`core/loss.py:CaptionLoss`. Oracle: the source tree."""
+    named = re.findall(r"`(\w[\w-]*/[\w./-]+\.(?:py|sh|toml))(?::(\w+))?`", page.read_text(encoding="utf-8"))
+    for name, inside in named:
+        found = [folder / name for folder in (PACKAGE, ROOT) if (folder / name).is_file()]
+        assert found, f"{page.name}: {name}"
+        assert not inside or re.search(rf"^(def|class) {inside}\b", found[0].read_text(), re.MULTILINE), (
+            f"{name}:{inside}"
+        )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != USE], ids=lambda page: page.name)
