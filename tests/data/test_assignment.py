@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
+from open_clip_ov2.data import order
 from open_clip_ov2.data.order.assignment import Assignment, ShardRange, shuffler, unread
 from open_clip_ov2.data.order.position import Position
 
@@ -53,3 +55,9 @@ def test_unread_is_what_was_not_given_out(
     left = [(part.shard, index) for part in rest for index in range(size_of[part.shard]) if part.includes(index)]
     assert len(left) == len(set(left))
     assert set(left) == everything - set(given_out)
+
+
+def test_the_worked_example_is_true() -> None:
+    """Oracle: the outputs written in the package's docstring."""
+    failed, attempted = doctest.testmod(order)
+    assert (failed, attempted > 10) == (0, True)
