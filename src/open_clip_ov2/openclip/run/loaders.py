@@ -26,7 +26,7 @@ class LoaderInfo:
 
 
 def dataset_type(path: str, asked: str) -> str:
-    """`webdataset`, `csv` or `synthetic`, from the flag or the file's ending, as OpenCLIP does it."""
+    """`webdataset`, `csv` or `synthetic`, from the flag or the file's suffix, as OpenCLIP does it. Raises UserError."""
     if asked != "auto":
         return asked
     ending = path.rsplit(".", 1)[-1].rstrip("'\"")
@@ -34,7 +34,9 @@ def dataset_type(path: str, asked: str) -> str:
         return "webdataset"
     if ending in ("csv", "tsv"):
         return "csv"
-    raise UserError(f"{path}: neither a tar nor a csv; say --dataset-type webdataset, csv or synthetic")
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder; make tars or a csv of it (docs/data.md, 'Your own folder')")
+    raise UserError(f"{path}: neither a tar nor a csv; give --dataset-type webdataset, csv or synthetic")
 
 
 def caption_keys(args: argparse.Namespace, options: TrainOptions, kind: str) -> tuple[CaptionKey, ...]:
@@ -70,7 +72,7 @@ def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
     if found is None:
         raise UserError(
             f"--train-data {args.train_data}: its number of samples is not known (no sizes.json or __len__ beside "
-            "the shards); say --train-num-samples"
+            "the shards); give --train-num-samples"
         )
     return found
 
@@ -83,9 +85,20 @@ def make_data(
     epoch: int,
     stall_warning_s: float,
 ) -> dict[str, LoaderInfo]:
-    """`{"train": ..., "val": ...}` as far as asked for."""
+    """`{"train": ..., "val": ...}`, each only if its data flag is given. Raises UserError."""
+
+    def shared(kind: str) -> dict[str, Any]:
+        return {
+            "batch_size": args.batch_size,
+            "num_workers": args.workers,
+            "rank": args.rank,
+            "world_size": args.world_size,
+            "caption_keys": caption_keys(args, options, kind),
+            "max_image_pixels": options.max_image_pixels,
+            "pin_memory": str(args.device).startswith("cuda"),
+        }
+
     data: dict[str, LoaderInfo] = {}
-    pin = str(args.device).startswith("cuda")
     if args.train_data or args.dataset_type == "synthetic":
         kind = dataset_type(args.train_data or "", args.dataset_type)
         source = make_source(args.train_data or "", kind, args, options, train=True)
@@ -93,36 +106,19 @@ def make_data(
             source,
             transforms[0],
             tokenizer,
-            batch_size=args.batch_size,
-            num_workers=args.workers,
             seed=args.seed,
-            rank=args.rank,
-            world_size=args.world_size,
-            caption_keys=caption_keys(args, options, kind),
             num_samples=samples_per_epoch(args, source),
             accum_freq=args.accum_freq,
-            max_image_pixels=options.max_image_pixels,
             shuffle_buffer=options.shuffle_buffer,
             stall_warning_s=stall_warning_s,
-            pin_memory=pin,
+            **shared(kind),
         )
         loader.set_epoch(epoch)
         data["train"] = LoaderInfo(loader)
     if args.val_data:
         kind = dataset_type(args.val_data, "auto" if args.dataset_type == "synthetic" else args.dataset_type)
+        source = make_source(args.val_data, kind, args, options, train=False)
         data["val"] = LoaderInfo(
-            EvalLoader(
-                make_source(args.val_data, kind, args, options, train=False),
-                transforms[1],
-                tokenizer,
-                batch_size=args.batch_size,
-                num_workers=args.workers,
-                caption_keys=caption_keys(args, options, kind),
-                rank=args.rank,
-                world_size=args.world_size,
-                num_samples=args.val_num_samples,
-                max_image_pixels=options.max_image_pixels,
-                pin_memory=pin,
-            )
+            EvalLoader(source, transforms[1], tokenizer, num_samples=args.val_num_samples, **shared(kind))
         )
     return data
