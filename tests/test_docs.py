@@ -77,6 +77,8 @@ def check_parses(argv: list[str]) -> None:
             parse(trained, world_size=1, gpu=True)
     if command == "train":
         parse(rest, world_size=1, gpu=True)
+    elif command == "plan":  # its flags are those of ov2 train
+        assert main(argv) == 0
     else:
         import_module(f"open_clip_ov2.commands.{command}")._parser().parse_args(rest)
 

@@ -19,7 +19,7 @@ from open_clip_ov2.core import CaptionLoss, CaptionModel, VisionModel, image_fea
 from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
-from open_clip_ov2.training import check, open_model, train  # noqa: E402
+from open_clip_ov2.training import check, open_model, plan, train  # noqa: E402
 
 try:
     __version__ = version("open_clip_ov2")
@@ -34,6 +34,7 @@ __all__ = [
     "create_caption_model",
     "image_features",
     "open_model",
+    "plan",
     "register",
     "train",
     "unregister",

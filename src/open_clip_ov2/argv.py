@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,30 @@ def flag_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def flag(shown: str, read: Callable[[str], Any], help: str, *, default: Any = None, repeat: bool = False) -> Any:
+    """A field of a dataclass that is a flag of the same name: `shown` stands for its value in the help text, and
+    `repeat` collects the values of several equal flags in a list."""
+    metadata = {"type": flag_type(read), "metavar": shown, "help": help, "action": "append" if repeat else "store"}
+    return dataclasses.field(default=default, metadata={"flag": metadata})
+
+
+def switch_flag(help: str) -> Any:
+    """A field of a dataclass that is a flag without a value."""
+    return dataclasses.field(default=False, metadata={"flag": {"help": help, "action": "store_true"}})
+
+
+def add_flags(parser: Any, kind: type) -> None:
+    """Add the flags that a dataclass declares to a parser or a group of one."""
+    for field in dataclasses.fields(kind):
+        if "flag" in field.metadata:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **field.metadata["flag"])
+
+
+def flag_values(kind: type, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The parsed values of the flags that a dataclass declares, by field name."""
+    return {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind) if "flag" in field.metadata}
 
 
 def last(argv: Sequence[str], flag: str) -> int:

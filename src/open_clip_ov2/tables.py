@@ -45,13 +45,15 @@ def key(
     example: str = "",
     help: str = "",
     metavar: str | None = None,
+    flag: str | None = None,
 ) -> Any:
     """A field of a dataclass for `from_table`.
 
     `default` may be a factory (dict); `name` is the key if it is not the field's name; `example` is shown where a
-    required key is missing; `help` and `metavar` are for a command-line flag made from the field.
+    required key is missing; `help` and `metavar` are for a command-line flag made from the field, which is
+    called `flag` if it has another name than the key.
     """
-    metadata = {"read": read, "name": name, "example": example, "help": help, "metavar": metavar}
+    metadata = {"read": read, "name": name, "example": example, "help": help, "metavar": metavar, "flag": flag}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -14,16 +14,14 @@ is imported before it is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.quiet import quiet
+from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
-    from open_clip_ov2.openclip.command.run_plan import StagePlan
     from open_clip_ov2.openclip.models.open_model import LoadedModel
 
 Flags = Sequence[str] | Mapping[str, Any]
@@ -69,6 +67,40 @@ def open_model(source: str | Path, device: str = "cpu", **options: Any) -> Loade
     return opened(source, device, **options)
 
 
+def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = None, **machine: Any) -> Plan:
+    """What `ov2 train` with these flags will do and cost on so many GPUs: tokens, steps, FLOPs, memory, hours. Needs no
+    data and no GPU. Raises UserError.
+
+    ```python
+    plan({"recipe": "configs/openvision2-patch14.toml", "model": "ov2-vit-l-14"}, gpus=64).hours
+    ```
+
+    `mean_caption_tokens` are real tokens of a caption, end of text included (default: the context length); `machine`
+    takes `tflops`, `memory_gb` and `images_per_second` of one GPU, and `mfu`.
+    """
+    from open_clip_ov2.openclip.command.parse import parse
+    from open_clip_ov2.openclip.run.stage_costs import plan_costs
+
+    parsed = parse(as_argv(flags), world_size=gpus, gpu=True, needs_data=False)
+    return plan_costs(parsed, Machine(gpus, **machine), mean_caption_tokens)
+
+
+def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: float | None = None) -> Checked:
+    """Check flags, recipe, data and model without training; with `gpu_memory_gb` also whether a batch fits. Raises
+    UserError.
+
+    ```python
+    check({"recipe": "run.toml", "train_data": "shards/{000..099}.tar"}, world_size=64, gpu_memory_gb=80).parameters
+    ```
+    """
+    from open_clip_ov2.openclip.run.dry_run import check_run
+
+    argv = as_argv(flags)
+    if set(argv) & {"-h", "--help"}:
+        raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
+    return check_run(argv, world_size, gpus, gpu_memory_gb)
+
+
 def export(source: str | Path, to: str, out: Path | None = None, **options: Any) -> tuple[Path, list[str]]:
     """Write a trained encoder in the format of another library, as `ov2 export` does. Raises UserError.
 
@@ -95,75 +127,6 @@ def convert(source: str | Path, to: Path, **options: Any) -> list[str]:
     from open_clip_ov2.openclip.models.conversion import convert as write
 
     return write(str(source), to, **options)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What a command line will do. `stages` are their titles; `recipe` the file they stand in."""
-
-    name: str
-    run_dir: Path
-    signature: str
-    model: str
-    stages: tuple[str, ...]
-    summaries: tuple[str, ...]
-    total_samples: int
-    parameters: int
-    recipe: Path | None
-
-
-def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: float | None = None) -> Checked:
-    """Check flags, recipe, data and model without training; with `gpu_memory_gb` also whether a batch fits. Raises
-    UserError.
-
-    ```python
-    check({"recipe": "run.toml", "train_data": "shards/{000..099}.tar"}, world_size=64, gpu_memory_gb=80).parameters
-    ```
-    """
-    from open_clip_ov2.openclip.run.dry_run import check_train
-    from open_clip_ov2.openclip.run.run_folder import check_same_run
-
-    argv = as_argv(flags)
-    if set(argv) & {"-h", "--help"}:
-        raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
-    with quiet():  # the model is built for its sizes alone
-        found = check_train(argv, world_size, gpus)
-    plan = found.plan
-    if not plan.stages[0].args.train_data and plan.stages[0].args.dataset_type != "synthetic":
-        raise UserError("--train-data is missing after `--`: there is nothing to train on")
-    check_same_run(plan)
-    if gpu_memory_gb is not None:
-        for stage in plan.stages:
-            _check_memory(stage, world_size, gpu_memory_gb)
-    return Checked(
-        name=plan.name,
-        run_dir=plan.folder,
-        signature=found.signature,
-        model=plan.model,
-        stages=tuple(stage.title for stage in plan.stages),
-        summaries=tuple(stage.summary for stage in plan.stages),
-        total_samples=found.total_samples,
-        parameters=found.parameters,
-        recipe=plan.recipe.source if plan.recipe else None,
-    )
-
-
-def _check_memory(stage: StagePlan, world_size: int, limit_gb: float) -> None:
-    from open_clip_ov2.openclip.run.run_memory import stage_memory
-
-    try:
-        memory = stage_memory(stage, world_size)
-    except UserError as error:
-        print(f"memory    not estimated: {error}")
-        return
-    batch = stage.args.batch_size
-    needed_gb = memory.of(batch) / 1e9
-    if needed_gb > limit_gb:
-        where = f"stage {stage.number} ({stage.title}): " if stage.title else ""
-        raise UserError(
-            f"{where}--batch-size {batch} needs about {needed_gb:.1f} GB on each GPU (--gpu-memory-gb {limit_gb:g}): "
-            f"at most {memory.most_images(limit_gb * 1e9)} fit (--accum-freq, --grad-checkpointing)"
-        )
 
 
 def load() -> None:

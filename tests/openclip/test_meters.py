@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.openclip.models.model_facts import facts_of
-from open_clip_ov2.openclip.run.model_flops import image_flops
+from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.tracking.peak import Peak, data_sheet, measured_peak
 from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, DeviceMemory, Meter, Window, bottleneck
 
@@ -44,7 +44,7 @@ def test_mfu_counts_what_the_flop_counter_counts(length: int) -> None:
     """All captions equally long and trimmed to it, so that nothing is padding."""
     torch.manual_seed(0)
     model = open_clip.create_model("ov2-vit-nano-8", load_weights=False).train()
-    meter = Meter(image_flops(facts_of("ov2-vit-nano-8", model), 64), peak_flops=1e12)
+    meter = Meter(image_flops(facts_of("ov2-vit-nano-8", model)), peak_flops=1e12)
     want = counted(model, captions(model, [length] * BATCH)[:, : length + 1])
     got = meter.mfu(images=BATCH, tokens=BATCH * length, seconds=2.0) * 2.0 * 1e12
     assert got == pytest.approx(want, rel=0.02)
@@ -53,7 +53,7 @@ def test_mfu_counts_what_the_flop_counter_counts(length: int) -> None:
 def test_padding_is_no_work_done() -> None:
     torch.manual_seed(0)
     model = open_clip.create_model("ov2-vit-nano-8", load_weights=False).train()
-    of = image_flops(facts_of("ov2-vit-nano-8", model), 64)
+    of = image_flops(facts_of("ov2-vit-nano-8", model))
     lengths = [31, 5, 5, 5]
     assert sum(of(length) for length in lengths) < 0.95 * counted(model, captions(model, lengths))
     assert of(None) == of(31) > of(11.5) > of(11)
@@ -64,7 +64,7 @@ def test_baselines_compute_their_whole_context() -> None:
     for name in ("coca-of-ov2-vit-nano-8", "clip-of-ov2-vit-nano-8"):
         with torch.device("meta"):
             model = open_clip.create_model(name, device="meta", load_weights=False)
-        of = image_flops(facts_of(name, model), 64)
+        of = image_flops(facts_of(name, model))
         assert of(None) == of(3) > 0
 
 

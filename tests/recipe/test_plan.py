@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_clip_ov2.cli import main
-from open_clip_ov2.recipe.costs import largest_divisor
+from open_clip_ov2.recipe.counts import largest_divisor
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-L14 = str(CONFIGS / "ov2-vit-l-14.toml")
+L14 = str(CONFIGS / "openvision2-patch14.toml")
 NANO = ["--model", "ov2-vit-nano-8", "--stage", "64:samples=10k,global-batch=512"]
 
 
@@ -102,23 +102,24 @@ def test_a_baseline_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        ([], "give a recipe file, or --model NAME --stage"),
+        ([], "--model is missing"),
+        (["--model", "ov2-vit-nano-8"], "give --train-num-samples, --stage or a recipe"),
         (["nowhere.toml"], "nowhere.toml: cannot be read"),
         ([L14, "--stage", "84:samples=1"], "one or the other"),
         (["--stage", "84:samples=1"], "--model is missing"),
-        (["--model", "ov2-vit-l-15", "--stage", "84:samples=1"], "near: ov2-vit-l-14"),
-        (["--model", "hf-hub:a/b", "--stage", "84:samples=1"], "registry and local-dir"),
-        (["--model", "local-dir:nowhere", "--stage", "84:samples=1"], "no open_clip_config.json"),
+        (["--model", "ov2-vit-l-15", "--stage", "84:samples=1"], "did you mean ov2-vit-l-14"),
+        (["--model", "hf-hub:a/b", "--stage", "84:samples=1"], "its config cannot be read"),
+        (["--model", "local-dir:nowhere", "--stage", "84:samples=1"], "its config cannot be read"),
         (["--model", "RN50", "--stage", "84:samples=1"], "plain ViTs"),
         (["--model", "roberta-ViT-B-32", "--stage", "84:samples=1"], "own text towers"),
         (["--model", "coca_ViT-L-14", "--stage", "84:samples=1,context-length=128"], "decoder ends at 76"),
-        ([*NANO, "--gpus", "3"], "not divisible by 3 GPUs"),
+        ([*NANO, "--gpus", "3"], "not divisible by 3 processes"),
         ([*NANO, "--gpus", "0"], "--gpus"),
-        ([*NANO, "--utilisation", "2"], "at most 1"),
+        ([*NANO, "--utilisation", "2"], "expected a number > 0 and <= 1"),
         ([*NANO, "--images-per-second", "1,2"], "2 numbers for 1 stages"),
-        ([*NANO, "--images-per-second", "fast"], "--images-per-second: 'fast' is not a number"),
-        ([*NANO, "--batch-size", "3", "--accum-freq", "2"], "not accum-freq 2 x batch-size 3"),
-        ([*NANO, "--keep-ratio", "2"], "keep-ratio: 2 must be"),
+        ([*NANO, "--images-per-second", "fast"], "--images-per-second: 'fast': expected a number > 0"),
+        ([*NANO, "--batch-size", "3", "--accum-freq", "2"], "not --accum-freq 2 x --batch-size 3"),
+        ([*NANO, "--keep-ratio", "2"], "--keep-ratio: keep_ratio must lie in (0, 1]"),
         ([*NANO, "--keep-ratio", "0.001"], "keeps none of 64 image tokens"),
         ([*NANO, "--fusion", "sum"], "fusion"),
         (["--model", "ov2-vit-nano-8", "--stage", "4:samples=1"], "smaller than one patch"),

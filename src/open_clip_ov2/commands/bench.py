@@ -14,7 +14,7 @@ from open_clip_ov2.argv import Parser
 from open_clip_ov2.commands.options import add_device
 from open_clip_ov2.compare.bench.cases import ARMS, SETTINGS, BenchSettings, CaptionLengths, Case
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.memory import PRECISION
+from open_clip_ov2.recipe.model_costs import PRECISION
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2.argv import flag_type
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.cluster import OF_EACH_STAGE, ClusterOptions
 from open_clip_ov2.tables import keys_of
@@ -29,20 +30,10 @@ def _reading(field: Field[Any]) -> dict[str, Any]:
     """How argparse reads a flag."""
     read = field.metadata["read"]
     if field.name in OF_EACH_STAGE:
-        return {"type": _one_line_errors(lambda text: tuple(read(part) for part in text.split(",")))}
+        return {"type": flag_type(lambda text: tuple(read(part) for part in text.split(",")))}
     if field.default_factory is dict:
-        return {"type": _one_line_errors(_pair), "action": "append"}
-    return {"action": "append"} if field.default == () else {"type": _one_line_errors(read)}
-
-
-def _one_line_errors(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return read(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
+        return {"type": flag_type(_pair), "action": "append"}
+    return {"action": "append"} if field.default == () else {"type": flag_type(read)}
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from open_clip_ov2.recipe import short_count
-from open_clip_ov2.recipe.costs import Plan, StageCost, largest_divisor
+from open_clip_ov2.recipe.costs import Plan, StageCost
+from open_clip_ov2.recipe.counts import largest_divisor
 
 GB, GFLOP = 1e9, 1e9
 
@@ -42,71 +42,61 @@ def _duration(hours: float) -> str:
     return f"{hours:,.1f} hours"
 
 
-def _row_makers(plan: Plan) -> dict[str, Callable[[StageCost], str]]:
-    machine = plan.machine
-    rows: dict[str, Callable[[StageCost], str]] = {
-        "samples": lambda cost: short_count(cost.stage.samples),
-        "tokens: encoder / kept / text": _tokens,
-        "tokens to the head": lambda cost: f"{cost.tokens.targets:g}",
-        "global batch": lambda cost: f"{cost.settings.global_batch:,}",
-        f"per GPU ({machine.gpus:,})": _per_gpu,
-        "steps": lambda cost: f"{cost.steps:,}",
-        "warm-up steps": lambda cost: f"{cost.settings.warmup_steps:,}",
-        "learning rate": lambda cost: "default" if cost.settings.lr is None else f"{cost.settings.lr:.2e}",
-        "precision": lambda cost: (
-            cost.settings.precision + (", recomputed" if cost.settings.grad_checkpointing else "")
-        ),
-        "GFLOP per image": lambda cost: f"{cost.flops_per_image / GFLOP:,.4g}",
-    }
-    for part in plan.stages[0].parts:
-        rows[f"  of it {part}"] = partial(_share, part)
-    return rows | {
-        "FLOP": lambda cost: f"{cost.total_flops:.2e}",
-        "memory: weights and optimizer": lambda cost: f"{cost.memory.fixed / GB:.1f} GB",
-        "memory: activations": lambda cost: f"{cost.settings.batch_size * cost.memory.per_image / GB:,.1f} GB",
-        "images/s of all GPUs": lambda cost: f"{cost.images_per_second:,.0f}",
-        f"of {machine.tflops:g} TFLOP/s a GPU": lambda cost: f"{cost.utilisation:.0%}",
-        "time": lambda cost: _duration(cost.hours),
-        "GPU-hours": lambda cost: f"{cost.gpu_hours:,.3g}" if cost.gpu_hours < 100 else f"{cost.gpu_hours:,.0f}",
+def _rows(cost: StageCost) -> dict[str, str]:
+    """The cells of a stage by the name of their row."""
+    machine, gpu_hours = cost.machine, cost.gpu_hours
+    parts = {f"  of it {name}": f"{part.total / cost.flops_per_image:.0%}" for name, part in cost.parts.items()}
+    return {
+        "samples": short_count(cost.samples),
+        "tokens: encoder / kept / text": f"{cost.tokens.encoder} / {cost.tokens.kept or '-'} / {cost.tokens.text}",
+        "tokens to the head": f"{cost.tokens.targets:g}",
+        "global batch": f"{cost.global_batch:,}",
+        f"per GPU ({machine.gpus:,})": _per_gpu(cost),
+        "steps": f"{cost.steps:,}",
+        "warm-up steps": f"{cost.warmup_steps:,}",
+        "learning rate": f"{cost.lr:.2e}",
+        "precision": cost.precision + (", recomputed" if cost.grad_checkpointing else ""),
+        "GFLOP per image": f"{cost.flops_per_image / GFLOP:,.4g}",
+        **parts,
+        "FLOP": f"{cost.total_flops:.2e}",
+        "memory: weights and optimizer": f"{cost.memory.fixed / GB:.1f} GB",
+        "memory: activations": f"{cost.batch_size * cost.memory.per_image / GB:,.1f} GB",
+        "images/s of all GPUs": f"{cost.images_per_second:,.0f}",
+        f"MFU, of {machine.tflops:g} TFLOP/s per GPU": f"{cost.mfu:.0%}",
+        "time": _duration(cost.hours),
+        "GPU-hours": f"{gpu_hours:,.3g}" if gpu_hours < 100 else f"{gpu_hours:,.0f}",
     }
 
 
-def _share(part: str, cost: StageCost) -> str:
-    return f"{cost.parts[part].total / cost.flops_per_image:.0%}"
-
-
-def _stages(plan: Plan) -> Table:
-    table = Table("", *(_title(index, cost) for index, cost in enumerate(plan.stages)))
+def _table(*columns: str) -> Table:
+    table = Table(*columns)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, make in _row_makers(plan).items():
-        table.add_row(name, *(make(cost) for cost in plan.stages))
     return table
 
 
-def _title(index: int, cost: StageCost) -> str:
-    return f"{cost.stage.name or f'stage {index + 1}'}: {cost.stage.resolution} px"
+def _stages(plan: Plan) -> Table:
+    table, columns = _table("", *map(_title, plan.stages)), [_rows(cost) for cost in plan.stages]
+    for name in columns[0]:
+        table.add_row(name, *(cells[name] for cells in columns))
+    return table
 
 
-def _tokens(cost: StageCost) -> str:
-    tokens = cost.tokens
-    return f"{tokens.encoder} / {tokens.kept or '-'} / {tokens.text}"
+def _title(cost: StageCost) -> str:
+    size = f"{cost.resolution} px"
+    return size if cost.title == size else f"{cost.title}: {size}"
 
 
 def _per_gpu(cost: StageCost) -> str:
-    settings = cost.settings
-    each = f"{settings.batch_size * settings.accum_freq:,}"
-    return each if settings.accum_freq == 1 else f"{each} = {settings.accum_freq} x {settings.batch_size:,}"
+    each = f"{cost.batch_size * cost.accum_freq:,}"
+    return each if cost.accum_freq == 1 else f"{each} = {cost.accum_freq} x {cost.batch_size:,}"
 
 
 def _whole_run(plan: Plan) -> str:
     machine, hours = plan.machine, plan.hours
-    how = (
-        "from the images per second given"
-        if machine.images_per_second
-        else f"from FLOPs at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s a GPU (an H100's measured dense "
-        "bf16 ceiling is 790)"
-    )
+    how = f"from FLOPs at {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU (an H100 reaches 790 in dense bf16)"
+    if machine.images_per_second:
+        how = "from the images per second given"
     gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus:,} GPUs"
     spent = f"{hours * machine.gpus:,.4g} GPU-hours"
     return f"whole run: {plan.total_flops:.2e} FLOP, {_duration(hours)} on {gpus}, {spent}, {how}"
@@ -115,29 +105,22 @@ def _whole_run(plan: Plan) -> str:
 def _advice(plan: Plan) -> list[str]:
     """What does not fit the GPU, and what would."""
     lines, limit = [], plan.machine.memory_gb * GB
-    for index, cost in enumerate(plan.stages):
-        settings = cost.settings
-        needed = cost.memory.of(settings.batch_size)
-        if needed <= limit:
-            continue
-        fits = cost.memory.most_images(limit)
-        each = settings.batch_size * settings.accum_freq
-        way = (
-            f"--batch-size {largest_divisor(each, fits)} fits (about {fits:,} images would)"
-            if fits
-            else "not one image fits; use --grad-checkpointing or more memory"
-        )
-        lines.append(
-            f"{_title(index, cost)}: {settings.batch_size:,} images at once on a GPU need about {needed / GB:,.0f} GB, "
-            f"more than {plan.machine.memory_gb:g}; {way}"
-        )
+    for cost in plan.stages:
+        needed, fits = cost.memory.of(cost.batch_size), cost.memory.most_images(limit)
+        if needed > limit:
+            size = largest_divisor(cost.batch_size * cost.accum_freq, fits)
+            way = "not even one image fits; use --grad-checkpointing or more memory"
+            if fits:
+                way = f"--batch-size {size} fits (about {fits:,} images would)"
+            lines.append(
+                f"{_title(cost)}: {cost.batch_size:,} images at once on a GPU need about {needed / GB:,.0f} GB, "
+                f"more than {plan.machine.memory_gb:g}; {way}"
+            )
     return lines
 
 
 def _comparison(plan: Plan) -> Table:
-    table = Table("GFLOP per image", *(f"{cost.stage.resolution} px" for cost in plan.stages), "whole run", "relative")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("GFLOP per image", *(f"{cost.resolution} px" for cost in plan.stages), "whole run", "relative")
     ours = tuple(cost.flops_per_image for cost in plan.stages)
     rows = {plan.model: (ours, plan.total_flops)}
     rows |= {name: (each, plan.baseline_total(name)) for name, each in plan.baselines.items()}
@@ -156,7 +139,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "machine": {
             "gpus": machine.gpus,
             "tflops_per_gpu": machine.tflops,
-            "utilisation_assumed": None if machine.images_per_second else machine.utilisation,
+            "utilisation_assumed": None if machine.images_per_second else machine.mfu,
             "memory_gb_per_gpu": machine.memory_gb,
         },
         "stages": [_stage_json(cost) for cost in plan.stages],
@@ -169,29 +152,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _stage_json(cost: StageCost) -> dict[str, Any]:
-    settings, tokens = cost.settings, cost.tokens
+    plain = (
+        "resolution", "samples", "global_batch", "batch_size", "accum_freq", "steps", "warmup_steps", "lr", "precision",
+        "grad_checkpointing", "images_per_second", "hours", "gpu_hours",
+    )  # fmt: skip
     return {
-        "resolution": cost.stage.resolution,
-        "samples": cost.stage.samples,
-        "tokens": {"encoder": tokens.encoder, "kept": tokens.kept, "text": tokens.text, "targets": tokens.targets},
-        "global_batch": settings.global_batch,
-        "batch_size": settings.batch_size,
-        "accum_freq": settings.accum_freq,
-        "steps": cost.steps,
-        "warmup_steps": settings.warmup_steps,
-        "lr": settings.lr,
-        "precision": settings.precision,
-        "grad_checkpointing": settings.grad_checkpointing,
+        **{name: getattr(cost, name) for name in plain},
+        "tokens": asdict(cost.tokens),
         "flop_per_image": cost.flops_per_image,
         "flop_per_image_by_part": {name: part.total for name, part in cost.parts.items()},
         "flop": cost.total_flops,
         "memory_bytes": {
             "fixed": cost.memory.fixed,
-            "activations": settings.batch_size * cost.memory.per_image,
+            "activations": cost.batch_size * cost.memory.per_image,
             "per_image": cost.memory.per_image,
         },
-        "images_per_second": cost.images_per_second,
-        "utilisation": cost.utilisation,
-        "hours": cost.hours,
-        "gpu_hours": cost.gpu_hours,
+        "utilisation": cost.mfu,
     }

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 
+from open_clip_ov2.argv import to_argv
 from open_clip_ov2.compare import tables
 from open_clip_ov2.compare.plots import Plot
 from open_clip_ov2.compare.results import Found
-from open_clip_ov2.recipe.toml import flag_words
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --line: #d9dee3; --best: #e8f2ea; }
@@ -94,7 +94,7 @@ def budget(found: Found) -> str:
 def terms(found: Found) -> list[str]:
     """What this comparison's arms have alike, what not, and what their memory was measured with."""
     comparison, measure = found.comparison, found.comparison.measure
-    out = [f"Flags of all arms: {shlex.join(flag_words(comparison.flags))}."]
+    out = [f"Flags of all arms: {shlex.join(to_argv(comparison.flags))}."]
     out += [
         f"{arm.name} has, and {comparison.reference} in brackets: {'; '.join(arm.unlike)}."
         for arm in found.arms

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from open_clip_ov2.argv import to_argv
 from open_clip_ov2.compare.config import Arm, Comparison
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.toml import flag_words
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
 
@@ -52,7 +52,7 @@ def arm_words(comparison: Comparison, arm: Arm, data: Data, stages: Sequence[tup
     told = [f"{resolution}:samples={samples}" for resolution, samples in stages]
     staged = [word for text in told for word in ("--stage", text)]
     given = ["--model", arm.model, "--train-data", data.train]
-    return [*given, *flag_words(common), *data.more, *flag_words(arm.flags), *staged]
+    return [*given, *to_argv(common), *data.more, *to_argv(arm.flags), *staged]
 
 
 def global_batch(comparison: Comparison, arm: Arm) -> int:

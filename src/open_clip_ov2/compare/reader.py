@@ -13,7 +13,7 @@ from open_clip_ov2.compare.bench.cases import CaptionLengths
 from open_clip_ov2.compare.config import MODES, Arm, ArmStage, Comparison, Evaluation, Flags, Measure, Metric
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe import parse_samples
-from open_clip_ov2.recipe.toml import read_toml
+from open_clip_ov2.tables import read_toml
 
 BATCH = ("batch-size", "accum-freq", "global-batch")
 BETTER = ("higher", "lower")

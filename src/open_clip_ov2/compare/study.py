@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from open_clip_ov2.argv import to_argv
 from open_clip_ov2.compare import page, plots, speed, tables, trainer
 from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
 from open_clip_ov2.compare.kept import key_of
@@ -23,7 +24,6 @@ from open_clip_ov2.compare.results import (
     read_evaluations,
 )
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.toml import flag_words
 from open_clip_ov2.tracking.figures import read_results
 
 FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
@@ -120,7 +120,7 @@ def _eval_words(study: Study, evaluation: Evaluation) -> list[str]:
     """Flags of `ov2 eval` but for --out."""
     given = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
     given += ["--train-data", study.data.probe] if evaluation.train_data else []
-    return [*given, *flag_words(evaluation.flags)]
+    return [*given, *to_argv(evaluation.flags)]
 
 
 def _evaluate(study: Study, trained: Sequence[tuple[Comparison, Trained]], say: Callable[[str], None]) -> None:

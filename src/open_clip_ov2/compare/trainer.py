@@ -35,7 +35,7 @@ class Known:
 def look_at(argv: Sequence[str], logs: Path) -> Known:
     """Parsed and checked, without training. Raises UserError."""
     from open_clip_ov2.openclip.command.parse import parse
-    from open_clip_ov2.openclip.run.run_memory import stage_flops
+    from open_clip_ov2.openclip.run.stage_costs import stage_flops
 
     plan = parse([*argv, "--logs", str(logs)], world_size=1)
     return Known(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from open_clip_ov2.errors import UserError
 
@@ -12,25 +14,24 @@ LONGEST = 40  # characters; Python refuses to convert very long numbers
 _NUMBER = re.compile(r"(\d+(?:_\d+)*)(\.\d+)?\s*([KMB]?)", re.IGNORECASE | re.ASCII)
 
 
-def parse_samples(value: str | int) -> int:
-    """Exact, without floats. Raises UserError for what is no number, negative, or a fraction of a sample."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{value!r} is not a number of samples; write 2_000_000 or 2M (K, M, B)")
-    if isinstance(value, int):
-        if value < 0:
-            raise UserError(f"{value} is negative; a number of samples is at least 0")
-        return value
-    text = value.strip()
-    found = _NUMBER.fullmatch(text) if len(text) <= LONGEST else None
-    if found is None:
-        if text.startswith("-") and _NUMBER.fullmatch(text[1:].lstrip()):
-            raise UserError(f"{text} is negative; a number of samples is at least 0")
-        raise UserError(f"{value!r} is not a number of samples; write 2000000 or 2M (K, M, B)")
-    whole, part, unit = found.groups()
-    exact = Fraction(whole.replace("_", "") + (part or "")) * UNITS[unit.upper()]
-    if exact.denominator != 1:
-        raise UserError(f"{text} is not a whole number of samples")
-    return exact.numerator
+def sample_count(least: int) -> Callable[[Any], int]:
+    """A reader (see `tables`) of a number of samples >= `least`, computed exactly. It raises UserError."""
+
+    def read(value: Any) -> int:
+        text = str(value).strip()
+        found = _NUMBER.fullmatch(text) if len(text) <= LONGEST else None
+        if found is None or isinstance(value, (bool, float)):
+            raise UserError(f"{value!r}: expected a number of samples >= {least}, such as 2_000_000 or 2M (K, M, B)")
+        whole, part, unit = found.groups()
+        exact = Fraction(whole.replace("_", "") + (part or "")) * UNITS[unit.upper()]
+        if exact.denominator != 1 or exact < least:
+            raise UserError(f"{text}: expected an integer number of samples >= {least}")
+        return exact.numerator
+
+    return read
+
+
+parse_samples = sample_count(0)
 
 
 def short_count(number: int) -> str:
@@ -40,3 +41,8 @@ def short_count(number: int) -> str:
         if number >= UNITS[unit] * 0.9995:
             return f"{number / UNITS[unit]:.3g} {unit}"
     return str(number)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    return max(size for size in range(1, max(1, min(number, limit)) + 1) if number % size == 0)

@@ -1,93 +1,123 @@
-"""A run as frozen data: a recipe, and its stages. None always means "not said": the run's flag or its default holds."""
+"""A run as frozen data: a recipe and its stages. None means that the run's flag, or its default, holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.counts import short_count
+from open_clip_ov2.recipe.counts import sample_count, short_count
+from open_clip_ov2.tables import from_table, key, keys_of, one_of, pairs, real, switch, text, whole
 
-LR_BATCH = 256  # lr = base_lr x global batch / 256 (docs/reference.md, "Recipe")
+# What OpenCLIP 3.3 accepts (a test compares them with its parser and scheduler).
+SCHEDULES = ("cosine", "const", "const-cooldown")
+PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32")
 
 FlagScalar = str | int | float | bool
 FlagValue = FlagScalar | tuple[FlagScalar, ...]
+_fraction = real(0, 1, above=True)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """`scale`: the least and the greatest share of the area that a training crop takes."""
+def _range(value: Any) -> tuple[float, float]:
+    """0.35, "0.35", "0.25:1.0" or [0.25, 1.0], in (0, 1]."""
+    parts = value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    if len(parts) not in (1, 2):
+        raise UserError(f"{value!r}: expected a number (0.35) or a range low:high (0.25:1.0)")
+    low, high = _fraction(parts[0]), _fraction(parts[-1])
+    if low > high:
+        raise UserError(f"{low:g}:{high:g}: expected the lower end of the range first")
+    return low, high
 
-    scale: tuple[float, float] | None = None
-    color_jitter: bool | None = None
+
+def _keep_ratio(value: Any) -> str:
+    low, high = _range(value)
+    return repr(low) if low == high else f"{low!r}:{high!r}"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One resolution's training. Durations are in samples; `batch_size` is the most images at once in a process;
-    `keep_ratio` is "0.35" or a range, "0.25:1.0".
+    """Training at one resolution. The fields are the keys of `[[stage]]` and `--stage`; `flag` is the flag of
+    `ov2 train` that a key stands for, if it has another name.
 
-    Raises UserError for values that contradict each other.
+    Durations are in samples; `batch_size` is the largest number of images at once in a process; `keep_ratio` is "0.35"
+    or a range, "0.25:1.0"; `crop_scale` is the smallest and the largest fraction of the area that a training crop
+    takes. Raises UserError for values that contradict each other.
     """
 
-    resolution: int
-    samples: int
-    global_batch: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    base_lr: float | None = None
-    warmup_samples: int | None = None
-    schedule: str | None = None
-    keep_ratio: str | None = None
-    eval_keep_ratio: float | None = None
-    weight_decay: float | None = None
-    augmentation: Augmentation | None = None
-    precision: str | None = None
-    grad_checkpointing: bool | None = None
-    context_length: int | None = None
-    train_data: str | None = None
-    name: str | None = None
+    resolution: int = key(whole(1), example="84", flag="force-image-size")
+    samples: int = key(sample_count(1), example='2_000_000 or "2M"', flag="train-num-samples")
+    global_batch: int | None = key(whole(1), default=None)
+    batch_size: int | None = key(whole(1), default=None)
+    lr: float | None = key(real(0, above=True), default=None)
+    base_lr: float | None = key(real(0, above=True), default=None)
+    warmup_samples: int | None = key(sample_count(0), default=None)
+    schedule: str | None = key(one_of(*SCHEDULES), default=None, flag="lr-scheduler")
+    keep_ratio: str | None = key(_keep_ratio, default=None)
+    eval_keep_ratio: float | None = key(_fraction, default=None)
+    weight_decay: float | None = key(real(0), default=None, flag="wd")
+    crop_scale: tuple[float, float] | None = key(_range, default=None, flag="aug-cfg")
+    color_jitter: bool | None = key(switch, default=None)
+    precision: str | None = key(one_of(*PRECISIONS), default=None)
+    grad_checkpointing: bool | None = key(switch, default=None)
+    context_length: int | None = key(whole(2), default=None, flag="force-context-length")  # begin of text, one target
+    train_data: str | None = key(text, default=None)
+    name: str | None = key(text, default=None)
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.base_lr is not None:
-            raise UserError(f"lr and base-lr both given; base-lr is lr at a global batch of {LR_BATCH}, leave one out")
+            raise UserError("lr and base-lr are both given; base-lr is the lr at a global batch of 256, leave one out")
         if self.warmup_samples is not None and self.warmup_samples > self.samples:
             raise UserError(f"warmup-samples {self.warmup_samples:,} is more than the stage's samples {self.samples:,}")
 
-    def steps(self, global_batch: int) -> int:
-        """Optimizer steps; the last one is made up to a whole batch."""
-        return -(-self.samples // global_batch)
+    @property
+    def title(self) -> str:
+        return self.name or f"{self.resolution} px"
 
-    def peak_lr(self, global_batch: int) -> float | None:
-        """The learning rate after warm-up, if the stage says one."""
-        return self.lr if self.base_lr is None else self.base_lr * global_batch / LR_BATCH
+    def items(self) -> dict[str, Any]:
+        """The values that are given, by key."""
+        values = {name: getattr(self, field.name) for name, field in keys_of(Stage).items()}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def described(self, global_batch: int | None = None) -> str:
-        """One line for logs. `global_batch`: the run's, where the stage says none."""
-        batch = self.global_batch or global_batch
-        parts = [f"{self.resolution} px", f"{short_count(self.samples)} samples"]
-        if batch is not None:
-            parts.append(f"batch {batch:,}")
-        if self.base_lr is not None and batch is None:
-            parts.append(f"base lr {_scientific(self.base_lr)}")
-        elif (lr := self.peak_lr(batch or LR_BATCH)) is not None:
-            parts.append(f"lr {_scientific(lr)}")
-        if self.keep_ratio is not None:
-            parts.append(f"keep {self.keep_ratio}")
+    def added_to(self, flags: list[str]) -> list[str]:
+        """argv of `ov2 train` for this stage: `flags`, overridden by what the stage says."""
+        values = {FLAGS[name]: value for name, value in self.items().items() if name != "name"}
+        if self.crop_scale is not None:
+            values["aug-cfg"] = f"scale=({self.crop_scale[0]},{self.crop_scale[1]})"
+        off = {f"--{flag}" for flag, value in values.items() if value is False}
+        return [*(word for word in flags if word not in off), *to_argv({**values, "epochs": 1})]
+
+    def described(self, global_batch: int, lr: float) -> str:
+        """One line for logs."""
+        mantissa, exponent = f"{lr:.1e}".split("e")
+        parts = [f"{self.resolution} px", f"{short_count(self.samples)} samples", f"batch {global_batch:,}"]
+        parts += [f"lr {mantissa}e{int(exponent)}", *([f"keep {self.keep_ratio}"] if self.keep_ratio else [])]
         return (f"{self.name}: " if self.name else "") + ", ".join(parts)
 
 
-def _scientific(value: float) -> str:
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+# The flag of each key of a stage.
+FLAGS = {name: field.metadata["flag"] or name for name, field in keys_of(Stage).items()}
+
+
+def parse_stage(text: str) -> Stage:
+    """`112:samples=2M,base-lr=8e-6,keep-ratio=0.35`, as after `--stage`. Raises UserError.
+
+    Commas within braces belong to the value: `train-data=shards/{0,7}.tar`.
+    """
+    where = f"--stage {text}"
+    resolution, colon, rest = text.partition(":")
+    if not colon or "=" in resolution:
+        raise UserError(f"{where}: begin with the resolution and a colon, for example 112:samples=2M,base-lr=8e-6")
+    return from_table(Stage, where, [("resolution", resolution.strip()), *pairs(where, rest)])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its stages, and any other flags of `ov2 train` by name, without dashes in front: {"beta2": 0.95}.
+    """A model, its stages, and any other flags of `ov2 train` by name without dashes: {"beta2": 0.95}.
 
-    `source` is the file it was read from, and no part of what it says.
+    `source` is the file it was read from; it does not matter for equality.
     """
 
     model: str | None

@@ -1,293 +1,171 @@
-"""The flags of `ov2 train` that OpenCLIP does not have: their parser, and what it gives, frozen."""
+"""The flags of `ov2 train` that OpenCLIP does not have. Each is a field of one of three frozen dataclasses, which says
+how it is read and what `--help` prints."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from open_clip_ov2.argv import Parser
+from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
-from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe import parse_samples
+from open_clip_ov2.recipe.counts import sample_count
+from open_clip_ov2.tables import one_of, real, text, whole
 
-DEFAULT_CAPTION_KEYS = "txt"
 DECODE = ("fast", "exact")
 FAMILY = "family"
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Stages, and OpenCLIP's batch, learning rate and warm-up in other units."""
+
+    recipe: Path | None = flag(
+        "FILE.toml", Path, "read stages and flags from a file; flags on the command line override it"
+    )
+    stage: list[str] | None = flag(
+        "PX:samples=N,KEY=VALUE,...",
+        text,
+        "one stage, repeatable: 112:samples=2M,base-lr=8e-6; for keys that it does not set, the flags of the run apply",
+        repeat=True,
+    )
+    global_batch: int | None = flag(
+        "N",
+        whole(1),
+        "images in one optimizer step, over all processes; --batch-size is then the largest number at once in each",
+    )
+    base_lr: float | None = flag("LR", real(0), "set --lr to LR x global batch / 256")
+    warmup_samples: int | None = flag("N", sample_count(0), "--warmup in samples (2M, 500k)")
+    carry_optimizer: bool = switch_flag("keep the optimizer state when the next stage starts")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What one stage trains with."""
+    """Model, loss and data of one stage."""
 
-    caption_keys: tuple[CaptionKey, ...]
-    caption_keys_given: bool
-    keep_ratio: KeepRatio | None
-    eval_keep_ratio: float | None
-    fusion: str | None
-    tokenizer: str | None
-    label_smoothing: float
-    z_loss: float
-    activation_memory_budget: float | None
-    gradient_reduction: str
-    color_jitter: bool
-    decode: str | None
-    augmentation: str | None
-    max_image_pixels: int
-    shuffle_buffer: int
+    keep_ratio: KeepRatio | None = flag(
+        "R|LOW:HIGH",
+        KeepRatio.of,
+        "fraction of the patch tokens that the decoder sees, in (0, 1], or a range from which each step draws it "
+        "(default: the model's, 0.35)",
+    )
+    eval_keep_ratio: float | None = flag(
+        "R",
+        real(0, 1, above=True),
+        "the same in evaluation and generation (default: as in training; the high end of a range)",
+    )
+    fusion: str | None = flag(
+        "|".join(FUSIONS), one_of(*FUSIONS), "how the decoder attends to the image (default: prefix)"
+    )
+    tokenizer: str | None = flag(
+        "NAME|FOLDER",
+        text,
+        "BERT word pieces with the reference's ids, from a hub name or a folder with vocab.txt (default: OpenCLIP's "
+        "built-in tokenizer)",
+    )
+    label_smoothing: float = flag("E", real(0, 1), "label smoothing of the caption loss (default: 0)", default=0.0)
+    z_loss: float = flag("W", real(0), "weight of the squared log partition function (default: 0)", default=0.0)
+    activation_memory_budget: float | None = flag(
+        "F",
+        real(0, 1),
+        "with --torchcompile: the fraction of its activations that a block keeps for the backward pass; the others are "
+        "recomputed (default: torch.compile's choice, 1)",
+    )
+    gradient_reduction: str = flag(
+        "fp32|bf16",
+        one_of("fp32", "bf16"),
+        "data type in which processes sum their gradients; bf16 sends half the bytes (default: fp32)",
+        default="fp32",
+    )
+    caption_keys: tuple[CaptionKey, ...] = flag(
+        "KEY[=WEIGHT],...",
+        parse_caption_keys,
+        "where captions are: txt, json:dotted.path, a csv column; one is drawn by weight each time a sample is read "
+        "(default: txt; csv: --csv-caption-key)",
+    )
+    color_jitter: bool = switch_flag("color jitter and gray images as in the reference, strength 0.4")
+    decode: str | None = flag(
+        "|".join(DECODE),
+        one_of(*DECODE),
+        "fast: decode training JPEGs at a reduced scale where the crop stays at least twice the resolution; exact: "
+        "decode them whole, as PIL does. The crops are the same (default: fast; CLIP and CoCa: exact)",
+    )
+    augmentation: str | None = flag(
+        FAMILY,
+        one_of(FAMILY),
+        "family: use the crop, interpolation, mean and std of ov2 models with any model, so that CLIP and CoCa see the "
+        "same pixels (default: the model's own)",
+    )
+    max_image_pixels: int = flag(
+        "N", whole(1), f"skip images with more pixels (default: {MAX_IMAGE_PIXELS})", default=MAX_IMAGE_PIXELS
+    )
+    shuffle_buffer: int = flag(
+        "N", whole(1), "samples in the shuffle buffer of each data worker (default: 5000)", default=5000
+    )
+    caption_keys_given: bool = False  # whether a csv file's own --csv-caption-key is overridden
 
-    def model_options(self) -> dict[str, object]:
+    def model_options(self) -> dict[str, Any]:
         """What `create_model` gets on top of the model's config."""
-        given = {
-            "keep_ratio": self.keep_ratio,
-            "eval_keep_ratio": self.eval_keep_ratio,
-            "fusion": self.fusion,
-        }
+        given = {"keep_ratio": self.keep_ratio, "eval_keep_ratio": self.eval_keep_ratio, "fusion": self.fusion}
         return {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is kept: saved, validated, watched. None of these changes what is trained."""
+    """Checkpoints, validation and progress. None of these changes what is trained."""
 
-    save_every_steps: int | None
-    save_every_minutes: float | None
-    keep_checkpoints: int
-    val_every_samples: int | None
-    eval: str | None
-    eval_every_samples: int | None
-    max_bad_steps: int
-    stall_warning: float
-    sample_captions: int
-    until_stage: int | None
-    override: bool
-
-
-def number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        fine = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-        if not fine or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} lies outside {interval}")
-        return value
-
-    return parse
-
-
-def count(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text.replace("_", ""))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return value
-
-    return parse
+    save_every_steps: int | None = flag(
+        "N", whole(1), "write a checkpoint every N steps, in addition to --save-frequency"
+    )
+    save_every_minutes: float | None = flag("M", real(0, above=True), "write a checkpoint every M minutes")
+    keep_checkpoints: int = flag(
+        "K", whole(1), "keep the last K checkpoints, the best one, and each stage's last (default: 3)", default=3
+    )
+    val_every_samples: int | None = flag("N", sample_count(1), "validate every N samples too (2M, 500k)")
+    eval: str | None = flag(
+        "'FLAGS'",
+        text,
+        "run tasks of `ov2 eval` at each validation, with its flags: --eval '--tasks knn --data D --train-data T'",
+    )
+    eval_every_samples: int | None = flag(
+        "N", sample_count(1), "run the tasks of --eval every N samples and at the end of a stage instead"
+    )
+    sample_captions: int = flag(
+        "N", whole(0), "caption N held-out images at each validation, for TensorBoard (default: 8)", default=8
+    )
+    max_bad_steps: int = flag(
+        "N",
+        whole(1),
+        "stop after N consecutive steps with a non-finite loss or gradient; such steps change no weight (default: 10)",
+        default=10,
+    )
+    stall_warning: float = flag(
+        "S",
+        real(0, above=True),
+        "after S seconds without a batch, log the shard that is being read (default: 60)",
+        default=60.0,
+    )
+    until_stage: int | None = flag("K", whole(1), "end the run successfully after stage K (counted from 1)")
+    override: bool = switch_flag("continue a run although its configuration has changed")
 
 
-def samples(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = parse_samples(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return value
-
-    return parse
-
-
-def _keep_ratio(text: str) -> KeepRatio:
-    try:
-        return KeepRatio.of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Our flags alone."""
+def build_parser() -> Parser:
+    """A parser of our flags alone."""
     parser = Parser(prog="ov2 train", add_help=False, usage=argparse.SUPPRESS)
-    _add_schedule(parser.add_argument_group("stages (flags of ov2; all others are OpenCLIP's)"))
-    _add_model(parser.add_argument_group("model and loss"))
-    _add_data(parser.add_argument_group("data"))
-    _add_keeping(parser.add_argument_group("checkpoints and watching"))
+    add_flags(parser.add_argument_group("stages (flags of ov2; all others are OpenCLIP's)"), ScheduleOptions)
+    add_flags(parser.add_argument_group("model, loss and data"), TrainOptions)
+    add_flags(parser.add_argument_group("checkpoints, validation and progress"), RunOptions)
     return parser
 
 
-def _add_schedule(group: Any) -> None:
-    add = group.add_argument
-    add("--recipe", type=Path, metavar="FILE.toml", help="stages and flags from a file; flags given here override it")
-    add(
-        "--stage",
-        action="append",
-        metavar="PX:samples=N,KEY=VALUE,...",
-        help="one stage, repeatable: 112:samples=2M,base-lr=8e-6; what it does not say is the run's flag",
-    )
-    add(
-        "--global-batch",
-        type=count(1),
-        metavar="N",
-        help="images in one optimizer step, over all processes; --batch-size is then the most at once in each",
-    )
-    add("--base-lr", type=number(0, math.inf, open_high=True), metavar="LR", help="--lr = LR x global batch / 256")
-    add("--warmup-samples", type=samples(0), metavar="N", help="--warmup in samples")
-    add("--carry-optimizer", action="store_true", help="a stage goes on with the moments of the one before")
-    add("--until-stage", type=count(1), metavar="K", help="stop, successfully, after stage K (from 1)")
-    add("--override", action="store_true", help="go on with a run whose configuration differs from this one")
-
-
-def _add_model(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--keep-ratio",
-        type=_keep_ratio,
-        metavar="R|LOW:HIGH",
-        help="share of patch tokens that the decoder gets, in (0, 1], or a range drawn from at each step "
-        "(default: the model's, 0.35)",
-    )
-    add(
-        "--eval-keep-ratio",
-        type=number(0, 1, open_low=True),
-        metavar="R",
-        help="the same in evaluation and generation (default: as in training; the high end of a range)",
-    )
-    add("--fusion", choices=FUSIONS, help="how the decoder sees the image (default: prefix)")
-    add(
-        "--tokenizer",
-        metavar="NAME|FOLDER",
-        help="BERT word pieces with the reference's ids, from a hub name or a folder with vocab.txt "
-        "(default: OpenCLIP's built-in tokenizer)",
-    )
-    add("--label-smoothing", type=number(0, 1, open_high=True), default=0.0, metavar="E", help="default: 0")
-    add(
-        "--z-loss",
-        type=number(0, math.inf, open_high=True),
-        default=0.0,
-        metavar="W",
-        help="weight of the squared log partition function (default: 0)",
-    )
-    add(
-        "--activation-memory-budget",
-        type=number(0, 1),
-        metavar="F",
-        help="with --torchcompile: the share of its activations that a block keeps; backward computes the rest again, "
-        "what costs least time for its memory first (default: what torch.compile keeps, 1)",
-    )
-    add(
-        "--gradient-reduction",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="in what gradients are summed between processes; bf16 sends half the bytes (default: fp32)",
-    )
-
-
-def _add_data(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--caption-keys",
-        metavar="KEY[=WEIGHT],...",
-        default=None,
-        help="where captions are: txt, json:dotted.path, a csv column; drawn by weight anew each time a sample "
-        "is seen (default: txt; csv: --csv-caption-key)",
-    )
-    add("--color-jitter", action="store_true", help="the reference's colour jitter and grey, strength 0.4")
-    add(
-        "--decode",
-        choices=DECODE,
-        help="fast: training JPEGs at a reduced scale where the crop stays twice the resolution; exact: whole, as PIL "
-        "has them. The crops are the same (default: fast; CLIP and CoCa: exact)",
-    )
-    add(
-        "--augmentation",
-        choices=(FAMILY,),
-        help="family: the crop, interpolation, mean and std of ov2 models for any model, so that CLIP and CoCa see the "
-        "same pixels (default: the model's own)",
-    )
-    add(
-        "--max-image-pixels",
-        type=count(1),
-        default=MAX_IMAGE_PIXELS,
-        metavar="N",
-        help="larger images are skipped samples (default: %(default)s)",
-    )
-    add(
-        "--shuffle-buffer",
-        type=count(1),
-        default=5000,
-        metavar="N",
-        help="samples in each data worker's shuffle buffer (default: %(default)s)",
-    )
-    add(
-        "--stall-warning",
-        type=number(0, math.inf, open_low=True, open_high=True),
-        default=60.0,
-        metavar="S",
-        help="after S seconds without a batch, say which shard is being read (default: 60)",
-    )
-
-
-def _add_keeping(group: Any) -> None:
-    add = group.add_argument
-    add("--save-every-steps", type=count(1), metavar="N", help="a checkpoint every N steps, beside --save-frequency's")
-    add(
-        "--save-every-minutes",
-        type=number(0, math.inf, open_low=True, open_high=True),
-        metavar="M",
-        help="a checkpoint every M minutes",
-    )
-    add(
-        "--keep-checkpoints",
-        type=count(1),
-        default=3,
-        metavar="K",
-        help="the last K are kept, and the best, and each stage's end (default: %(default)s)",
-    )
-    add("--val-every-samples", type=samples(1), metavar="N", help="validate every N samples too (2M, 500k)")
-    add(
-        "--eval",
-        metavar="'FLAGS'",
-        help="tasks of `ov2 eval` at each validation, with its flags: --eval '--tasks knn --data D --train-data T'",
-    )
-    add(
-        "--eval-every-samples", type=samples(1), metavar="N", help="--eval's tasks every N samples and at a stage's end"
-    )
-    add(
-        "--sample-captions",
-        type=count(0),
-        default=8,
-        metavar="N",
-        help="held-out pictures captioned at each validation, for TensorBoard (default: %(default)s)",
-    )
-    add(
-        "--max-bad-steps",
-        type=count(1),
-        default=10,
-        metavar="N",
-        help="stop after N steps in a row with a non-finite loss or gradient, which are left out (default: 10)",
-    )
-
-
-def train_options(ours: argparse.Namespace) -> TrainOptions:
-    values = {field.name: getattr(ours, field.name) for field in fields(TrainOptions) if hasattr(ours, field.name)}
-    values |= {
-        "caption_keys": parse_caption_keys(ours.caption_keys or DEFAULT_CAPTION_KEYS),
-        "caption_keys_given": ours.caption_keys is not None,
-    }
-    return TrainOptions(**values)
-
-
-def run_options(ours: argparse.Namespace) -> RunOptions:
-    return RunOptions(**{field.name: getattr(ours, field.name) for field in fields(RunOptions)})
+def options(kind: type[Options], parsed: argparse.Namespace) -> Options:
+    """The part of the parsed flags that is declared in `kind`."""
+    values = flag_values(kind, parsed)
+    if kind is TrainOptions:
+        values["caption_keys_given"] = values["caption_keys"] is not None
+        values["caption_keys"] = values["caption_keys"] or parse_caption_keys("txt")
+    return kind(**values)

@@ -6,51 +6,44 @@ import argparse
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from open_clip_train.distributed import world_info_from_env
 from open_clip_train.params import parse_args as open_clip_parse_args
 
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.argv import is_given, to_argv, without
+from open_clip_ov2.errors import UserError, first_line, nearest
 from open_clip_ov2.openclip.command.flag_checks import check_eval, check_stage
-from open_clip_ov2.openclip.command.flags import build_parser, run_options, train_options
+from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
-from open_clip_ov2.openclip.command.stage_flags import (
-    derived_words,
-    given,
-    one_aug_cfg,
-    recipe_words,
-    stage_words,
-    without,
-)
+from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
 SEED_STEP = 1_000_003  # between stages: far from the `seed + rank` that OpenCLIP seeds each process with
 
 
-def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None = None) -> RunPlan:
-    """`world_size` (processes) and `gpu`: what the run will have, by default this environment's. Raises UserError."""
+def parse(
+    argv: Sequence[str], world_size: int | None = None, gpu: bool | None = None, *, needs_data: bool = True
+) -> RunPlan:
+    """`world_size` (processes) and `gpu` are what the run will have, by default this environment's; without
+    `needs_data`, a command line without --train-data is accepted. Raises UserError."""
     gpu = torch.cuda.is_available() if gpu is None else gpu
     world_size = world_info_from_env()[2] if world_size is None else world_size
-    ours, _ = build_parser().parse_known_args(list(argv))
-    if ours.recipe and ours.stage:
-        raise UserError("--recipe and --stage: one or the other; a recipe's stages stand in its file")
-    recipe = load_recipe(ours.recipe) if ours.recipe else None
-    said = _stages(ours, argv, recipe)
-    stages = [_stage(words, stage, index, world_size, gpu) for index, (words, stage) in enumerate(said)]
-    ours, _ = build_parser().parse_known_args(said[0][0])  # with what a recipe's [train] says of the whole run
-    first = stages[0].args
+    schedule = options(ScheduleOptions, build_parser().parse_known_args(list(argv))[0])
+    if schedule.recipe and schedule.stage:
+        raise UserError("--recipe and --stage: give one or the other; a recipe's stages stand in its file")
+    recipe = load_recipe(schedule.recipe) if schedule.recipe else None
+    given = _stages(schedule, argv, recipe)
+    stages = [_stage(flags, stage, index, world_size, gpu, needs_data) for index, (flags, stage) in enumerate(given)]
+    ours, _ = build_parser().parse_known_args(given[0][0])  # with the flags of a recipe's [train]
+    run, first = options(RunOptions, ours), stages[0].args
     config = run_config(stages, world_size, ours.carry_optimizer)
-    stem = f"-{recipe.source.stem}" if recipe and recipe.source and recipe.source.stem != first.model else ""
-    name = first.name or f"{first.model.replace('/', '-').replace(':', '-')}{stem}-{signature(config)}"
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"--name {name}: leads out of --logs {first.logs}; say the folder by --logs")
-    if ours.until_stage and ours.until_stage > len(stages):
-        raise UserError(f"--until-stage {ours.until_stage}: there are {len(stages)} stages")
+    if run.until_stage and run.until_stage > len(stages):
+        raise UserError(f"--until-stage {run.until_stage}: the run has {len(stages)} stages")
+    name = _name(first, recipe, signature(config))
     return RunPlan(
         name=name,
         folder=Path(first.logs) / name,
@@ -58,66 +51,77 @@ def parse(argv: Sequence[str], world_size: int | None = None, gpu: bool | None =
         is_ov2=factory.is_ov2_model(first.model),
         stages=tuple(stages),
         carry_optimizer=ours.carry_optimizer,
-        options=run_options(ours),
+        options=run,
         config=config,
         recipe=recipe,
         argv=tuple(argv),
     )
 
 
+def _name(args: argparse.Namespace, recipe: Recipe | None, config_signature: str) -> str:
+    """The run's name: --name, or model, recipe and signature."""
+    stem = f"-{recipe.source.stem}" if recipe and recipe.source and recipe.source.stem != args.model else ""
+    name = args.name or f"{args.model.replace('/', '-').replace(':', '-')}{stem}-{config_signature}"
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"--name {name}: leads out of --logs {args.logs}; set the folder with --logs")
+    return str(name)
+
+
 def _stages(
-    ours: argparse.Namespace, argv: Sequence[str], recipe: Recipe | None
+    schedule: ScheduleOptions, argv: Sequence[str], recipe: Recipe | None
 ) -> list[tuple[list[str], Stage | None]]:
-    """All flags of each stage, and what was said of it.
+    """All flags of each stage, and the stage itself.
 
     Of two equal flags the later wins: argv over a file, --stage over the rest of argv.
     """
     mine = without(argv, ("--recipe", "--stage"))
+    found: list[tuple[list[str], Stage | None]]
     if recipe is not None:
-        stages, common = recipe.stages, recipe_words(recipe)
-        words = [common + stage_words(stage) + mine for stage in stages]
-    elif ours.stage:
-        stages = tuple(parse_stage(text) for text in ours.stage)
-        words = [mine + stage_words(stage) for stage in stages]
+        common = to_argv({"model": recipe.model, **recipe.flags})
+        found = [([*stage.added_to(common), *mine], stage) for stage in recipe.stages]
+    elif schedule.stage:
+        found = [(stage.added_to(mine), stage) for stage in map(parse_stage, schedule.stage)]
     else:
         return [(mine, None)]
     for flag in ("--epochs", "--train-num-samples", "--force-image-size"):
-        if given(mine, flag):
-            raise UserError(f"{flag}: a stage says its resolution and samples itself; leave the flag out")
-    return list(zip(words, stages, strict=True))
+        if is_given(mine, flag):
+            raise UserError(f"{flag}: each stage has its own resolution and samples; leave the flag out")
+    return found
 
 
-def _stage(words: list[str], said: Stage | None, index: int, world_size: int, gpu: bool) -> StagePlan:
-    title = said.name or f"{said.resolution} px" if said else ""
-    words = one_aug_cfg(words)
-    ours, rest = build_parser().parse_known_args(words)
+def _stage(
+    flags: list[str], stage: Stage | None, index: int, world_size: int, gpu: bool, needs_data: bool
+) -> StagePlan:
+    title = stage.title if stage else ""
+    flags = one_aug_cfg(flags)
+    ours, rest = build_parser().parse_known_args(flags)
     theirs = _parse_theirs(rest)
-    _check_model_name(theirs.model, given(words, "--model"))
+    _check_model_name(theirs.model, is_given(flags, "--model"))
     try:
-        rest += derived_words(words, ours, theirs, world_size, gpu)
+        rest += derived_flags(flags, ours, theirs, world_size, gpu)
     except UserError as error:
         raise UserError(f"stage {index + 1} ({title}): {error}" if title else str(error)) from None
     if index:
         rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
     theirs = _parse_theirs(rest)
-    options = train_options(ours)
-    check_stage(options, theirs, gpu)
+    train = options(TrainOptions, ours)
+    check_stage(train, theirs, gpu, needs_data)
     if ours.eval_every_samples and not ours.eval:
-        raise UserError("--eval-every-samples: there are no tasks; say them by --eval '--tasks ...'")
+        raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
     if ours.eval:
         check_eval(ours.eval, theirs)
-    summary = said.described(theirs.batch_size * theirs.accum_freq * world_size) if said else ""
-    return StagePlan(index, title, summary, options, theirs, tuple(rest), given(words, "--precision"))
+    summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
+    return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"))
 
 
-def _parse_theirs(words: Sequence[str]) -> argparse.Namespace:
+def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:
     with _one_line_errors():
-        parsed = open_clip_parse_args(list(words))
-    for word in words:  # argparse would take an abbreviation, which nothing else here would recognise
+        parsed = open_clip_parse_args(list(argv))
+    for word in argv:  # argparse would take an abbreviation, which nothing else here would recognise
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:].replace("-", "_") not in vars(parsed):
-            near = get_close_matches(flag[2:].replace("-", "_"), vars(parsed), n=1, cutoff=0.0)
-            raise UserError(f"ov2 train: {flag}: flags are written out (near: --{near[0].replace('_', '-')})")
+            known = [f"--{name.replace('_', '-')}" for name in vars(parsed)]
+            raise UserError(f"ov2 train: {flag}: write flags in full{nearest(flag, known)}")
     return parsed
 
 
@@ -142,16 +146,11 @@ def _check_model_name(name: str, was_given: bool) -> None:
     if ":" in name:
         try:
             factory.is_ov2_model(name)
-        except (
-            Exception
-        ) as error:  # whatever a folder that is none, or a hub that cannot be reached, makes upstream raise
-            raise UserError(f"--model {name}: its config cannot be had ({str(error).splitlines()[0]})") from error
-        return
-    if name in factory.known_models():
-        return
-    near = get_close_matches(name, factory.known_models(), n=3, cutoff=0.5)
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise UserError(f"--model {name}: no such model{hint} (open_clip.list_models() lists them)")
+        except Exception as error:  # whatever upstream raises for a missing folder or a hub that cannot be reached
+            raise UserError(f"--model {name}: its config cannot be read ({first_line(error)})") from error
+    elif name not in factory.known_models():
+        hint = nearest(name, factory.known_models(), count=3)
+        raise UserError(f"--model {name}: no such model{hint} (open_clip.list_models() lists them)")
 
 
 def help_text() -> str:

@@ -30,6 +30,12 @@ class StagePlan:
         """As users count: from 1."""
         return self.index + 1
 
+    @property
+    def image_size(self) -> int | list[int] | None:
+        """--force-image-size: one number for a square, [height, width], or None for the model's own."""
+        size = self.args.force_image_size
+        return size[0] if isinstance(size, list) and len(size) == 1 else size
+
 
 @dataclass(frozen=True)
 class RunPlan:

@@ -27,7 +27,7 @@ from open_clip_ov2.openclip.models.factory import is_ov2_config, known_models
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for, text_options
 from open_clip_ov2.openclip.run import baselines, optimizers
-from open_clip_ov2.openclip.run.model_flops import image_flops
+from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.train.step import StepSettings, optimizer_step
 
 Pair = tuple[Tensor, Tensor]
@@ -87,7 +87,7 @@ class Contender:
 
     def image_flops(self, mean_targets: float) -> float:
         """Model FLOPs, forward and backward, of an image whose caption has so many real targets on average."""
-        return image_flops(self.facts, self.options.resolution)(mean_targets)
+        return image_flops(self.facts)(mean_targets)
 
     def _built(self) -> Any:
         name, options = self.options.model, self.options

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import open_clip
-import torch
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.command.run_config import signature
-from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
+from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.models.model_facts import meta_model
 from open_clip_ov2.openclip.run.loaders import dataset_type, make_source, samples_per_epoch
+from open_clip_ov2.openclip.run.run_folder import check_same_run
+from open_clip_ov2.openclip.run.stage_costs import stage_cost, stage_facts
 from open_clip_ov2.openclip.run.stage_model import model_options
+from open_clip_ov2.recipe.costs import Checked, Machine
 
 
-@dataclass(frozen=True)
-class CheckedRun:
-    """`parameters` of the model, `total_samples` over all stages; `signature` of the run's configuration."""
+def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: float | None) -> Checked:
+    """Parse the flags, read the recipe, find the data, and build the model without memory. Raises UserError.
 
-    plan: RunPlan
-    signature: str
-    total_samples: int
-    parameters: int
-
-
-def check_train(argv: Sequence[str], world_size: int, gpu: bool | None = None) -> CheckedRun:
-    """Flags parsed, recipe read, data found, model made on the meta device. Raises UserError.
-
-    `world_size` and `gpu` are what the run will have, not what this machine has.
+    `world_size`, `gpu` and `gpu_memory_gb` are what the run will have, not what this machine has.
     """
     plan = parse(argv, world_size, gpu)
     samples = sum(_check_data(stage, world_size) for stage in plan.stages)
     parameters = [_check_model(stage) for stage in plan.stages]
-    return CheckedRun(plan, signature(plan.config), samples, parameters[-1])
+    if not plan.stages[0].args.train_data and plan.stages[0].args.dataset_type != "synthetic":
+        raise UserError("--train-data is missing after `--`: there is nothing to train on")
+    check_same_run(plan)
+    if gpu_memory_gb is not None:
+        for stage in plan.stages:
+            _check_memory(stage, Machine(world_size, memory_gb=gpu_memory_gb))
+    return Checked(
+        name=plan.name,
+        run_dir=plan.folder,
+        signature=signature(plan.config),
+        model=plan.model,
+        stages=tuple(stage.title for stage in plan.stages),
+        summaries=tuple(stage.summary for stage in plan.stages),
+        total_samples=samples,
+        parameters=parameters[-1],
+        recipe=plan.recipe.source if plan.recipe else None,
+    )
 
 
 def _check_data(stage: StagePlan, world_size: int) -> int:
@@ -52,17 +58,24 @@ def _check_data(stage: StagePlan, world_size: int) -> int:
 
 
 def _check_model(stage: StagePlan) -> int:
-    """Number of its parameters."""
+    """Number of parameters of the stage's model."""
     args = stage.args
     options = model_options(stage.options, args.model, args.force_context_length)
-    size = args.force_image_size
-    size = size[0] if isinstance(size, list) and len(size) == 1 else size
-    try:
-        with torch.device("meta"):
-            model = open_clip.create_model(
-                args.model, device="meta", force_image_size=size, force_context_length=args.force_context_length,
-                **options,
-            )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from error
+    model = meta_model(args.model, resolution=stage.image_size, context_length=args.force_context_length, **options)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_memory(stage: StagePlan, machine: Machine) -> None:
+    try:
+        memory = stage_cost(stage, stage_facts(stage), machine).memory
+    except UserError as error:
+        print(f"memory    not estimated: {error}")
+        return
+    batch, limit_gb = stage.args.batch_size, machine.memory_gb
+    needed_gb = memory.of(batch) / 1e9
+    if needed_gb > limit_gb:
+        where = f"stage {stage.number} ({stage.title}): " if stage.title else ""
+        raise UserError(
+            f"{where}--batch-size {batch} needs about {needed_gb:.1f} GB on each GPU (--gpu-memory-gb {limit_gb:g}): "
+            f"at most {memory.most_images(limit_gb * 1e9)} fit (--accum-freq, --grad-checkpointing)"
+        )

@@ -29,9 +29,9 @@ from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.tokenizer import eos_id_of
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.loaders import LoaderInfo, make_data
-from open_clip_ov2.openclip.run.model_flops import stage_meter
 from open_clip_ov2.openclip.run.run_folder import resolved_config, write_config
 from open_clip_ov2.openclip.run.session import Session
+from open_clip_ov2.openclip.run.stage_costs import stage_meter
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageParts, StageProgress
 from open_clip_ov2.openclip.run.validation import Validation

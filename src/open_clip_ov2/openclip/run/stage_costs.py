@@ -1,0 +1,141 @@
+"""What a stage of a run costs, from its parsed flags: for `ov2 plan`, the memory check of `ov2 submit`, comparisons at
+equal FLOPs, and the MFU of a run that trains."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
+from open_clip_ov2.openclip.models.model_facts import ModelFacts, facts_of, model_facts
+from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
+from open_clip_ov2.recipe.model_costs import (
+    PRECISION,
+    Memory,
+    activation_bytes,
+    fixed_bytes,
+    flops,
+    loss_bytes,
+    total_flops,
+)
+from open_clip_ov2.tracking.peak import peak_of
+from open_clip_ov2.tracking.throughput import Meter
+
+logger = logging.getLogger("open_clip_ov2")
+
+
+def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | None = None) -> Plan:
+    """Raises UserError for a model that is not made of plain transformers, or a stage of unknown length."""
+    costs, others = [], []
+    for stage in plan.stages:
+        facts = stage_facts(stage)
+        if not stage.args.train_num_samples:
+            raise UserError("the length of the run is unknown; give --train-num-samples, --stage or a recipe")
+        speed = machine.speed(stage.index, len(plan.stages))
+        costs.append(stage_cost(stage, facts, machine, speed, mean_caption_tokens))
+        others.append(baseline_flops(facts.sizes, costs[-1]) if facts.sizes.is_ov2 else {})
+    baselines = {name: tuple(each[name] for each in others) for name in others[0]}
+    return Plan(plan.model, facts.parameters, tuple(costs), baselines, machine)
+
+
+def stage_facts(stage: StagePlan) -> ModelFacts:
+    """The model of a stage, built without memory. Raises UserError."""
+    args, options = stage.args, stage.options
+    return model_facts(
+        args.model,
+        resolution=stage.image_size,
+        context_length=args.force_context_length,
+        patch_dropout=args.force_patch_dropout,
+        tokenizer=options.tokenizer,
+        **options.model_options(),
+    )
+
+
+def stage_flops(stage: StagePlan) -> float:
+    """Forward and backward of one image with a caption of full length. Raises UserError."""
+    return stage_cost(stage, stage_facts(stage), Machine()).flops_per_image
+
+
+def stage_cost(
+    stage: StagePlan,
+    facts: ModelFacts,
+    machine: Machine,
+    speed: float | None = None,
+    mean_caption_tokens: float | None = None,
+) -> StageCost:
+    """`speed`: measured images per second of one GPU; `mean_caption_tokens`: real tokens of a caption, end of text
+    included, by default all positions. Raises UserError."""
+    args, resolution = stage.args, facts.resolution
+    tokens = facts.tokens(mean_caption_tokens)
+    # Of a range of keep ratios the largest one needs the most memory.
+    kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
+    precision, most = PRECISION[args.precision], replace(tokens, kept=kept)
+    memory = Memory(
+        fixed_bytes(facts.trained, facts.frozen, precision, machine.gpus) + loss_bytes(facts.sizes, precision),
+        activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
+    )
+    return StageCost(
+        title=stage.title or f"{resolution} px",
+        resolution=resolution,
+        samples=(args.train_num_samples or 0) * args.epochs,
+        tokens=tokens,
+        batch_size=args.batch_size,
+        accum_freq=args.accum_freq,
+        lr=args.lr,
+        warmup_steps=args.warmup,
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        context_length=facts.context_length,
+        parts=flops(facts.sizes, resolution, tokens),
+        memory=memory,
+        machine=machine,
+        speed=speed,
+    )
+
+
+def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
+    """FLOPs of forward and backward of one image, as a function of its caption's real target tokens.
+
+    An ov2 model computes that many positions and no padding. CoCa and CLIP compute their whole context whatever the
+    caption, as does an ov2 model for None.
+    """
+    whole = facts.tokens()
+
+    def of_length(length: int) -> float:
+        return total_flops(facts.sizes, facts.resolution, replace(whole, text=length, targets=float(length)))
+
+    everything = total_flops(facts.sizes, facts.resolution, whole)
+
+    def of(targets: float | None) -> float:
+        if targets is None or not facts.sizes.is_ov2:
+            return everything
+        low = math.floor(targets)
+        share = targets - low  # between two integers, where the square of attention is almost linear
+        return (1 - share) * of_length(low) + share * of_length(low + 1)
+
+    return of
+
+
+def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
+    """None, and a line in the log, where FLOPs are not known: towers that are no plain transformers, or frozen."""
+    if args.lock_image or args.lock_text:
+        logger.info("MFU is not measured: a part of the model is frozen")
+        return None
+    try:
+        facts = facts_of(args.model, model)
+    except (UserError, AttributeError) as error:
+        logger.info("MFU is not measured: %s", error)
+        return None
+    peak = peak_of(torch.device(args.device), args.precision)
+    logger.info(
+        "MFU is relative to %.4g TFLOP/s per device (%s, dense matrix products, %s)",
+        peak.flops / 1e12, peak.source, args.precision,
+    )  # fmt: skip
+    return Meter(image_flops(facts), peak.flops * args.world_size)
