@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import open_clip
 import pytest
 import torch
 from export_fixtures import images, make_run
 from PIL import Image
 
+from open_clip_ov2 import training
 from open_clip_ov2.cli import main
 from open_clip_ov2.core import VisionModel
+from open_clip_ov2.formats.targets import TARGETS
 
 SIZES = (56, 84)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -167,14 +170,15 @@ def test_the_whole_model(run, tmp_path: Path) -> None:
     assert open_clip.get_tokenizer(f"local-dir:{folder}")(["word3"])[0, :3].tolist() == [1, 7, 2]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_onnx(run, size: int, tmp_path: Path, capsys) -> None:
-    """Oracle: onnxruntime. Batches other than the one that was exported; int8's error is the one that is told."""
-    import onnxruntime
+@pytest.fixture(scope="module")
+def onnx_export(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """An export with int8, and what `ov2 export` says of it."""
+    return training.export(run.folder, "onnx", tmp_path_factory.mktemp("onnx") / "encoder", int8=True)
 
-    int8 = ["--int8"] if size == SIZES[0] else []
-    folder, ours = run.export("onnx", tmp_path / "onnx", *flags(size), *int8), run.at(size)
-    session = onnxruntime.InferenceSession(str(folder / "encoder.onnx"))
+
+def close_in_onnx(run, size: int, folder: Path) -> None:
+    """Oracle: our model on batches other than the one that was exported."""
+    session, ours = onnxruntime.InferenceSession(str(folder / "encoder.onnx")), run.at(size)
     for batch in (1, 5):
         tokens, pooled = session.run(["tokens", "pooled"], {"images": images(size, batch).numpy()})
         with torch.no_grad():
@@ -182,16 +186,19 @@ def test_onnx(run, size: int, tmp_path: Path, capsys) -> None:
                 torch.from_numpy(tokens), ours.encode_image_tokens(images(size, batch)), atol=5e-5, rtol=1e-5
             )
             torch.testing.assert_close(torch.from_numpy(pooled), ours.encode_image(images(size, batch)), **CLOSE)
-    told = capsys.readouterr().out
-    assert "encoder.onnx: largest difference to torch" in told
-    if not int8:
-        return
+
+
+def test_onnx(run, onnx_export) -> None:
+    """Oracle: onnxruntime; int8's error is the one that is reported."""
+    folder, notes = onnx_export
+    close_in_onnx(run, SIZES[0], folder)
+    assert notes[0].startswith("encoder.onnx: largest difference to torch ")
     small = onnxruntime.InferenceSession(str(folder / "encoder_int8.onnx"))
-    fixed = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    fixed = torch.randn(3, 3, SIZES[0], SIZES[0], generator=torch.Generator().manual_seed(0))
     tokens, _ = small.run(["tokens", "pooled"], {"images": fixed.numpy()})
     with torch.no_grad():
-        error = (torch.from_numpy(tokens) - ours.encode_image_tokens(fixed)).abs().max().item()
-    assert f"encoder_int8.onnx: largest difference to torch {error:.1e}" in told
+        error = (torch.from_numpy(tokens) - run.at(SIZES[0]).encode_image_tokens(fixed)).abs().max().item()
+    assert notes[1].startswith(f"encoder_int8.onnx: largest difference to torch {error:.1e}")
     assert 1e-4 < error < 1.0
     weights = {
         name: sum(path.stat().st_size for path in folder.glob(f"{name}*"))
@@ -200,12 +207,22 @@ def test_onnx(run, size: int, tmp_path: Path, capsys) -> None:
     assert weights["encoder_int8.onnx"] < 0.6 * weights["encoder.onnx"]
 
 
-@pytest.mark.parametrize("target", ["hf", "timm", "open-clip", "ov2", "released", "onnx", "llava"])
-def test_the_cards_own_code_runs(run, target: str, language_model: Path, tmp_path: Path, monkeypatch) -> None:
+def test_onnx_at_another_resolution(run, tmp_path: Path, capsys) -> None:
+    close_in_onnx(run, SIZES[1], run.export("onnx", tmp_path / "onnx", *flags(SIZES[1])))
+    assert "encoder.onnx: largest difference to torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_cards_own_code_runs(run, target: str, language_model: Path, tmp_path: Path, monkeypatch, request) -> None:
     """Oracle: our patch tokens, under the name that the card gives them."""
     more = ["--language-model", str(language_model)] if target == "llava" else []
-    monkeypatch.chdir(tmp_path)
-    card = (run.export(target, Path("encoder"), *more) / "README.md").read_text()
+    if target == "onnx":
+        folder = request.getfixturevalue("onnx_export")[0]
+        monkeypatch.chdir(folder.parent)
+    else:
+        monkeypatch.chdir(tmp_path)
+        folder = run.export(target, Path("encoder"), *more)
+    card = (folder / "README.md").read_text()
     picture, pixels = Image.effect_noise((56, 56), 60).convert("RGB"), images()
     names = {"image": picture, "images": pixels}
     with torch.no_grad():

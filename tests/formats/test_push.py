@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from hub_server import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.formats.open_clip import CONFIG
@@ -83,25 +80,20 @@ def test_the_card_says_what_the_run_says(trained, tmp_path: Path) -> None:
     assert json.loads((folder / CONFIG).read_text())["model_cfg"]["vision_cfg"]["image_size"] == 24
 
 
-PUSH_TWICE = """
-import sys
-from open_clip_ov2.cli import main
-push = ["push", sys.argv[1], "--to", "timm"]
-sys.exit(10 * main([*push, "some-lab/tiny", "--private"]) + main([*push, "refused-lab/tiny"]))
-"""
-
-
-def test_the_hub_gets_what_dry_run_shows(trained, tmp_path: Path) -> None:
-    """The real client against a hub on localhost; what it holds loads again. A refusal is one line."""
+def test_the_hub_gets_what_dry_run_shows(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The real client against a hub on localhost. Oracles: what it holds loads again; a refusal is one line."""
     run, _ = trained
+    push = ["push", str(run), "--to", "timm"]
     with Hub() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "home")}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        command = [sys.executable, "-c", PUSH_TWICE, str(run)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert f"pushed: {hub.url}/some-lab/tiny" in done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith("ov2: error: refused-lab/tiny: not pushed (")
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert main([*push, "some-lab/tiny", "--private"]) == 0
+        assert main([*push, "refused-lab/tiny"]) == 2
+    told = capsys.readouterr()
+    assert f"pushed: {hub.url}/some-lab/tiny" in told.out
+    assert told.err.strip().splitlines()[-1].startswith("ov2: error: refused-lab/tiny: not pushed (")
     assert hub.tokens == {"Bearer hf_secret"}
     assert hub.created[0]["name"] == "tiny"
     assert "private" in json.dumps(hub.created[0])

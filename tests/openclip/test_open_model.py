@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from released_files import plain_encoder, plain_next_logits, write_decoder, write_released
 
 import open_clip_ov2
 from open_clip_ov2.cli import main
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.models.open_model import _fetch_decoder
 
 REPOSITORY = "some-lab/openvision2-vit-large-patch14-56-vision-only"
 
@@ -44,7 +44,8 @@ def lay_out_cache(hub: Path, repository: str, write) -> None:
     write(folder / "snapshots" / commit)
 
 
-def test_hub_names_go_through_the_hubs_own_cache(tmp_path: Path) -> None:
+def test_hub_names_go_through_the_hubs_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, offline, with a cache laid out as it lays one out."""
     made: dict = {}
 
     def write(folder: Path) -> None:
@@ -58,28 +59,29 @@ def test_hub_names_go_through_the_hubs_own_cache(tmp_path: Path) -> None:
         config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
         file.write_text(json.dumps(config))
 
-    lay_out_cache(tmp_path / "hub", REPOSITORY, write)
-    lay_out_cache(tmp_path / "hub", f"{REPOSITORY}-evil", write_evil)
-    torch.save(images(), tmp_path / "images.pt")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    environment.pop("HF_HUB_CACHE", None)
-    worker = [sys.executable, str(Path(__file__).parent / "hub_worker.py"), f"hf-hub:{REPOSITORY}"]
-    subprocess.run([*worker, str(tmp_path / "images.pt"), str(tmp_path / "out.pt")], check=True, env=environment)
-    out = torch.load(tmp_path / "out.pt")
+    lay_out_cache(tmp_path, REPOSITORY, write)
+    lay_out_cache(tmp_path, f"{REPOSITORY}-evil", write_evil)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    name = f"hf-hub:{REPOSITORY}"
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    captioner, _, tokenizer = open_clip_ov2.create_caption_model(name)
+    assert type(model) is open_clip_ov2.VisionModel
     after, _ = plain_encoder(made["encoder"], 16, images())
-    assert out["kind"] == "VisionModel"
-    torch.testing.assert_close(out["tokens"], after[-1][:, 1:], atol=2e-5, rtol=1e-5)
-    assert torch.equal(out["ids"], plain_captions(made["encoder"], made["decoder"], 6)[:, : out["ids"].shape[1]])
-    assert all(word.startswith("word") or word == "[UNK]" for text in out["words"] for word in text.split())
-    assert "mean=(0.485, 0.456, 0.406)" in out["preprocess"]
-    assert out["texts"].shape == (1, 77)
-    assert "trust_remote_code, which a config may not" in out["evil"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encode_image_tokens(images()), after[-1][:, 1:], atol=2e-5, rtol=1e-5)
+    ids = captioner.generate(images(), seq_len=6)
+    assert torch.equal(ids, plain_captions(made["encoder"], made["decoder"], 6)[:, : ids.shape[1]])
+    words = [word for row in ids.tolist() for word in tokenizer.decode(row).split()]
+    assert all(word.startswith("word") or word == "[UNK]" for word in words)
+    assert "mean=(0.485, 0.456, 0.406)" in str(preprocess)
+    assert open_clip.get_tokenizer(name)(["a cat"]).shape == (1, 77)
+    with pytest.raises(RuntimeError, match="trust_remote_code, which a config may not"):
+        open_clip.create_model(f"{name}-evil")
 
 
 def test_a_released_folder_captions_and_becomes_a_model_of_ours(tmp_path: Path, capsys) -> None:
     """Oracle: greedy captions computed plainly, by create_caption_model and after `ov2 convert`."""
-    import open_clip
-
     released, picture = tmp_path / "released", tmp_path / "noise.png"
     state, decoder = write_released(released, "l"), write_decoder(released, "l")
     model, preprocess, tokenizer = open_clip_ov2.create_caption_model(str(released))
@@ -145,11 +147,9 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_asked_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A port where nothing listens. Oracle: the error, not an encoder without its decoder."""
-    from huggingface_hub import constants
-
-    from open_clip_ov2.openclip.models.open_model import _fetch_decoder
-
+    """A port where nothing listens, and a client that does not wait between its attempts. Oracle: the error, not an
+    encoder without its decoder."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
