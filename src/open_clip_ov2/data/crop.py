@@ -25,7 +25,7 @@ MARGIN = 2.0
 
 
 class Box(NamedTuple):
-    """In pixels of the image at full scale."""
+    """In pixels of the upright image at full scale."""
 
     left: int
     top: int
@@ -53,7 +53,7 @@ class RandomCrop:
 
     def decoded(self, encoded: EncodedImage) -> Tensor:
         """Encoded image -> uint8 `(3, H, W)`; decodes no more of a JPEG than the crop needs. Raises SkipSample."""
-        box = self.draw(encoded.width, encoded.height)
+        box = self.draw(*encoded.size)
         reduction = reduction_for((box.height, box.width), (MARGIN * self.size[0], MARGIN * self.size[1]))
         pixels_HWC = encoded.rgb_reduced(reduction)
         if pixels_HWC is None:

@@ -1,4 +1,8 @@
-"""Encoded bytes to RGB pixels. Every reader decodes here: training, evaluation, captioning and `ov2 shards resize`.
+"""Encoded bytes to upright RGB pixels. Every reader decodes here: training, evaluation, captioning and shards resize.
+
+The rules, the same for all of them (docs/data.md): an image is turned as its EXIF orientation says, and one whose EXIF
+block is damaged counts as upright; what is transparent is composited over white; of 16-bit gray values the high byte is
+taken; values without a defined range (32-bit integers and floats) are a counted skip.
 
 simplejpeg binds libjpeg-turbo as PIL does and at full scale gives the same pixels bit for bit (a test checks this); it
 skips PIL's own copies. At a reduced scale the inverse DCT leaves the high frequencies out.
@@ -15,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
 
@@ -24,6 +28,17 @@ JPEG_START = b"\xff\xd8\xff"  # SOI, and the first byte of the next marker (ITU-
 # Of libjpeg-turbo's eighths these have SIMD code: 4/8 was measured at 0.8 of the time of full scale, 5/8 at 1.4.
 REDUCTIONS = (8, 4, 2)
 ORIENTATION = 0x0112  # EXIF 2.3, tag 274: 1 is upright
+TURNS = {  # what makes an image of each other orientation upright (EXIF 2.3, table 2)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A JPEG without these bytes has no orientation: PIL reads it from EXIF, or from XMP where EXIF has none.
+ORIENTATION_MARKS = (b"Exif\x00\x00", b"tiff:Orientation")
 # Decode at no less than this times the new size before the filter proper: PIL's documentation calls 3 "close to fair
 # resampling, almost indistinguishable".
 REDUCING_GAP = 3.0
@@ -35,18 +50,25 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image
 
 
 class EncodedImage:
-    """An image whose header has been read and whose pixels have not; `width` and `height` as stored, in px.
+    """An image whose header has been read and whose pixels have not. With `fast`, plain JPEGs bypass PIL.
 
-    Transparency is dropped, not composited, as OpenCLIP does it. With `fast`, plain JPEGs bypass PIL. Everything raises
-    SkipSample for an image with more than `max_image_pixels` or one that cannot be decoded.
+    Everything raises SkipSample for an image with more than `max_image_pixels` or one that cannot be decoded.
     """
 
     def __init__(self, data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, *, fast: bool = False) -> None:
         self._data, self._max_pixels = data, max_image_pixels
         self._pil: Image.Image | None = None
+        self._upright: Image.Image | None = None
         size = jpeg_size(data) if fast else None
-        self._plain_jpeg = size is not None and size[0] * size[1] <= max_image_pixels
-        self.width, self.height = size if size is not None and self._plain_jpeg else self._opened().size
+        self._jpeg_size = size if size is not None and size[0] * size[1] <= max_image_pixels else None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright image, in px."""
+        if self._jpeg_size is None:
+            return self._decoded().size
+        width, height = self._jpeg_size
+        return (height, width) if self._jpeg_orientation() >= 5 else (width, height)
 
     @property
     def format(self) -> str:
@@ -54,41 +76,59 @@ class EncodedImage:
         return self._opened().format or ""
 
     def rgb(self) -> Image.Image:
-        image = self._opened()
-        with pil_errors_skip(self._max_pixels):
-            return image.convert("RGB")
+        """The whole upright image in RGB."""
+        return self._decoded().convert("RGB")
 
     def rgb_reduced(self, reduction: int) -> npt.NDArray[np.uint8] | None:
-        """Uint8 `(ceil(H / reduction), ceil(W / reduction), 3)` of a plain JPEG; None where `rgb` must be used."""
-        if not self._plain_jpeg:
+        """The upright image at 1 / `reduction` of its size, each side rounded up, uint8 `(H, W, 3)`, if it is a plain
+        JPEG; None where `rgb` must be used."""
+        if self._jpeg_size is None:
             return None
-        sides = {"min_height": -(-self.height // reduction), "min_width": -(-self.width // reduction)}
+        width, height = self._jpeg_size
+        sides = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
         try:
             pixels_HWC: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
                 self._data, "RGB", fastdct=False, fastupsample=False, **(sides if reduction > 1 else {})
             )
         except ValueError:
             return None
-        return pixels_HWC
+        turn = TURNS.get(self._jpeg_orientation())
+        return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
 
     def shrunk(self, short_side: int) -> Image.Image | None:
-        """The image upright, its short side reduced to `short_side` px, in mode L, RGB or RGBA.
+        """The image upright, its short side reduced to `short_side` px, in mode L or RGB.
 
         None if it is upright and small enough already.
         """
-        image = self._opened()
         with pil_errors_skip(self._max_pixels):
-            scale = short_side / min(image.size)
-            if scale >= 1 and image.getexif().get(ORIENTATION, 1) == 1:
-                image.load()  # find damage here rather than in training
-                return None
-            width, height = (max(1, round(side * scale)) for side in image.size)
+            stored, scale = self._opened().size, short_side / min(self._opened().size)
             if scale < 1:
-                image.draft(None, (round(width * REDUCING_GAP), round(height * REDUCING_GAP)))
-            image = _resizable(image)
-            if scale < 1:
-                image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-            return ImageOps.exif_transpose(image)
+                width, height = (round(side * scale * REDUCING_GAP) for side in stored)
+                self._opened().draft(None, (width, height))
+        image = self._decoded()
+        if scale >= 1:
+            return None if orientation_of(self._opened()) == 1 else image
+        width, height = (max(1, round(side * scale)) for side in stored)
+        if (image.width > image.height) != (width > height):
+            width, height = height, width
+        return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+
+    def _decoded(self) -> Image.Image:
+        """The upright image in mode L or RGB."""
+        if self._upright is None:
+            image = self._opened()
+            with pil_errors_skip(self._max_pixels):
+                image.load()
+                turn = TURNS.get(orientation_of(image))  # now: PIL turns a TIFF by itself as it loads
+                opaque = _opaque(image)
+                self._upright = opaque if turn is None else opaque.transpose(turn)
+        return self._upright
+
+    def _jpeg_orientation(self) -> int:
+        """Of a plain JPEG, from 1 to 8."""
+        if not any(mark in self._data for mark in ORIENTATION_MARKS):
+            return 1
+        return orientation_of(self._opened())
 
     def _opened(self) -> Image.Image:
         """PIL's image, its pixels not yet read."""
@@ -103,12 +143,27 @@ class EncodedImage:
         return self._pil
 
 
-def _resizable(image: Image.Image) -> Image.Image:
-    """L, RGB, or RGBA where the image has transparency and its format can keep it."""
-    if image.mode in ("L", "RGB"):
-        return image
-    transparent = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-    return image.convert("RGBA" if transparent and image.format in ("PNG", "WEBP") else "RGB")
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation, from 1 to 8; 1 if there is none, or if the EXIF block is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # PIL raises almost anything on a block that is no TIFF; the pixels are what is wanted
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """In mode L or RGB. Raises SkipSample for values without a defined range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise SkipSample(UNDECODABLE_IMAGE, f"mode {image.mode}: 32-bit values without a defined range of brightness")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 @contextlib.contextmanager

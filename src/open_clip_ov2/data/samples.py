@@ -20,9 +20,9 @@ from torch import Tensor
 from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption
 from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, EncodedImage, decode_image
-from open_clip_ov2.data.skips import MISSING_IMAGE, TRANSFORM_FAILED, SkipSample
+from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 IMAGE_ENTRY = "__image__"  # where a source that reads no tar puts an ImageFile or a PIL image
 
 
@@ -79,6 +79,7 @@ class Decoder:
             with torch_seeded(seed):
                 return self._guarded(lambda: crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast)))
         image = self.image(raw)
+        check_resized_size(self.transform, image, self.max_image_pixels)
         with seeded(seed):
             return self._guarded(lambda: self.transform(image))
 
@@ -90,6 +91,24 @@ class Decoder:
             raise
         except Exception as error:  # whatever a user's transform raises costs one sample, counted
             raise SkipSample(TRANSFORM_FAILED, f"{type(error).__name__}: {error}") from error
+
+
+def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int) -> None:
+    """Raises SkipSample for an image that would have more pixels than the limit once its short side is resized.
+
+    The center is cut after the resize, so a line of 8,000 x 1 px would be 1.8 million px long at 224 px. OpenCLIP's
+    evaluation transforms begin with a resize to a short side (an int) or to fill a size `(height, width)`.
+    """
+    first = next(iter(getattr(transform, "transforms", ())), None)
+    size = getattr(first, "size", None)
+    if size is None or getattr(first, "longest", 0) or (type(first).__name__ == "Resize" and not isinstance(size, int)):
+        return  # the size after such a resize does not depend on the image
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = max(height / image.height, width / image.width)
+    wide, high = round(image.width * scale), round(image.height * scale)
+    if wide * high > max_image_pixels:
+        what = f"{image.width} x {image.height} px would be resized to {wide} x {high} px"
+        raise SkipSample(TOO_MANY_PIXELS, f"{what}, at most {max_image_pixels} pixels (--max-image-pixels)")
 
 
 def find_image(raw: Mapping[str, Any]) -> Any:
