@@ -123,16 +123,15 @@ def test_report_of_rows(tmp_path: Path) -> None:
             1.0,
             10.0,
             0,
-            {"wd": 0},
         )
         for model in ("a", "b")
         for keep in (0.25, 0.5)
     ]
-    made.append(Row("c", {"model": "c"}, "failed", "NaN | at once", 0, None, None, None, 2, {"wd": 1}))
+    made.append(Row("c", {"model": "c"}, "failed", "NaN | at once", 0, None, None, None, 2))
     header, lines = table(made, "loss")
-    assert ",".join(header) == "run,model,keep-ratio,wd,state,samples,loss,best loss,images/s,restarts,reason"
-    assert lines[0] == ["a-0.25", "a", "0.25", "0", "finished", "8", "2.25", "1", "10", "0", ""]
-    assert lines[-1] == ["c", "c", "", "1", "failed", "0", "", "", "", "2", "NaN | at once"]
+    assert ",".join(header) == "run,model,keep-ratio,state,samples,loss,best loss,images/s,restarts,reason"
+    assert lines[0] == ["a-0.25", "a", "0.25", "finished", "8", "2.25", "1", "10", "0", ""]
+    assert lines[-1] == ["c", "c", "", "failed", "0", "", "", "", "2", "NaN | at once"]
     files = write_report(made, "loss", tmp_path)
     assert [file.name for file in files] == ["report.csv", "report.md", "report.png"]
     assert "NaN \\| at once |" in files[1].read_text()
@@ -141,7 +140,7 @@ def test_report_of_rows(tmp_path: Path) -> None:
 
 
 def row(name: str, last: float | None, **varied: object) -> Row:
-    return Row(name, varied, "finished", "", 8, last, last, 10.0, 0, {})
+    return Row(name, varied, "finished", "", 8, last, last, 10.0, 0)
 
 
 def test_plot_of_rows() -> None:

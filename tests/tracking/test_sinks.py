@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL.Image import Image
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor, StageInfo
-from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, Tracker, read_hparams, tracker_names
+from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, Tracker, tracker_names
 
 
 class Memory(Tracker):
@@ -49,7 +51,7 @@ class Memory(Tracker):
 def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the calls, written out."""
     monkeypatch.setitem(TRACKERS, "memory", Memory)
-    config = MonitorConfig(tmp_path, 0, 1, 1, tracker_names("memory,memory"), "model", resumed_at=8)
+    config = MonitorConfig(tmp_path, 0, 1, tracker_names("memory,memory"), "model", resumed_at=8)
     with RunMonitor(config, Console(file=io.StringIO())) as monitor:
         monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 2, 8, 8))
         monitor.step(
@@ -118,24 +120,20 @@ def test_a_full_disk_costs_no_record(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert read(tmp_path) == [(8, 1.0), (16, 1.0), (24, 1.0), (32, 1.0)]
 
 
-def test_hparams_come_back(tmp_path: Path) -> None:
+def test_hparams_are_in_the_run_itself(tmp_path: Path) -> None:
+    """Oracle: TensorBoard's own reader, and one event file, so TensorBoard shows one run."""
     board = TensorBoard(tmp_path)
     board.write("train", 8, {"train/loss": 1.0}, {})
-    board.hparams({"lr": 1e-3, "model": "ov2-vit-nano-8", "seed": 0, "locked": True, "keep_ratio": None}, {"loss": 1.0})
+    flags = {"lr": 1e-3, "model": "ov2-vit-nano-8", "seed": 0, "locked": True, "keep_ratio": None}
+    board.hparams(flags, {"loss": 1.0})
     board.close()
-    assert read_hparams(tmp_path) == {
-        "lr": 1e-3,
-        "model": "ov2-vit-nano-8",
-        "seed": 0,
-        "locked": True,
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()} == {
+        **flags,
         "keep_ratio": "None",
     }
-
-
-def test_without_them_there_are_none(tmp_path: Path) -> None:
-    assert read_hparams(tmp_path) == {}
-    assert read_hparams(tmp_path / "nowhere") == {}
-    board = TensorBoard(tmp_path)
-    board.write("train", 8, {"train/loss": 1.0}, {})
-    board.close()
-    assert read_hparams(tmp_path) == {}
+    assert [event.value for event in events.Scalars("hparam/loss")] == [1.0]

@@ -13,7 +13,7 @@ from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor, StageInfo
 
 def monitor_of(run: Path, resumed_at: int | None = None) -> RunMonitor:
     """Of two processes that skip alike."""
-    config = MonitorConfig(run, 0, 2, 1, ("tensorboard",), "model", resumed_at=resumed_at)
+    config = MonitorConfig(run, 0, 1, ("tensorboard",), "model", resumed_at=resumed_at)
     return RunMonitor(config, Console(file=io.StringIO()), lambda counts: {k: 2 * v for k, v in counts.items()})
 
 

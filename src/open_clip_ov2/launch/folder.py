@@ -15,10 +15,8 @@ submit/001/request.json    what was asked for: argv of each run, cluster options
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -66,8 +64,6 @@ class Request:
     members: tuple[RunSpec, ...]
     stage_jobs: bool = False
     created: float = field(default_factory=time.time)
-    user: str = field(default_factory=getpass.getuser)
-    host: str = field(default_factory=socket.gethostname)
     cwd: str = field(default_factory=os.getcwd)
 
     @property

@@ -12,7 +12,6 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
 from open_clip_ov2.tracking.figures import figure, read_results
-from open_clip_ov2.tracking.sinks import read_hparams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +30,6 @@ class Row:
     best: float | None
     images_per_second: float | None
     restarts: int
-    hparams: Mapping[str, Any]
 
 
 def row_of(run: RunState, metric: str) -> Row:
@@ -53,7 +51,6 @@ def row_of(run: RunState, metric: str) -> Row:
         best=(min if smaller_is_better else max)(values) if values else None,
         images_per_second=sum(speeds) / len(speeds) if speeds else None,
         restarts=run.status.restarts if run.status else 0,
-        hparams=read_hparams(run.run_dir),
     )
 
 
@@ -62,16 +59,13 @@ def _values(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> lis
 
 
 def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): the varied flags, other flags that differ by TensorBoard's hparams, then the results."""
+    """(header, lines): the varied flags, then the results."""
     swept = list(dict.fromkeys(key for row in rows for key in row.varied))
-    others = dict.fromkeys(key for row in rows for key in row.hparams if key.replace("_", "-") not in swept)
-    differ = [key for key in others if len({str(row.hparams[key]) for row in rows if key in row.hparams}) > 1]
-    header = ["run", *swept, *differ, "state", "samples", metric, f"best {metric}", "images/s", "restarts", "reason"]
+    header = ["run", *swept, "state", "samples", metric, f"best {metric}", "images/s", "restarts", "reason"]
     lines = [
         [
             row.name,
             *(_text(row.varied.get(key)) for key in swept),
-            *(_text(row.hparams.get(key)) for key in differ),
             row.state,
             str(row.samples_seen),
             _text(row.last),

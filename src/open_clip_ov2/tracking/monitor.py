@@ -34,7 +34,6 @@ class MonitorConfig:
 
     run_dir: Path
     rank: int
-    world_size: int
     log_every_n_steps: int
     trackers: tuple[str, ...]
     model_name: str

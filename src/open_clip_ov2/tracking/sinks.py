@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-_HPARAMS_TAG = "_hparams_/session_start_info"
 
 
 class Tracker:
@@ -156,26 +155,6 @@ def tracker_names(report_to: str) -> tuple[str, ...]:
             error = unknown_key("--report-to", name, TRACKERS, "tracker")
             raise UserError(f"{error}; results.jsonl is always written")
     return names
-
-
-def read_hparams(run_dir: Path) -> dict[str, Any]:
-    """Flags that `TensorBoard.hparams` wrote, by their names; empty if there are none."""
-    folder = run_dir / "tensorboard"
-    if not list(folder.glob("events.out.tfevents.*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    events = EventAccumulator(str(folder), size_guidance={"images": 1, "tensors": 1, "scalars": 1})
-    events.Reload()
-    try:
-        content = events.PluginTagToContent("hparams").get(_HPARAMS_TAG)
-    except KeyError:
-        return {}
-    if content is None:
-        return {}
-    found = HParamsPluginData.FromString(content).session_start_info.hparams
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()}
 
 
 class ProgressLine:

@@ -69,7 +69,6 @@ class Session:
             MonitorConfig(
                 run_dir=folder,
                 rank=self.rank,
-                world_size=self.world_size,
                 log_every_n_steps=plan.stages[0].args.log_every_n_steps,
                 trackers=tracker_names(plan.stages[0].args.report_to),
                 model_name=plan.model,
