@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("slnode1", "slnode2")
-CPUS, GPUS = 4, 2  # of each node, whatever the machine has
+CPUS, GPUS = 4, 2  # of each node, independent of the machine
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 SYSTEM_FOLDERS = "/usr/sbin:/sbin"
 HOSTS = Path("/etc/hosts")

@@ -30,28 +30,28 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "stage_1.pt", weights_only=True)["state_dict"]
 
 
-def repetition(cluster: Cluster, place: Path, flags: list[str], number: int, dice: random.Random) -> tuple[str, bool]:
-    """(what befell it, whether it was started again each time and ended in the right weights, the queue empty)."""
+def repetition(cluster: Cluster, place: Path, flags: list[str], number: int, chance: random.Random) -> tuple[str, bool]:
+    """(faults and restarts, whether each fault restarted the run, it ended in the right weights, and no job is left)."""
     kinds = list(FAULTS)
-    names = [kinds[number % len(kinds)], *dice.sample(kinds, dice.choice((0, 0, 1)))]
+    names = [kinds[number % len(kinds)], *chance.sample(kinds, chance.choice((0, 0, 1)))]
     ov2("submit", *RANKS, "--", *flags, "--name", f"run-{number}", cwd=place)
     run = place / "logs" / f"run-{number}"
-    struck: list[str] = []
+    hit: list[str] = []
     restarts = 0
     for name in names:
         if not wait_for_steps(run, restarts):
             break
-        time.sleep(dice.uniform(0, 3))
+        time.sleep(chance.uniform(0, 3))
         status = read_status(run)
         restarts = status.restarts + 1 if status else 1
         FAULTS[name](cluster, job_of(run))
-        struck.append(name)
+        hit.append(name)
     found = wait_finished(run)
     one, other = weights(run), weights(place / "logs" / "reference")
     same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     seen = found.status.restarts if found.status else -1
     # A run that was over before it was disturbed would prove nothing.
-    return f"{', '.join(struck)}: {seen} restarts", same and seen >= len(struck) == len(names) and not cluster.queue()
+    return f"{', '.join(hit)}: {seen} restarts", same and seen >= len(hit) == len(names) and not cluster.queue()
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
     if why is not None:
         print(f"slurm_soak: {why}", file=sys.stderr)
         return 1
-    dice, wrong = random.Random(args.seed), 0
+    chance, wrong = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory(prefix="ov2-soak-") as folder:
         place = Path(folder)
         write_square_shards(place / "squares" / "train", 4, 8)
@@ -78,10 +78,10 @@ def main() -> int:
         with Cluster(place / "slurm") as cluster:
             for number in range(args.repetitions):
                 start = time.monotonic()
-                told, right = repetition(cluster, place, flags, number, dice)
+                text, right = repetition(cluster, place, flags, number, chance)
                 wrong += not right
                 print(
-                    f"{number + 1:3d} {'right' if right else 'WRONG'} {time.monotonic() - start:4.0f} s  {told}",
+                    f"{number + 1:3d} {'right' if right else 'WRONG'} {time.monotonic() - start:4.0f} s  {text}",
                     flush=True,
                 )
     print(f"{args.repetitions - wrong} of {args.repetitions} right")

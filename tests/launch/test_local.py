@@ -22,7 +22,7 @@ def ov2(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_local_run_is_left_alone_cancelled_and_resubmitted(
     squares: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two processes. The command returns, pipe and all, while the run goes on; a cancelled run has saved before."""
+    """Two processes. The command returns and closes its pipe while the run continues; a cancelled run saves first."""
     data = ["--train-data", f"{squares}/train/{{00000..00003}}.tar", "--train-num-samples", "32", "--workers", "0"]
     model = ["--model", "ov2-vit-nano-8", "--force-image-size", "16", "--tokenizer", str(vocabulary)]
     flags = [*model, *data, "--global-batch", "16", "--epochs", "3000", "--log-every-n-steps", "1", "--name", "run"]
@@ -42,7 +42,7 @@ def test_a_local_run_is_left_alone_cancelled_and_resubmitted(
         time.sleep(0.2)
     seen = json.loads(status.read_text())["samples_seen"]
     assert (tmp_path / "logs" / "run" / "checkpoints" / f"stage_1_samples_{seen}.pt").is_file()
-    while state_of.of_run("logs/run", []).alive:  # it has saved, and is about to leave
+    while state_of.of_run("logs/run", []).alive:  # it has saved, and is about to exit
         assert time.monotonic() < deadline
         time.sleep(0.2)
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Mistakes before a submission. Oracle: exit status 2, one line, no folder left behind."""
+"""Mistakes of a user before a submission. Oracle: exit status 2, one line, no folder left behind."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(
 def test_a_dry_run_of_a_sweep_shows_one_array(
     squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: sbatch's own flag for an array, of which so many run at once."""
+    """Oracle: sbatch's own flag for an array, with the number that run at once."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr.toml").write_text("[grid]\nlr = [1e-3, 1e-4, 1e-5]\n")
     flags = [*NANO, "--train-data", f"{squares}/train/00000.tar", "--dataset-resampled"]

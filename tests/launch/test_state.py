@@ -1,4 +1,4 @@
-"""What a run's state is said to be. Oracle: the table written out here, a row for each thing that can happen."""
+"""The state of a run. Oracle: the table written out here, a row for each thing that can happen."""
 
 from __future__ import annotations
 
@@ -17,61 +17,61 @@ from open_clip_ov2.launch.queue import QueueJob, look_up
 from open_clip_ov2.tracking.status import Status
 
 
-def said(word: str, job: str = "7", stage: int = 1, reason: str = "") -> Status:
-    return Status(word, stage=stage, stages=2, job_id=job, reason=reason)
+def status(state: str, job: str = "7", stage: int = 1, reason: str = "") -> Status:
+    return Status(state, stage=stage, stages=2, job_id=job, reason=reason)
 
 
 def jobs(*states: str) -> list[QueueJob]:
     return [QueueJob(str(7 + index), word, "Priority") for index, word in enumerate(states)]
 
 
-ROWS = {  # jobs in the queue, what the run said last, -> state, what its reason contains, the job it is about
+ROWS = {  # jobs in the queue, the run's own status, -> state, what its reason contains, the job it is about
     "waits": (jobs("PENDING"), None, "queued", "Priority", "7"),
     "begins": (jobs("RUNNING"), None, "starting", "", "7"),
-    "runs": (jobs("RUNNING"), said("running"), "running", "", "7"),
-    "runs again, its word is of the job before": (jobs("RUNNING"), said("running", "3"), "starting", "", "7"),
-    "was preempted": (jobs("PENDING"), said("interrupted"), "queued", "Priority", "7"),
-    "failed before, submitted again": (jobs("PENDING"), said("failed", "3"), "queued", "Priority", "7"),
-    "has just finished": (jobs("COMPLETING"), said("finished", stage=2), "finished", "", "7"),
-    "is being requeued": (jobs("COMPLETING"), said("interrupted"), "starting", "", "7"),
-    "finished": (jobs("UNKNOWN"), said("finished", stage=2), "finished", "", "7"),
-    "failed": (jobs("FAILED"), said("failed", reason="NaN"), "failed", "NaN", "7"),
-    "second stage waits for the first": (jobs("RUNNING", "PENDING"), said("running"), "running", "", "7"),
-    "first stage done, second waits": (jobs("COMPLETED", "PENDING"), said("finished"), "queued", "Priority", "8"),
-    "first stage failed, second cancelled": (jobs("FAILED", "CANCELLED"), said("failed"), "failed", "", "7"),
-    "second stage cancelled": (jobs("COMPLETED", "CANCELLED"), said("finished"), "stopped", "stage 1 of 2", "7"),
-    "cancelled while it ran": (jobs("CANCELLED"), said("interrupted"), "cancelled", "by scancel", "7"),
-    "killed and forgotten": (jobs("UNKNOWN"), said("running"), "died", "SLURM no longer knows its job", "7"),
-    "out of time": (jobs("TIMEOUT"), said("running"), "died", "TIMEOUT", "7"),
-    "never said a word": (jobs("FAILED"), None, "died", "FAILED", "7"),
+    "runs": (jobs("RUNNING"), status("running"), "running", "", "7"),
+    "runs again, its status is of the job before": (jobs("RUNNING"), status("running", "3"), "starting", "", "7"),
+    "was preempted": (jobs("PENDING"), status("interrupted"), "queued", "Priority", "7"),
+    "failed before, submitted again": (jobs("PENDING"), status("failed", "3"), "queued", "Priority", "7"),
+    "has just finished": (jobs("COMPLETING"), status("finished", stage=2), "finished", "", "7"),
+    "is being requeued": (jobs("COMPLETING"), status("interrupted"), "starting", "", "7"),
+    "finished": (jobs("UNKNOWN"), status("finished", stage=2), "finished", "", "7"),
+    "failed": (jobs("FAILED"), status("failed", reason="NaN"), "failed", "NaN", "7"),
+    "second stage waits for the first": (jobs("RUNNING", "PENDING"), status("running"), "running", "", "7"),
+    "first stage done, second waits": (jobs("COMPLETED", "PENDING"), status("finished"), "queued", "Priority", "8"),
+    "first stage failed, second cancelled": (jobs("FAILED", "CANCELLED"), status("failed"), "failed", "", "7"),
+    "second stage cancelled": (jobs("COMPLETED", "CANCELLED"), status("finished"), "stopped", "stage 1 of 2", "7"),
+    "cancelled while it ran": (jobs("CANCELLED"), status("interrupted"), "cancelled", "by scancel", "7"),
+    "killed and forgotten": (jobs("UNKNOWN"), status("running"), "died", "SLURM no longer knows its job", "7"),
+    "out of time": (jobs("TIMEOUT"), status("running"), "died", "TIMEOUT", "7"),
+    "never wrote a status": (jobs("FAILED"), None, "died", "FAILED", "7"),
     "was not submitted": ([], None, "died", "never submitted", ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_judgement(row: str) -> None:
-    queue, status, expected, reason, job = ROWS[row]
-    found = state.state_of(queue, status, stages=2, cancelled=False)
+def test_state(row: str) -> None:
+    queue, own, expected, reason, job = ROWS[row]
+    found = state.state_of(queue, own, stages=2, cancelled=False)
     assert (found[0], found[2]) == (expected, job)
     assert reason in found[1]
 
 
 def test_a_cancelled_run_stays_cancelled() -> None:
-    assert state.state_of(jobs("UNKNOWN"), said("failed", reason="x"), 2, cancelled=True)[0] == "cancelled"
-    assert state.state_of(jobs("UNKNOWN"), said("finished", stage=2), 2, cancelled=True)[0] == "finished"
+    assert state.state_of(jobs("UNKNOWN"), status("failed", reason="x"), 2, cancelled=True)[0] == "cancelled"
+    assert state.state_of(jobs("UNKNOWN"), status("finished", stage=2), 2, cancelled=True)[0] == "finished"
 
 
 def end(kind: str, rank: int, when: float) -> ExitRecord:
     return ExitRecord("7", 0, rank, kind, f"{kind} of {rank}", when)
 
 
-def test_a_reason_of_its_own_wins_over_lost_peers() -> None:
-    """One rank is out of memory, the others only see it go."""
+def test_an_error_of_a_rank_itself_wins_over_lost_ranks() -> None:
+    """One rank is out of memory, the others only lose it."""
     found = [end(PEER, 0, 1.0), end(OWN, 3, 2.0), end(OWN, 2, 3.0)]
     assert ends.decide_requeue(found, 1, [], "", 3) == ends.RequeueDecision(False, "own of 3")
 
 
-def test_deaths_without_progress_come_to_an_end() -> None:
+def test_losses_without_progress_fail_the_run() -> None:
     assert ends.decide_requeue([], 137, [], "", 3).requeue
     assert ends.decide_requeue([end(PEER, 1, 1.0)], 137, ["a", "a"], "b", 3).requeue
     assert ends.decide_requeue([], 137, ["b"], "b", 3).requeue
@@ -81,7 +81,7 @@ def test_deaths_without_progress_come_to_an_end() -> None:
     assert "3 times since b" in last.reason
 
 
-def test_ends_are_read_of_one_start_alone(tmp_path: Path) -> None:
+def test_exits_are_read_of_one_start_alone(tmp_path: Path) -> None:
     for restart, rank in ((0, 1), (1, 0), (1, 11)):
         ends.write_exit(tmp_path, ExitRecord("7_1", restart, rank, OWN, "x", float(-rank)))
     assert [(found.restart, found.rank) for found in ends.read_exits(tmp_path, "7_1", 1)] == [(1, 11), (1, 0)]
@@ -89,7 +89,7 @@ def test_ends_are_read_of_one_start_alone(tmp_path: Path) -> None:
     assert ends.record_loss(tmp_path, 0, "b") == ["a"]
 
 
-def test_local_jobs_are_alive_while_they_are() -> None:
+def test_local_jobs_are_alive_while_their_process_is() -> None:
     """Oracle: a real process whose command line is submitit's."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit.local._local"])
     try:

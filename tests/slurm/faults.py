@@ -1,4 +1,4 @@
-"""A run of seconds on the cluster of scripts/slurm_cluster.py, and what can befall it."""
+"""A run of seconds on the cluster of scripts/slurm_cluster.py, and the faults that can hit it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def ov2(*words: str, cwd: Path, check: bool = True) -> Done:
 
 
 def torchrun(flags: list[str], processes: int, cwd: Path) -> subprocess.Popen[bytes]:
-    """The run to compare with in scripts/slurm_soak.py: on one machine, without a launcher of ours."""
+    """The run to compare with in scripts/slurm_soak.py: on this machine, by torchrun alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -131,7 +131,7 @@ def _parent(number: int) -> int:
     return int((_read(number, "stat").rsplit(b")", 1)[-1].split() or [b"", b"0"])[1])
 
 
-# --- faults; each is given the cluster and the run's job -------------------------------------------
+# --- faults; each gets the cluster and the run's job -------------------------------------------
 
 
 def requeue(cluster: Cluster, job_id: str) -> None:
@@ -142,7 +142,7 @@ def requeue(cluster: Cluster, job_id: str) -> None:
 def kill_a_rank(cluster: Cluster, job_id: str) -> None:
     """The last one."""
     ranks = rank_processes(job_id)
-    if ranks:  # the run may end at this very moment
+    if ranks:  # the run may end at this moment
         with contextlib.suppress(ProcessLookupError):
             os.kill(ranks[max(ranks)], signal.SIGKILL)
 

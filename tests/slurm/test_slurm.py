@@ -60,7 +60,7 @@ def flags(squares: Path, vocabulary: Path) -> list[str]:
 
 
 def undisturbed(place: Path, flags: list[str], processes: int) -> Path:
-    """The same run by so many processes of this machine, no launcher of ours."""
+    """The same run by `processes` processes of this machine, without submitit and SLURM."""
     name = f"reference-{processes}"
     done = finish(start([*flags, "--logs", str(place / "logs"), "--name", name], processes))
     assert [status for status, _ in done] == [0] * processes, done
@@ -88,17 +88,17 @@ def test_two_nodes_with_gpus_end_in_the_same_weights(
         assert f"rank {rank} of 4 on slnode{1 + rank // 2}, GPU {rank % 2}, code {code}" in log.read_text()
 
 
-def test_what_befalls_a_run_does_not_change_it(cluster: Cluster, place: Path, flags: list[str]) -> None:
+def test_faults_do_not_change_the_weights(cluster: Cluster, place: Path, flags: list[str]) -> None:
     """Preempted, requeued by hand, a rank killed, a node lost. Oracle: the weights of two processes here, bit for bit.
 
     scripts/slurm_soak.py does it with four ranks, over and over.
     """
-    # More deaths than the faults below: after a lost node has come back, SLURM's belated order to kill what ran on it
-    # can hit the next start of the job (seen once in ten).
+    # More --max-deaths than faults below: after a lost node has come back, SLURM's late order to kill what ran on it can
+    # hit the next start of the job (seen once in ten).
     ov2("submit", *ONE_A_NODE, "--max-deaths", "9", "--", *flags, "--name", "troubled", cwd=place)
     run = place / "logs" / "troubled"
     for restarts, fault in enumerate((preempt, requeue, kill_a_rank, lose_a_node)):
-        assert wait_for_steps(run, restarts), "the run was over before all had befallen it"
+        assert wait_for_steps(run, restarts), "the run was over before all faults had hit it"
         job = job_of(run)
         fault(cluster, job)
         if fault is kill_a_rank:  # the others must not wait for it in a collective

@@ -1,4 +1,4 @@
-"""status.json. Oracles: the json module, a reader beside a writer, what was raised."""
+"""status.json. Oracles: the json module, a reader next to a writer, what was raised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_clip_ov2.tracking.status import Status, StatusFile, job_id, read_statu
 
 
 def test_a_reader_never_sees_half_of_it(tmp_path: Path) -> None:
-    """Oracle: json.loads of whatever is there while another thread writes."""
+    """Oracle: json.loads of what is there while another thread writes."""
     write_status(tmp_path, Status("running", reason="x" * 10_000))
     done = threading.Event()
 
@@ -57,7 +57,7 @@ def test_how_a_run_ends_is_its_state(tmp_path: Path, error: BaseException | None
 
 
 def test_restarts_are_counted(tmp_path: Path) -> None:
-    """A run that stopped after a stage, as asked, and goes on has not been restarted."""
+    """A run that stopped after a stage, as asked, and continues was not restarted."""
     for expected, end in enumerate(("interrupted", "failed", "running")):
         StatusFile(tmp_path).update(state=end)
         assert read_status(tmp_path).restarts == expected  # type: ignore[union-attr]
@@ -72,7 +72,7 @@ def test_other_ranks_and_full_disks(tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run")
     (tmp_path / "run" / "status.json").unlink()
     (tmp_path / "run").rmdir()
-    (tmp_path / "run").touch()  # no folder any more: writing fails, the run goes on
+    (tmp_path / "run").touch()  # no folder any more: writing fails, the run continues
     file.update(samples_seen=1)
     assert read_status(tmp_path / "run") is None
 

@@ -99,7 +99,7 @@ def draw_curves(axes: Axes, records: Mapping[str, list[dict[str, Any]]], metric:
             axes.plot(seen, values, "o-", color=f"C{index}", markersize=4, label=f"{name}, validation")
         for before, after in pairwise(rows):
             if before.get("stage") != after.get("stage"):
-                axes.axvline(after["samples_seen"], color="grey", linestyle="--", linewidth=1)
+                axes.axvline(after["samples_seen"], color="gray", linestyle="--", linewidth=1)
     unit = f" ({_UNITS[metric]})" if metric in _UNITS else ""
     axes.set(xlabel="samples seen", ylabel=f"{metric.replace('_', ' ')}{unit}")
     axes.xaxis.set_major_formatter(EngFormatter())

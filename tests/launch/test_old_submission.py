@@ -1,0 +1,51 @@
+"""A submission that version 0.1.0 wrote before its modules were renamed. Oracle: the files in old_submission/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from open_clip_ov2.cli import main
+from open_clip_ov2.launch.cluster import ClusterOptions
+from open_clip_ov2.launch.ends import ExitRecord, read_exits, record_loss
+from open_clip_ov2.launch.folder import submissions
+
+FILES = Path(__file__).parent / "old_submission"
+REASON = "RunFailed: 2 steps in a row had a non-finite loss"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The run's folder, at the place that request.json names."""
+    folder = tmp_path / "logs" / "run"
+    shutil.copytree(FILES, folder / "submit" / "001")
+    shutil.move(folder / "submit" / "001" / "status.json", folder)
+    request = folder / "submit" / "001" / "request.json"
+    request.write_text(request.read_text().replace("/place", str(tmp_path)))
+    return folder
+
+
+def test_it_is_listed(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(run.parents[1])
+    monkeypatch.setenv("PATH", str(run))  # no SLURM there
+    assert main(["jobs", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["run_dir"], row["job_id"]) == ("run", str(run), "17")
+    assert (row["state"], row["reason"]) == ("failed", REASON)
+    assert row["status"] == json.loads((run / "status.json").read_text())
+    assert main(["jobs"]) == 0
+    assert f"run: failed: {REASON}" in capsys.readouterr().out
+
+
+def test_its_request_and_exits_are_read(run: Path) -> None:
+    (submission,) = submissions(run)
+    request = submission.request()
+    assert request.clusters == (ClusterOptions(nodes=2, setup=("module load cuda",), environment={"A": "1"}),)
+    assert request.members[0].argv == ("--model", "ov2-vit-nano-8", "--name", "run")
+    assert request.members[0].varied == {"lr": 0.1}
+    assert request.given_argv == ("--model", "ov2-vit-nano-8")
+    assert read_exits(submission.exits, "17", 1) == [ExitRecord("17", 1, 3, "own", REASON, 1764450500.0)]
+    assert record_loss(submission.exits, 0, "stage_1_samples_16.pt") == ["stage_1_samples_8.pt"]
