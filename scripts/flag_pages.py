@@ -63,7 +63,7 @@ def _text(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def _has_default(action: argparse.Action) -> bool:
-    return action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, False, "", [])
+    return action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, False, "", [], ())
 
 
 def _name(action: argparse.Action) -> str:
@@ -72,10 +72,12 @@ def _name(action: argparse.Action) -> str:
         value = "|".join(map(str, action.choices))
     if isinstance(value, tuple):
         value = " ".join(value)
-    names = ", ".join(action.option_strings)
-    if not names:
-        return f"`{value}`".replace("|", "\\|")
-    return (f"`{names}`" if action.nargs == 0 else f"`{names} {value}`").replace("|", "\\|")
+    shown = ", ".join(action.option_strings)
+    if action.nargs != 0:
+        shown = f"{shown} {value}".strip()
+    if "|" in shown:  # within backticks, GitHub wants it escaped and Python-Markdown does not
+        return f"<code>{shown.replace('|', '&#124;')}</code>"
+    return f"`{shown}`"
 
 
 def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:

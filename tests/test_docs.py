@@ -106,7 +106,10 @@ def test_every_flag_of_ours_is_explained() -> None:
     page = (ROOT / "docs" / "train_flags.md").read_text(encoding="utf-8")
     flags = [option for action in build_parser()._actions for option in action.option_strings]
     assert flags
-    rows = {flag: next((row for row in page.splitlines() if row.startswith(f"| `{flag}")), "") for flag in flags}
+    rows = {
+        flag: next((row for row in page.splitlines() if row.startswith((f"| `{flag}", f"| <code>{flag}"))), "")
+        for flag in flags
+    }
     assert [flag for flag, row in rows.items() if len(row.split(" | ")[-1]) < 4] == []
 
 

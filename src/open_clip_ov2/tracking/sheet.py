@@ -39,7 +39,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_p
     return [*lines, line] if line else lines or ["(nothing)"]
 
 
-def contact_sheet(cells: Sequence[Captioned], columns: int = 4, cell_px: int = 200) -> Image.Image:
+def contact_sheet(cells: Sequence[Captioned], columns: int = 8, cell_px: int = 200) -> Image.Image:
     """A grid of images. Below each stands its generated caption: black without a true one, green if both are equal,
     else red with the true one below it in gray."""
     drawn = [_cell(cell, cell_px) for cell in cells]
