@@ -61,7 +61,7 @@ def test_a_model_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     finally:
         open_clip.factory._MODEL_CONFIG_PATHS.remove(tmp_path)
         open_clip.factory._rescan_model_configs()
-    assert plan["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert plan["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_task_and_a_tracker(squares: Path, tmp_path: Path) -> None:
