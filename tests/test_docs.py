@@ -26,6 +26,7 @@ from square_shards import write_square_shards
 
 import open_clip_ov2
 from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.formats.targets import TARGETS
 from open_clip_ov2.openclip.command.flags import build_parser
 from open_clip_ov2.openclip.command.parse import parse
 
@@ -157,6 +158,13 @@ def test_use_md_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         names_before = {name for name in before.files if name.startswith("params/")}
         assert set(after.files) == names_before
         assert all(np.array_equal(before[name], after[name]) for name in names_before)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_use_md_shows_the_example_of_each_export_target(target: str) -> None:
+    """Oracle: the registry, which the model card takes its example from too."""
+    folder = {"hf": "encoder", "timm": "timm-encoder", "open-clip": "stock", "ov2": "whole", "released": "for-them"}
+    assert TARGETS[target].example_for(folder.get(target, target)) in USE.read_text(encoding="utf-8")
 
 
 def variables() -> dict[str, Any]:
