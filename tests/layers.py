@@ -93,7 +93,9 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} data recipe tracking training", "torch", "one model, one process: speed and memory of a step"
     ),
     "compare": Layer(
-        f"{BASE} recipe tracking training compare.bench", "", "models on equal terms: runs, tables, one page"
+        f"{BASE} recipe tracking training compare.bench",
+        "jinja2 matplotlib",
+        "models on equal terms: runs, one page",
     ),
     "commands": Layer(
         f"{BASE} core data evaluate recipe formats tracking training launch compare compare.bench",

@@ -14,6 +14,7 @@ is imported before it is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.models.open_model import LoadedModel
+    from open_clip_ov2.openclip.run.bench_model import BenchModel
+    from open_clip_ov2.openclip.run.data_parts import DataParts
 
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -152,3 +155,60 @@ def is_lost_peer(error: BaseException) -> bool:
         "Timed out waiting", "Gloo connectFullMesh failed", "Read timeout",
     )  # fmt: skip
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
+
+
+# --- what `compare` measures ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that `ov2 train` would make. Equal runs have one name, whoever asks for them.
+
+    `flops`: forward and backward of one image with a full caption, by stage. `config`: what makes it this run.
+    """
+
+    name: str
+    run_dir: Path
+    flops: tuple[float, ...]
+    config: Mapping[str, Any]
+
+
+def planned_run(flags: Flags) -> PlannedRun:
+    """Parse and check flags of `ov2 train` for one process, without looking at the data. Raises UserError."""
+    from open_clip_ov2.openclip.command.parse import parse
+    from open_clip_ov2.openclip.run.stage_costs import stage_flops
+
+    plan = parse(as_argv(flags), world_size=1)
+    return PlannedRun(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)
+
+
+def is_ov2_model(name: str) -> bool:
+    """Whether OpenCLIP's registry has an ov2 model of this name."""
+    from open_clip_ov2.openclip.models.factory import is_ov2_model as is_ov2
+
+    return is_ov2(name)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises UserError for a task that `ov2 eval` does not have."""
+    from open_clip_ov2.evaluate.tasks import check_tasks as known
+
+    known(",".join(tasks))
+
+
+def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], models: Path) -> BenchModel:
+    """The model that `ov2 train ARGV` would train, with its optimizer and step, ready for batches.
+
+    `flags_of_ov2` are added if it is an ov2 model; `models` is a folder of further configs. Raises UserError.
+    """
+    from open_clip_ov2.openclip.run import bench_model as bench
+
+    bench.add_models(models)
+    return bench.BenchModel(argv, device, flags_of_ov2)
+
+
+def data_parts(flags: Flags) -> DataParts:
+    """The data pipeline of a run's first stage, taken apart. Raises UserError."""
+    from open_clip_ov2.openclip.run.data_parts import data_parts as parts
+
+    return parts(as_argv(flags))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import pytest
-from made_up import made_up
+from typing import Any
 
-from open_clip_ov2.compare.results import Found
+import pytest
 
 
 @pytest.fixture
-def found() -> Found:
+def found() -> Any:
+    from made_up import made_up
+
     return made_up()

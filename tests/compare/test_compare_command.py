@@ -1,19 +1,21 @@
-"""`ov2 compare` from end to end on real tars: one arm, one seed, because each run is a process with its imports."""
+"""`ov2 compare` from end to end on real tars: one variant, one seed, because each run is a process with its imports."""
 
 from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from open_clip_ov2 import training
 from open_clip_ov2.cli import main as ov2
-from open_clip_ov2.compare import trainer
-from open_clip_ov2.compare.bench.cases import CaptionLengths, Case, Job
-from open_clip_ov2.compare.config import Arm, ArmStage, Measure
-from open_clip_ov2.compare.costs import measure_cost
-from open_clip_ov2.compare.measuring import without_tasks
+from open_clip_ov2.compare.bench.settings import CaptionLengths, Job
+from open_clip_ov2.compare.config import Comparison, Measure, Variant, VariantStage
+from open_clip_ov2.compare.measuring import Cache, job_of, measure_cost
+from open_clip_ov2.compare.plan import Data, Study
+from open_clip_ov2.compare.study import unlike
 from open_clip_ov2.errors import UserError
 
 FILE = """
@@ -82,71 +84,65 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest
     assert "validated with another --val-data" in capsys.readouterr().err
 
 
-def test_an_arm_that_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_a_variant_that_does_not_fit_is_told(tmp_path: Path) -> None:
     """Oracle: the allocator, which is asked for terabytes."""
-    case = Case(64, "fp32", 10**10)
-    lengths = CaptionLengths(3, 8, 5.0)
-    job = Job("huge", "ov2-bench-tiny", "ov2-bench-tiny", case, "cpu", False, None, None, lengths, None, 1)
-    with pytest.raises(UserError, match="arm huge: a batch of 10000000000 at 64 px does not fit into memory"):
-        measure_cost(job, False, tmp_path, lambda _: None)
+    size = ("--force-image-size", "64", "--batch-size", str(10**10), "--precision", "fp32", "--device", "cpu")
+    argv = ("--model", "ov2-bench-tiny", "--dataset-type", "synthetic", "--train-num-samples", str(10**10), *size)
+    job = Job("huge", argv, "ov2-bench-tiny", "cpu", CaptionLengths(3, 8, 5.0), threads=1)
+    with pytest.raises(UserError, match="a batch of 10,000,000,000 does not fit into memory"):
+        measure_cost(job, 10**10, False, Cache(tmp_path / "costs.json"), lambda _: None)
     assert not (tmp_path / "costs.json").exists()
 
 
-def test_measured_lines_have_no_tasks() -> None:
-    """Oracle: by hand."""
-    line = ["--lr", "1", "--eval", "--tasks knn --data x", "--eval-every-samples=8", "--eval-keep-ratio", "1"]
-    assert without_tasks(line) == ["--lr", "1", "--eval-keep-ratio", "1"]
+def test_a_cache_measures_once(tmp_path: Path) -> None:
+    """Oracle: counted calls. A file that is not a cache is told."""
+    calls: list[int] = []
+    for _ in range(2):
+        assert Cache(tmp_path / "speed.json").get("key", lambda: calls.append(1) or len(calls)) == 1
+    (tmp_path / "speed.json").write_text("[]")
+    with pytest.raises(UserError, match="expected measurements of `ov2 compare`"):
+        Cache(tmp_path / "speed.json")
 
 
-def test_what_two_arms_do_not_share(squares: Path, tmp_path: Path) -> None:
-    """Oracle: by hand. OpenCLIP's defaults for CLIP are not the family's, and nobody said them here."""
+def test_what_two_variants_do_not_share(squares: Path, tmp_path: Path) -> None:
+    """Oracle: by hand. OpenCLIP's defaults for CLIP are not those of ov2 models, and the file says nothing of them."""
     argv = ["--train-data", f"{squares}/train/00000.tar", "--stage", "24:samples=8", "--batch-size", "8"]
     ours, clip = (
-        trainer.look_at(["--model", name, *argv], tmp_path) for name in ("ov2-vit-nano-8", "clip-of-ov2-vit-nano-8")
+        training.planned_run(["--model", name, *argv, "--logs", str(tmp_path)]).config
+        for name in ("ov2-vit-nano-8", "clip-of-ov2-vit-nano-8")
     )
-    told = trainer.unlike(clip, ours)
+    told = unlike(clip, ours)
     assert {"beta2 0.98 (0.95)", "eps 1e-06 (1e-08)"} <= set(told)
     assert not [text for text in told if text.startswith(("model", "epochs"))]
-    assert trainer.unlike(ours, ours) == ()
+    assert unlike(ours, ours) == ()
 
 
-def test_what_is_measured_is_the_arm(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
-    """Oracle: by hand. Its model, last stage, flags and vocabulary; captions of the ov2 model among the arms."""
-    flags = {"batch-size": 8, "warmup": 1, "precision": "amp_bf16"}
-    arm = Arm("half", "clip-of-ov2-vit-nano-8", flags, (ArmStage(24, 0.5), ArmStage(32, 0.5)), True)
-    argv = ["--model", arm.model, "--train-data", f"{squares}/train/00000.tar", "--stage", "32:samples=8"]
-    argv += ["--batch-size", "8", "--warmup", "1", "--precision", "amp_bf16", "--tokenizer", str(vocabulary)]
-    argv += ["--grad-checkpointing", "--force-context-length", "9", "--force-patch-dropout", "0.5"]
-    models = ["ViT-B-32", "ov2-vit-ti-16"]
-    measure = Measure(lengths=CaptionLengths(3, 8, 5.0))
-    job = trainer.contender(arm, argv, tmp_path, models, measure, 2)
-    assert isinstance(job, Job)
-    device = job.device
-    assert job == Job(
-        arm="half", model="clip-of-ov2-vit-nano-8", words_of="ov2-vit-ti-16", case=Case(32, "amp_bf16", 8),
-        device=device, compile=False, memory_budget=None, keep_ratio=None, lengths=CaptionLengths(3, 8, 5.0),
-        memory_limit_gb=None, threads=2 if device == "cpu" else None, tokenizer=str(vocabulary),
-        context_length=9, patch_dropout=0.5, fusion=None, grad_checkpointing=True,
+def test_what_is_measured_is_the_variant(tmp_path: Path) -> None:
+    """Oracle: by hand. Its last stage with its flags, without tasks of validation; captions of the first ov2 model."""
+    stages = (VariantStage(24, 0.5), VariantStage(32, 0.5))
+    half = Variant("half", "clip-of-ov2-vit-nano-8", {"warmup": 1, "lock-image": True}, stages)
+    ours = Variant("ours", "ov2-vit-ti-16", {}, stages)
+    flags = {"batch-size": 8, "device": "cpu", "eval": "--tasks knn --data x", "eval-every-samples": 8}
+    comparison = Comparison(samples=64, flags=flags, variants=(half, ours), reference="half")
+    study = Study((comparison,), Data("a.tar", "b.tar", "a.tar", ("--wd", "0.2")), tmp_path, tmp_path, 1, "", "")
+    job = job_of(study, comparison, half)
+    assert job.argv == (
+        "--model", "clip-of-ov2-vit-nano-8", "--train-data", "a.tar", "--batch-size", "8", "--device", "cpu",
+        "--wd", "0.2", "--warmup", "1", "--lock-image", "--stage", "32:samples=8",
     )  # fmt: skip
-    ours = ["--model", "ov2-vit-nano-8", *argv[2:], "--keep-ratio", "0.25:0.5", "--fusion", "causal"]
-    job = trainer.contender(arm, ours, tmp_path, models[:1], measure, 2)
-    assert isinstance(job, Job)
-    assert (job.keep_ratio, job.fusion, job.words_of) == (0.5, "causal", "ov2-vit-nano-8")
-    told = trainer.contender(arm, [*argv, "--accum-freq", "2"], tmp_path, models, measure, 2)
-    assert told == "`ov2 bench` has no --accum-freq"
-    if device == "cpu":
-        with pytest.raises(UserError, match="say memory-limit-gb"):
-            trainer.contender(arm, ours, tmp_path, models, Measure(largest_batch=True), 2)
+    assert (job.captions_of, job.device, job.memory_limit_gb) == ("ov2-vit-ti-16", "cpu", None)
+    with pytest.raises(UserError, match="it needs memory-limit-gb"):
+        job_of(study, replace(comparison, measure=Measure(largest_batch=True)), half)
 
 
-def test_slips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "one.toml"
     file.write_text('samples = 8\nresolution = 24\n[[arm]]\nname = "a"\nmodel = "ov2-vit-nano-9"\n')
     data = ["--train-data", "x.tar", "--val-data", "y.tar", "--out", str(tmp_path / "out")]
     assert ov2(["compare", str(file), *data, "--jobs", "0"]) == 2
-    assert "--jobs: '0' is not a whole number from 1 on" in capsys.readouterr().err
+    assert "--jobs: 0: expected an integer >= 1" in capsys.readouterr().err
     assert ov2(["compare", str(file), *data, "--scale", "0"]) == 2
-    assert "--scale: '0' is not a number above 0" in capsys.readouterr().err
+    assert "--scale: 0: expected a number > 0" in capsys.readouterr().err
     assert ov2(["compare", str(file), str(file), *data]) == 2
     assert "two comparisons are called one" in capsys.readouterr().err
     assert ov2(["compare", str(file), *data, "--", "--model=ov2-vit-b-16"]) == 2
@@ -154,9 +150,9 @@ def test_slips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = file.read_text().replace("nano-9", "nano-8")
     file.write_text(f'{good}[flags]\nbatch-size = 8\n[[evaluate]]\ntasks = ["kmm"]\n')
     assert ov2(["compare", str(file), *data]) == 2
-    assert "one: [[evaluate]] --tasks kmm: no such task" in capsys.readouterr().err
+    assert "one: evaluate: --tasks kmm: no such task" in capsys.readouterr().err
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
     told = capsys.readouterr().err
-    assert "arm a: --model ov2-vit-nano-9: no such model; near: ov2-vit-nano-8" in told
+    assert "variant a: --model ov2-vit-nano-9: no such model; near: ov2-vit-nano-8" in told
     assert told.count("\n") == 1

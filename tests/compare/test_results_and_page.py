@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import arm_result
+from made_up import variant_result
+from matplotlib.figure import Figure
 
-from open_clip_ov2.compare import page, plots, tables
+from open_clip_ov2.compare import page, plots, results
 from open_clip_ov2.compare.results import (
     Found,
     Summary,
@@ -26,6 +28,7 @@ from open_clip_ov2.compare.results import (
     read_evaluations,
     summary,
 )
+from open_clip_ov2.compare.verdict import verdict
 from open_clip_ov2.errors import UserError
 
 VOID = {"meta", "path", "use", "rect", "br", "link", "img"}
@@ -61,17 +64,17 @@ def test_curves() -> None:
 
 
 def test_a_metric_that_nobody_has(found: Found) -> None:
-    check_metrics(found.comparison, set(), found.arms)
-    with pytest.raises(UserError, match=r"metric probe.top1: no evaluation has it \(there are: probe.acc\)"):
-        check_metrics(found.comparison, {"probe.acc"}, [arm_result("ov2", (1.0,), values={"caption_loss": (1.0,)})])
+    check_metrics(found.comparison, set(), found.variants)
+    with pytest.raises(UserError, match=r"metric probe.top1: no evaluation has it \(known: probe.acc\)"):
+        check_metrics(found.comparison, {"probe.acc"}, [variant_result("ov2", (1.0,), values={"caption_loss": (1.0,)})])
 
 
 def test_table(found: Found) -> None:
     """Oracle: by hand."""
-    assert tables.markdown(found).splitlines() == [
+    assert page.markdown(found).splitlines() == [
         "|  | images/s | × ov2 | step memory, MiB | largest batch | samples | training, s | caption loss, nats ↓ "
         "| probe <top-1>, % ↑ |",
-        "|" + "---|" * 9,
+        "| " + " | ".join(["---"] * 9) + " |",
         "| ov2 | 200 (180–220) | 1.00 (0.90–1.10) | 100 | 512 | 4 K | 20 | 2.10 ± 0.14 | **55.0 ± 7.1** |",
         "| CLIP | 150 | 0.75 | – | – | 4 K | 27 | – | 40.0 ± 0.0 |",
         "| stock | 20 | 0.10 | – | – | – | – | – | – |",
@@ -80,12 +83,12 @@ def test_table(found: Found) -> None:
 
 def test_csv_has_every_number(found: Found) -> None:
     """Oracle: csv's own reader, and the figures put in."""
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text([found]))))
+    rows = list(csv.DictReader(io.StringIO(page.results_csv([found]))))
     (probe,) = (row for row in rows if row["arm"] == "ov2" and row["quantity"] == "probe.top1")
     assert [float(value) for value in probe["values"].split()] == [50, 60]
     assert float(probe["mean"]) == 55
     assert not [row for row in rows if row["arm"] == "CLIP" and row["quantity"] == "caption_loss"]
-    assert json.loads(as_json([found]))[0]["arms"][0]["rates"] == [200.0, 220.0, 180.0]
+    assert json.loads(json.dumps(as_json([found])))[0]["arms"][0]["rates"] == [200.0, 220.0, 180.0]
 
 
 class Reader(HTMLParser):
@@ -155,8 +158,8 @@ def test_bold_is_what_every_seed_says(found: Found) -> None:
     """Oracle: by hand. Of equal means there is no best one, nor where one seed says otherwise, nor of no numbers."""
 
     def best(*values: tuple[float, ...]) -> dict[str, str]:
-        arms = [arm_result(name, (1.0,), values={"probe.top1": v}) for name, v in zip("ab", values, strict=True)]
-        return tables.best(Found(found.comparison, tuple(arms), "a machine"))
+        arms = [variant_result(name, (1.0,), values={"probe.top1": v}) for name, v in zip("ab", values, strict=True)]
+        return results.best(Found(found.comparison, tuple(arms), "a machine"))
 
     assert best((0.5, 0.6), (0.4, 0.5)) == {"probe.top1": "a"}
     assert best((0.0, 0.0), (0.0, 0.0)) == {}
@@ -166,10 +169,10 @@ def test_bold_is_what_every_seed_says(found: Found) -> None:
 
 def test_what_is_not_alike_is_said(found: Found) -> None:
     """Oracle: by hand."""
-    one, *others = found.arms
+    one, *others = found.variants
     changed = Found(found.comparison, (replace(one, unlike=("lr 0.1 (0.2)", "eps 1 (2)")), *others), "a machine")
     flags, unlike, memory = page.terms(changed)
-    assert flags == "Flags of all arms: --lr 0.1."
+    assert flags == "Flags of all variants: --lr 0.1."
     assert unlike == "ov2 has, and ov2 in brackets: lr 0.1 (0.2); eps 1 (2)."
     assert "captions of 12 to 128 tokens, 64 on average" in memory
 
@@ -182,3 +185,125 @@ def test_two_evaluations_of_one_task_want_a_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"two .* give knn.top1: give one of them a name"):
         read_evaluations(files, ("", ""))
     assert read_evaluations(files, ("", "half")) == {"knn.top1": 0.0, "half.knn.top1": 1.0}
+
+
+# --- the verdict ---------------------------------------------------------------------------------------
+
+
+def told(found: Found, *losses: tuple[float, ...], probes: tuple[tuple[float, ...], ...] = ()) -> str:
+    """The verdict on variants a, b, ... with these caption losses (lower is better) and probes (higher is better)."""
+    variants = []
+    for index, name in enumerate("abc"[: max(len(losses), len(probes))]):
+        values = {"caption_loss": losses[index]} if index < len(losses) else {}
+        values |= {"probe.top1": probes[index]} if index < len(probes) else {}
+        variants.append(variant_result(name, (1.0,), values=values))
+    return verdict(Found(found.comparison, tuple(variants), "a machine"))
+
+
+def test_a_clear_winner_where_lower_is_better(found: Found) -> None:
+    """Oracle: by hand. Means 1.1 and 2.2; the worst seed of b, 1.2, is better than the best of a, 2.0."""
+    assert told(found, (2.0, 2.4), (1.0, 1.2)) == (
+        "b is better than a on caption loss: 1.10 against 2.20 nats after 4,000 samples each (50.0% lower), which is "
+        "beyond the spread of 2 seeds."
+    )
+
+
+def test_a_clear_winner_where_higher_is_better(found: Found) -> None:
+    """Oracle: by hand. Percentages differ in points; the best two of three variants are named."""
+    assert told(found, probes=((0.5, 0.6), (0.1, 0.2), (0.7, 0.9))) == (
+        "c is better than a on probe <top-1>: 80.0 against 55.0% after 4,000 samples each (25.0 points higher), which "
+        "is beyond the spread of 2 seeds."
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        (((2.0, 2.4), (2.1, 2.2)), "the difference is within the spread of 2 seeds"),
+        (((2.0,), (1.0,)), "one seed does not show how much seeds differ"),
+        (((2.0, 2.0), (2.0, 2.0)), "they are equal"),
+    ],
+)
+def test_cannot_tell(found: Found, losses: tuple[tuple[float, ...], ...], reason: str) -> None:
+    """Oracle: by hand."""
+    sentence = told(found, *losses)
+    assert sentence.startswith("Cannot tell whether ")
+    assert " on caption loss: " in sentence
+    assert sentence.endswith(f", but {reason}.")
+
+
+def test_nothing_to_compare(found: Found) -> None:
+    """Oracle: by hand. One variant has the metric; a diverged one counts as none."""
+    nothing = "Cannot tell which variant is better: no metric has values of two trained variants."
+    assert told(found, (2.0, 2.4)) == told(found, (2.0, 2.4), (float("nan"), 1.0)) == nothing
+
+
+def test_the_other_metrics_follow(found: Found) -> None:
+    """Oracle: by hand. a wins the loss; probes: b wins, and then nobody."""
+    losses = ((1.0, 1.1), (2.0, 2.1))
+    assert told(found, *losses, probes=((0.1, 0.2), (0.3, 0.4))).endswith(
+        " Other metrics: best beyond the spread of seeds: b on probe <top-1>."
+    )
+    assert told(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(" Other metrics: cannot tell: probe <top-1>.")
+
+
+def test_page_and_markdown_begin_with_the_verdict(found: Found) -> None:
+    """Oracle: the sentence itself is the first paragraph; of several comparisons each has one, with its title."""
+    sentence = verdict(found)
+    text = page.page("All", [(found, [])], "ov2 compare")
+    first = re.search(r"<p[^>]*>(.*?)</p>", text, flags=re.DOTALL)
+    assert first is not None
+    assert html.unescape(first.group(1)) == sentence
+    assert page.results_md("All", [found], "ov2 compare").splitlines()[2] == sentence
+    other = Found(replace(found.comparison, name="other", title="Other"), found.variants, "a machine")
+    both = page.page("All", [(found, []), (other, [])], "ov2 compare")
+    assert both.count('class="verdict"') == 2
+    assert f"**Other**: {sentence}" in page.results_md("All", [found, other], "ov2 compare")
+
+
+# --- what plots draw -----------------------------------------------------------------------------------
+
+
+def test_a_learning_curve_is_the_mean_with_its_band(found: Found) -> None:
+    """Oracle: matplotlib's artists, and means and deviations by hand. CLIP has no caption loss, so no line."""
+    metric = found.comparison.metrics[0]
+    for over, x in (("samples", [2000, 4000]), ("seconds", [10, 20])):  # 200 images/s
+        axes = Figure().subplots()
+        plots.learning(axes, found, metric, over)
+        (line,) = axes.lines
+        assert line.get_label() == "ov2"
+        np.testing.assert_allclose(line.get_xydata(), np.column_stack([x, [3.2, 2.1]]))
+        band = axes.collections[0].get_paths()[0].vertices
+        assert band[:, 1].min() == pytest.approx(2.1 - np.std([2.0, 2.2], ddof=1))
+        assert band[:, 1].max() == pytest.approx(3.2 + np.std([3.0, 3.4], ddof=1))
+        assert axes.get_ylabel() == "caption loss (nats)"
+
+
+def test_bars_of_speed(found: Found) -> None:
+    """Oracle: matplotlib's artists. The median's bar, the range's line, the first variant on top."""
+    axes = Figure().subplots()
+    plots.speeds(axes, found)
+    assert [bar.get_width() for bar in axes.patches] == [20, 150, 200]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stock", "CLIP", "ov2"]
+    ranges = [collection.get_segments()[0] for collection in axes.collections]
+    assert [list(segment[:, 0]) for segment in ranges] == [[20, 20], [150, 150], [180, 220]]
+
+
+def test_final_values_of_each_seed(found: Found) -> None:
+    """Oracle: matplotlib's artists. The seeds' points as they are shown, and names only in the first panel of a row."""
+    metric = found.comparison.metrics[1]
+    axes = Figure().subplots()
+    plots.final(axes, False, found, metric)
+    drawn = [list(line.get_xdata()) for line in axes.lines]
+    assert [50.0, 60.0] in drawn  # ov2's seeds
+    assert [pytest.approx(55.0)] in drawn  # and their mean
+    assert {label.get_text() for label in axes.get_yticklabels()} == {""}
+    assert axes.get_title() == "probe <top-1> (%) →"
+
+
+def test_a_metric_over_a_flag(found: Found) -> None:
+    """Oracle: matplotlib's artists. Keep ratios 0.35 and 1.0, in order."""
+    axes = Figure().subplots()
+    plots.over_flag(axes, True, found, found.comparison.metrics[1])
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0.35, 55.0], [1.0, 40.0]])
+    assert axes.get_xlabel() == "keep-ratio"

@@ -1,87 +1,193 @@
-"""Before anything is trained: images/s of each stage of each arm, memory of each arm's last one."""
+"""Before anything is trained: images/s of each stage of each variant, memory of a step of its last stage.
+
+Images/s are of short runs of `ov2 train`, with nothing beside them. Variants take turns within a repetition, so that
+whatever else the machine does falls on all of them alike, and ratios are taken within each repetition. The clock of
+runs that train side by side would be wrong. What was measured is cached in speed.json and costs.json.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from open_clip_ov2.compare import costs, speed, trainer
-from open_clip_ov2.compare.config import Arm, Comparison
-from open_clip_ov2.compare.plan import Study, arm_words, global_batch
-from open_clip_ov2.compare.processes import threads_each
-from open_clip_ov2.compare.results import Cost
+from open_clip_ov2 import training
+from open_clip_ov2.argv import value_of, without
+from open_clip_ov2.compare.bench.settings import Job, default_device, machine_facts
+from open_clip_ov2.compare.bench.turns import largest_batch, step_memory
+from open_clip_ov2.compare.config import Comparison, Variant
+from open_clip_ov2.compare.plan import Study, global_batch, train_argv
+from open_clip_ov2.compare.processes import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import read_json, write_json
+from open_clip_ov2.tracking.figures import read_results
 
-Speeds = Mapping[str, tuple[speed.Speed, ...]]  # of each arm, by stage
-Costs = Mapping[str, Cost]  # of a step of each arm
+LOGS_EACH = 8  # log steps of a measured run; everything before the second one is warm-up
+TASKS = ("--eval", "--eval-every-samples")  # there is nothing to validate on while speed is measured
+STOCK_VOCABULARY = "ov2-vit-nano-8"  # has OpenCLIP's own
+MIB = 2**20
+Log = Callable[[str], None]
 
 
-def _stage_lines(study: Study, comparison: Comparison) -> dict[tuple[str, int], list[str]]:
-    """What is measured: each stage of each arm by itself."""
-    out = {}
-    for arm in comparison.arms:
-        batch = global_batch(comparison, arm)
+@dataclass(frozen=True)
+class Speed:
+    """images/s of each repetition, and the process's largest resident set in MiB."""
+
+    images_per_second: tuple[float, ...]
+    memory_mb: float
+    machine: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.images_per_second)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory of a training step in MiB and the largest batch, as `ov2 bench` measures them; None if not asked for."""
+
+    step_memory_mb: float | None = None
+    largest_batch: int | None = None
+
+
+Speeds = Mapping[str, tuple[Speed, ...]]  # of each variant, by stage
+Costs = Mapping[str, Cost]  # of a step of each variant
+
+
+def key_of(value: Any) -> str:
+    """Sixteen hexadecimal digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Cache:
+    """A JSON file of what was measured; `get` measures what is not in it. Raises UserError for another kind of file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known = read_json(file, dict, "measurements of `ov2 compare`") if file.is_file() else {}
+
+    def get(self, key: str, measure: Callable[[], Any], good: Callable[[Any], bool] = lambda _: True) -> Any:
+        if key not in self._known or not good(self._known[key]):
+            self._known[key] = measure()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._file, self._known)
+        return self._known[key]
+
+
+def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
+    """Of each stage by itself. Raises UserError."""
+    commands: dict[str, list[str]] = {}
+    titles: dict[str, list[str]] = {}
+    steps: dict[str, int] = {}
+    for variant in comparison.variants:
+        batch = global_batch(comparison, variant)
         samples = max(4, comparison.measure.samples // batch) * batch
-        for index, stage in enumerate(arm.stages):
-            argv = arm_words(comparison, arm, study.data, [(stage.resolution, samples)])
-            out[arm.name, index] = without_tasks(argv)
+        titles[variant.name] = [_title(variant, index) for index in range(len(variant.stages))]
+        for title, stage in zip(titles[variant.name], variant.stages, strict=True):
+            argv = train_argv(comparison, variant, study.data, [(stage.resolution, samples)])
+            commands[title], steps[title] = without(argv, TASKS), max(1, comparison.measure.samples // batch)
+    threads, repetitions = threads_each(study.at_once), comparison.measure.repetitions
+
+    def measure() -> dict[str, Any]:
+        found: dict[str, list[tuple[float, float]]] = {title: [] for title in commands}
+        for repetition in range(repetitions):
+            for title, argv in commands.items():
+                logged = [*argv, "--log-every-n-steps", str(max(1, steps[title] // LOGS_EACH))]
+                found[title].append(_once(title, logged, study.folder / "measured", threads))
+            shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
+            log(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
+        return {title: asdict(_speed(values, threads)) for title, values in found.items()}
+
+    key = key_of([list(commands.items()), threads])  # a speed depends on which variants it was in turns with
+    found = Cache(study.folder / "speed.json").get(
+        key, measure, lambda known: all(len(one["images_per_second"]) >= repetitions for one in known.values())
+    )
+    speeds = {
+        title: replace(Speed(**one), images_per_second=tuple(one["images_per_second"])) for title, one in found.items()
+    }
+    return {name: tuple(speeds[title] for title in own) for name, own in titles.items()}
+
+
+def _title(variant: Variant, index: int) -> str:
+    return variant.name if len(variant.stages) == 1 else f"{variant.name} at {variant.stages[index].resolution} px"
+
+
+def _speed(values: Sequence[tuple[float, float]], threads: int) -> Speed:
+    device = default_device()
+    each = f", {threads} thread{'s' if threads > 1 else ''} for each run" if device == "cpu" else ""
+    rates, memory = zip(*values, strict=True)
+    return Speed(rates, max(memory), machine_facts(device)["device"] + each)
+
+
+def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
+    """(images/s, MiB)."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    argv = ["train", *argv, "--logs", str(scratch), "--name", "run"]
+    run_all([Command.ov2(f"measuring {title}", argv, scratch / "out.txt")], 1, lambda *_: None, threads=threads)
+    rows = [row for row in read_results(scratch / "run") if row["kind"] == "train"]
+    shutil.rmtree(scratch)
+    return rate_of(rows), float(rows[-1]["memory_mb"])
+
+
+def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Images/s from the second log step to the last, by the clock. Raises UserError if there is no third."""
+    if len(rows) < 3:
+        raise UserError("[measure] samples: too few to time; give at least 4 steps")
+    first, last = rows[1], rows[-1]
+    return float((last["samples_seen"] - first["samples_seen"]) / (last["time"] - first["time"]))
+
+
+def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
+    """The variant's last stage, for `ov2 bench`. Captions are drawn from the vocabulary of the first ov2 model of the
+    comparison, or from OpenCLIP's own. Raises UserError."""
+    measure, last = comparison.measure, variant.stages[-1]
+    argv = train_argv(comparison, variant, study.data, [(last.resolution, global_batch(comparison, variant))])
+    device = "cpu" if value_of(argv, "--device") == "cpu" else default_device()
+    if measure.largest_batch and device == "cpu" and measure.memory_limit_gb is None:
+        raise UserError("[measure] largest-batch: on a CPU it needs memory-limit-gb, the memory that a batch may use")
+    return Job(
+        name=variant.name,
+        argv=tuple(without(argv, TASKS)),
+        captions_of=next((v.model for v in comparison.variants if training.is_ov2_model(v.model)), STOCK_VOCABULARY),
+        device=device,
+        lengths=measure.lengths,
+        memory_limit_gb=measure.memory_limit_gb,
+        threads=threads_each(study.at_once) if device == "cpu" else None,
+    )
+
+
+def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
+    """Of a step of each variant at its own batch size. Raises UserError, RunFailed."""
+    cache, out = Cache(study.folder / "costs.json"), {}
+    for variant in comparison.variants:
+        try:
+            batch = global_batch(comparison, variant)
+            out[variant.name] = measure_cost(
+                job_of(study, comparison, variant), batch, comparison.measure.largest_batch, cache, log
+            )
+        except UserError as error:
+            raise UserError(f"{comparison.name}: variant {variant.name}: {error}") from error
     return out
 
 
-def measure_speeds(study: Study, say: Callable[[str], None]) -> dict[str, Speeds]:
-    """By comparison, whose arms take turns."""
-    study.folder.mkdir(parents=True, exist_ok=True)
-    out: dict[str, Speeds] = {}
-    for comparison in study.comparisons:
-        lines = _stage_lines(study, comparison)
-        titles = {where: _stage_title(comparison.arm(where[0]), where[1]) for where in lines}
-        measured = speed.measure(
-            {titles[where]: line for where, line in lines.items()},
-            samples=comparison.measure.samples,
-            batches={titles[where]: global_batch(comparison, comparison.arm(where[0])) for where in lines},
-            repetitions=comparison.measure.repetitions,
-            folder=study.folder,
-            at_once=study.at_once,
-            say=say,
-        )
-        out[comparison.name] = {
-            arm.name: tuple(measured[titles[arm.name, index]] for index in range(len(arm.stages)))
-            for arm in comparison.arms
-        }
-    return out
+def measure_cost(job: Job, batch: int, with_largest: bool, cache: Cache, log: Log) -> Cost:
+    """Raises UserError if the job's own batch does not fit; RunFailed."""
+    plain = asdict(replace(job, name="", memory_limit_gb=None))  # variants that differ in name alone cost the same
 
+    def memory() -> float:
+        found = step_memory(replace(job, memory_limit_gb=None))
+        if found is None:
+            raise UserError(f"a batch of {batch:,} does not fit into memory; give all variants a smaller batch-size")
+        log(f"step memory of {job.name}: {found / MIB:,.0f} MiB")
+        return found / MIB
 
-def measure_costs(study: Study, say: Callable[[str], None]) -> dict[str, Costs]:
-    """By comparison. An arm that `ov2 bench` could not train alike has no costs. Raises UserError, RunFailed."""
-    study.folder.mkdir(parents=True, exist_ok=True)
-    threads = threads_each(study.at_once)
-    out: dict[str, Costs] = {}
-    for comparison in study.comparisons:
-        models, measure = [arm.model for arm in comparison.arms], comparison.measure
-        found = {}
-        for arm in comparison.arms:
-            argv = arm_words(comparison, arm, study.data, [(arm.stages[-1].resolution, global_batch(comparison, arm))])
-            job = trainer.contender(arm, without_tasks(argv), study.logs, models, measure, threads)
-            if isinstance(job, str):
-                say(f"{comparison.name}: memory of {arm.name} is not measured: {job}")
-            try:
-                wanted = measure.largest_batch
-                found[arm.name] = Cost() if isinstance(job, str) else costs.measure_cost(job, wanted, study.folder, say)
-            except UserError as error:
-                raise UserError(f"{comparison.name}: {error}") from error
-        out[comparison.name] = found
-    return out
-
-
-def _stage_title(arm: Arm, index: int) -> str:
-    return arm.name if len(arm.stages) == 1 else f"{arm.name} at {arm.stages[index].resolution} px"
-
-
-def without_tasks(argv: list[str]) -> list[str]:
-    """Without `--eval` and its interval, for which there is nothing to validate on here."""
-    out, words = [], iter(argv)
-    for word in words:
-        if word in ("--eval", "--eval-every-samples"):
-            next(words, None)
-        elif not word.startswith(("--eval=", "--eval-every-samples=")):
-            out.append(word)
-    return out
+    step_memory_mb = cache.get(key_of(["step memory", plain]), memory)
+    if not with_largest:
+        return Cost(step_memory_mb)
+    key = key_of(["largest batch", plain, job.memory_limit_gb])
+    return Cost(step_memory_mb, cache.get(key, lambda: largest_batch(job, batch, log)))

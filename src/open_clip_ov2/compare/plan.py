@@ -1,4 +1,4 @@
-"""Which runs a comparison is made of: arms x seeds, each with its samples by stage, and the flags of `ov2 train`."""
+"""The runs of a comparison: variants x seeds, each with its samples by stage and its flags of `ov2 train`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare.config import Arm, Comparison
+from open_clip_ov2.compare.config import Comparison, Variant
 from open_clip_ov2.errors import UserError
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
+ByStage = Mapping[str, Sequence[float]]  # numbers of each variant, by stage
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the command line gives: --train-data, --val-data, what probes are fitted to, more flags of `ov2 train`."""
+    """--train-data and --val-data, what probes are fitted to, and more flags of `ov2 train`, of the command line."""
 
     train: str
     val: str
@@ -25,7 +26,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Study:
-    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share where they are equal."""
+    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share if they are equal."""
 
     comparisons: tuple[Comparison, ...]
     data: Data
@@ -38,74 +39,65 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed. `stage_samples` by stage; `argv` of `ov2 train`, without --logs and --name."""
+    """One variant with one seed. `stage_samples` by stage; `argv` of `ov2 train`, without --logs and --name."""
 
-    arm: Arm
+    variant: Variant
     seed: int
     stage_samples: tuple[int, ...]
     argv: tuple[str, ...]
 
-
-def arm_words(comparison: Comparison, arm: Arm, data: Data, stages: Sequence[tuple[int, int]]) -> list[str]:
-    """`ov2 train` for an arm but for its seed; `stages` are (px, samples). An arm's flags win over all others."""
-    common = {key: value for key, value in comparison.flags.items() if key not in arm.flags}
-    told = [f"{resolution}:samples={samples}" for resolution, samples in stages]
-    staged = [word for text in told for word in ("--stage", text)]
-    given = ["--model", arm.model, "--train-data", data.train]
-    return [*given, *to_argv(common), *data.more, *to_argv(arm.flags), *staged]
+    @property
+    def title(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
 
 
-def global_batch(comparison: Comparison, arm: Arm) -> int:
-    """Images of one step, which a stage's samples are a multiple of."""
-    flags = {**comparison.flags, **arm.flags}
-    if "global-batch" in flags:
-        return int(flags["global-batch"])
-    return int(flags.get("batch-size", OPENCLIP_BATCH)) * int(flags.get("accum-freq", 1))
+def train_argv(comparison: Comparison, variant: Variant, data: Data, stages: Sequence[tuple[int, int]]) -> list[str]:
+    """Flags of `ov2 train` except the seed; `stages` are (px, samples). A variant's flags win over all others."""
+    common = {name: value for name, value in comparison.flags.items() if name not in variant.flags}
+    staged = [word for pixels, samples in stages for word in ("--stage", f"{pixels}:samples={samples}")]
+    begin = ["--model", variant.model, "--train-data", data.train]
+    return [*begin, *to_argv(common), *data.more, *to_argv(variant.flags), *staged]
 
 
-def stage_samples(
-    comparison: Comparison,
-    arm: Arm,
-    rates: Mapping[str, Sequence[float]],
-    flops: Mapping[str, Sequence[float]],
-) -> tuple[int, ...]:
-    """Samples of each stage of an arm, to a whole batch.
+def global_batch(comparison: Comparison, variant: Variant) -> int:
+    """Images of one step; a stage's samples are a multiple of it."""
+    flags = {**comparison.flags, **variant.flags}
+    each = int(flags.get("batch-size", OPENCLIP_BATCH)) * int(flags.get("accum-freq", 1))
+    return int(flags.get("global-batch", each))
 
-    `rates`: images/s of each arm by stage (mode "seconds"); `flops`: FLOPs of an image, the same way (mode "flops").
+
+def mean_over_stages(variant: Variant, by_stage: Sequence[float]) -> float:
+    """Of an image: the mean weighted by the stages' shares of the samples."""
+    return sum(stage.share * value for stage, value in zip(variant.stages, by_stage, strict=True))
+
+
+def stage_samples(comparison: Comparison, variant: Variant, rates: ByStage, flops: ByStage) -> tuple[int, ...]:
+    """Samples of each stage of a variant, to a whole batch.
+
+    `rates`: images/s (mode "seconds"); `flops`: FLOPs of an image (mode "flops").
     """
     total = comparison.budget
     if comparison.mode == "seconds":
-        seconds_each = sum(s.share / rate for s, rate in zip(arm.stages, rates[arm.name], strict=True))
-        total = comparison.budget / seconds_each
+        total /= mean_over_stages(variant, [1 / rate for rate in rates[variant.name]])
     elif comparison.mode == "flops":
-        reference = comparison.arm(comparison.reference)
-        total *= _mean(reference, flops[reference.name]) / _mean(arm, flops[arm.name])
-    batch = global_batch(comparison, arm)
-    return tuple(max(1, round(total * stage.share / batch)) * batch for stage in arm.stages)
+        reference = comparison.variant(comparison.reference)
+        needed = mean_over_stages(reference, flops[reference.name])
+        total *= needed / mean_over_stages(variant, flops[variant.name])
+    batch = global_batch(comparison, variant)
+    return tuple(max(1, round(total * stage.share / batch)) * batch for stage in variant.stages)
 
 
-def _mean(arm: Arm, by_stage: Sequence[float]) -> float:
-    return sum(stage.share * value for stage, value in zip(arm.stages, by_stage, strict=True))
-
-
-def runs(
-    comparison: Comparison,
-    data: Data,
-    seeds: Sequence[int],
-    rates: Mapping[str, Sequence[float]],
-    flops: Mapping[str, Sequence[float]],
-) -> list[Run]:
-    """All runs, seed by seed, so that one that is cut short still has every arm. Raises UserError."""
+def runs(comparison: Comparison, data: Data, rates: ByStage, flops: ByStage) -> list[Run]:
+    """All runs, seed by seed, so that a study that is cut short still has every variant. Raises UserError."""
     out = []
-    for seed in seeds:
-        for arm in comparison.trained:
-            counts = stage_samples(comparison, arm, rates, flops)
-            stages = list(zip([stage.resolution for stage in arm.stages], counts, strict=True))
-            argv = arm_words(comparison, arm, data, stages)
-            argv += ["--val-data", data.val, "--seed", str(seed)]
-            out.append(Run(arm, seed, counts, tuple(argv)))
+    for seed in comparison.seeds:
+        for variant in comparison.trained:
+            counts = stage_samples(comparison, variant, rates, flops)
+            stages = [(stage.resolution, count) for stage, count in zip(variant.stages, counts, strict=True)]
+            argv = [*train_argv(comparison, variant, data, stages), "--val-data", data.val, "--seed", str(seed)]
+            out.append(Run(variant, seed, counts, tuple(argv)))
     if not out:
-        raise UserError(f"{comparison.name}: no arm is trained")
+        raise UserError(f"{comparison.name}: no variant is trained")
     return out
 
 

@@ -1,4 +1,4 @@
-"""Plots as SVG, to stand in a page: text in the page's own colour and font, nothing fetched, ids that do not clash."""
+"""Plots as SVG for a page: text in the page's own color and font, nothing fetched, ids that do not clash."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from open_clip_ov2.compare.config import Metric
-from open_clip_ov2.compare.results import ArmResult, Found, mean_curve, summary
+from open_clip_ov2.compare.results import Found, VariantResult, mean_curve, summary
+from open_clip_ov2.tracking.figures import COLORS, MARKERS, figure
 
-INK = "#010203"  # stands for the page's text colour until the SVG is written
-# Told apart by people with the usual colour blindnesses, and on white as on black (Okabe and Ito's set, made lighter).
-COLOURS = ("#2f7fc1", "#e0803a", "#2a9d74", "#b45f9c", "#b59a1d", "#7f7f7f", "#cf4f4f", "#49a8b8")
-MARKERS = "osD^vPX*"
+INK = "#010203"  # stands for the page's text color until the SVG is written
+STYLE = {
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
+    "axes.titlecolor": INK, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+    "svg.hashsalt": "ov2", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": INK, "grid.alpha": 0.15, "axes.titlesize": 10, "legend.frameon": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plot:
-    """`name` is its id on the page and the stem of a file; `caption` says what it shows."""
+    """`name` is its id on the page; `caption` says what it shows."""
 
     name: str
     caption: str
@@ -29,160 +34,131 @@ class Plot:
 
 
 def plots(found: Found) -> list[Plot]:
-    """All that a comparison has figures for."""
-    out = [_speeds(found)]
-    for metric in found.comparison.metrics:
-        if metric.learning and any(any(arm.learning.get(metric.key, ())) for arm in found.trained):
-            out += [_learning(found, metric, over) for over in ("samples", "seconds")]
-    if found.comparison.metrics:
-        out.append(_finals(found))
-    if found.comparison.curve_over:
-        out.append(_over_flag(found))
+    """All that a comparison has numbers for."""
+    metrics, over, trained = found.comparison.metrics, found.comparison.curve_over, found.trained
+    height = 0.7 + 0.42 * len(found.variants)
+    caption = "Images/s: median and range of repetitions in turns."
+    out = [_plot(found, "speed", caption, lambda panels: speeds(panels[0], found), size=(6.4, height))]
+    for metric in metrics:
+        if metric.learning and any(any(one.learning.get(metric.key, ())) for one in trained):
+            out += [_learning(found, metric, "samples"), _learning(found, metric, "seconds")]
+    if metrics:
+        caption = "At the end of training: each seed, mean and standard deviation; the arrow points to better."
+        draw = [partial(final, found=found, metric=metric) for metric in metrics]
+        out.append(_panels(found, "finals", caption, draw, 1.0 + 0.3 * len(trained)))
+    if over:
+        draw = [partial(over_flag, found=found, metric=metric) for metric in metrics]
+        out.append(_panels(found, f"over-{over}", f"Over {over}: mean and standard deviation of seeds.", draw, 2.6))
     return out
 
 
-def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style: Any = {
-        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
-        "axes.titlecolor": INK, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
-        "svg.hashsalt": "ov2", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": INK, "grid.alpha": 0.15, "axes.titlesize": 10, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, list(axes.flat)
+def _plot(
+    found: Found, name: str, caption: str, draw: Callable[[list[Any]], None], columns: int = 1, rows: int = 1,
+    size: tuple[float, float] = (6.4, 3.8), wide: bool = False,
+) -> Plot:  # fmt: skip
+    name = f"{found.comparison.name}-{re.sub(r'[^a-zA-Z0-9]+', '-', name).strip('-').lower()}"
+    out, saving = io.StringIO(), {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
+    with figure(out, columns, rows, size=size, style=STYLE, **saving) as panels:
+        draw(list(panels))
+    return Plot(name, caption, _for_page(out.getvalue(), name), wide)
 
 
-def _svg(figure: Any, name: str) -> str:
-    import matplotlib
-    from matplotlib import pyplot as plt
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ov2"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(INK, "currentColor")
-    text = re.sub(r"font: (?:[\w.]+ )?([\d.]+px) [^;\"]*", r"font: \1 inherit; font-family: inherit", text)
-    for pattern in (r'id="', r'xlink:href="#', r"url\(#"):
-        text = re.sub(pattern, lambda match: match.group(0) + name + "-", text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text, count=1)
+def _for_page(svg: str, name: str) -> str:
+    """matplotlib's SVG with the page's color and font, as wide as its place, and ids that begin with `name`."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(INK, "currentColor")
+    svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+px) [^;\"]*", r"font: \1 inherit; font-family: inherit", svg)
+    svg = re.sub(r'id="|xlink:href="#|url\(#', lambda match: f"{match.group(0)}{name}-", svg)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
-def _colour(found: Found, arm: ArmResult) -> tuple[str, str]:
-    index = [one.name for one in found.arms].index(arm.name)
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+def _panels(found: Found, name: str, caption: str, draw: Sequence[Callable[[Any, bool], None]], height: float) -> Plot:
+    """One panel for each metric, three in a row."""
+    columns = min(3, len(draw))
+    rows = -(-len(draw) // columns)
+
+    def all_of_them(panels: list[Any]) -> None:
+        for index, one in enumerate(draw):
+            one(panels[index], index % columns == 0)
+        for axes in panels[len(draw) :]:
+            axes.set_visible(False)
+
+    size = (3.0 * columns + 0.4, height * rows)
+    return _plot(found, name, caption, all_of_them, columns, rows, size, wide=True)
 
 
-def _axis(metric: Metric) -> str:
-    return f"{metric.title}{f' ({metric.unit})' if metric.unit else ''}"
+def _look(found: Found, variant: VariantResult) -> tuple[str, str]:
+    """Color and marker of a variant, the same in all plots of a comparison."""
+    index = [one.name for one in found.variants].index(variant.name)
+    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+
+
+def _labelled(metric: Metric) -> str:
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
 
 def _learning(found: Found, metric: Metric, over: str) -> Plot:
-    """Mean over seeds with a band of one standard deviation."""
-    figure, (axes,) = _figure(1, 1, 6.4, 3.8)
-    for arm in found.trained:
-        points = mean_curve(arm.learning.get(metric.key, ()))
-        if not points:
-            continue
-        place: Callable[[float], float] = (lambda x: x) if over == "samples" else arm.seconds_at
-        x = [place(seen) for seen, _ in points]
-        means = [metric.scale * told.mean for _, told in points]
-        sds = [metric.scale * (told.sd or 0.0) for _, told in points]
-        colour, marker = _colour(found, arm)
-        axes.plot(x, means, marker=marker, color=colour, markersize=4, label=arm.name)
-        low, high = zip(*((m - s, m + s) for m, s in zip(means, sds, strict=True)), strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="samples seen" if over == "samples" else "seconds of training", ylabel=_axis(metric))
-    _engineer(axes)
-    _legend(axes)
-    name = f"{found.comparison.name}-{_plain(metric.key)}-over-{over}"
     where = ", at the images/s measured beforehand" if over == "seconds" else ""
-    return Plot(
-        name, f"Held-out {metric.title} over {over}{where}; mean and standard deviation of seeds.", _svg(figure, name)
-    )
+    caption = f"Held-out {metric.label} over {over}{where}; mean and standard deviation of seeds."
+    draw = lambda panels: learning(panels[0], found, metric, over)  # noqa: E731
+    return _plot(found, f"{metric.key}-over-{over}", caption, draw)
 
 
-def _engineer(axes: Any) -> None:
+def learning(axes: Any, found: Found, metric: Metric, over: str) -> None:
+    """Mean over seeds with a band of one standard deviation."""
     from matplotlib.ticker import EngFormatter
 
+    for variant in found.trained:
+        points = mean_curve(variant.learning.get(metric.key, ()))
+        if not points:
+            continue
+        x = [seen if over == "samples" else variant.seconds_at(seen) for seen, _ in points]
+        means = [metric.scale * mean.mean for _, mean in points]
+        sds = [abs(metric.scale) * (mean.sd or 0.0) for _, mean in points]
+        color, marker = _look(found, variant)
+        axes.plot(x, means, marker=marker, color=color, markersize=4, label=variant.name)
+        low, high = zip(*((m - s, m + s) for m, s in zip(means, sds, strict=True)), strict=True)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="samples seen" if over == "samples" else "seconds of training", ylabel=_labelled(metric))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend()
 
 
-def _legend(axes: Any) -> None:
-    legend = axes.legend(frameon=False)
-    for text in legend.get_texts():
-        text.set_color(INK)
-
-
-def _speeds(found: Found) -> Plot:
+def speeds(axes: Any, found: Found) -> None:
     """Images/s: the median, and the least and the greatest of the repetitions."""
-    arms = found.arms
-    figure, (axes,) = _figure(1, 1, 6.4, 0.7 + 0.42 * len(arms))
-    for place, arm in enumerate(reversed(arms)):
-        middle = statistics.median(arm.rates)
-        reach = [[middle - min(arm.rates)], [max(arm.rates) - middle]]
-        axes.barh(place, middle, color=_colour(found, arm)[0], height=0.6, xerr=reach, ecolor=INK, capsize=3)
-    axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
+    names = [one.name for one in reversed(found.variants)]
+    for place, variant in enumerate(reversed(found.variants)):
+        middle = statistics.median(variant.rates)
+        reach = [[middle - min(variant.rates)], [max(variant.rates) - middle]]
+        color, _ = _look(found, variant)
+        axes.barh(place, middle, color=color, height=0.6, xerr=reach, ecolor=INK, capsize=3)
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="images/s in training")
     axes.grid(visible=False, axis="y")
-    name = f"{found.comparison.name}-speed"
-    return Plot(name, "Images/s: median and range of interleaved repetitions.", _svg(figure, name))
 
 
-def _finals(found: Found) -> Plot:
-    """Every seed's value, with mean and standard deviation, one panel a metric."""
-    metrics, arms = found.comparison.metrics, found.trained
-    columns = min(3, len(metrics))
-    lines = -(-len(metrics) // columns)
-    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, (1.0 + 0.3 * len(arms)) * lines)
-    for index, (axes, metric) in enumerate(zip(panels, metrics, strict=False)):
-        for place, arm in enumerate(reversed(arms)):
-            values = [metric.scale * one for one in arm.values.get(metric.key, ())]
-            told = summary(values)
-            if told is None:
-                continue
-            colour, marker = _colour(found, arm)
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4, markersize=4, markeredgewidth=0)
-            axes.errorbar(told.mean, place, xerr=told.sd or 0, fmt=marker, color=colour, capsize=3, markersize=6)
-        shown = [arm.name for arm in reversed(arms)] if index % columns == 0 else [""] * len(arms)
-        axes.set_yticks(range(len(arms)), shown)
-        axes.set_ylim(-0.6, len(arms) - 0.4)
-        axes.set_title(f"{_axis(metric)} {'→' if metric.better == 'higher' else '←'}")
-    for axes in panels[len(metrics) :]:
-        axes.set_visible(False)
-    name = f"{found.comparison.name}-finals"
-    caption = "At the end of training: each seed, mean and standard deviation; the arrow points to better."
-    return Plot(name, caption, _svg(figure, name), wide=True)
+def final(axes: Any, first: bool, found: Found, metric: Metric) -> None:
+    """Every seed's value, with mean and standard deviation. Variants are named in the first panel of a row."""
+    names = [one.name for one in reversed(found.trained)]
+    for place, variant in enumerate(reversed(found.trained)):
+        values = variant.shown(metric)
+        total = summary(values)
+        if total is None:
+            continue
+        color, marker = _look(found, variant)
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+        axes.errorbar(total.mean, place, xerr=total.sd or 0, fmt=marker, color=color, capsize=3, markersize=6)
+    axes.set_yticks(range(len(names)), names if first else [""] * len(names))
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_title(f"{_labelled(metric)} {'→' if metric.better == 'higher' else '←'}")
 
 
-def _over_flag(found: Found) -> Plot:
-    """Metrics over the value of a flag, one panel each."""
-    over = found.comparison.curve_over or ""
-    arms: Sequence[ArmResult] = sorted(
-        (arm for arm in found.trained if arm.over is not None), key=lambda arm: arm.over or 0.0
-    )
-    metrics = found.comparison.metrics
-    columns = min(3, len(metrics))
-    lines = -(-len(metrics) // columns)
-    figure, panels = _figure(columns, lines, 3.0 * columns + 0.4, 2.6 * lines)
-    for axes, metric in zip(panels, metrics, strict=False):
-        points = [(arm.over, summary(arm.values.get(metric.key, ()))) for arm in arms]
-        told = [(x, one) for x, one in points if one is not None]
-        means, sds = [metric.scale * one.mean for _, one in told], [metric.scale * (one.sd or 0) for _, one in told]
-        axes.errorbar([x for x, _ in told], means, yerr=sds, fmt="o-", color=COLOURS[0], capsize=3, markersize=5)
-        axes.set(title=f"{_axis(metric)} {'↑' if metric.better == 'higher' else '↓'}", xlabel=over)
-    for axes in panels[len(metrics) :]:
-        axes.set_visible(False)
-    name = f"{found.comparison.name}-over-{_plain(over)}"
-    return Plot(name, f"Over {over}: mean and standard deviation of seeds.", _svg(figure, name), wide=True)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-").lower()
+def over_flag(axes: Any, first: bool, found: Found, metric: Metric) -> None:
+    """The metric over the value of a flag."""
+    points = [(one.over, summary(one.shown(metric))) for one in found.trained if one.over is not None]
+    known = sorted((x, total.mean, total.sd or 0.0) for x, total in points if total is not None)
+    if known:
+        x, means, sds = zip(*known, strict=True)
+        axes.errorbar(x, means, yerr=sds, fmt="o-", color=COLORS[0], capsize=3, markersize=5)
+    arrow = "↑" if metric.better == "higher" else "↓"
+    axes.set(title=f"{_labelled(metric)} {arrow}", xlabel=found.comparison.curve_over or "")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from open_clip_ov2.compare.bench.settings import cores
 from open_clip_ov2.errors import UserError
 
 POLL_S = 0.1
@@ -19,16 +20,15 @@ STOP_S = 60  # a run that is stopped saves a checkpoint first
 
 @dataclass(frozen=True)
 class Command:
-    """`title` is for people; what the command prints goes to `log`."""
+    """`argv` of `ov2`, or a whole command line; `title` is for people; what the command prints goes to `log`."""
 
     title: str
-    command: tuple[str, ...]
+    argv: tuple[str, ...]
     log: Path
 
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    @classmethod
+    def ov2(cls, title: str, argv: Sequence[str], log: Path) -> Command:
+        return cls(title, (sys.executable, "-m", "open_clip_ov2", *argv), log)
 
 
 def threads_each(at_once: int) -> int:
@@ -36,41 +36,41 @@ def threads_each(at_once: int) -> int:
 
 
 def run_all(
-    jobs: Sequence[Command], at_once: int, done: Callable[[Command, float], None], threads: int | None = None
+    commands: Sequence[Command], at_once: int, done: Callable[[Command, float], None], threads: int | None = None
 ) -> None:
-    """`at_once` of them, in order. `done` hears of each and its seconds.
+    """`at_once` of them, in order. `done` is called with each and its seconds.
 
-    The first that fails stops the others (they save what they have) and is a UserError with its last line.
+    The first that fails stops the others (runs save a checkpoint) and is a UserError with its last line.
     """
-    waiting, going = list(jobs), dict[Command, tuple[subprocess.Popen[bytes], float]]()
+    waiting, going = list(commands), dict[Command, tuple[subprocess.Popen[bytes], float]]()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
     try:
         while waiting or going:
             while waiting and len(going) < at_once:
-                job = waiting.pop(0)
-                going[job] = (_start(job, threads or threads_each(at_once)), time.monotonic())
+                command = waiting.pop(0)
+                going[command] = (_start(command, threads or threads_each(at_once)), time.monotonic())
             time.sleep(POLL_S)
-            for job, (process, begun) in list(going.items()):
+            for command, (process, begun) in list(going.items()):
                 status = process.poll()
                 if status is None:
                     continue
-                del going[job]
+                del going[command]
                 if status:
-                    raise UserError(f"{job.title}: {last_line(job.log)} (exit status {status}; all of it: {job.log})")
-                done(job, time.monotonic() - begun)
+                    told = f"{command.title}: {last_line(command.log)}"
+                    raise UserError(f"{told} (exit status {status}; its output: {command.log})")
+                done(command, time.monotonic() - begun)
     finally:
         _stop([process for process, _ in going.values()])
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Command, threads: int) -> subprocess.Popen[bytes]:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
+def _start(command: Command, threads: int) -> subprocess.Popen[bytes]:
+    command.log.parent.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    with job.log.open("wb") as log:
+    with command.log.open("wb") as log:
         return subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, **counts},
-        )  # fmt: skip
+            command.argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **counts}
+        )
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -85,6 +85,6 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last that a failed command said, without ov2's prefix."""
+    """The last line that a failed command printed, without ov2's prefix."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("ov2: error: ") if lines else "said nothing"
+    return lines[-1].removeprefix("ov2: error: ") if lines else "no output"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,25 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.compare.config import Comparison, Metric
+from open_clip_ov2.compare.measuring import Cost
 from open_clip_ov2.compare.plan import seconds_at
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import read_json
 
 Curve = tuple[tuple[float, float], ...]  # (samples seen, value)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a step of an arm costs, as `ov2 bench` found it; None where it was not asked."""
-
-    step_memory_mb: float | None = None
-    largest_batch: int | None = None
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """One arm. `rates`: images/s by repetition over all its stages; `stage_rates` the medians by stage; `ratios`: rates
-    over the reference's, by repetition. `unlike`: flags that differ from the reference's. `values` and `learning`: by
-    metric, one for each seed."""
+class VariantResult:
+    """One variant. `rates`: images/s by repetition over all its stages; `stage_rates` the medians by stage; `ratios`:
+    rates over the reference's, by repetition. `unlike`: flags that differ from the reference's. `over`: the value of
+    the flag that metrics are drawn over. `values` and `learning`: by metric, one for each seed."""
 
     name: str
     model: str
@@ -53,23 +46,27 @@ class ArmResult:
     @property
     def seconds(self) -> float:
         """Of one run's training, at the images/s measured."""
-        return seconds_at(self.samples, self.stage_samples, self.stage_rates)
+        return self.seconds_at(self.samples)
 
     def seconds_at(self, samples: float) -> float:
         return seconds_at(samples, self.stage_samples, self.stage_rates)
 
+    def shown(self, metric: Metric) -> list[float]:
+        """The metric's value for each seed, as it is shown."""
+        return [metric.scale * value for value in self.values.get(metric.key, ())]
+
 
 @dataclass(frozen=True)
 class Found:
-    """One comparison with all its arms."""
+    """One comparison with all its variants."""
 
     comparison: Comparison
-    arms: tuple[ArmResult, ...]
+    variants: tuple[VariantResult, ...]
     machine: str
 
     @property
-    def trained(self) -> tuple[ArmResult, ...]:
-        return tuple(arm for arm in self.arms if arm.trained)
+    def trained(self) -> tuple[VariantResult, ...]:
+        return tuple(variant for variant in self.variants if variant.trained)
 
 
 @dataclass(frozen=True)
@@ -87,77 +84,109 @@ def summary(values: Sequence[float]) -> Summary | None:
     return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def best(found: Found) -> dict[str, str]:
+    """By metric, the variant that is better than every other one with every seed, if there is one."""
+    out = {}
+    for metric in found.comparison.metrics:
+        values = {one.name: one.values[metric.key] for one in found.variants if metric.key in one.values}
+        for name, mine in values.items():
+            others = [theirs for other, theirs in values.items() if other != name]
+            if others and all(
+                metric.sign * a > metric.sign * b for theirs in others for a, b in zip(mine, theirs, strict=True)
+            ):
+                out[metric.key] = name
+    return out
+
+
+def flatten(value: Any, path: str = "") -> dict[str, float]:
     """Numbers of nested tables by dotted path; a list's items by their index."""
-    return dict(_leaves(found, prefix))
+    return dict(_leaves(value, path))
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{index}")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, float(value)
 
 
 def read_evaluations(paths: Sequence[Path], names: Sequence[str]) -> dict[str, float]:
-    """The numbers of several files of `ov2 eval --out`, each under its name where it has one. Raises UserError."""
+    """The numbers of several files of `ov2 eval --out`, each under its name if it has one. Raises UserError."""
     out: dict[str, float] = {}
     for path, name in zip(paths, names, strict=True):
-        try:
-            found = flatten(json.loads(path.read_text(encoding="utf-8")), name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no result of `ov2 eval` ({error}); remove it to evaluate again") from error
+        found = flatten(read_json(path, dict, "a result of `ov2 eval` (remove it to evaluate again)"), name)
         twice = next(iter(found.keys() & out.keys()), None)
         if twice:
-            raise UserError(
-                f"two [[evaluate]] give {twice}: give one of them a name, which then begins its metrics' keys"
-            )
+            raise UserError(f"two [[evaluate]] give {twice}: give one of them a name, which begins its metrics' keys")
         out |= found
     return out
 
 
 def by_metric(metrics: Sequence[Metric], found: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
-    """The values of each metric over an arm's seeds; a metric that one of them lacks is left out."""
-    return {
-        metric.key: tuple(one[metric.key] for one in found)
-        for metric in metrics
-        if all(metric.key in one for one in found)
-    }
+    """The values of each metric over a variant's seeds, without metrics that one of them lacks."""
+    keys = [metric.key for metric in metrics]
+    return {key: tuple(one[key] for one in found) for key in keys if found and all(key in one for one in found)}
 
 
-def check_metrics(comparison: Comparison, keys: set[str], arms: Sequence[ArmResult]) -> None:
-    """A metric that no arm has is a slip in the file. Raises UserError."""
+def check_metrics(comparison: Comparison, keys: set[str], variants: Sequence[VariantResult]) -> None:
+    """Raises UserError for a metric that no variant has, which is a mistake in the file."""
     for metric in comparison.metrics:
-        if not any(metric.key in arm.values for arm in arms):
-            raise UserError(
-                f"{comparison.name}: metric {metric.key}: no evaluation has it (there are: {', '.join(sorted(keys))})"
-            )
+        if not any(metric.key in variant.values for variant in variants):
+            known = ", ".join(sorted(keys))
+            raise UserError(f"{comparison.name}: metric {metric.key}: no evaluation has it (known: {known})")
 
 
 def learning_curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    """A figure of results.jsonl's validations over samples seen."""
-    return tuple(
-        (float(row["samples_seen"]), float(row[name]))
-        for row in records
-        if row["kind"] == "val" and row.get(name) is not None
-    )
+    """A number of results.jsonl's validations over samples seen."""
+    rows = [row for row in records if row["kind"] == "val" and row.get(name) is not None]
+    return tuple((float(row["samples_seen"]), float(row[name])) for row in rows)
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
     """Over seeds, where all of them have a value."""
-    shared = set.intersection(*({x for x, _ in curve} for curve in curves)) if curves else set()
     tables = [dict(curve) for curve in curves]
+    shared = set.intersection(*map(set, tables)) if tables else set()
+    means = [(x, summary([table[x] for table in tables])) for x in sorted(shared)]
+    return [(x, mean) for x, mean in means if mean is not None]
+
+
+def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """Everything. Files say `arm` where this package says variant, as they have done since 0.1."""
     out = []
-    for x in sorted(shared):
-        found = summary([table[x] for table in tables])
-        assert found is not None
-        out.append((x, found))
+    for one in found:
+        plain = asdict(one)
+        comparison = plain["comparison"] | {"budget": one.comparison.budget}
+        comparison["arms"] = comparison.pop("variants")
+        for evaluation in comparison["evaluations"]:
+            evaluation["arms"] = evaluation.pop("variants")
+        out.append({"comparison": comparison, "arms": plain["variants"], "machine": one.machine})
     return out
 
 
-def as_json(found: Sequence[Found]) -> str:
-    return json.dumps([asdict(one) for one in found], indent=1) + "\n"
+def write_csv(found: Sequence[Found], writer: Any) -> None:
+    """One line for each quantity of each variant, with the value of each seed or repetition."""
+    writer.writerow(("comparison", "arm", "model", "quantity", "unit", "mean", "sd", "n", "values"))
+    for one in found:
+        for variant in one.variants:
+            for quantity, unit, values in _quantities(one, variant):
+                total = summary(values)
+                if total is not None:
+                    sd = "" if total.sd is None else f"{total.sd:.6g}"
+                    numbers = (f"{total.mean:.6g}", sd, total.n, " ".join(f"{value:.6g}" for value in values))
+                    writer.writerow((one.comparison.name, variant.name, variant.model, quantity, unit, *numbers))
+
+
+def _quantities(found: Found, variant: VariantResult) -> list[tuple[str, str, Sequence[float]]]:
+    memory, batch = variant.cost.step_memory_mb, variant.cost.largest_batch
+    return [
+        ("images per second", "images/s", variant.rates),
+        (f"images per second over {found.comparison.reference}", "ratio", variant.ratios),
+        ("FLOPs of an image", "FLOP", [variant.flops]),
+        ("process memory", "MiB", [variant.memory_mb]),
+        ("step memory", "MiB", [] if memory is None else [memory]),
+        ("largest batch", "images", [] if batch is None else [batch]),
+        ("samples", "samples", [variant.samples] if variant.trained else []),
+        ("training", "s", [variant.seconds] if variant.trained else []),
+        *((metric.key, metric.unit, variant.shown(metric)) for metric in found.comparison.metrics),
+    ]

@@ -2,238 +2,219 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare import page, plots, speed, tables, trainer
-from open_clip_ov2.compare.config import Arm, Comparison, Evaluation
-from open_clip_ov2.compare.kept import key_of
-from open_clip_ov2.compare.measuring import Costs, Speeds, measure_costs, measure_speeds
-from open_clip_ov2.compare.plan import Run, Study, arm_words, global_batch, runs
+from open_clip_ov2 import training
+from open_clip_ov2.argv import to_argv, value_of
+from open_clip_ov2.compare import page, plots, results
+from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
+from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
+from open_clip_ov2.compare.plan import ByStage, Run, Study, global_batch, mean_over_stages, runs, train_argv
 from open_clip_ov2.compare.processes import Command, run_all
-from open_clip_ov2.compare.results import (
-    ArmResult,
-    Found,
-    as_json,
-    by_metric,
-    check_metrics,
-    flatten,
-    learning_curve,
-    read_evaluations,
-)
+from open_clip_ov2.compare.results import Found, VariantResult
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import read_json, write_json, write_text
 from open_clip_ov2.tracking.figures import read_results
+from open_clip_ov2.tracking.status import FINISHED, read_status
 
-FlopsByArm = Mapping[str, tuple[float, ...]]  # the same of an image
+# Differences that a table shows, or that follow from what it shows.
+SHOWN = ("model", "force_image_size", "train_num_samples", "epochs", "seed", "warmup", "caption_keys_given")
+VALIDATION = ("--val-data", "--val-num-samples", "--val-every-samples", "--eval", "--eval-every-samples")
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run, where it lies, and its evaluations' files."""
+class PlannedRun:
+    """A run of a comparison, where it is or will be, and the files of its evaluations."""
 
     run: Run
-    known: trainer.Known
-    evaluations: tuple[Path, ...]
-    names: tuple[str, ...]
+    known: training.PlannedRun
+    evaluations: Mapping[Path, Evaluation]
+
+    def numbers(self) -> dict[str, float]:
+        """Of its evaluations and, under `run.`, of its last validation in training. Raises UserError."""
+        validations = [row for row in read_results(self.known.run_dir) if row["kind"] == "val"]
+        names = [one.name for one in self.evaluations.values()]
+        found = results.read_evaluations(list(self.evaluations), names)
+        return found | (results.flatten(validations[-1], "run") if validations else {})
 
 
-def carry_out(study: Study, say: Callable[[str], None]) -> list[Found]:
-    """All of it; what is there already is read. Raises UserError."""
-    flops = {one.name: {arm.name: _flops(study, one, arm) for arm in one.arms} for one in study.comparisons}
-    _check_tasks(study)
-    costs = measure_costs(study, say)  # before the speeds: what does not fit is told first
-    speeds = measure_speeds(study, say)
-    planned = {one.name: _plan(study, one, speeds[one.name], flops[one.name]) for one in study.comparisons}
-    _train(study, [run for group in planned.values() for run in group], say)
-    _evaluate(study, [(one, run) for one in study.comparisons for run in planned[one.name]], say)
-    found = [
-        _gather(one, costs[one.name], planned[one.name], speeds[one.name], flops[one.name]) for one in study.comparisons
-    ]
+def carry_out(study: Study, log: Log) -> list[Found]:
+    """All of it; what is there already is read. Raises UserError, RunFailed."""
+    flops = [_check(study, one) for one in study.comparisons]
+    costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
+    speeds = [measure_speeds(study, one, log) for one in study.comparisons]
+    planned = [_plan(study, *of_one) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
+    _train(study, [run for group in planned for run in group], log)
+    _evaluate(study, [run for group in planned for run in group], log)
+    found = [_gather(*of_one) for of_one in zip(study.comparisons, costs, planned, speeds, flops, strict=True)]
     write(study, found)
     return found
 
 
-# --- plan ----------------------------------------------------------------------------------------------
+def _check(study: Study, comparison: Comparison) -> ByStage:
+    """Flags, models and tasks, before anything is measured: FLOPs of an image. Raises UserError."""
+    for evaluation in comparison.evaluations:
+        try:
+            training.check_tasks(evaluation.tasks)
+        except UserError as error:
+            raise UserError(f"{comparison.name}: evaluate: {error}") from error
+    flops = {}
+    for variant in comparison.variants:
+        stages = [(stage.resolution, global_batch(comparison, variant)) for stage in variant.stages]
+        argv = [*train_argv(comparison, variant, study.data, stages), "--val-data", study.data.val]
+        try:
+            flops[variant.name] = training.planned_run([*argv, "--logs", str(study.logs)]).flops
+        except UserError as error:
+            raise UserError(f"{comparison.name}: variant {variant.name}: {error}") from error
+    return flops
 
 
-def _check_tasks(study: Study) -> None:
-    """Raises UserError for a task that `ov2 eval` does not have."""
-    for comparison in study.comparisons:
-        for evaluation in comparison.evaluations:
-            try:
-                trainer.check_tasks(evaluation.tasks)
-            except UserError as error:
-                raise UserError(f"{comparison.name}: [[evaluate]] {error}") from error
-
-
-def _flops(study: Study, comparison: Comparison, arm: Arm) -> tuple[float, ...]:
-    """Of one image by stage; flags and model are looked at before anything is measured. Raises UserError."""
-    stages = [(stage.resolution, global_batch(comparison, arm)) for stage in arm.stages]
-    argv = [*arm_words(comparison, arm, study.data, stages), "--val-data", study.data.val]
-    try:
-        return trainer.look_at(argv, study.logs).flops
-    except UserError as error:
-        raise UserError(f"{comparison.name}: arm {arm.name}: {error}") from error
-
-
-def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: FlopsByArm) -> list[Trained]:
+def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
     rates = {name: [one.median for one in by_stage] for name, by_stage in speeds.items()}
     out = []
-    for run in runs(comparison, study.data, comparison.seeds, rates, flops):
-        known = trainer.look_at(run.argv, study.logs)
-        files = [
-            study.folder / "evaluations" / f"{known.name}-{key_of(_eval_words(study, evaluation))}.json"
-            for evaluation in _evaluations(comparison, run)
-        ]
-        names = tuple(evaluation.name for evaluation in _evaluations(comparison, run))
-        out.append(Trained(run, known, tuple(files), names))
+    for run in runs(comparison, study.data, rates, flops):
+        known = training.planned_run([*run.argv, "--logs", str(study.logs)])
+        asked = [one for one in comparison.evaluations if not one.variants or run.variant.name in one.variants]
+        folder = study.folder / "evaluations"
+        files = {folder / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one for one in asked}
+        out.append(PlannedRun(run, known, files))
     return out
 
 
 # --- training and evaluating ---------------------------------------------------------------------------
 
 
-def _train(study: Study, trained: Sequence[Trained], say: Callable[[str], None]) -> None:
-    jobs = {}
-    for one in trained:
-        if trainer.is_finished(one.known.run_dir):
-            other = trainer.validated_otherwise(one.known.run_dir, one.run.argv)
+def _train(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
+    commands: dict[str, Command | None] = {}
+    for one in planned:
+        name, folder = one.known.name, one.known.run_dir
+        if is_finished(folder):
+            other = validated_otherwise(folder, one.run.argv)
             if other:
                 raise UserError(
-                    f"{one.known.run_dir}: a run of another comparison, validated with another {', '.join(other)}; "
-                    "give --out or --logs another folder, or remove the run"
+                    f"{folder}: a run of another comparison, validated with another {', '.join(other)}; give --out or "
+                    "--logs another folder, or remove the run"
                 )
+            commands[name] = None
         else:
-            title = f"{one.run.arm.name}, seed {one.run.seed}"
-            command = trainer.train_command(one.run.argv, study.logs, one.known.name)
-            jobs[one.known.name] = Command(title, tuple(command), study.folder / "logs" / f"{one.known.name}.txt")
-    _run("training", list(jobs.values()), len({one.known.name for one in trained}), study, say)
+            argv = ["train", *one.run.argv, "--logs", str(study.logs), "--name", name]
+            commands[name] = Command.ov2(one.run.title, argv, study.folder / "logs" / f"{name}.txt")
+    _run("training", commands.values(), study, log)
 
 
-def _evaluations(comparison: Comparison, run: Run) -> list[Evaluation]:
-    return [one for one in comparison.evaluations if not one.arms or run.arm.name in one.arms]
+def is_finished(run_dir: Path) -> bool:
+    status = read_status(run_dir)
+    return status is not None and status.state == FINISHED and status.stage == status.stages
 
 
-def _eval_words(study: Study, evaluation: Evaluation) -> list[str]:
-    """Flags of `ov2 eval` but for --out."""
-    given = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
-    given += ["--train-data", study.data.probe] if evaluation.train_data else []
-    return [*given, *to_argv(evaluation.flags)]
+def validated_otherwise(run_dir: Path, argv: Sequence[str]) -> list[str]:
+    """Flags of validation that a run was trained with other values of. Raises UserError."""
+    before = read_json(run_dir / "run.json", dict, "what `ov2 train` writes").get("command", [])
+    return [flag for flag in VALIDATION if value_of(before, flag) != value_of(argv, flag)]
 
 
-def _evaluate(study: Study, trained: Sequence[tuple[Comparison, Trained]], say: Callable[[str], None]) -> None:
-    jobs, total = {}, set()
-    for comparison, one in trained:
-        for evaluation, file in zip(_evaluations(comparison, one.run), one.evaluations, strict=True):
-            total.add(file)
-            if not file.is_file():
-                argv = [*_eval_words(study, evaluation), "--out", str(file)]
-                title = f"{one.run.arm.name}, seed {one.run.seed}: {', '.join(evaluation.tasks)}"
-                log = study.folder / "logs" / f"{file.stem}.txt"
-                jobs[file] = Command(title, tuple(trainer.eval_command(one.known.run_dir, argv)), log)
+def _eval_argv(study: Study, evaluation: Evaluation) -> list[str]:
+    """Flags of `ov2 eval` except --out."""
+    argv = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
+    argv += ["--train-data", study.data.probe] if evaluation.train_data else []
+    return [*argv, *to_argv(evaluation.flags)]
+
+
+def _evaluate(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
+    commands: dict[Path, Command | None] = {}
+    for one in planned:
+        for file, evaluation in one.evaluations.items():
+            argv = ["eval", str(one.known.run_dir), *_eval_argv(study, evaluation), "--out", str(file)]
+            title = f"{one.run.title}: {', '.join(evaluation.tasks)}"
+            command = Command.ov2(title, argv, study.folder / "logs" / f"{file.stem}.txt")
+            commands[file] = None if file.is_file() else command
     (study.folder / "evaluations").mkdir(parents=True, exist_ok=True)
-    _run("evaluation", list(jobs.values()), len(total), study, say)
+    _run("evaluation", commands.values(), study, log)
 
 
-def _run(what: str, jobs: Sequence[Command], total: int, study: Study, say: Callable[[str], None]) -> None:
-    if total > len(jobs):
-        say(f"{what}: {total - len(jobs)} of {total} are done already")
-    finished = 0
+def _run(what: str, commands: Iterable[Command | None], study: Study, log: Log) -> None:
+    """None stands for a command whose result is there."""
+    total, waiting = len(list(commands)), [command for command in commands if command is not None]
+    if total > len(waiting):
+        log(f"{what}: {total - len(waiting)} of {total} are done already")
+    finished: list[Command] = []
 
-    def done(job: Command, seconds: float) -> None:
-        nonlocal finished
-        finished += 1
-        say(f"{what} {finished} of {len(jobs)}: {job.title} ({seconds:.0f} s)")
+    def done(command: Command, seconds: float) -> None:
+        finished.append(command)
+        log(f"{what} {len(finished)} of {len(waiting)}: {command.title} ({seconds:.0f} s)")
 
-    run_all(jobs, study.at_once, done)
+    run_all(waiting, study.at_once, done)
 
 
 # --- gathering and writing -----------------------------------------------------------------------------
 
 
 def _gather(
-    comparison: Comparison, costs: Costs, trained: Sequence[Trained], speeds: Speeds, flops: FlopsByArm
+    comparison: Comparison, costs: Costs, planned: Sequence[PlannedRun], speeds: Speeds, flops: ByStage
 ) -> Found:
-    evaluated = {id(one): _figures(one) for one in trained}
-    rates = {arm.name: _rates(arm, speeds[arm.name]) for arm in comparison.arms}
-    first = {arm.name: [one for one in trained if one.run.arm.name == arm.name][:1] for arm in comparison.arms}
-    arms = []
-    for arm in comparison.arms:
-        own = [one for one in trained if one.run.arm.name == arm.name]
-        records = [read_results(one.known.run_dir) for one in own]
-        result = ArmResult(
-            name=arm.name,
-            model=arm.model,
-            trained=arm.trained,
-            seeds=tuple(one.run.seed for one in own),
-            stage_samples=own[0].run.stage_samples if own else (),
-            flops=sum(stage.share * value for stage, value in zip(arm.stages, flops[arm.name], strict=True)),
-            rates=rates[arm.name],
-            stage_rates=tuple(one.median for one in speeds[arm.name]),
-            ratios=tuple(
-                mine / theirs for mine, theirs in zip(rates[arm.name], rates[comparison.reference], strict=True)
-            ),
-            memory_mb=max(one.memory_mb for one in speeds[arm.name]),
-            cost=costs[arm.name],
-            unlike=tuple(
-                text
-                for mine, theirs in zip(first[arm.name], first[comparison.reference], strict=False)
-                for text in trainer.unlike(mine.known, theirs.known)
-            ),
-            over=_number({**comparison.flags, **arm.flags}.get(comparison.curve_over or "")),
-            values=by_metric(comparison.metrics, [evaluated[id(one)] for one in own]) if own else {},
+    own = {variant.name: [one for one in planned if one.run.variant is variant] for variant in comparison.variants}
+    reference = next(iter(own[comparison.reference]), None)
+    numbers = {name: [one.numbers() for one in group] for name, group in own.items()}
+    rates = {variant.name: _rates(variant, speeds) for variant in comparison.variants}
+    variants = []
+    for variant in comparison.variants:
+        name, group = variant.name, own[variant.name]
+        records = [read_results(one.known.run_dir) for one in group]
+        over = {**comparison.flags, **variant.flags}.get(comparison.curve_over or "")
+        result = VariantResult(
+            name=name,
+            model=variant.model,
+            trained=variant.trained,
+            seeds=tuple(one.run.seed for one in group),
+            stage_samples=group[0].run.stage_samples if group else (),
+            flops=mean_over_stages(variant, flops[name]),
+            rates=rates[name],
+            stage_rates=tuple(one.median for one in speeds[name]),
+            ratios=tuple(a / b for a, b in zip(rates[name], rates[comparison.reference], strict=True)),
+            memory_mb=max(one.memory_mb for one in speeds[name]),
+            cost=costs[name],
+            unlike=unlike(group[0].known.config, reference.known.config) if group and reference else (),
+            over=float(over) if isinstance(over, (int, float)) and not isinstance(over, bool) else None,
+            values=results.by_metric(comparison.metrics, numbers[name]),
             learning={
-                metric.key: tuple(learning_curve(rows, metric.learning) for rows in records)
+                metric.key: tuple(results.learning_curve(rows, metric.learning) for rows in records)
                 for metric in comparison.metrics
                 if metric.learning
             },
         )
-        arms.append(result)
-    check_metrics(comparison, {key for values in evaluated.values() for key in values}, arms)
-    return Found(comparison, tuple(arms), next(iter(speeds.values()))[0].machine)
+        variants.append(result)
+    known = {key for group in numbers.values() for found in group for key in found}
+    results.check_metrics(comparison, known, variants)
+    return Found(comparison, tuple(variants), next(iter(speeds.values()))[0].machine)
 
 
-def _figures(one: Trained) -> dict[str, float]:
-    """Of its evaluations, and under `run.` those of its last validation in training."""
-    validations = [row for row in read_results(one.known.run_dir) if row["kind"] == "val"]
-    return read_evaluations(one.evaluations, one.names) | (flatten(validations[-1], "run") if validations else {})
+def _rates(variant: Variant, speeds: Speeds) -> tuple[float, ...]:
+    """Images/s over all stages, by repetition."""
+    by_repetition = zip(*(one.images_per_second for one in speeds[variant.name]), strict=True)
+    return tuple(1 / mean_over_stages(variant, [1 / rate for rate in rates]) for rates in by_repetition)
 
 
-def _rates(arm: Arm, by_stage: Sequence[speed.Speed]) -> tuple[float, ...]:
-    """Images/s over all stages, by repetition: the shares' harmonic mean."""
-    each = zip(*(one.images_per_second for one in by_stage), strict=True)
-    return tuple(1 / sum(s.share / rate for s, rate in zip(arm.stages, rates, strict=True)) for rates in each)
+def unlike(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """`flag value (the other's)` for each flag of a stage that differs and that a comparison's table does not show."""
+    out = {}
+    for mine, theirs in zip(config["stages"], other["stages"], strict=False):
+        for key in sorted(mine.keys() | theirs.keys()):
+            values = ["none" if one.get(key) is None else str(one[key]) for one in (mine, theirs)]
+            if mine.get(key) != theirs.get(key) and key not in SHOWN:
+                name = key.replace("_", "-")
+                out[name] = f"{name} {values[0]} ({values[1]})"
+    return tuple(out.values())
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def write(study: Study, found: Sequence[Found]) -> list[Path]:
+def write(study: Study, found: Sequence[Found]) -> None:
     """index.html, results.md, results.csv and results.json."""
     drawn = [(one, plots.plots(one)) for one in found]
-    told = [f"# {study.title}", "", f"    {study.command}", "", *(f"- {term}" for term in page.TERMS)]
-    for one in found:
-        told += ["", f"## {one.comparison.title}", "", one.comparison.about, "", page.budget(one), ""]
-        told += [
-            tables.markdown(one),
-            *(line for note in (*one.comparison.notes, *page.terms(one)) for line in (note, "")),
-        ]
-    texts = {
-        "index.html": page.page(study.title, drawn, study.command),
-        "results.md": "\n".join(told) + "\n",
-        "results.csv": tables.csv_text(found),
-        "results.json": as_json(found),
-    }
     study.folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (study.folder / name).write_text(text, encoding="utf-8")
-    return [study.folder / name for name in texts]
-
-
-def as_asked(comparison: Comparison, seeds: Sequence[int] | None, scale: float) -> Comparison:
-    """The command line's seeds in the file's place, and so many times the file's samples or seconds."""
-    changed = replace(comparison, seeds=tuple(seeds)) if seeds else comparison
-    return replace(changed, budget=scale * comparison.budget)
+    write_text(study.folder / "index.html", page.page(study.title, drawn, study.command))
+    write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
+    write_text(study.folder / "results.csv", page.results_csv(found))
+    write_json(study.folder / "results.json", results.as_json(found))

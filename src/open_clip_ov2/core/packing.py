@@ -16,8 +16,8 @@ from torch import Tensor
 from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
 from open_clip_ov2.core.rows import Parts
 
-# Real targets that a group has on average at least. Measured: scripts/step_bench.py. Half precision on a GPU has a
-# kernel for rows of any length (core/rows.py), so every row is a group there.
+# Real targets that a group has on average at least. Measured: `ov2 bench` with other values. Half precision on a GPU
+# has a kernel for rows of any length (core/rows.py), so every row is a group there.
 CPU_TOKENS, GPU_TOKENS, GPU_HALF_TOKENS = 128, 4096, 1
 
 

@@ -1,6 +1,5 @@
-"""`ov2 bench`: a step of ov2 against one of CoCa and CLIP of the same encoder, side by side on one machine.
+"""`ov2 bench`: a training step of ov2 against one of CoCa and CLIP around the same encoder, in turns on one machine.
 
-Each contender lives in a process of its own (worker.py, the only module here that knows the seam), held open while
-they take turns. `run.py` asks them (client.py), `results.py` says what the figures mean, `report.py` and `plot.py`
-write them down. `pipeline.py` is `ov2 bench data`.
+`turns.py` asks the variants, each in a process of its own (`variant.py`), for what `measured_step.py` measures;
+`bench_report.py` says what follows from it. `pipeline.py` is `ov2 bench data`.
 """

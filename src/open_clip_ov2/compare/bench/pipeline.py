@@ -34,23 +34,20 @@ class Stage:
     seconds: float
     part_of_sum: bool = True
 
-    @property
-    def images_per_second(self) -> float:
-        return 1.0 / max(self.seconds, 1e-12)
-
 
 def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, *, samples: int, batch_size: int) -> list[Stage]:
-    """Each stage by itself over the same samples, in this process: its processor's time. Raises UserError: none that
-    can be used."""
-    raws, reading = _timed(lambda: list(itertools.islice(_endless(source), samples)))
+    """Processor time of each stage alone over the same samples, in this process. Raises UserError if none is usable."""
+    begin = time.process_time()
+    raws = list(itertools.islice(_endless(source), samples))
+    reading = time.process_time() - begin
     captions, captioning = _each(raws, lambda raw: choose_caption(raw, decoder.caption_keys, random.Random(0)))
     _, whole = _each(raws, decoder.image)
     made, decoding = _each(raws, lambda raw: decoder.train(raw, seed=0))
     if not made:
         raise UserError("none of the samples can be used; `ov2 train` counts why")
     images = [image_CHW for image_CHW, _ in made]
-    _, tokenizing = _timed(lambda: [tokenizer(list(chunk)) for chunk in _chunks(captions, batch_size)])
-    _, collating = _timed(lambda: [torch.stack(list(chunk)) for chunk in _chunks(images, batch_size)])
+    _, tokenizing = _each(_chunks(captions, batch_size), lambda chunk: tokenizer(list(chunk)))
+    _, collating = _each(_chunks(images, batch_size), lambda chunk: torch.stack(list(chunk)))
     return [
         Stage("read", reading / len(raws)),
         Stage("choose a caption", captioning / len(raws)),
@@ -62,24 +59,18 @@ def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, *, samples: i
 
 
 def _endless(source: Source) -> Iterator[dict[str, Any]]:
-    """File order, again and again. Raises UserError if there is nothing."""
+    """Samples in the order of the files, again and again. Raises UserError if there are none."""
     while True:
-        some = False
+        found = False
         for raw in source.in_order():
-            some = True
+            found = True
             yield raw
-        if not some:
-            raise UserError("--train-data: no samples in it")
-
-
-def _timed(make: Callable[[], Made]) -> tuple[Made, float]:
-    begin = time.process_time()
-    made = make()
-    return made, time.process_time() - begin
+        if not found:
+            raise UserError("--train-data: it has no samples")
 
 
 def _each(items: Sequence[Item], make: Callable[[Item], Made]) -> tuple[list[Made], float]:
-    """What was made of those that could be used, and the seconds for all."""
+    """What was made of the usable items, and the processor seconds for all of them."""
     made: list[Made] = []
     begin = time.process_time()
     for item in items:
@@ -90,13 +81,12 @@ def _each(items: Sequence[Item], make: Callable[[Item], Made]) -> tuple[list[Mad
     return made, time.process_time() - begin
 
 
-def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def loader_speed(loader: TrainLoader, workers: int, samples: int) -> float:
-    """Images a second, by the clock, of a TrainLoader once it runs: what its workers had ready at the beginning does
-    not count."""
+    """Images per second by the clock, after the batches that the workers had ready at the beginning."""
     batches = iter(loader)
     for _ in range(1 + 2 * workers):  # torch keeps two batches a worker ahead
         next(batches)
@@ -107,13 +97,14 @@ def loader_speed(loader: TrainLoader, workers: int, samples: int) -> float:
 
 
 def pipeline_table(found: Sequence[Stage], loaders: Sequence[tuple[int, float]]) -> str:
-    """Markdown. `loaders`: (workers, images a second)."""
-    summed = sum(stage.seconds for stage in found if stage.part_of_sum)
+    """Markdown. `loaders`: (workers, images per second)."""
+    total = sum(stage.seconds for stage in found if stage.part_of_sum)
     lines = ["| one process | ms an image | images/s | share |", "| --- | --- | --- | --- |"]
     for stage in found:
-        share = f"{stage.seconds / summed:.0%}" if stage.part_of_sum else ""
-        lines.append(f"| {stage.name} | {1e3 * stage.seconds:.3f} | {stage.images_per_second:,.0f} | {share} |")
-    lines.append(f"| all of them | {1e3 * summed:.3f} | {1 / summed:,.0f} | |")
+        share = f"{stage.seconds / total:.0%}" if stage.part_of_sum else ""
+        rate = 1 / max(stage.seconds, 1e-12)
+        lines.append(f"| {stage.name} | {1e3 * stage.seconds:.3f} | {rate:,.0f} | {share} |")
+    lines.append(f"| all of them | {1e3 * total:.3f} | {1 / total:,.0f} | |")
     lines += ["", "| whole loader | images/s | a process |", "| --- | --- | --- |"]
     for workers, speed in loaders:
         name = f"--workers {workers}" if workers else "in the main process"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from open_clip_ov2.compare.measuring import rate_of
 from open_clip_ov2.compare.processes import Command, run_all
-from open_clip_ov2.compare.speed import rate_of
 from open_clip_ov2.errors import UserError
 
 
@@ -45,7 +45,7 @@ def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
     wait = f"import time\nwhile 'up' not in open({str(other.log)!r}).read(): time.sleep(0.01)\n"
     failing = job(tmp_path, "one", wait + "print('ov2: error: no such shard'); raise SystemExit(2)")
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"^one: no such shard \(exit status 2; all of it: .*one.txt\)$"):
+    with pytest.raises(UserError, match=r"^one: no such shard \(exit status 2; its output: .*one.txt\)$"):
         run_all([other, failing], 2, lambda *_: None)
     assert time.monotonic() - begun < 30
     assert other.log.read_text().split() == ["up", "saved"]

@@ -1,14 +1,15 @@
-"""What the tables say. Oracle: figures worked out by hand."""
+"""What the tables and bars show. Oracle: figures worked out by hand."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
-from open_clip_ov2.compare.bench.bench_report import as_json, as_markdown
-from open_clip_ov2.compare.bench.bench_results import Largest, Measured, Results, Spread, memory_ratio, time_ratio
-from open_clip_ov2.compare.bench.cases import BenchSettings, CaptionLengths, Case
+from open_clip_ov2.compare.bench import bench_report
+from open_clip_ov2.compare.bench.bench_report import Largest, Measured, Results, Spread, as_json, as_markdown
+from open_clip_ov2.compare.bench.settings import BenchSettings, CaptionLengths, Case
 
 SMALL, LARGE = Case(84, "amp_bf16", 100), Case(84, "amp_bf16", 200)
 OURS = Measured("ov2", "X", SMALL, (1.0, 2.0, 1.0), (2.0, 2.0, 2.0), 100_000_000, 10, image_flops=5e9)
@@ -31,13 +32,12 @@ SETTINGS = BenchSettings(
 
 def test_ratios_are_taken_within_repetitions() -> None:
     """A repetition in which the machine was slow slows both: 2/1, 6/2, 5/1."""
-    assert time_ratio(THEIRS.step_s, OURS.step_s) == Spread(3.0, 2.0, 5.0)
-    assert memory_ratio(THEIRS, OURS) == 3.0
+    assert THEIRS.ratios(OURS) == (Spread(3.0, 2.0, 5.0), Spread(2.5, 2.0, 3.0), 3.0)
     assert OURS.images_per_second == Spread(100.0, 50.0, 100.0)
-    assert OURS.utilisation(2e12) == pytest.approx(100 * 5e9 / 2e12)
+    assert OURS.mfu(2e12) == pytest.approx(100 * 5e9 / 2e12)
 
 
-def test_the_page_holds_every_figure() -> None:
+def test_the_page_has_every_figure() -> None:
     page = as_markdown(SETTINGS, RESULTS, "ov2 bench", "2030-01-01")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     # 100 images of 5 GFLOP at 2 TFLOP/s take 250 ms at the least.
@@ -54,12 +54,25 @@ def test_the_page_holds_every_figure() -> None:
     assert "a chip, torch 2.9" in page
 
 
-def test_json_holds_what_was_measured() -> None:
+def test_json_has_what_was_measured() -> None:
     plain = json.loads(json.dumps(as_json(SETTINGS, RESULTS, "ov2 bench", "2030-01-01")))
     one = plain["measured"][1]
     assert one["step_s"] == [2.0, 6.0, 5.0]
     assert one["time_ratio"] == {"median": 3.0, "low": 2.0, "high": 5.0}
     assert one["cpu_time_ratio"] == {"median": 2.5, "low": 2.0, "high": 3.0}
-    assert (one["resolution"], one["precision"], one["batch_size"]) == (84, "amp_bf16", 100)
+    assert (one["arm"], one["resolution"], one["precision"], one["batch_size"]) == ("coca", 84, "amp_bf16", 100)
     assert plain["measured"][3]["failure"] == "out of memory"
-    assert plain["largest_batch"][0]["batch_size"] == 800
+    assert plain["largest_batch"][0] == {"arm": "ov2", "resolution": 84, "precision": "amp_bf16", "batch_size": 800}
+
+
+def test_bars_are_what_was_measured() -> None:
+    """Oracle: matplotlib's own artists. A case that did not fit has no bar."""
+    axes = Figure().subplots()
+    bench_report._bars(axes, RESULTS, lambda one: one.images_per_second, "images/s")
+    bars = {group.get_label(): [bar.get_height() for bar in group] for group in axes.containers if len(group) < 3}
+    assert bars == {"ov2": [100.0, 200.0], "coca": [20.0]}
+    reach = axes.collections[0].get_segments()[0]  # the first bar's range
+    assert [y for _, y in reach] == [50.0, 100.0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        "84 px\namp_bf16\nbatch 100", "84 px\namp_bf16\nbatch 200",
+    ]  # fmt: skip

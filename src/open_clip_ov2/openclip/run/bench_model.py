@@ -1,0 +1,184 @@
+"""A model in training without data, for benchmarks: OpenCLIP's own `main` sets it up as it does for `ov2 train`.
+
+An ov2 model trains by this package's step, any other model exactly as stock OpenCLIP trains it.
+Shapes: B batch, L caption tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import open_clip_train.main as open_clip_main
+import torch
+from open_clip_train import train as stock_train
+from torch import Tensor
+
+from open_clip_ov2.argv import without
+from open_clip_ov2.core import CaptionLoss, CaptionModel
+from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip import patches
+from open_clip_ov2.openclip.command.parse import parse
+from open_clip_ov2.openclip.models import baseline_configs
+from open_clip_ov2.openclip.models.factory import is_ov2_config, is_ov2_model
+from open_clip_ov2.openclip.models.model_facts import facts_of
+from open_clip_ov2.openclip.models.tokenizer import text_cfg_for
+from open_clip_ov2.openclip.run import optimizers
+from open_clip_ov2.openclip.run.stage_costs import image_flops
+from open_clip_ov2.openclip.run.stage_model import StageModel
+from open_clip_ov2.train.step import StepSettings, optimizer_step
+
+Pair = tuple[Tensor, Tensor]
+NOT_HERE = ("--report-to", "--resume", "--name", "--logs", "--val-data", "--imagenet-val", "--imagenet-v2")
+
+
+def add_models(folder: Path) -> None:
+    """Register the ov2 configs of a folder, and their baselines, with OpenCLIP."""
+    open_clip.add_model_config(folder)
+    baseline_configs.add_baselines(folder)
+
+
+class BenchModel:
+    """What `ov2 train ARGV` would train in its last stage. `flags_of_ov2` are added if the model is an ov2 model.
+
+    `model`, `optimizer` and `args` (OpenCLIP's) are as training has them; `facts` are the model's sizes.
+
+    Raises UserError for flags that `ov2 train` refuses, and for a model that is not made of plain transformers.
+    """
+
+    def __init__(self, argv: Sequence[str], device: str, flags_of_ov2: Sequence[str] = ()) -> None:
+        name = parse(argv, world_size=1, gpu=device != "cpu").model
+        argv = [*argv, *flags_of_ov2] if is_ov2_model(name) else argv
+        plan = parse(argv, world_size=1, gpu=device != "cpu")
+        self.device, self.stage = torch.device(device), plan.stages[-1]
+        session: Any = SimpleNamespace(plan=plan, previous_stage=None, world_size=1)
+        self._built = StageModel(session, self.stage, None)
+        logging.disable(logging.WARNING)  # for this process: `main` logs the model and all parameters
+        with tempfile.TemporaryDirectory() as logs, patches.run_patches(self._replacements()):
+            result = open_clip_main.main([*self._argv(plan.is_ov2), "--logs", logs, "--name", "bench"])
+        if result == -1:
+            raise UserError(f"--model {name}: OpenCLIP's main refused these flags")
+        self.model: Any = self._built.model
+        self.is_ov2 = isinstance(self.model, CaptionModel)
+        self.facts = facts_of(name, self.model)
+
+    def _argv(self, is_ov2: bool) -> list[str]:
+        argv = without(self.stage.argv, NOT_HERE)
+        return [word for word in argv if not (is_ov2 and word == "--torchcompile")]  # StageModel compiles blocks
+
+    def _replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
+        """Only what changes the model and its optimizer; everything else stays OpenCLIP's own."""
+        main = "open_clip_train.main"
+        own: dict[tuple[str, str], Callable[[Any], Any]] = {
+            (main, "init_distributed_device"): lambda _: self._one_process,
+            (main, "setup_logging"): lambda _: lambda *args, **kwargs: None,
+            (main, "create_model_and_transforms"): self._built.create_model,
+            (main, "get_tokenizer"): lambda _: lambda *args, **kwargs: None,
+            (main, "get_data"): lambda _: lambda *args, **kwargs: {"train": _as_data([])},
+            (main, "create_loss"): self._create_loss,
+            (main, "train_one_epoch"): lambda _: self._keep,
+            (main, "optim"): self._built.optim,
+            ("timm.optim", "create_optimizer_v2"): optimizers.muon_for_hidden_matrices,
+        }
+        return {where: own.get(where, lambda original: original) for where in patches.RUN}
+
+    def _one_process(self, args: argparse.Namespace) -> torch.device:
+        vars(args).update(device=str(self.device), rank=0, local_rank=0, world_size=1, distributed=False)
+        return self.device
+
+    def _create_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_loss(args: argparse.Namespace) -> Any:
+            if not isinstance(self._built.model, CaptionModel):
+                return original(args)
+            options = self.stage.options
+            loss = CaptionLoss(label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+            if self._built.compile_blocks:
+                loss.compile_softmax()
+            return loss
+
+        return create_loss
+
+    def _keep(
+        self, model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, scaler: Any, scheduler: Any,
+        dist_model: Any, args: argparse.Namespace, tb_writer: Any = None,
+    ) -> None:  # fmt: skip
+        """In place of training: keep what `main` has made. The learning rate stays as it is."""
+        args.skip_scheduler, args.save_logs, args.log_every_n_steps = True, False, 10**9
+        self._trained, self._loss, self.optimizer, self._scaler = model, loss, optimizer, scaler
+        self._dist_model, self.args = dist_model, args
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        named = (p for name, p in self.model.named_parameters() if name.endswith("token_embedding.weight"))
+        return min(len(parameter) for parameter in named)
+
+    def caption_ids(self, name: str) -> tuple[int, int, int, int]:
+        """Vocabulary size and ids of begin, end and padding: of ov2 model `name`, or of --tokenizer's word pieces.
+
+        Raises UserError.
+        """
+        config = open_clip.get_model_config(name) or {}
+        if not is_ov2_config(config):
+            raise UserError(f"--model {name}: expected an ov2 model; models of other kinds go into --variants")
+        text = config["text_cfg"]
+        if self.stage.options.tokenizer:
+            text = text_cfg_for(self.stage.options.tokenizer, text["context_length"])
+        return int(text["vocab_size"]), int(text["bos_id"]), int(text["eos_id"]), int(text["pad_id"])
+
+    def image_flops(self, mean_targets: float) -> float:
+        """Model FLOPs, forward and backward, of an image whose caption has so many target tokens on average."""
+        return image_flops(self.facts)(mean_targets)
+
+    def loaded(self, images: Tensor, texts: Tensor) -> Pair:
+        """uint8 images `(B, 3, H, W)` as the loader gives them: unchanged for ov2, normalised float32 for others."""
+        if self.is_ov2:
+            return images, texts
+        preprocess = self.model.visual.preprocess_cfg
+        mean, std = (torch.tensor(preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return images.float().div_(255).sub_(mean).div_(std), texts
+
+    def run(self, pairs: Sequence[Pair]) -> None:
+        """One update for each pair from `loaded`: images `(B, 3, H, W)` and ids `(B, L)` in CPU memory.
+
+        With --accum-freq N each pair is a micro-batch that an update sees N times.
+        """
+        repeated = [pair for pair in pairs for _ in range(self.args.accum_freq)]
+        if not self.is_ov2:
+            stock_train.train_one_epoch(
+                self._trained, {"train": _as_data(repeated)}, self._loss, 0, self.optimizer, self._scaler, None,
+                self._dist_model, self.args, tb_writer=None,
+            )  # fmt: skip
+            return
+        args, preprocess = self.args, self.model.visual.preprocess_cfg
+        mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        compute = Compute(self.device, args.precision, 1, self.model.text_config.eos_id, mean, std)
+        settings = StepSettings(compute, args.accum_freq, args.grad_clip_norm, args.coca_caption_loss_weight)
+        for images_BCHW, texts_BL in pairs:
+            batch = Batch(images_BCHW, texts_BL, keys=[], captions=[], groups=[], skipped={})
+            window = [batch] * args.accum_freq
+            optimizer_step(self._trained, window, self._loss, self.optimizer, self._scaler, settings)
+
+
+class _Feed(list[Pair]):
+    """Batches as OpenCLIP's loop wants a loader."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(images) for images, _ in self)
+
+
+def _as_data(pairs: Sequence[Pair]) -> SimpleNamespace:
+    return SimpleNamespace(dataloader=_Feed(pairs), set_epoch=lambda _: None)

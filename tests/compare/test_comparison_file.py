@@ -1,0 +1,160 @@
+"""What is compared, and on which terms. Oracles are named at each test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from open_clip_ov2.compare.config import Comparison, load_comparison
+from open_clip_ov2.compare.plan import Data, runs, seconds_at, stage_samples
+from open_clip_ov2.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
+DATA = Data("train.tar", "val.tar", "train.tar", ("--wd", "0.2"))
+FILE = """
+{terms}
+reference = "one"
+[flags]
+lr = 1e-3
+batch-size = 32
+color-jitter = true
+[[variant]]
+name = "one"
+model = "ov2-vit-nano-8"
+stages = [{{ resolution = 32, share = 0.75 }}, {{ resolution = 48, share = 0.25 }}]
+[[variant]]
+name = "two"
+model = "clip-of-ov2-vit-nano-8"
+flags = {{ lr = 5e-4, batch-size = 16 }}
+stages = [{{ resolution = 48, share = 1 }}]
+[[metric]]
+key = "knn.top1"
+"""
+
+
+def load(folder: Path, text: str) -> Comparison:
+    path = folder / "small.toml"
+    path.write_text(text)
+    return load_comparison(path)
+
+
+def test_equal_samples(tmp_path: Path) -> None:
+    """Oracle: by hand. Whole batches; a variant's flags win over the file's and the command line's."""
+    comparison = load(tmp_path, FILE.format(terms='samples = "10k"\nseeds = [3, 5]'))
+    made = runs(comparison, DATA, {}, {})
+    assert [(run.variant.name, run.seed) for run in made] == [("one", 3), ("two", 3), ("one", 5), ("two", 5)]
+    assert made[0].stage_samples == (7488, 2496)  # 234 and 78 batches of 32
+    assert made[1].stage_samples == (10000,)
+    assert made[1].argv == (
+        "--model", "clip-of-ov2-vit-nano-8", "--train-data", "train.tar", "--color-jitter", "--wd", "0.2",
+        "--lr", "0.0005", "--batch-size", "16", "--stage", "48:samples=10000", "--val-data", "val.tar", "--seed", "3",
+    )  # fmt: skip
+
+
+@given(seconds=st.floats(20, 1e4), one=st.floats(10, 1e3), two=st.floats(10, 1e3), three=st.floats(10, 1e3))
+def test_equal_seconds(
+    tmp_path_factory: pytest.TempPathFactory, seconds: float, one: float, two: float, three: float
+) -> None:
+    """Property: at the rates given, each variant takes the seconds asked for, to a batch of each stage."""
+    comparison = load(tmp_path_factory.getbasetemp(), FILE.format(terms=f'mode = "seconds"\nseconds = {seconds!r}'))
+    rates = {"one": (one, two), "two": (three,)}
+    for variant in comparison.variants:
+        counts = stage_samples(comparison, variant, rates, {})
+        taken = seconds_at(sum(counts), counts, rates[variant.name])
+        assert abs(taken - seconds) <= sum(32 / rate for rate in rates[variant.name])
+
+
+def test_what_the_command_line_changes(tmp_path: Path) -> None:
+    """Oracle: by hand."""
+    text = FILE.format(terms='samples = "10k"').replace(
+        "[[metric]]", '[[evaluate]]\nname = "x"\ntasks = ["knn"]\n[[metric]]'
+    )
+    comparison = load(tmp_path, text)
+    assert comparison.evaluations[0].name == "x"
+    changed = comparison.scaled([7], 0.25)
+    assert (changed.budget, changed.seeds) == (2500, (7,))
+    assert comparison.scaled(None, 1.0) == comparison
+
+
+def test_former_names_are_accepted(tmp_path: Path) -> None:
+    """Oracle: the same file with today's names. Files of 0.1 said [[arm]], and `arms` in [[evaluate]]."""
+    text = FILE.format(terms='samples = "1k"') + '[[evaluate]]\ntasks = ["knn"]\nvariants = ["two"]\n'
+    former = text.replace("[[variant]]", "[[arm]]").replace("variants = [", "arms = [")
+    assert load(tmp_path, former) == load(tmp_path, text)
+    both = former + '[[variant]]\nname = "three"\nmodel = "ov2-vit-nano-8"\n'
+    with pytest.raises(UserError, match="given twice"):
+        load(tmp_path, both)
+
+
+def test_equal_flops(tmp_path: Path) -> None:
+    """Oracle: by hand. 0.75 x 1 + 0.25 x 5 = 2 units an image against 5: two fifths of the samples."""
+    comparison = load(tmp_path, FILE.format(terms='mode = "flops"\nsamples = "64k"'))
+    flops = {"one": (1.0, 5.0), "two": (5.0,)}
+    assert stage_samples(comparison, comparison.variant("one"), {}, flops) == (48_000, 16_000)
+    assert stage_samples(comparison, comparison.variant("two"), {}, flops) == (25_600,)
+
+
+def test_seconds_along_the_stages() -> None:
+    """Oracle: by hand."""
+    assert seconds_at(50, (100, 40), (10.0, 4.0)) == 5
+    assert seconds_at(120, (100, 40), (10.0, 4.0)) == 15
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("reference", "referense", "unknown key 'referense'; did you mean reference?"),
+        ('"one"\n[flags]', '"onne"\n[flags]', "there is no variant 'onne'; did you mean one?"),
+        ("share = 0.25", "share = 0.5", "variant: one: stages: the shares must add up to 1"),
+        ("share = 0.25", "shares = 0.25", "variant: one: stages: number 2: unknown key 'shares'; did you mean share?"),
+        ('name = "two"', 'name = "one"', "two variants have the name 'one'"),
+        ("lr = 1e-3", "seed = 1", "flags: seed: `ov2 compare` sets it"),
+        ('samples = "1k"', "seconds = 5", "seconds: mode 'samples' needs samples instead"),
+        ('samples = "1k"', 'mode = "time"', "mode: 'time': expected one of samples, seconds, flops"),
+        ('samples = "1k"', 'samples = "1k"\nseeds = [1, 1]', "seeds: [1, 1]: expected one or more different integers"),
+        (
+            "[[metric]]",
+            '[measure]\ncaption-tokens = "9:8:8"\n[[metric]]',
+            "caption-tokens: 9:8:8: expected 2 <=",
+        ),
+        ("[[metric]]", "[measure]\nmemory-limit-gb = 0\n[[metric]]", "memory-limit-gb: 0: expected a number > 0"),
+        ("[[metric]]", "[measure]\nrepetitions = 0\n[[metric]]", "repetitions: 0: expected an integer >= 1"),
+        (
+            'key = "knn.top1"',
+            'key = "knn.top1"\nbetter = "more"',
+            "metric: knn.top1: better: 'more': expected",
+        ),
+        ('key = "knn.top1"', 'title = "k"', "key is missing"),
+        ('[[metric]]\nkey = "knn.top1"', '[curve]\nover = "lr"', "curve: there is no [[metric]] to draw"),
+        (
+            "[[metric]]",
+            '[[evaluate]]\ntasks = ["knn"]\narms = ["tow"]\n[[metric]]',
+            "no variant 'tow'; did you mean two?",
+        ),
+        ("[flags]", "[flags", "not TOML"),
+    ],
+)
+def test_mistakes(tmp_path: Path, before: str, after: str, message: str) -> None:
+    """One line with the file, what is wrong, and the nearest name."""
+    text = FILE.format(terms='samples = "1k"')
+    assert before in text
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text.replace(before, after, 1))
+    assert message in str(caught.value)
+    assert str(tmp_path / "small.toml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_are_fair(path: Path) -> None:
+    """Oracle: the rule of the page. Variants differ in model, stages, keep ratio and optimizer, and in nothing else."""
+    comparison = load_comparison(path)
+    for variant in comparison.variants:
+        assert set(variant.flags) <= {"keep-ratio", "decode", "lr", "opt"}, variant.name
+        assert variant.flags.get("decode", "exact") == "exact"  # all that CLIP and CoCa have
+    assert comparison.flags["augmentation"] == "family"
+    assert "tokenizer" in comparison.flags
+    assert len(comparison.seeds) == 3
