@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,23 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(state))
 
 
-def assert_goes_on(make: Callable[[], TrainLoader], batches: int, whole: list[Batch]) -> TrainLoader:
-    """A loader stopped after so many batches and a new one that resumes give, together, `whole`."""
+def recorded(made: TrainLoader, stops: Iterable[int]) -> tuple[list[Batch], dict[int, dict[str, Any]]]:
+    """All batches of a loader that is not stopped, and its states after so many of them."""
+    states = {0: saved(made.state())}
+    batches: list[Batch] = []
+    for batch in made:
+        batches.append(batch)
+        if len(batches) in stops:
+            states[len(batches)] = saved(made.state())
+    return batches, states
+
+
+def assert_continues(
+    make: Callable[[], TrainLoader], states: dict[int, dict[str, Any]], batches: int, whole: list[Batch]
+) -> TrainLoader:
+    """A loader that resumes after so many batches gives the rest of `whole`."""
     resumed = make()
-    assert resumed.resume([stopped(make(), batches)]) is True
+    assert resumed.resume([states[batches]]) is True
     assert resumed.batches_done == batches
     rest = list(resumed)
     assert len(rest) == len(whole) - batches

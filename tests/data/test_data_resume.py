@@ -12,11 +12,13 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from stopped_runs import (
     SIZES,
-    assert_goes_on,
+    assert_continues,
     assert_same,
     bad_and_good_tars,
     folder,
     loader,
+    recorded,
+    saved,
     stopped,
     write_table,
 )
@@ -42,12 +44,12 @@ def test_a_stopped_run_sees_the_same_batches(
             return loader(source, num_samples=num_samples, batch_size=batch_size, shuffle_buffer=buffer)
 
         uninterrupted = make()
+        batches = data.draw(st.integers(0, uninterrupted.num_batches))
         try:
-            whole = list(uninterrupted)
+            whole, states = recorded(uninterrupted, [batches])
         except UserError:
             return  # nothing usable in it
-        batches = data.draw(st.integers(0, len(whole)))
-        resumed = assert_goes_on(make, batches, whole)
+        resumed = assert_continues(make, states, batches, whole)
         assert resumed.skips == uninterrupted.skips
         assert resumed.state() == uninterrupted.state()
 
@@ -62,7 +64,8 @@ def test_what_came_before_speaks_against_giving_up(tmp_path: Path, monkeypatch: 
     def make() -> TrainLoader:
         return loader(source, num_samples=8, shuffle_buffer=1)  # the order of the file
 
-    assert_goes_on(make, 2, list(make()))
+    whole, states = recorded(make(), [2])
+    assert_continues(make, states, 2, whole)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -74,21 +77,21 @@ def test_workers_go_on_in_their_turns(tmp_path: Path, num_workers: int) -> None:
         return loader(source, num_workers=num_workers, num_samples=70, batch_size=3, shuffle_buffer=6)
 
     uninterrupted = make()
-    whole, following = list(uninterrupted), []
+    whole, states = recorded(uninterrupted, (1, 4, 10, 24))
     uninterrupted.set_epoch(1)
     following = list(uninterrupted)
     for batches in (1, 10, 24):
-        resumed = assert_goes_on(make, batches, whole)
+        resumed = assert_continues(make, states, batches, whole)
         resumed.set_epoch(1)
         assert resumed.batches_done == 0
         for old, new in zip(following, resumed, strict=True):
             assert_same(old, new)
-    first, second, third = make(), make(), make()
-    second.resume([stopped(first, 4)])
+    second, third = make(), make()
+    second.resume([states[4]])
     third.resume([stopped(second, 7)])
     for old, new in zip(whole[11:], third, strict=True):
         assert_same(old, new)
-    assert third.state() == assert_goes_on(make, 24, whole).state()
+    assert saved(third.state()) == states[24]
 
 
 def test_prefetched_batches_do_not_count(tmp_path: Path) -> None:
@@ -107,9 +110,9 @@ def test_resampled_shards_with_weights(tmp_path: Path, num_workers: int) -> None
     def make(**changed: Any) -> TrainLoader:
         return loader(source, num_workers=num_workers, num_samples=60, batch_size=3, shuffle_buffer=5, **changed)
 
-    whole = list(make())
+    whole, at = recorded(make(), (0, 3, 8, 20))
     for batches in (0, 3, 8, 20):
-        assert_goes_on(make, batches, whole)
+        assert_continues(make, at, batches, whole)
     states = [stopped(make(world_size=2, rank=rank), 6) for rank in range(2)]
     alone = make()
     assert alone.resume(states) is False
@@ -130,9 +133,9 @@ def test_tables_and_synthetic_data(tmp_path: Path, kind: str, num_workers: int) 
     def make() -> TrainLoader:
         return loader(source, num_workers=num_workers, num_samples=40, batch_size=3)
 
-    whole = list(make())
+    whole, states = recorded(make(), (0, 1, 6, 13))
     for batches in (0, 1, 6, 13):
-        assert_goes_on(make, batches, whole)
+        assert_continues(make, states, batches, whole)
 
 
 # --- cost, and what is refused -----------------------------------------------------------------------------
