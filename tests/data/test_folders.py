@@ -81,5 +81,5 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
         ImageFolderSource(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(picture())
-    with pytest.raises(UserError, match="1 images for 2 data workers"):
+    with pytest.raises(UserError, match="1 samples for 2 data workers"):
         ImageFolderSource(tmp_path).check_consumers(2)

@@ -1,4 +1,4 @@
-"""`ov2 shards resize`: low-resolution copies of shards, for a first stage that no full-size JPEG should slow down."""
+"""`ov2 shards resize`: low-resolution copies of shards, so that large JPEGs do not slow down a first stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from open_clip_ov2.data.shrink import ShardReport, Shrink
 from open_clip_ov2.data.skips import describe
 from open_clip_ov2.errors import UserError
 
-SHOWN = 5  # dropped samples that are named; the ledger has them all
+SHOWN = 5  # dropped samples that are named here; the ledger has them all
 SHORT_SIDE = 160  # the largest crop of an 84 px stage then has 1.9 times its resolution, the least (40% of area) 1.2
 QUALITY = 90  # 11 KB for a picture of 160 px (scripts/loader_bench.py)
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> None:
     for flag, value, most in (("short-side", args.short_side, 1 << 16), ("quality", args.quality, 95),
                               ("workers", args.workers, 1 << 10)):  # fmt: skip
         if not 1 <= value <= most:
-            raise UserError(f"--{flag} {value} lies outside 1 to {most}")
+            raise UserError(f"--{flag} {value}: expected an integer from 1 to {most}")
     urls, _ = expand_shards("::".join(args.shards))
     console = Console(markup=False, highlight=False, soft_wrap=True)  # names of files are no markup
     shrink = Shrink(args.short_side, args.quality, args.max_image_pixels)
     with Resize(urls, args.out, shrink) as resize:
         _run(resize, args.workers, console)
         sizes = resize.finish()
-        _tell(list(resize.reports.values()), sum(sizes.values()), args.out, console)
+        _report(list(resize.reports.values()), sum(sizes.values()), args.out, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,14 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     resize = commands.add_parser(
         "resize",
-        help="copies with smaller pictures; keys, captions and all else as they are",
-        description="Copies of shards with smaller pictures. Keys, captions and all other entries are copied byte for "
-        "byte; nothing is enlarged; EXIF orientation is applied; a picture that cannot be decoded is left out with its "
-        "sample, and named. Stopped, the same command goes on.",
+        help="copy shards with smaller images; keys, captions and everything else stay as they are",
+        description="Copy shards with smaller images. Keys, captions and all other entries are copied byte for byte; "
+        "nothing is enlarged; EXIF orientation is applied; samples whose image cannot be decoded are left out and "
+        "named. If the command is stopped, the same command continues.",
     )
     add = resize.add_argument
     add("shards", nargs="+", metavar="IN", help="tars, as for ov2 train --train-data: braces, ::, pipe:")
-    add("out", type=Path, metavar="OUT", help="a folder of its own")
+    add("out", type=Path, metavar="OUT", help="folder for the copies; it must not hold other files")
     add("--short-side", type=int, default=SHORT_SIDE, metavar="PX", help="default: %(default)s")
     add("--quality", type=int, default=QUALITY, metavar="Q", help="of JPEG and WebP, 1 to 95 (default: %(default)s)")
     add("--workers", type=int, default=1, metavar="N", help="processes, a shard each (default: %(default)s)")
@@ -72,7 +72,7 @@ def _run(resize: Resize, workers: int, console: Console) -> None:
                 progress.console.print(f"warning: {report.source} is broken ({report.broken}): not all of it was read")
 
 
-def _tell(reports: list[ShardReport], samples: int, out: Path, console: Console) -> None:
+def _report(reports: list[ShardReport], samples: int, out: Path, console: Console) -> None:
     dropped = [row for report in reports for row in report.dropped]
     size = sum(report.bytes_out for report in reports)
     console.print(f"{out}: {len(reports)} shards, {samples:,} samples, {size / 1e6:,.1f} MB")

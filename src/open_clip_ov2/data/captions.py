@@ -48,32 +48,26 @@ def _parse_one(part: str) -> CaptionKey:
         raise UserError(f"--caption-keys: {part!r} is not ENTRY[:dotted.path][=weight], {EXAMPLE}")
     try:
         weight = float(weight_text) if equals else 1.0
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError
     except ValueError:
-        raise UserError(f"--caption-keys: the weight of {part!r} is not a number, {EXAMPLE}") from None
-    if not (math.isfinite(weight) and weight > 0):
-        raise UserError(f"--caption-keys: the weight of {part!r} must be a finite number above 0, {EXAMPLE}")
+        raise UserError(f"--caption-keys: the weight of {part!r}: expected a finite number > 0, {EXAMPLE}") from None
     return CaptionKey(entry, steps, weight)
 
 
 def choose_caption(sample: Mapping[str, Any], keys: Sequence[CaptionKey], rng: random.Random) -> str:
-    """One caption: a key by weight among those that have a caption here, then one of its captions.
+    """One caption: a key by weight among those that have a caption here, then one of its captions. Raises SkipSample.
 
-    Raises SkipSample. Text that cannot be read (bad UTF-8, bad JSON) counts as a key without captions, and as the
-    cause if no other key has one.
+    Text that cannot be read (bad UTF-8, bad JSON) counts as a key without captions.
     """
-    found, problem = _read_all(sample, keys)
-    if not found:
-        raise problem
+    found = _read_all(sample, keys)
     chosen = rng.choices([captions for _, captions in found], weights=[key.weight for key, _ in found])[0]
     return rng.choice(chosen)
 
 
 def all_captions(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[str]:
     """Every caption of a sample, in the order of the keys. Raises SkipSample if there is none."""
-    found, problem = _read_all(sample, keys)
-    if not found:
-        raise problem
-    return [caption for _, captions in found for caption in captions]
+    return [caption for _, captions in _read_all(sample, keys) for caption in captions]
 
 
 def group_text(sample: Mapping[str, Any], key: CaptionKey | None) -> str:
@@ -89,12 +83,11 @@ def group_text(sample: Mapping[str, Any], key: CaptionKey | None) -> str:
     return str(node).strip() if isinstance(node, (str, int, float)) else ""
 
 
-def _read_all(
-    sample: Mapping[str, Any], keys: Sequence[CaptionKey]
-) -> tuple[list[tuple[CaptionKey, list[str]]], SkipSample]:
-    """The keys that have captions here, with them; and the cause to give if there are none.
+def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tuple[CaptionKey, list[str]]]:
+    """The keys that have captions here, with them.
 
-    The cause is the gravest: what cannot be read, then what is there but empty, then what is missing.
+    Raises SkipSample if there are none, with the gravest cause: what cannot be read, then what is empty, then what is
+    missing.
     """
     found: list[tuple[CaptionKey, list[str]]] = []
     problem = SkipSample(MISSING_CAPTION, f"none of {', '.join(map(str, keys))}")
@@ -109,7 +102,9 @@ def _read_all(
             found.append((key, captions))
         elif captions is not None and problem.cause == MISSING_CAPTION:
             problem = SkipSample(EMPTY_CAPTION, str(key))
-    return found, problem
+    if not found:
+        raise problem
+    return found
 
 
 def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> list[str] | None:

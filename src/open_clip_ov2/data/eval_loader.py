@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -56,54 +57,47 @@ class EvalLoader(Receiver):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(num_workers)
-        self._made_of = (source, Decoder(transform, caption_keys, max_image_pixels), tokenizer)
-        self._batch_size = batch_size
-        self._limit, self._group_by = num_samples, group_by
-        self._rank, self._world_size = rank, world_size
+        decoder = Decoder(transform, caption_keys, max_image_pixels)
+        self._stream = EvalStream(source, decoder, tokenizer, batch_size, rank, world_size, num_samples, group_by)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.num_samples = num_samples or source.count() or 0
 
     def fingerprint(self) -> dict[str, str | int | None]:
         """Identifies samples and groups; tokenizer and transform have no name and are left out."""
-        source, decoder, _ = self._made_of
-        settings = {"limit": self._limit, "group_by": str(self._group_by), "caption_keys": str(decoder.caption_keys)}
-        return {**source.fingerprint(), **settings, "max_image_pixels": decoder.max_image_pixels}
+        stream, decoder = self._stream, self._stream.decoder
+        settings = {"limit": stream.limit, "group_by": str(stream.group_by), "caption_keys": str(decoder.caption_keys)}
+        return {**stream.source.fingerprint(), **settings, "max_image_pixels": decoder.max_image_pixels}
 
     def described(self) -> Iterator[Described]:
         """Every sample of the whole set in file order, without decoding its picture, which may prove unusable."""
-        source, decoder, _ = self._made_of
-        for index, raw in enumerate(islice(source.in_order(SkipCounter(log=False)), self._limit)):
+        stream, keys = self._stream, self._stream.decoder.caption_keys
+        for index, raw in enumerate(islice(stream.source.in_order(SkipCounter(log=False)), stream.limit)):
             captions: tuple[str, ...] = ()
             with contextlib.suppress(SkipSample):
-                captions = tuple(all_captions(raw, decoder.caption_keys)) if decoder.caption_keys else ()
-            yield Described(index, raw["__key__"], captions, group_text(raw, self._group_by))
+                captions = tuple(all_captions(raw, keys)) if keys else ()
+            yield Described(index, raw["__key__"], captions, group_text(raw, stream.group_by))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._part(self._rank, self._world_size)
+        return self._batches(self._stream)
 
     def full(self) -> Iterator[Batch]:
-        return self._part(0, 1)
-
-    def _part(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """The part of one process among so many."""
-        self.reset_skips()
-        stream = self._stream(rank, world_size, self._batch_size)
-        used = False
-        for batch in self.receive(iter(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
-            used = True
-            yield batch
-        if not used and not (world_size > 1 and self._any_usable()):
-            raise nothing_usable("validation", "--val-data", self.skips)
+        return self._batches(replace(self._stream, rank=0, world_size=1))
 
     def check(self) -> None:
         """Raises UserError if there is no usable sample; reads as far as the first, in this process."""
         self.reset_skips()
-        if next(self.receive(iter(self._stream(0, 1, batch_size=1))), None) is None:
+        if next(self.receive(iter(self._one_by_one())), None) is None:
             raise nothing_usable("validation", "--val-data", self.skips)
 
-    def _any_usable(self) -> bool:
-        """Whether another process has a usable sample; only looked for when this one has none."""
-        return any(isinstance(item, Batch) for item in iter(self._stream(0, 1, batch_size=1)))
+    def _batches(self, stream: EvalStream) -> Iterator[Batch]:
+        self.reset_skips()
+        used = False
+        for batch in self.receive(iter(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
+            used = True
+            yield batch
+        # Where this process has nothing usable, another one may.
+        if not used and not (stream.world_size > 1 and any(isinstance(item, Batch) for item in self._one_by_one())):
+            raise nothing_usable("validation", "--val-data", self.skips)
 
-    def _stream(self, rank: int, world_size: int, batch_size: int) -> EvalStream:
-        return EvalStream(*self._made_of, batch_size, rank, world_size, self._limit, self._group_by)
+    def _one_by_one(self) -> EvalStream:
+        return replace(self._stream, batch_size=1, rank=0, world_size=1)

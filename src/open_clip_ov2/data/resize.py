@@ -96,31 +96,24 @@ class Resize:
         if present:
             raise UserError(f"{self.folder}: holds other files ({', '.join(present[:3])}); name a folder of its own")
 
-    def _whole_lines(self) -> list[str]:
-        """The ledger without what a kill left of the last line."""
-        return (self.folder / LEDGER).read_text("utf-8").split("\n")[:-1]
-
     def _entries(self) -> list[dict[str, Any]]:
+        """The ledger's whole lines, without what a kill left of the last one."""
+        path = self.folder / LEDGER
         try:
-            return [json.loads(line) for line in self._whole_lines()]
+            return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         except ValueError:
-            raise UserError(f"{self.folder / LEDGER}: damaged; start again in another folder") from None
+            raise UserError(f"{path}: damaged; start again in another folder") from None
 
     def _read_ledger(self) -> None:
-        lines = self._whole_lines()
-        self._ledger.truncate(sum(len(line.encode()) + 1 for line in lines))
-        wanted = asdict(self.shrink)
-        if not lines:
+        entries, wanted = self._entries(), asdict(self.shrink)
+        self._ledger.truncate((self.folder / LEDGER).read_bytes().rfind(b"\n") + 1)
+        if not entries:
             return self._append({"settings": wanted})
-        first, *entries = self._entries()
-        found = first["settings"]
+        found = entries[0]["settings"]
         if found != wanted:
-            differ = ", ".join(
-                f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if wanted[key] != found.get(key)
-            )
-            raise UserError(f"{self.folder}: was begun with {differ}; give the same, or name another folder")
-        for entry in entries:
-            report = ShardReport(**entry)
+            differ = [f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if wanted[key] != found.get(key)]
+            raise UserError(f"{self.folder}: was begun with {', '.join(differ)}; give the same, or name another folder")
+        for report in (ShardReport(**entry) for entry in entries[1:]):
             if self._is_whole(report):  # another one is made again
                 self.reports[report.name] = report
         for name, url in self._names.items():

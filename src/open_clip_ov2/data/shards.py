@@ -21,6 +21,7 @@ from open_clip_ov2.data.order.assignment import Assignment, ShardRange, assigned
 from open_clip_ov2.data.order.position import Cursor
 from open_clip_ov2.data.order.shuffled import ShuffledPass
 from open_clip_ov2.data.skips import SkipCounter
+from open_clip_ov2.data.sources import Source
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
 
@@ -82,7 +83,7 @@ def check_shards_exist(urls: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class WebDatasetSource:
+class WebDatasetSource(Source):
     """Tars read as streams. `resampled`: shards are drawn with replacement, by weight."""
 
     urls: tuple[str, ...]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -24,59 +24,43 @@ from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.errors import UserError
 
 
-class Source(Protocol):
-    """Gives raw samples: `__key__`, `__url__`, and bytes or text by suffix or column."""
+class Source:
+    """Gives raw samples: `__key__`, `__url__`, and bytes or text by suffix or column.
 
-    @property
-    def resampled(self) -> bool:
-        """Whether a pass is drawn with replacement, so that one pass need not show everything."""
+    What is implemented here is for data whose rows can be read by their number; shards.py has tars.
+    `name` stands in errors. `resampled`: a pass is drawn with replacement, so that it need not show everything.
+    """
 
-    def count(self) -> int | None:
-        """Number of samples, if it is written down anywhere. Raises UserError if that cannot be read."""
-
-    def check_consumers(self, consumers: int) -> None:
-        """Raises UserError if so many consumers cannot share this source."""
-
-    def fingerprint(self) -> dict[str, str | int]:
-        """What the order of samples depends on, small; equal for equal data."""
-
-    def place(self, index: int) -> str:
-        """The name of the shard or row that `Cursor.on_open` gets by number."""
-
-    def train_samples(
-        self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """One pass over a consumer's part, shuffled, from `cursor` on; no sample twice."""
-
-    def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        """Everything, in file order."""
-
-
-class _Rows:
-    """What sources share that can read any row by its number."""
-
+    name: str
     resampled = False
     shuffled = True
 
-    def count(self) -> int:
-        raise NotImplementedError
-
-    def what(self) -> str:
-        """The rows in words, for an error: `table.csv: 3 rows`."""
+    def count(self) -> int | None:
+        """Number of samples, if it is written down anywhere. Raises UserError if that cannot be read."""
         raise NotImplementedError
 
     def sample(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def place(self, index: int) -> str:
+        """The name of the shard or row that `Cursor.on_open` gets by number."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What the order of samples depends on, small; equal for equal data."""
+        raise NotImplementedError
+
     def check_consumers(self, consumers: int) -> None:
-        if self.count() < consumers:
-            raise UserError(f"{self.what()} for {consumers} data workers; use fewer --workers")
+        """Raises UserError if so many consumers cannot share this source."""
+        if (rows := self.count() or 0) < consumers:
+            raise UserError(f"{self.name}: {rows} samples for {consumers} data workers; use fewer --workers")
 
     def train_samples(
         self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
     ) -> Iterator[dict[str, Any]]:
+        """One pass over a consumer's part, shuffled, from `cursor` on; no sample twice."""
         cursor = cursor or Cursor()
-        order = list(range(self.count()))
+        order = list(range(self.count() or 0))
         if self.shuffled:
             assignment.rng("rows").shuffle(order)
         for row in itertools.islice(assigned_rows(order, assignment), cursor.taken, None):
@@ -85,10 +69,11 @@ class _Rows:
             yield self.sample(row)
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
-        return map(self.sample, range(self.count()))
+        """Everything, in file order."""
+        return map(self.sample, range(self.count() or 0))
 
 
-class CsvSource(_Rows):
+class CsvSource(Source):
     """Rows with an image path and captions. A path is tried as given, then from the csv's folder.
 
     The table is held in memory; images are read when they are used. Raises UserError: no such file or column, a
@@ -100,7 +85,7 @@ class CsvSource(_Rows):
             raise UserError(f"{path}: no such file (--train-data, --val-data)")
         if len(separator) != 1:
             raise UserError(f"--csv-separator {separator!r}: expected one character (a tab: --csv-separator $'\\t')")
-        self.path = path
+        self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
         try:
             self._rows = list(self._read_rows(separator, image_column))
@@ -126,11 +111,8 @@ class CsvSource(_Rows):
             for row in reader:
                 yield (row[image_column], *(row[name] for name in self._columns))
 
-    def count(self) -> int:
+    def count(self) -> int | None:
         return len(self._rows)
-
-    def what(self) -> str:
-        return f"{self.path}: {len(self._rows)} rows"
 
     def fingerprint(self) -> dict[str, str | int]:
         return {"rows": len(self._rows), "content": self._digest}
@@ -149,7 +131,7 @@ class CsvSource(_Rows):
         return raw
 
 
-class ImageFolderSource(_Rows):
+class ImageFolderSource(Source):
     """Images by class, `folder/CLASS/any/depth/image.jpg`: the layout of torchvision's ImageFolder.
 
     A sample's key is its path below `folder`, its entry `cls` the name of the class. In the order of the keys; hidden
@@ -159,17 +141,14 @@ class ImageFolderSource(_Rows):
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a folder with one folder for each class")
-        self.folder = folder
+        self.folder, self.name = folder, str(folder)
         self.names = sorted(_image_names(folder))
         if not self.names:
             endings = ", ".join(IMAGE_SUFFIXES)
             raise UserError(f"{folder}: no image ({endings}) in its subfolders; expected one folder for each class")
 
-    def count(self) -> int:
+    def count(self) -> int | None:
         return len(self.names)
-
-    def what(self) -> str:
-        return f"{self.folder}: {len(self.names)} images"
 
     def fingerprint(self) -> dict[str, str | int]:
         digest = hashlib.sha256(os.fsencode("\0".join(self.names)))
@@ -206,19 +185,17 @@ def _digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class SyntheticSource(_Rows):
+class SyntheticSource(Source):
     """Black images, `image_size` = (width, height) in px, with one caption: to measure everything but the data."""
 
     num_samples: int
     image_size: tuple[int, int]
     caption: str = "Dummy caption"
+    name = "--dataset-type synthetic (--train-num-samples)"
     shuffled = False
 
-    def count(self) -> int:
+    def count(self) -> int | None:
         return self.num_samples
-
-    def what(self) -> str:
-        return f"--train-num-samples {self.num_samples}"
 
     def fingerprint(self) -> dict[str, str | int]:
         return {"synthetic samples": self.num_samples}
