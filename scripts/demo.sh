@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way on one machine without a GPU: install, make data from OpenMoji drawings and rendered shapes, charts
-# and words, train a small ov2 (at most 10 minutes on 2 cores), then show what it learned.
+# Everything on one machine without a GPU: install, make data from OpenMoji drawings and rendered shapes, charts and words,
+# train a small ov2 model (at most 10 minutes on 2 cores), then show what it learned (docs/demo.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
@@ -9,13 +9,13 @@ DATA="$DEMO/data"
 RUN="$DEMO/logs/ov2-nano"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
-# bfloat16 pays only where the CPU multiplies it.
+# bfloat16 is faster only on CPUs that multiply it in hardware.
 PRECISION=fp32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp_bf16; fi
 
 mkdir -p "$DEMO"
 run python scripts/demo_data.py "$DATA"
-# A demo that was interrupted goes on where it was; one that is finished is shown again.
+# The same command resumes a run that was interrupted, and does nothing if the run is finished.
 run ov2 train --recipe configs/demo.toml --tokenizer "$DATA/tokenizer" \
   --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \
   --val-data "$DATA/held-out/rendered-00000.tar" \

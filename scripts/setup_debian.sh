@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what tests need beyond Python, where apt allows: a SLURM of two nodes on this machine (tests/slurm,
-# scripts/slurm_cluster.py), and a browser that looks at the page of `ov2 compare`.
-# Never fails: what is skipped, and why, is said in one line, and the tests that need it skip themselves.
+# Installs what tests need beyond Python, if apt-get may: SLURM for a cluster of two nodes on this machine (tests/slurm,
+# scripts/slurm_cluster.py), and a browser that opens the page of `ov2 compare`.
+# Never fails: it prints one line for what it cannot install, with the reason, and the tests that need it are skipped.
 set -uo pipefail
 have() { command -v "$1" >/dev/null 2>&1; }
 export PATH="$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive
@@ -17,7 +17,7 @@ install() { # install WHAT TESTS PACKAGE...
   echo "$what: installing $*"
   [ -n "$UPDATED" ] || apt-get update -qq >/dev/null 2>&1 || { skip "apt-get update failed (no network?)"; return; }
   UPDATED=1
-  # A private cluster is started by the tests themselves: the packages' own services must not run.
+  # The tests start a cluster of their own, so the services of the packages must not start.
   local policy=/usr/sbin/policy-rc.d made="" status=0
   if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' > "$policy" && chmod +x "$policy" && made=1

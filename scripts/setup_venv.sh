@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv in the checkout with what pyproject.toml asks for (extras in $1), or reuses it if it is current.
-# Sourced by demo.sh and test.sh; leaves $VENV set.
+# Makes .venv in the checkout with the packages of pyproject.toml and the extras in $1, or keeps it if nothing has changed.
+# demo.sh and test.sh source it; it sets $VENV and puts the environment's programs on $PATH.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 EXTRAS="$1"
-# Current means: the same extras of the same pyproject.toml, installed to the end.
+# The stamp is written when the installation is complete, and names the extras and the state of pyproject.toml.
 STAMP="$EXTRAS $(cksum < "$ROOT/pyproject.toml")"
 if [ "$(cat "$VENV/.ov2-stamp-$EXTRAS" 2>/dev/null)" != "$STAMP" ]; then
   PYTHON=""
