@@ -5,7 +5,7 @@
 Two processes with two data workers each train ov2-vit-nano-8 over two stages on made-up shards; one of the two, by
 chance, gets SIGKILL after a random number of steps, every other time while a checkpoint is being written. Then the
 same command is started again. At the end the weights, and every figure in results.jsonl, must be the uninterrupted
-run's, bit for bit. tests/seam/test_resume.py does the same with ten kills.
+run's, bit for bit. tests/openclip/test_resume.py does the same with ten kills.
 """
 
 from __future__ import annotations

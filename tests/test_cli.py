@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -77,3 +78,14 @@ def test_slips_are_one_line(argv: list[str], expected: str, capsys: pytest.Captu
     assert err.startswith("ov2: error: ")
     assert expected in err
     assert "\n" not in err
+
+
+def test_supported_versions_of_python_agree() -> None:
+    """Oracle: the classifiers of pyproject.toml, against the matrix of CI and what README and setup_venv.sh say."""
+    versions = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    matrix = re.search(r"python-version: \[(.*)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert matrix
+    assert re.findall(r"3\.\d+", matrix[1]) == versions
+    assert f"Python {versions[0]} to {versions[-1]}" in (ROOT / "README.md").read_text()
+    assert f"Python {versions[0]} to {versions[-1]}" in (ROOT / "scripts" / "setup_venv.sh").read_text()
+    assert f'requires-python = ">={versions[0]}"' in (ROOT / "pyproject.toml").read_text()

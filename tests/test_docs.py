@@ -1,7 +1,7 @@
 """Every code block of README and docs. Oracle: it runs. Shell lines of `ov2` go through the command's own parser.
 
 docs/use.md is run as a whole, in order, in a folder that holds what it names: a run, a released checkpoint, Flax
-parameters, a language model. A hub name there becomes that folder; tests/seam/test_open_model.py has the hub itself.
+parameters, a language model. A hub name there becomes that folder; tests/openclip/test_open_model.py has the hub itself.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_use_md_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             ran += 1
         for argv in ov2_lines(text) if language == "bash" else ():
             check_parses(argv)
-            if argv[0] != "train":  # tests/export/test_push.py starts a real run from a bare file
+            if argv[0] != "train":  # tests/formats/test_push.py starts a real run from a bare file
                 assert main(argv) == 0, argv
     assert ran >= 8
     with np.load("checkpoint.npz") as before, np.load("back.npz") as after:
