@@ -242,9 +242,11 @@ def test_the_other_metrics_follow(found: Found) -> None:
     """Oracle: by hand. a wins the loss; probes: b wins, and then nobody."""
     losses = ((1.0, 1.1), (2.0, 2.1))
     assert told(found, *losses, probes=((0.1, 0.2), (0.3, 0.4))).endswith(
-        " Other metrics: best beyond the spread of seeds: b on probe <top-1>."
+        " Best on other metrics, beyond the spread of seeds: b on probe <top-1>."
     )
-    assert told(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(" Other metrics: cannot tell: probe <top-1>.")
+    assert told(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(
+        " Cannot tell which is best on probe <top-1>."
+    )
 
 
 def test_page_and_markdown_begin_with_the_verdict(found: Found) -> None:

@@ -45,7 +45,7 @@ def rankings(found: Found) -> list[Ranking]:
 
 
 def verdict(found: Found) -> str:
-    """One sentence about the first metric, and one about all others."""
+    """One sentence about the first metric, and one or two about all others."""
     ranked = rankings(found)
     if not ranked:
         return "Cannot tell which variant is better: no metric has values of two trained variants."
@@ -53,9 +53,8 @@ def verdict(found: Found) -> str:
     if ranked[1:]:
         clear = [f"{one.best} on {one.metric.label}" for one in ranked[1:] if one.beyond_seeds]
         unclear = [one.metric.label for one in ranked[1:] if not one.beyond_seeds]
-        parts = [f"best beyond the spread of seeds: {', '.join(clear)}"] if clear else []
-        parts += [f"cannot tell: {', '.join(unclear)}"] if unclear else []
-        sentences.append(f"Other metrics: {'; '.join(parts)}.")
+        sentences += [f"Best on other metrics, beyond the spread of seeds: {'; '.join(clear)}."] if clear else []
+        sentences += [f"Cannot tell which is best on {', '.join(unclear)}."] if unclear else []
     return " ".join(sentences)
 
 
