@@ -31,7 +31,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def repetition(cluster: Cluster, place: Path, flags: list[str], number: int, chance: random.Random) -> tuple[str, bool]:
-    """(faults and restarts, whether each fault restarted the run, it ended in the right weights, and no job is left)."""
+    """(faults and restarts, whether each fault restarted the run, its weights are right, and no job is left)."""
     kinds = list(FAULTS)
     names = [kinds[number % len(kinds)], *chance.sample(kinds, chance.choice((0, 0, 1)))]
     ov2("submit", *RANKS, "--", *flags, "--name", f"run-{number}", cwd=place)

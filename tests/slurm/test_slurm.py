@@ -93,8 +93,8 @@ def test_faults_do_not_change_the_weights(cluster: Cluster, place: Path, flags: 
 
     scripts/slurm_soak.py does it with four ranks, over and over.
     """
-    # More --max-deaths than faults below: after a lost node has come back, SLURM's late order to kill what ran on it can
-    # hit the next start of the job (seen once in ten).
+    # More --max-deaths than faults: after a lost node has come back, SLURM's late order to kill what ran on it can hit
+    # the next start of the job (seen once in ten).
     ov2("submit", *ONE_A_NODE, "--max-deaths", "9", "--", *flags, "--name", "troubled", cwd=place)
     run = place / "logs" / "troubled"
     for restarts, fault in enumerate((preempt, requeue, kill_a_rank, lose_a_node)):
