@@ -14,7 +14,7 @@ from open_clip_ov2.launch.sweep import short
 from open_clip_ov2.tracking.figures import figure, read_results
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from open_clip_ov2.tracking.figures import Axes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes  # for modules that draw: no other package imports matplotlib
 
 EVAL_FILE = "eval.json"
 SIZE = (7.5, 4.5)  # inches, of one panel
