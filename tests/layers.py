@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, Layer] = {
     "cli": Layer("errors commands", "", "the `ov2` command"),
 }
 # The package's own door: what `import open_clip_ov2` gives.
-TOP = Layer("core train evaluate openclip openclip.models training", "", "public names; registers the models")
+TOP = Layer("errors core train evaluate openclip openclip.models training", "", "public names; registers the models")
 
 
 def table() -> str:

@@ -16,6 +16,7 @@ check_open_clip()
 
 import open_clip_ov2.train  # noqa: E402, F401  the package first: `ov2.train` is the function below
 from open_clip_ov2.core import CaptionLoss, CaptionModel, VisionModel, image_features  # noqa: E402
+from open_clip_ov2.errors import Interrupted, RunFailed, UserError  # noqa: E402
 from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
@@ -28,6 +29,9 @@ except PackageNotFoundError:  # a checkout or a job's copy of the code, which is
 __all__ = [
     "CaptionLoss",
     "CaptionModel",
+    "Interrupted",
+    "RunFailed",
+    "UserError",
     "VisionModel",
     "WordPieceTokenizer",
     "check",

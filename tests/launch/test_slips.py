@@ -13,7 +13,7 @@ SLIPS = {  # before `--`, after it, what the line says
     "unknown flag of the trainer": ([], ["--keep-ration", "0.5"], "--keep-ration"),
     "unknown flag of the cluster": (["--node", "2"], [], "ov2 submit: unrecognized arguments: --node"),
     "shards that do not exist": ([], ["--train-data", "nowhere-{0..3}.tar"], "4 of 4 shards do not exist"),
-    "no such model": ([], ["--model", "ov2-vit-l-15"], "near: ov2-vit-l-14"),
+    "no such model": ([], ["--model", "ov2-vit-l-15"], "did you mean ov2-vit-l-14"),
     "no recipe": ([], ["--recipe", "nowhere.toml"], "nowhere.toml"),
     "bad time": (["--time", "soon"], [], "1-12:00:00"),
     "bad nodes": (["--nodes", "0"], [], "expected an integer >= 1"),

@@ -57,7 +57,7 @@ def test_padding_is_no_work_done() -> None:
     lengths = [31, 5, 5, 5]
     assert sum(of(length) for length in lengths) < 0.95 * counted(model, captions(model, lengths))
     assert of(None) == of(31) > of(11.5) > of(11)
-    assert of(11.5) == pytest.approx((of(11) + of(12)) / 2)
+    assert of(11.5) == pytest.approx((of(11) + of(12)) / 2, rel=1e-4)  # attention is nearly linear between two lengths
 
 
 def test_baselines_compute_their_whole_context() -> None:

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from open_clip_ov2.recipe import short_count
 from open_clip_ov2.recipe.costs import Plan, StageCost
-from open_clip_ov2.recipe.counts import largest_divisor
 
 GB, GFLOP = 1e9, 1e9
 
@@ -22,7 +21,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console.print(f"{plan.model}: {_millions(total)} parameters ({parts})")
     console.print(_stages(plan))
     console.print(_whole_run(plan))
-    for line in _advice(plan):
+    for line in filter(None, (cost.memory_advice() for cost in plan.stages)):
         console.print(line)
     if plan.baselines:
         console.print(_comparison(plan))
@@ -100,23 +99,6 @@ def _whole_run(plan: Plan) -> str:
     gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus:,} GPUs"
     spent = f"{hours * machine.gpus:,.4g} GPU-hours"
     return f"whole run: {plan.total_flops:.2e} FLOP, {_duration(hours)} on {gpus}, {spent}, {how}"
-
-
-def _advice(plan: Plan) -> list[str]:
-    """What does not fit the GPU, and what would."""
-    lines, limit = [], plan.machine.memory_gb * GB
-    for cost in plan.stages:
-        needed, fits = cost.memory.of(cost.batch_size), cost.memory.most_images(limit)
-        if needed > limit:
-            size = largest_divisor(cost.batch_size * cost.accum_freq, fits)
-            way = "not even one image fits; use --grad-checkpointing or more memory"
-            if fits:
-                way = f"--batch-size {size} fits (about {fits:,} images would)"
-            lines.append(
-                f"{_title(cost)}: {cost.batch_size:,} images at once on a GPU need about {needed / GB:,.0f} GB, "
-                f"more than {plan.machine.memory_gb:g}; {way}"
-            )
-    return lines
 
 
 def _comparison(plan: Plan) -> Table:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe.counts import largest_divisor
 from open_clip_ov2.recipe.model_costs import Encoder, Flops, Memory, ModelSizes, Tokens, count_tokens, total_flops
 
 H100_TFLOPS = 790.0  # dense bf16, measured on an H100; a data sheet promises 989
@@ -77,6 +78,21 @@ class StageCost:
         recomputed = sum(part.blocks for part in self.parts.values()) if self.grad_checkpointing else 0.0
         computed = self.machine.mfu * self.machine.tflops * 1e12 / (self.flops_per_image + recomputed)
         return (self.speed or computed) * self.machine.gpus
+
+    def memory_advice(self) -> str:
+        """What does not fit into a GPU's memory and what would; empty if it fits."""
+        limit = self.machine.memory_gb * 1e9
+        needed, fits = self.memory.of(self.batch_size), self.memory.most_images(limit)
+        if needed <= limit:
+            return ""
+        way = "not even one image fits; use --grad-checkpointing or more memory"
+        if fits:
+            size = largest_divisor(self.batch_size * self.accum_freq, fits)
+            way = f"--batch-size {size} fits (about {fits:,} images would); so may more, with --grad-checkpointing"
+        return (
+            f"{self.title}: --batch-size {self.batch_size} needs about {needed / 1e9:,.1f} GB on each GPU, more than "
+            f"{self.machine.memory_gb:g}; {way}"
+        )
 
     @property
     def mfu(self) -> float:

@@ -74,7 +74,7 @@ class Tokens:
 
     encoder: int
     kept: int
-    text: int
+    text: float
     targets: float
 
 
@@ -113,8 +113,8 @@ class Stack:
     part: str
     tower: Tower
     blocks: int
-    queries: int
-    keys: int
+    queries: float
+    keys: float
     pairs: float
     cross: bool = False
 

@@ -93,9 +93,9 @@ def _check_device(theirs: argparse.Namespace, gpu: bool) -> None:
 
 
 def _check_data(theirs: argparse.Namespace) -> None:
-    for folder in filter(None, (theirs.imagenet_val, theirs.imagenet_v2)):
-        if not Path(folder).is_dir():
-            raise UserError(f"--imagenet-val or --imagenet-v2 {folder}: no such folder")
+    for flag, folder in (("--imagenet-val", theirs.imagenet_val), ("--imagenet-v2", theirs.imagenet_v2)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder")
     validates = theirs.val_data or theirs.imagenet_val or theirs.imagenet_v2
     if not theirs.train_data and not validates and theirs.dataset_type != "synthetic":
         raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")

@@ -12,12 +12,20 @@ from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import one_of, real, text, whole
 
 DECODE = ("fast", "exact")
 FAMILY = "family"
 Options = TypeVar("Options")
+
+
+def _below_one(value: str) -> float:
+    number: float = real(0)(value)
+    if number >= 1:
+        raise UserError(f"{value}: expected a number >= 0 and < 1")
+    return number
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class TrainOptions:
         "BERT word pieces with the reference's ids, from a hub name or a folder with vocab.txt (default: OpenCLIP's "
         "built-in tokenizer)",
     )
-    label_smoothing: float = flag("E", real(0, 1), "label smoothing of the caption loss (default: 0)", default=0.0)
+    label_smoothing: float = flag("E", _below_one, "label smoothing of the caption loss (default: 0)", default=0.0)
     z_loss: float = flag("W", real(0), "weight of the squared log partition function (default: 0)", default=0.0)
     activation_memory_budget: float | None = flag(
         "F",

@@ -21,6 +21,17 @@ from open_clip_ov2.openclip.models.tokenizer import REFERENCE_VOCAB_SIZE, text_c
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.recipe.model_costs import Encoder, ModelSizes, Tokens, Tower, count_tokens
 
+# Parts of a model by the beginning of a parameter's name, in ov2 models, CLIP and CoCa; what remains is a text encoder.
+PARTS = (
+    ("visual.", "encoder"),
+    ("token_embedding.", "token embedding"),
+    ("text_decoder.token_embedding.", "token embedding"),
+    ("text_decoder.lm_head.", "head"),
+    ("text_decoder.text_projection", "head"),
+    ("text_decoder.", "decoder"),
+    ("", "text encoder"),
+)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -96,7 +107,7 @@ def facts_of(name: str, model: Any) -> ModelFacts:
     ratio = model.token_drop.keep_ratio if isinstance(model, CaptionModel) else None
     return ModelFacts(
         sizes=_sizes(model, text),
-        parameters=_parameters(model, text),
+        parameters=_parameters(model),
         trained=sum(count for count, trained in counts if trained),
         frozen=sum(count for count, trained in counts if not trained),
         resolution=_side(model.visual.image_size),
@@ -146,29 +157,10 @@ def _tower(blocks: Any) -> Tower:
     return Tower(fc.in_features, len(blocks), heads, fc.out_features)
 
 
-def _count(*modules: nn.Module | nn.Parameter) -> int:
-    return sum(
-        module.numel() if isinstance(module, nn.Parameter) else sum(p.numel() for p in module.parameters())
-        for module in modules
-    )
-
-
-def _parameters(model: Any, text: Any) -> dict[str, int]:
+def _parameters(model: nn.Module) -> dict[str, int]:
     """Parameters by part; embedding and head of a decoder on their own, since a vocabulary can outweigh it."""
-    total, encoder = _count(model), _count(model.visual)
-    if isinstance(model, CaptionModel):
-        decoder = model.text_decoder
-        head, embedding = _count(decoder.lm_head), _count(decoder.token_embedding)
-        rest = {"decoder": total - encoder - head - embedding, "token embedding": embedding, "head": head}
-    elif isinstance(model, CoCa):
-        head, embedding = _count(model.text_decoder.text_projection), _count(text.token_embedding)
-        rest = {
-            "text encoder": _count(text) - embedding,
-            "decoder": _count(model.text_decoder) - head,
-            "token embedding": embedding,
-            "head": head,
-        }
-    else:
-        embedding = _count(text.token_embedding)
-        rest = {"text encoder": total - encoder - embedding, "token embedding": embedding}
-    return {"encoder": encoder, **rest}
+    counts = dict.fromkeys(("encoder", "text encoder", "decoder", "token embedding", "head"), 0)
+    for name, parameter in model.named_parameters():
+        part = next(part for prefix, part in PARTS if name.removeprefix("text.").startswith(prefix))
+        counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}

@@ -67,15 +67,9 @@ def _check_model(stage: StagePlan) -> int:
 
 def _check_memory(stage: StagePlan, machine: Machine) -> None:
     try:
-        memory = stage_cost(stage, stage_facts(stage), machine).memory
+        advice = stage_cost(stage, stage_facts(stage), machine).memory_advice()
     except UserError as error:
         print(f"memory    not estimated: {error}")
         return
-    batch, limit_gb = stage.args.batch_size, machine.memory_gb
-    needed_gb = memory.of(batch) / 1e9
-    if needed_gb > limit_gb:
-        where = f"stage {stage.number} ({stage.title}): " if stage.title else ""
-        raise UserError(
-            f"{where}--batch-size {batch} needs about {needed_gb:.1f} GB on each GPU (--gpu-memory-gb {limit_gb:g}): "
-            f"at most {memory.most_images(limit_gb * 1e9)} fit (--accum-freq, --grad-checkpointing)"
-        )
+    if advice:
+        raise UserError(f"{advice} (--gpu-memory-gb {machine.memory_gb:g})")

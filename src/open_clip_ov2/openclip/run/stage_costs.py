@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -108,17 +107,9 @@ def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
     """
     whole = facts.tokens()
 
-    def of_length(length: int) -> float:
-        return total_flops(facts.sizes, facts.resolution, replace(whole, text=length, targets=float(length)))
-
-    everything = total_flops(facts.sizes, facts.resolution, whole)
-
     def of(targets: float | None) -> float:
-        if targets is None or not facts.sizes.is_ov2:
-            return everything
-        low = math.floor(targets)
-        share = targets - low  # between two integers, where the square of attention is almost linear
-        return (1 - share) * of_length(low) + share * of_length(low + 1)
+        length = whole.text if targets is None or not facts.sizes.is_ov2 else targets
+        return total_flops(facts.sizes, facts.resolution, replace(whole, text=length, targets=length))
 
     return of
 
