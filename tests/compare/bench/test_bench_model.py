@@ -16,7 +16,6 @@ from open_clip_ov2.compare.bench.settings import BENCH_MODELS, BenchSettings, Ca
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.run.bench_model import BenchModel
-from open_clip_ov2.quiet import quiet
 
 TINY = "ov2-bench-tiny"
 LENGTHS = CaptionLengths(16, 16, 16.0)  # the whole context: nothing is padding
@@ -28,8 +27,7 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 def built(model: str, *more: str) -> BenchModel:
     case = Case(16, "fp32", 4)
     job = BenchSettings(TINY, (), (case,), "cpu", False, None, 0.5, LENGTHS, 1, 1, False, None, 1).job(model, case)
-    with quiet():  # the benchmark's own process stays silent
-        return training.bench_model([*job.argv, *more], "cpu", job.flags_of_ov2, BENCH_MODELS)
+    return training.bench_model([*job.argv, *more], "cpu", job.flags_of_ov2, BENCH_MODELS)
 
 
 def pairs_for(model: BenchModel, count: int = 2) -> Pairs:
@@ -85,8 +83,13 @@ def test_no_decay_where_openclip_has_none() -> None:
 
 
 def test_flags_of_ov2_reach_ov2_models_alone() -> None:
-    """Oracle: the model's own keep ratio; a CLIP that would refuse the flag is built."""
+    """Oracle: the model's own keep ratio; a CLIP that would refuse the flag is built. Of a range the largest counts."""
     assert built(TINY).model.token_drop.keep_ratio.high == 0.5
+    ratio = training.bench_model(
+        ["--model", TINY, "--dataset-type", "synthetic", "--batch-size", "4", "--keep-ratio", "0.25:0.75"], "cpu", [],
+        BENCH_MODELS,
+    ).model.token_drop.keep_ratio  # fmt: skip
+    assert ratio.low == ratio.high == 0.75
     assert not built(f"clip-of-{TINY}").is_ov2
 
 

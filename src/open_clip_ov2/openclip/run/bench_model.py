@@ -7,7 +7,6 @@ Shapes: B batch, L caption tokens.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +27,13 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.models import baseline_configs
-from open_clip_ov2.openclip.models.factory import is_ov2_config, is_ov2_model
+from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for
 from open_clip_ov2.openclip.run import optimizers
 from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.openclip.run.stage_model import StageModel
+from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.step import StepSettings, optimizer_step
 
 Pair = tuple[Tensor, Tensor]
@@ -55,20 +55,22 @@ class BenchModel:
     """
 
     def __init__(self, argv: Sequence[str], device: str, flags_of_ov2: Sequence[str] = ()) -> None:
-        name = parse(argv, world_size=1, gpu=device != "cpu").model
-        argv = [*argv, *flags_of_ov2] if is_ov2_model(name) else argv
         plan = parse(argv, world_size=1, gpu=device != "cpu")
+        if plan.is_ov2:
+            argv = [*argv, *flags_of_ov2]
+            ratio = parse(argv, world_size=1, gpu=device != "cpu").stages[-1].options.keep_ratio
+            argv += ["--keep-ratio", str(ratio.high)] if ratio else []  # the worst case of a range
+            plan = parse(argv, world_size=1, gpu=device != "cpu")
         self.device, self.stage = torch.device(device), plan.stages[-1]
         session: Any = SimpleNamespace(plan=plan, previous_stage=None, world_size=1)
         self._built = StageModel(session, self.stage, None)
-        logging.disable(logging.WARNING)  # for this process: `main` logs the model and all parameters
-        with tempfile.TemporaryDirectory() as logs, patches.run_patches(self._replacements()):
+        with tempfile.TemporaryDirectory() as logs, quiet(), patches.run_patches(self._replacements()):
             result = open_clip_main.main([*self._argv(plan.is_ov2), "--logs", logs, "--name", "bench"])
         if result == -1:
-            raise UserError(f"--model {name}: OpenCLIP's main refused these flags")
+            raise UserError(f"--model {plan.model}: OpenCLIP's main refused these flags")
         self.model: Any = self._built.model
         self.is_ov2 = isinstance(self.model, CaptionModel)
-        self.facts = facts_of(name, self.model)
+        self.facts = facts_of(plan.model, self.model)
 
     def _argv(self, is_ov2: bool) -> list[str]:
         argv = without(self.stage.argv, NOT_HERE)
