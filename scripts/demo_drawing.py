@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 OVERSAMPLING = 2  # PIL does not smooth the edges of shapes: draw larger, then reduce.
 HELD_OUT_SHARE = 10  # one combination in ten is held out
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 35),
     "orange": (255, 135, 0),
     "yellow": (250, 215, 25),
@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 130, 195),
     "black": (30, 30, 30),
 }
-BAR_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+BAR_COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
 INKS = ("red", "green", "blue", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = {"small": (0.09, 0.11), "large": (0.19, 0.215)}
@@ -91,15 +91,15 @@ class Canvas:
     def side(self) -> int:
         return self.image.width
 
-    def polygon(self, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-        self.pen.polygon([(x * self.side, y * self.side) for x, y in points], fill=colour)
+    def polygon(self, points: list[tuple[float, float]], color: tuple[int, int, int]) -> None:
+        self.pen.polygon([(x * self.side, y * self.side) for x, y in points], fill=color)
 
-    def ellipse(self, x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
+    def ellipse(self, x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
         box = [(value * self.side) for value in (x - radius, y - radius, x + radius, y + radius)]
-        self.pen.ellipse(box, fill=colour)
+        self.pen.ellipse(box, fill=color)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: tuple[int, int, int]) -> None:
-        self.pen.rectangle([round(value * self.side) for value in (x0, y0, x1, y1)], fill=colour)
+    def box(self, x0: float, y0: float, x1: float, y1: float, color: tuple[int, int, int]) -> None:
+        self.pen.rectangle([round(value * self.side) for value in (x0, y0, x1, y1)], fill=color)
 
 
 @dataclass(frozen=True)
@@ -113,30 +113,30 @@ class Plan:
 
 
 def shaded(name: str, rng: random.Random) -> tuple[int, int, int]:
-    """The named colour, a little lighter or darker."""
+    """The named color, a little lighter or darker."""
     shift = rng.randint(-14, 14)
-    red, green, blue = (min(255, max(0, value + shift + rng.randint(-5, 5))) for value in COLOURS[name])
+    red, green, blue = (min(255, max(0, value + shift + rng.randint(-5, 5))) for value in COLORS[name])
     return red, green, blue
 
 
-def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, color: tuple[int, int, int]) -> None:
     """One filled shape about (x, y), about 2 r wide."""
     if shape == "circle":
-        canvas.ellipse(x, y, r, colour)
+        canvas.ellipse(x, y, r, color)
     elif shape == "square":
-        canvas.box(x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r, colour)
+        canvas.box(x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r, color)
     elif shape == "triangle":
-        canvas.polygon([(x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)], colour)
+        canvas.polygon([(x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)], color)
     elif shape == "star":
         spokes = [(1.12 * r if i % 2 == 0 else 0.45 * r, i * pi / 5) for i in range(10)]
-        canvas.polygon([(x + s * sin(a), y - s * cos(a)) for s, a in spokes], colour)
+        canvas.polygon([(x + s * sin(a), y - s * cos(a)) for s, a in spokes], color)
     elif shape == "cross":
-        canvas.box(x - r, y - 0.3 * r, x + r, y + 0.3 * r, colour)
-        canvas.box(x - 0.3 * r, y - r, x + 0.3 * r, y + r, colour)
+        canvas.box(x - r, y - 0.3 * r, x + r, y + 0.3 * r, color)
+        canvas.box(x - 0.3 * r, y - r, x + 0.3 * r, y + r, color)
     else:
         turns = [i * pi / 30 for i in range(60)]
         arc = [(sin(t) ** 3, 13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) for t in turns]
-        canvas.polygon([(x + r * u, y - r * (v + 2.5) / 15) for u, v in arc], colour)
+        canvas.polygon([(x + r * u, y - r * (v + 2.5) / 15) for u, v in arc], color)
 
 
 def article(word: str) -> str:
@@ -144,28 +144,28 @@ def article(word: str) -> str:
 
 
 def plan_one_shape(rng: random.Random) -> Plan:
-    """One shape: its size, its colour and its place among nine."""
-    size, colour, shape = rng.choice(tuple(SIZES)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+    """One shape: its size, its color and its place among nine."""
+    size, color, shape = rng.choice(tuple(SIZES)), rng.choice(tuple(COLORS)), rng.choice(SHAPES)
     place = rng.choice(tuple(CELLS))
 
     def draw(canvas: Canvas, rng: random.Random) -> None:
         x, y = (value + rng.uniform(-0.025, 0.025) for value in CELLS[place])
-        draw_shape(canvas, shape, x, y, rng.uniform(*SIZES[size]), shaded(colour, rng))
+        draw_shape(canvas, shape, x, y, rng.uniform(*SIZES[size]), shaded(color, rng))
 
-    caption = f"a {size} {colour} {shape} at the {place}"
-    return Plan(caption, f"one/{colour}/{shape}/{place}", f"{colour} {shape}", draw)
+    caption = f"a {size} {color} {shape} at the {place}"
+    return Plan(caption, f"one/{color}/{shape}/{place}", f"{color} {shape}", draw)
 
 
 def plan_two_shapes(rng: random.Random) -> Plan:
     """Two different shapes, the left or the upper one named first."""
-    first, second = rng.sample(tuple(itertools.product(COLOURS, SHAPES)), 2)
+    first, second = rng.sample(tuple(itertools.product(COLORS, SHAPES)), 2)
     relation = rng.choice(("left of", "above"))
 
     def draw(canvas: Canvas, rng: random.Random) -> None:
-        for (colour, shape), along in ((first, 0.27), (second, 0.73)):
+        for (color, shape), along in ((first, 0.27), (second, 0.73)):
             along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.06, 0.06)
             x, y = (along, across) if relation == "left of" else (across, along)
-            draw_shape(canvas, shape, x, y, rng.uniform(0.14, 0.18), shaded(colour, rng))
+            draw_shape(canvas, shape, x, y, rng.uniform(0.14, 0.18), shaded(color, rng))
 
     caption = f"{article(first[0])} {' '.join(first)} {relation} {article(second[0])} {' '.join(second)}"
     return Plan(caption, f"two/{caption}", f"two, {relation}", draw)
@@ -173,17 +173,17 @@ def plan_two_shapes(rng: random.Random) -> Plan:
 
 def plan_count(rng: random.Random) -> Plan:
     """Two to six equal shapes."""
-    count, colour, shape = rng.choice(tuple(COUNTS)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+    count, color, shape = rng.choice(tuple(COUNTS)), rng.choice(tuple(COLORS)), rng.choice(SHAPES)
 
     def draw(canvas: Canvas, rng: random.Random) -> None:
-        tone, radius = shaded(colour, rng), rng.uniform(0.09, 0.115)
+        tone, radius = shaded(color, rng), rng.uniform(0.09, 0.115)
         for x, y in rng.sample(list(itertools.product((0.2, 0.5, 0.8), repeat=2)), count):
             x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
             draw_shape(canvas, shape, x, y, radius, tone)
 
     plural = "crosses" if shape == "cross" else f"{shape}s"
-    caption = f"{COUNTS[count]} {colour} {plural}"
-    return Plan(caption, f"count/{count}/{colour}/{shape}", f"{COUNTS[count]} equal", draw)
+    caption = f"{COUNTS[count]} {color} {plural}"
+    return Plan(caption, f"count/{count}/{color}/{shape}", f"{COUNTS[count]} equal", draw)
 
 
 def plan_shapes(rng: random.Random) -> Plan:
@@ -193,7 +193,7 @@ def plan_shapes(rng: random.Random) -> Plan:
 
 def plan_chart(rng: random.Random) -> Plan:
     """A bar chart of two to four bars; lines across it mark each unit."""
-    names = rng.sample(BAR_COLOURS, rng.choice((2, 3, 4)))
+    names = rng.sample(BAR_COLORS, rng.choice((2, 3, 4)))
     bars = [(name, rng.randint(1, HIGHEST_BAR)) for name in names]
 
     def draw(canvas: Canvas, rng: random.Random) -> None:
@@ -211,8 +211,8 @@ def plan_chart(rng: random.Random) -> Plan:
         canvas.box(left - 0.012, bottom - 5.2 * unit, left, bottom, (60, 60, 60))
         canvas.box(left - 0.012, bottom, right, bottom + 0.012, (60, 60, 60))
 
-    told = [f"{name} {value}" for name, value in bars]
-    caption = f"a bar chart with {' '.join(told[:-1])} and {told[-1]}"
+    parts = [f"{name} {value}" for name, value in bars]
+    caption = f"a bar chart with {' '.join(parts[:-1])} and {parts[-1]}"
     tallest = max(bars, key=lambda bar: bar[1])[0]  # of equal ones the first
     return Plan(caption, f"chart/{caption}", f"chart, {tallest} tallest", draw)
 
@@ -242,11 +242,11 @@ def plan_word(rng: random.Random, words: tuple[str, ...] = TRAINED_WORDS) -> Pla
         margin = 0.03 * canvas.side
         x = rng.uniform(margin, canvas.side - margin - (x1 - x0)) - x0
         y = rng.uniform(margin, canvas.side - margin - (y1 - y0)) - y0
-        paper, colour = canvas.paper, shaded(ink, rng)
+        paper, color = canvas.paper, shaded(ink, rng)
         if inverted:
-            canvas.image.paste(colour, (0, 0, canvas.side, canvas.side))
-            colour = paper
-        canvas.pen.text((x, y), word, font=font_at(font, size), fill=colour)
+            canvas.image.paste(color, (0, 0, canvas.side, canvas.side))
+            color = paper
+        canvas.pen.text((x, y), word, font=font_at(font, size), fill=color)
 
     caption = f"the word {' '.join(word)}"
     return Plan(caption, f"rendering/{word}/{font}/{ink}/{inverted}", f"word in {word[0]}", draw)
@@ -276,7 +276,7 @@ def paint(plan: Plan, size: int, rng: random.Random) -> bytes:
 
 def distinct_captions() -> dict[str, int]:
     """How many captions each kind's grammar can form."""
-    looks = len(COLOURS) * len(SHAPES)
+    looks = len(COLORS) * len(SHAPES)
     shapes = len(SIZES) * looks * len(CELLS) + 2 * looks * (looks - 1) + len(COUNTS) * looks
-    charts = sum(perm(len(BAR_COLOURS), bars) * HIGHEST_BAR**bars for bars in (2, 3, 4))
+    charts = sum(perm(len(BAR_COLORS), bars) * HIGHEST_BAR**bars for bars in (2, 3, 4))
     return {"shapes": shapes, "charts": charts, "words": len(TRAINED_WORDS), "new words": len(NEW_WORDS)}

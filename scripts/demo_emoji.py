@@ -87,8 +87,8 @@ def captions_of(entry: dict[str, Any], flag: bool) -> tuple[str, ...]:
         return ()
     main = f"flag of {name}" if flag and "flag" not in name else name
     aliases = [plain(alias) for alias in entry.get("alias", ())]
-    told = [alias for alias in aliases if re.search(r"[a-z]{3}", alias) and len(alias.split()) <= 8]
-    return tuple(dict.fromkeys((main, f"a drawing of {main}", *told)))
+    usable = [alias for alias in aliases if re.search(r"[a-z]{3}", alias) and len(alias.split()) <= 8]
+    return tuple(dict.fromkeys((main, f"a drawing of {main}", *usable)))
 
 
 def find_drawings(limit: int | None) -> list[Drawing]:

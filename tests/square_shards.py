@@ -1,4 +1,4 @@
-"""Real tars of coloured squares."""
+"""Real tars of colored squares."""
 
 from __future__ import annotations
 
