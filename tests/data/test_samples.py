@@ -13,7 +13,7 @@ from broken_shards import TXT, giant_png, picture, random_crop, to_tensor
 from PIL import Image
 
 from open_clip_ov2.data.decode import decode_image
-from open_clip_ov2.data.samples import Decoder, ImageFile, find_image, sample_seed, seeded
+from open_clip_ov2.data.samples import Decoder, ImageFile, encoded_image, sample_seed, seeded
 from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
 
 
@@ -59,10 +59,10 @@ def test_pixel_limit_comes_before_the_pixels_and_may_be_raised() -> None:
         decode_image(picture(), 143)
 
 
-def test_find_image_and_missing_files() -> None:
+def test_encoded_image_and_missing_files() -> None:
     """Oracle: the bytes put in; suffixes in any case."""
-    assert find_image({"__key__": "k", "JPG": b"x", "txt": b"y"}) == b"x"
-    assert find_image({"webp": b"x"}) == b"x"
+    assert encoded_image({"__key__": "k", "JPG": b"x", "txt": b"y"}) == b"x"
+    assert encoded_image({"webp": b"x"}) == b"x"
     decoder = Decoder(to_tensor, TXT)
     missing = ImageFile(("/nowhere/a.png", "nul\0.png", "x" * 5000, "/"))
     for raw in ({"txt": b"x"}, {"txt": b"x", "__image__": missing}):

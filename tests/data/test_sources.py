@@ -52,9 +52,9 @@ def test_rows_become_samples_and_bad_ones_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"image_column": "picture"}, r"no column 'picture' \(--csv-img-key\).*columns: file, text, other"),
-        ({"caption_columns": ("title",)}, r"no column 'title' \(--caption-keys\)"),
-        ({"separator": "\t"}, r"no column 'file'.*'\\t'"),
+        ({"image_column": "picture"}, r"--csv-img-key.*unknown column 'picture'.*known: file, text, other"),
+        ({"caption_columns": ("title",)}, r"--caption-keys.*unknown column 'title'"),
+        ({"separator": "\t"}, r"'\\t'.*unknown column 'file'"),
         ({"separator": ", "}, "one character"),
     ],
 )

@@ -101,7 +101,7 @@ def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int
     """
     first = next(iter(getattr(transform, "transforms", ())), None)
     size = getattr(first, "size", None)
-    if size is None or getattr(first, "longest", 0) or (type(first).__name__ == "Resize" and not isinstance(size, int)):
+    if size is None or getattr(first, "longest", False) or (type(first).__name__ == "Resize" and not isinstance(size, int)):
         return  # the size after such a resize does not depend on the image
     height, width = (size, size) if isinstance(size, int) else size
     scale = max(height / image.height, width / image.width)
@@ -111,18 +111,14 @@ def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int
         raise SkipSample(TOO_MANY_PIXELS, f"{what}, at most {max_image_pixels} pixels (--max-image-pixels)")
 
 
-def find_image(raw: Mapping[str, Any]) -> Any:
-    """A sample's image: bytes, an ImageFile, a PIL image, or None. Suffixes in any case."""
-    by_suffix = {suffix.lower(): value for suffix, value in raw.items()}
-    return next((by_suffix[suffix] for suffix in (IMAGE_ENTRY, *IMAGE_SUFFIXES) if suffix in by_suffix), None)
-
-
 def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
-    """A sample's image, not yet decoded if it is a file. Raises SkipSample."""
-    data = find_image(raw)
-    if data is None:
-        raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
-    return data.read() if isinstance(data, ImageFile) else data
+    """A sample's image, not yet decoded if it is a file. Suffixes in any case. Raises SkipSample."""
+    by_suffix = {suffix.lower(): value for suffix, value in raw.items()}
+    for suffix in (IMAGE_ENTRY, *IMAGE_SUFFIXES):
+        if suffix in by_suffix:
+            image: bytes | Image.Image | ImageFile = by_suffix[suffix]
+            return image.read() if isinstance(image, ImageFile) else image
+    raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
 
 
 def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:

@@ -21,7 +21,7 @@ from open_clip_ov2.data.order.assignment import Assignment, assigned_rows
 from open_clip_ov2.data.order.position import Cursor
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.skips import SkipCounter
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, unknown_key
 
 
 class Source:
@@ -104,9 +104,8 @@ class CsvSource(Source):
             for flag, names in (("--csv-img-key", (image_column,)), ("--caption-keys", self._columns)):
                 for name in names:
                     if name not in columns:
-                        raise UserError(
-                            f"{self.path}: no column {name!r} ({flag}) with --csv-separator {separator!r}; "
-                            f"columns: {', '.join(columns)}"
+                        raise unknown_key(
+                            f"{self.path}, {flag}, --csv-separator {separator!r}", name, columns, "column"
                         )
             for row in reader:
                 yield (row[image_column], *(row[name] for name in self._columns))
