@@ -30,32 +30,28 @@ _PARTS: dict[str, str | tuple[str, str, str]] = {
 }
 
 
-def write(source: ExportSource, folder: Path) -> list[str]:
+def write(source: ExportSource, folder: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors."""
     encoder = source.encoder
     write_json(folder / "config.json", {"architectures": ["ViTModel"], **config(encoder)})
     write_json(folder / "preprocessor_config.json", image_processor(encoder))
     write_tensors(folder / "model.safetensors", state_dict(encoder))
-    return []
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
-    """Of ViTConfig. The pooler is the identity on the class token, since an ov2 model pools patch tokens instead."""
+    """Of ViTConfig, where it differs from its defaults.
+
+    The pooler is the identity on the class token, since an ov2 model pools patch tokens instead.
+    """
     return {
         "model_type": "vit",
         "hidden_size": encoder.width,
         "num_hidden_layers": encoder.layers,
         "num_attention_heads": encoder.heads,
         "intermediate_size": encoder.mlp_width,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": EPS,
         "image_size": encoder.square_size,
         "patch_size": encoder.patch_size,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "pooler_output_size": encoder.width,
         "pooler_act": "linear",
         "torch_dtype": "float32",
     }
@@ -67,15 +63,10 @@ def image_processor(encoder: Encoder) -> dict[str, Any]:
     squash = pre.resize_mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
         "resample": _RESAMPLE[pre.interpolation],
         "do_center_crop": not squash,
         "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(pre.mean),
         "image_std": list(pre.std),
     }

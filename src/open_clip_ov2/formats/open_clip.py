@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import EPS, Encoder, mlp_ratio
@@ -19,20 +18,23 @@ from open_clip_ov2.formats.model_files import write_tensors
 from open_clip_ov2.formats.target import ExportSource, Target
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-_TEXT_WIDTH, _TEXT_LENGTH, _TEXT_VOCAB = 8, 77, 49_408  # the last two are OpenCLIP's tokenizer's
+# The smallest text tower; context length and vocabulary are those of OpenCLIP's tokenizer.
+_TEXT_STUB = {"context_length": 77, "vocab_size": 49_408, "width": 8, "heads": 1, "layers": 1}
 
 
-def write(source: ExportSource, folder: Path) -> list[str]:
+def write(source: ExportSource, folder: Path) -> None:
     """Write open_clip_config.json and open_clip_model.safetensors."""
-    write_json(folder / CONFIG, config(source.encoder))
-    write_tensors(folder / WEIGHTS, state_dict(source.encoder))
-    return []
+    about = config(source.encoder)
+    shapes = source.clip_shapes(about["model_cfg"])
+    stub = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.startswith("visual.")}
+    visual = {f"visual.{name}": value for name, value in source.encoder.state.items()}
+    write_json(folder / CONFIG, about)
+    write_tensors(folder / WEIGHTS, {**visual, **stub})
 
 
-def write_whole(source: ExportSource, folder: Path) -> list[str]:
+def write_whole(source: ExportSource, folder: Path) -> None:
     """Write the same files for the model with its decoder, and its tokenizer. Raises UserError."""
     source.write_whole(folder)
-    return []
 
 
 def vision_cfg(encoder: Encoder) -> dict[str, Any]:
@@ -62,38 +64,8 @@ def preprocess_cfg(encoder: Encoder) -> dict[str, Any]:
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
-    text_cfg = {
-        "context_length": _TEXT_LENGTH, "vocab_size": _TEXT_VOCAB, "width": _TEXT_WIDTH, "heads": 1, "layers": 1,
-    }  # fmt: skip
-    model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision_cfg(encoder), "text_cfg": text_cfg}
+    model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision_cfg(encoder), "text_cfg": _TEXT_STUB}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg(encoder)}
-
-
-def state_dict(encoder: Encoder) -> dict[str, Tensor]:
-    """Under the names of OpenCLIP's CLIP."""
-    width, block = _TEXT_WIDTH, "transformer.resblocks.0."
-    shapes = {
-        "token_embedding.weight": (_TEXT_VOCAB, width),
-        "positional_embedding": (_TEXT_LENGTH, width),
-        "text_projection": (width, encoder.output_width),
-        "ln_final.weight": (width,),
-        "ln_final.bias": (width,),
-        f"{block}ln_1.weight": (width,),
-        f"{block}ln_1.bias": (width,),
-        f"{block}ln_2.weight": (width,),
-        f"{block}ln_2.bias": (width,),
-        f"{block}attn.in_proj_weight": (3 * width, width),
-        f"{block}attn.in_proj_bias": (3 * width,),
-        f"{block}attn.out_proj.weight": (width, width),
-        f"{block}attn.out_proj.bias": (width,),
-        f"{block}mlp.c_fc.weight": (4 * width, width),
-        f"{block}mlp.c_fc.bias": (4 * width,),
-        f"{block}mlp.c_proj.weight": (width, 4 * width),
-        f"{block}mlp.c_proj.bias": (width,),
-    }
-    stub = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    visual = {f"visual.{name}": tensor for name, tensor in encoder.state.items()}
-    return {**visual, **stub, "logit_scale": torch.zeros(())}
 
 
 TARGET = Target(

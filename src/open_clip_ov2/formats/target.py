@@ -28,14 +28,15 @@ class ExportSource:
     """The model that is exported.
 
     `visual` maps images (B, 3, H, W) to the pooled output and patch tokens. `name` is what the new folder will be
-    called, or its hub name. `write_whole` writes the model with its decoder as an OpenCLIP folder of that name, and
-    raises UserError if there is no decoder. `decoder` is a decoder in the authors' format, or the reason why the model
-    has none.
+    called, or its hub name. `clip_shapes` gives the shapes of OpenCLIP's stock CLIP with a `model_cfg`. `write_whole`
+    writes the model with its decoder as an OpenCLIP folder of that name, and raises UserError if there is no decoder.
+    `decoder` is a decoder in the authors' format, or the reason why the model has none.
     """
 
     encoder: Encoder
     visual: nn.Module
     name: str
+    clip_shapes: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
     write_whole: Callable[[Path], None]
     decoder: CaptionDecoder | str
 
@@ -44,17 +45,17 @@ class ExportSource:
 class Target:
     """One format.
 
-    `write(source, folder, **options)` fills a new folder and returns lines for the user. `options` are its own flags,
-    with argparse's keywords. `modules` must be installed; the extra `open_clip_ov2[export]` brings them. `example` is
-    the sample of use on the model card and in docs/use.md: `{name}` is the folder or hub name, `{schema}` the prefix
-    that timm and OpenCLIP want before it. `library` is the hub's name of the library that loads the folder.
+    `write(source, folder, **options)` fills a new folder and may return lines for the user. `options` are its own
+    flags, with argparse's keywords. `modules` must be installed; the extra `open_clip_ov2[export]` brings them.
+    `example` is the sample of use on the model card and in docs/use.md: `{name}` is the folder or hub name, `{schema}`
+    the prefix that timm and OpenCLIP want before it. `library` is the hub's name of the library that loads the folder.
     """
 
     name: str
     summary: str
     library: str
     example: str
-    write: Callable[..., Sequence[str]]
+    write: Callable[..., Sequence[str] | None]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
 

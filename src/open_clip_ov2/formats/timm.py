@@ -34,12 +34,11 @@ _PARTS: dict[str, str | tuple[str, str, str]] = {
 }
 
 
-def write(source: ExportSource, folder: Path) -> list[str]:
+def write(source: ExportSource, folder: Path) -> None:
     """Write config.json and model.safetensors."""
     encoder = source.encoder
     write_json(folder / "config.json", config(encoder))
     write_tensors(folder / "model.safetensors", state_dict(encoder))
-    return []
 
 
 def config(encoder: Encoder) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
@@ -75,7 +78,7 @@ def push(
 def _write(run: LoadedModel, to: str, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
     source = export_source(run, name)
     with stock_patches(source.visual):  # OpenCLIP's own convolution, which exporters know
-        return list(TARGETS[to].write(source, folder, **options))
+        return list(TARGETS[to].write(source, folder, **options) or ())
 
 
 def _write_card(
@@ -96,7 +99,14 @@ def export_source(run: LoadedModel, name: str) -> ExportSource:
     def write_whole(folder: Path) -> None:
         write_model_folder(caption_model(run), encoder, run.tokenizer, folder, name)
 
-    return ExportSource(encoder, visual, name, write_whole, released_decoder(run.model, run.tokenizer))
+    decoder = released_decoder(run.model, run.tokenizer)
+    return ExportSource(encoder, visual, name, clip_shapes, write_whole, decoder)
+
+
+def clip_shapes(model_cfg: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of OpenCLIP's own CLIP."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in open_clip.CLIP(**model_cfg).state_dict().items()}
 
 
 def encoder_of(model: Any, preprocess_cfg: dict[str, Any]) -> Encoder:
