@@ -128,21 +128,9 @@ def card(
     for flag, value in (("--license", license), ("--dataset", dataset)):
         if value is not None and ("\n" in value or not value.strip()):
             raise UserError(f"{flag} {value!r}: expected one line of text")
-    data = ModelCardData(
-        library_name=target.library,
-        pipeline_tag="image-feature-extraction",
-        license=license,
-        tags=["openvision2", "vision-encoder"],
-        model_name=title,
-        eval_results=[
-            EvalResult("image-to-text", "held-out", "Held-out images with captions", name, value)
-            for name, value in facts.metrics.items()
-            if name != "num_samples"
-        ] or None,
-    )  # fmt: skip
     columns = [key for key in _RECIPE if any(_recipe_value(stage, key) for stage in facts.stages)]
     return ModelCard.from_template(
-        data,
+        _metadata(title, target, facts, license),
         template_str=_TEMPLATE,
         title=title,
         encoder=encoder,
@@ -158,6 +146,22 @@ def card(
         columns=[_RECIPE[key] for key in columns],
         rows=[[_recipe_value(stage, key) for key in columns] for stage in facts.stages],
     )
+
+
+def _metadata(title: str, target: Target, facts: RunFacts, license: str | None) -> ModelCardData:
+    """The front matter that the hub reads."""
+    return ModelCardData(
+        library_name=target.library,
+        pipeline_tag="image-feature-extraction",
+        license=license,
+        tags=["openvision2", "vision-encoder"],
+        model_name=title,
+        eval_results=[
+            EvalResult("image-to-text", "held-out", "Held-out images with captions", name, value)
+            for name, value in facts.metrics.items()
+            if name != "num_samples"
+        ] or None,
+    )  # fmt: skip
 
 
 def _recipe_value(stage: Mapping[str, Any], key: str) -> str:

@@ -38,13 +38,8 @@ def write(
         raise UserError("--to llava needs --language-model DIR, the folder of a causal language model")
     if not -encoder.layers <= feature_layer <= -1:
         raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
-    from tokenizers import AddedToken
-
     transformers = _transformers()
     text_model, tokenizer = _language_model(transformers, language_model)
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # keeps its own special tokens
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer))
     config = transformers.LlavaConfig(
@@ -76,6 +71,9 @@ def _transformers() -> Any:
 
 
 def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
+    """The model, and its tokenizer with an image token. Raises UserError."""
+    from tokenizers import AddedToken
+
     if not source.is_dir():
         raise UserError(f"--language-model {source}: no such folder (it holds config, weights and tokenizer)")
     try:
@@ -89,6 +87,9 @@ def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
     if head is None or getattr(head, "bias", None) is not None:
         problem = "no output embeddings" if head is None else "a bias in its output embeddings"
         raise UserError(f"--language-model {source}: {type(model).__name__} has {problem}, which LLaVA cannot use")
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # keeps its own special tokens
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 

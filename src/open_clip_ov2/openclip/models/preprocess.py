@@ -1,7 +1,7 @@
-"""Image preprocessing of the family: ImageNet mean/std, bilinear; in training an inception crop.
+"""Image preprocessing of ov2 models: ImageNet mean/std, bilinear; in training an inception crop.
 
-Source: docs/reference.md, "Recipe": area 40% to 100%, bilinear with antialias, then colour jitter and grey at strength
-0.4 (off unless asked for: `--color-jitter`); at evaluation the short side to the resolution and a centre crop.
+Source: docs/reference.md, "Recipe": area 40% to 100%, bilinear with antialias, then color jitter and grayscale at
+strength 0.4 with `--color-jitter`; evaluation resizes the short side to the resolution and crops the center.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ov2_preprocess_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: AugmentationCfg | None = None) -> T.Compose:
-    """PIL image -> normalised float32 `(3, H, W)`, cropped at random from torch's default generator."""
+    """PIL image -> normalized float32 `(3, H, W)`, cropped at random from torch's default generator."""
     aug = aug or AugmentationCfg(scale=CROP_AREA)
     scale, ratio = _crop_ranges(aug)
     return T.Compose(
@@ -138,8 +138,8 @@ def color_jitter_cfg() -> dict[str, Any]:
 def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
     def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
         if isinstance(model, (CaptionModel, VisionModel)):
-            preprocess_cfg |= ov2_preprocess_cfg(preprocess_cfg)  # in place: upstream logs the same dict afterwards
-            logger.info("image preprocessing of the ov2 family: %s", preprocess_cfg)
+            preprocess_cfg |= ov2_preprocess_cfg(preprocess_cfg)  # in place: OpenCLIP logs the same dict afterwards
+            logger.info("image preprocessing of the ov2 model: %s", preprocess_cfg)
         original(model, preprocess_cfg)
 
     return set_model_preprocess_cfg
