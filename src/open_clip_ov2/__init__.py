@@ -20,7 +20,7 @@ from open_clip_ov2.errors import Interrupted, RunFailed, UserError  # noqa: E402
 from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
-from open_clip_ov2.training import check, open_model, plan, train  # noqa: E402
+from open_clip_ov2.training import check, export, open_model, plan, train  # noqa: E402
 
 try:
     __version__ = version("open_clip_ov2")
@@ -36,6 +36,7 @@ __all__ = [
     "WordPieceTokenizer",
     "check",
     "create_caption_model",
+    "export",
     "image_features",
     "open_model",
     "plan",

@@ -104,18 +104,18 @@ def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: f
     return check_run(argv, world_size, gpus, gpu_memory_gb)
 
 
-def export(source: str | Path, to: str, out: Path | None = None, **options: Any) -> tuple[Path, list[str]]:
+def export(source: str | Path, to: str, out: str | Path | None = None, **options: Any) -> tuple[Path, list[str]]:
     """Write a trained encoder in the format of another library, as `ov2 export` does. Raises UserError.
 
     ```python
-    folder, notes = export("logs/RUN", to="hf", out=Path("encoder"))
+    folder, notes = export("logs/RUN", to="hf", out="encoder")
     ```
 
     `source` as for `open_model`; `options` are the other flags of `ov2 export`, such as `image_size`.
     """
     from open_clip_ov2.openclip.models.exports import export as write
 
-    return write(str(source), to, out, **options)
+    return write(str(source), to, None if out is None else Path(out), **options)
 
 
 def push(source: str | Path, repository: str, to: str = "ov2", **options: Any) -> list[str]:

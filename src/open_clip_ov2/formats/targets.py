@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from open_clip_ov2.errors import unknown_key
 from open_clip_ov2.formats import authors, hf, llava, onnx, open_clip, timm
 from open_clip_ov2.formats.target import Target
 
@@ -19,3 +20,11 @@ TARGETS: dict[str, Target] = {
 }
 # A push has no flags of a format's own.
 PUSHABLE = [name for name, target in TARGETS.items() if not target.options]
+
+
+def target_of(name: str) -> Target:
+    """Raises UserError for an unknown name, and for packages that the format needs and that are not installed."""
+    if name not in TARGETS:
+        raise unknown_key("--to", name, TARGETS, "target")
+    TARGETS[name].check_installed()
+    return TARGETS[name]

@@ -23,8 +23,8 @@ from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.hub import upload
 from open_clip_ov2.formats.model_files import new_folder, write_tensors
 from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vision_cfg
-from open_clip_ov2.formats.target import CaptionDecoder, ExportSource
-from open_clip_ov2.formats.targets import TARGETS
+from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
+from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
 from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer, find_vocab
 from open_clip_ov2.train.checkpoint import CheckpointName
@@ -42,15 +42,15 @@ def export(
     **options: Any,
 ) -> tuple[Path, list[str]]:
     """(new folder, lines for the user). `options` are the target's own. Raises UserError."""
-    TARGETS[to].check_installed()
+    target = target_of(to)
     run = open_model(source, image_size=image_size, position_table=position_table)
     if out is None:
         if source.startswith(HUB):
             raise UserError(f"--out is missing: {source} is on the hub, so there is no folder to write into")
         out = run.folder / "export" / to
     with new_folder(out) as folder:
-        lines = _write(run, to, folder, out.resolve().name, options)
-        _write_card(run, to, folder, run.folder.resolve().name, out.name, license, dataset)
+        lines = _write(run, target, folder, out.resolve().name, options)
+        _write_card(run, target, folder, run.folder.resolve().name, out.name, license, dataset)
     return out, lines
 
 
@@ -66,29 +66,29 @@ def push(
     dry_run: Path | None = None,
 ) -> list[str]:
     """Lines for the user, the last one with the commit's URL, or with `dry_run`, where all was written instead."""
-    run = open_model(source, image_size=image_size)
+    target, run = target_of(to), open_model(source, image_size=image_size)
     with new_folder(dry_run) if dry_run else tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        lines = _write(run, to, folder, repository, {})
-        _write_card(run, to, folder, repository.split("/")[1], repository, license, dataset)
+        lines = _write(run, target, folder, repository, {})
+        _write_card(run, target, folder, repository.split("/")[1], repository, license, dataset)
         done = f"not pushed; what would be: {dry_run}" if dry_run else f"pushed: {upload(folder, repository, private)}"
     return [*lines, done]
 
 
-def _write(run: LoadedModel, to: str, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
+def _write(run: LoadedModel, target: Target, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
     source = export_source(run, name)
     with stock_patches(source.visual):  # OpenCLIP's own convolution, which exporters know
-        return list(TARGETS[to].write(source, folder, **options) or ())
+        return list(target.write(source, folder, **options) or ())
 
 
 def _write_card(
-    run: LoadedModel, to: str, folder: Path, title: str, location: str, license: str | None, dataset: str | None
+    run: LoadedModel, target: Target, folder: Path, title: str, location: str, license: str | None, dataset: str | None
 ) -> None:
     """Write FOLDER/README.md."""
     at = CheckpointName.of(run.checkpoint.name)
     facts = run_facts(run.folder, at.stage if at else None, at.samples_seen if at and not at.done else None)
     encoder = encoder_of(run.model, run.preprocess_cfg)
-    card(title, location, TARGETS[to], encoder, facts, license=license, dataset=dataset).save(folder / "README.md")
+    card(title, location, target, encoder, facts, license=license, dataset=dataset).save(folder / "README.md")
 
 
 def export_source(run: LoadedModel, name: str) -> ExportSource:
