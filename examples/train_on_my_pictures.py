@@ -15,8 +15,6 @@ import argparse
 import csv
 from pathlib import Path
 
-from PIL import Image
-
 import open_clip_ov2 as ov2
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -54,7 +52,8 @@ def main() -> None:
             "name": args.folder.name,
         }
     )
-    caption(run, held_out[:10])
+    for picture, text in ov2.caption(run, held_out[:10]):
+        print(f"{Path(picture.name).name}: {text}")
     print(f"\nThe run is in {run}. Try: ov2 plot {run} --out curves.png")
 
 
@@ -67,16 +66,6 @@ def write_table(pictures: list[Path], table: Path) -> Path:
             text = picture.with_suffix(".txt").read_text(encoding="utf-8")
             writer.writerow([picture.resolve(), " ".join(text.split())])
     return table
-
-
-def caption(run: Path, pictures: list[Path]) -> None:
-    """Print the model's caption of each picture."""
-    loaded = ov2.open_model(run)
-    for picture in pictures:
-        images = loaded.preprocess(Image.open(picture))[None]  # (1, 3, H, W)
-        ids = loaded.model.generate(images)[0].tolist()
-        text = loaded.tokenizer.decode(ids).removeprefix("<start_of_text>").split("<end_of_text>")[0]
-        print(f"{picture.name}: {text.strip()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every code block of README and docs. Oracle: it runs. Shell lines of `ov2` go through the command's own parser.
 
 docs/use.md is run as a whole, in order, in a folder that holds what it names: a run, a released checkpoint, Flax
-parameters, a language model. A hub name there becomes that folder; tests/openclip/test_open_model.py has the hub itself.
+parameters, a language model. A hub name there becomes that folder; tests/openclip/test_open_model.py has the hub.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lay_out(tmp_path)
     for language, text in blocks(page):
         if language == "python":
-            exec(compile(small(text) if page == README else text, str(page), "exec"), variables())
+            exec(compile(small(text) if page == README else text, str(page), "exec"), variables(64))
         elif language in ("bash", "sh", "console"):
             for argv in ov2_lines(text):
                 check_parses(argv)
@@ -167,11 +167,12 @@ def test_use_md_shows_the_example_of_each_export_target(target: str) -> None:
     assert TARGETS[target].example_for(folder.get(target, target)) in USE.read_text(encoding="utf-8")
 
 
-def variables() -> dict[str, Any]:
+def variables(size: int = 56) -> dict[str, Any]:
+    """`images` of `size` px: 56 is that of the run in lay_out, 64 that of ov2-vit-nano-8."""
     return {
         "__name__": "docs",
         "image": Image.effect_noise((90, 70), 60).convert("RGB"),
-        "images": torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+        "images": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),
     }
 
 
