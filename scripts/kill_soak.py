@@ -2,7 +2,7 @@
 
     python scripts/kill_soak.py [--kills 100] [--seed 0] [--folder DIR]
 
-Two processes with two data workers each train ov2-vit-nano-8 over two stages on made-up shards; one of the two, by
+Two processes with two data workers each train a tiny ov2 model over two stages on made-up shards; one of the two, by
 chance, gets SIGKILL after a random number of steps, every other time while a checkpoint is being written. Then the
 same command is started again. At the end the weights, and every figure in results.jsonl, must be the uninterrupted
 run's, bit for bit. tests/openclip/test_resume.py does the same with ten kills.
@@ -20,14 +20,14 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "openclip")]
 
 from conftest import write_square_shards, write_vocabulary  # noqa: E402
-from training import Killer, assert_equal_weights, figures, finish, start, weights  # noqa: E402
+from training import TINY_MODEL, Killer, assert_equal_weights, figures, finish, start, weights  # noqa: E402
 
 
 def flags(data: Path, logs: Path, kills: int) -> list[str]:
-    """Long enough for so many kills: a start makes four steps of 8 samples or so."""
-    first = second = 24 * kills
+    """Long enough for so many kills: a start makes some eight steps of 8 samples."""
+    first = second = 48 * kills
     return [
-        "--model", "ov2-vit-nano-8", "--force-context-length", "12", "--tokenizer", str(data / "vocabulary"),
+        "--model", TINY_MODEL, "--force-context-length", "12", "--tokenizer", str(data / "vocabulary"),
         "--train-data", f"{data}/train/{{00000..00003}}.tar", "--val-data", f"{data}/val/00000.tar", "--workers", "2",
         "--batch-size", "4", "--warmup", "1", "--log-every-n-steps", "1", "--save-every-steps", "2",
         "--sample-captions", "0", "--caption-keys", "json:recaption,txt", "--logs", str(logs), "--name", "run",

@@ -101,9 +101,10 @@ def test_resumed_after_any_step_it_is_the_same_run(squares: Path, vocabulary: Pa
 
 
 @pytest.mark.parametrize("model", ["coca_tiny", "clip_tiny"])
-def test_baselines_go_on_too(squares: Path, baselines: Path, tmp_path: Path, model: str) -> None:
+def test_baselines_go_on_too(squares: Path, baselines: Path, vocabulary: Path, tmp_path: Path, model: str) -> None:
     """Learned position tables, the stock step with accumulation, two resolutions."""
     more = ["--model", f"local-dir:{baselines / model}", "--batch-size", "4", "--accum-freq", "2"]
+    more += ["--tokenizer", str(vocabulary), "--force-context-length", "12"]
     more += ["--save-every-steps", "1", "--keep-checkpoints", "99"]
 
     def flags(logs: Path) -> list[str]:
