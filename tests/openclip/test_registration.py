@@ -14,6 +14,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from patches_page import PAGE, with_tables
 
 import open_clip_ov2
 from open_clip_ov2.openclip import patches, private_names
@@ -230,6 +231,11 @@ def test_registration_and_runs_check_the_private_names_that_they_need(monkeypatc
             patches.run_patches(dict.fromkeys(patches.RUN, lambda original: original)),
         ):
             pass
+
+
+def test_the_page_lists_what_the_code_lists() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), "run python tests/openclip/patches_page.py"
 
 
 def test_another_open_clip_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from square_shards import write_square_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import NANO, data_flags, finish, results, start
+from training import NANO, TINY, data_flags, finish, results, start
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
@@ -168,7 +168,7 @@ def test_compiled_blocks_give_the_same_run(squares: Path, vocabulary: Path, tmp_
     counters.clear()
     losses, graphs = [], []
     for name, flags in (("eager", []), ("compiled", ["--torchcompile"])):
-        common = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--keep-ratio", "1.0"]
+        common = [*TINY, *data_flags(squares, 16), "--logs", str(tmp_path), "--keep-ratio", "1.0"]
         common += ["--sample-captions", "0", "--tokenizer", str(vocabulary)]
         assert ov2(["train", *common, "--name", name, *flags]) == 0
         losses.append(results(tmp_path / name, "val")[-1]["caption_loss"])
@@ -186,7 +186,7 @@ def test_the_memory_budget_reaches_the_blocks(
     """What a budget does is tested in test_recompute.py."""
     budgets: list[float] = []
     monkeypatch.setattr(core_model, "within_budget", lambda budget: budgets.append(budget) or "eager")
-    flags = [*NANO, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
+    flags = [*TINY, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
     flags += ["--tokenizer", str(vocabulary), "--torchcompile", "--activation-memory-budget", "0.25"]
     assert ov2(["train", *flags]) == 0
     assert budgets == [0.25]
@@ -250,9 +250,12 @@ def coca_loss(run: Path, squares: Path) -> float:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX).item()
 
 
-def test_coca_without_contrast_survives_ddp(squares: Path, baselines: Path, tmp_path: Path) -> None:
+def test_coca_without_contrast_survives_ddp(
+    squares: Path, baselines: Path, vocabulary: Path, tmp_path: Path
+) -> None:
     """Oracle: stock OpenCLIP crashes here at step 2 (docs/openclip.md); two processes, four steps."""
     model = ["--model", f"local-dir:{baselines / 'coca_tiny'}", "--coca-contrastive-loss-weight", "0"]
+    model += ["--tokenizer", str(vocabulary), "--force-context-length", "12"]
     flags = ["--gradient-reduction", "bf16", "--logs", str(tmp_path), "--name", "run"]  # what it does: test_step.py
     done = finish(start([*model, *data_flags(squares, 64), *flags], 2))
     assert [status for status, _ in done] == [0, 0], done
