@@ -250,9 +250,7 @@ def coca_loss(run: Path, squares: Path) -> float:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX).item()
 
 
-def test_coca_without_contrast_survives_ddp(
-    squares: Path, baselines: Path, vocabulary: Path, tmp_path: Path
-) -> None:
+def test_coca_without_contrast_survives_ddp(squares: Path, baselines: Path, vocabulary: Path, tmp_path: Path) -> None:
     """Oracle: stock OpenCLIP crashes here at step 2 (docs/openclip.md); two processes, four steps."""
     model = ["--model", f"local-dir:{baselines / 'coca_tiny'}", "--coca-contrastive-loss-weight", "0"]
     model += ["--tokenizer", str(vocabulary), "--force-context-length", "12"]

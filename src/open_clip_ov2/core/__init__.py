@@ -1,9 +1,9 @@
-"""The model itself. Imports torch and nothing else of this project or of OpenCLIP.
+"""The model and its loss, on torch alone. Read reference.py first: it is the whole method in plain torch.
 
 Shape legend of every module here:
 
     B  batch                 N  image (patch) tokens      K  kept image tokens
-    L  caption tokens        S  sequence, K + L           D  width of the tower at hand
+    L  caption tokens        S  sequence, K + L           D  width of the encoder or decoder
     V  vocabulary            H  heads
 """
 

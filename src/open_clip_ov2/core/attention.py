@@ -1,4 +1,4 @@
-"""torch's scaled dot-product attention, with the kernel that was measured fastest (scripts/kernel_bench.py).
+"""torch's scaled dot-product attention by the kernel that was measured fastest (scripts/kernel_bench.py).
 
 Shapes: B batch, H heads, S queries, C keys, d width of a head (core/__init__.py).
 """
@@ -17,7 +17,7 @@ SHORT = 64  # tokens up to which the memory-efficient kernel is ahead of FlashAt
 
 
 def scaled_dot_product(q_BHSd: Tensor, k_BHCd: Tensor, v_BHCd: Tensor, *, causal: bool = False) -> Tensor:
-    """`(B, H, S, d)`; queries see all keys, or with `causal`, where S = C, those up to their own."""
+    """`(B, H, S, d)`. Queries see all keys; with `causal` (S = C) those up to their own position."""
     short = q_BHSd.shape[2] <= SHORT and k_BHCd.shape[2] <= SHORT
     if short and takes_half_kernels(q_BHSd, q_BHSd.shape[-1]):
         out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -28,14 +28,14 @@ def scaled_dot_product(q_BHSd: Tensor, k_BHCd: Tensor, v_BHCd: Tensor, *, causal
 
 
 def takes_half_kernels(x: Tensor, head_width: int) -> bool:
-    """Whether FlashAttention-2 and the memory-efficient kernel are there for this tensor."""
+    """Whether FlashAttention-2 and the memory-efficient kernel take this tensor."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return half and head_width % HEAD_STEP == 0 and head_width <= HEAD_MOST and has_half_kernels(x.device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has not annotated it
 def has_half_kernels(device: torch.device) -> bool:
-    """NVIDIA, from Ampere on, in a build that has them. Asked once, and by torch.compile when it traces."""
+    """True for NVIDIA GPUs from Ampere on, in a build with these kernels. torch.compile takes it for a constant."""
     return _has_half_kernels(device)
 
 

@@ -71,7 +71,7 @@ def _mlp(width: int, mlp_width: int) -> nn.Sequential:
 
 
 class _Block(nn.Module):
-    """What both kinds share. What works token by token, whatever the rows, can be compiled; attention stays outside."""
+    """What both kinds of block share. Only what works token by token is compiled; attention depends on the rows."""
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Block(nn.Module):
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All that comes after attention."""
+        """The rest of the block, after attention."""
         x = x + self.attn.out_proj(attended)
         return x + self.mlp(self.ln_2(x))
 
@@ -114,7 +114,7 @@ class SelfBlock(_Block):
         return self._run("after", x_TD, self.attn.attend_packed(q_TD, kv_T2D, rows, image_causal))
 
     def packed_last(self, x_TD: Tensor, rows: Rows) -> Tensor:
-        """`(T, D)` -> `(t, D)`: for the captions alone, where nobody reads what the image tokens become."""
+        """`(T, D)` -> `(t, D)`: for the captions alone, in the last block, whose image tokens nobody reads."""
         first = rows.batch * rows.num_image
         q_tD, kv_T2D = self._run("before", x_TD, first)
         return self._run("after", x_TD[first:], self.attn.attend_packed(q_tD, kv_T2D, rows, False))
@@ -130,7 +130,7 @@ class SelfBlock(_Block):
         return self.after(x_BSD, attend(q_BSD, kv, self.attn.heads, mask, causal)), kv
 
     def project(self, x_BSD: Tensor) -> KeyValue:
-        """Keys and values alone, of positions whose outputs nobody reads."""
+        """Keys and values alone, for positions whose outputs nobody reads."""
         return key_value(self.attn.project(self.ln_1(x_BSD), 1, 3), self.attn.heads)
 
 

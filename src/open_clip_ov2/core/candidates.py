@@ -43,8 +43,8 @@ class CaptionTree:
 def caption_trees(texts_CL: Tensor, eos_id: int, max_nodes: int) -> list[CaptionTree]:
     """Trees of at most `max_nodes` nodes, unless one caption has more. Equal captions are in the same tree.
 
-    `texts_CL` int64 on the CPU, [bos] caption [eos] padding. The last trees are remembered: a set of candidates goes
-    with batch after batch of images.
+    `texts_CL` int64 on the CPU, [bos] caption [eos] padding. The last trees are cached, since the same candidates come
+    with every batch of images.
     """
     return _trees(texts_CL.contiguous().numpy().tobytes(), texts_CL.shape[1], eos_id, max_nodes)
 
@@ -85,11 +85,11 @@ class _Growing:
         return shared
 
     def with_row(self, row: list[int]) -> int:
-        """Nodes that there would be."""
+        """The number of nodes if this caption were added."""
         return len(self._ids) + len(row) - 1 - self._shared(row)
 
     def add(self, row: list[int], place: int) -> None:
-        """The last token is nobody's input, so it has an edge and no node."""
+        """Add a caption. Its last token is only predicted, so it has an edge and no node."""
         self._path = self._path[: self._shared(row)]
         for token in row[len(self._path) : -1]:
             self._parents.append(self._path[-1] if self._path else -1)

@@ -44,7 +44,7 @@ class DecoderConfig:
 
 @dataclass
 class DecoderCache:
-    """What generation keeps between tokens: one entry a block, and the number of cached positions."""
+    """Keys and values that generation keeps between tokens: one entry for each block."""
 
     entries: list[KeyValue] = field(default_factory=list)
 

@@ -52,7 +52,7 @@ class GenerationConfig:
 
 
 class CaptionStream:
-    """The decoder at work on one batch: last logits, and how to go on."""
+    """The decoder on one batch while it generates: the last logits, and its cache."""
 
     def __init__(self, decoder: TextDecoder, image_tokens_BKD: Tensor, ids_BT: Tensor) -> None:
         self._decoder = decoder
@@ -65,7 +65,7 @@ class CaptionStream:
         self.logits_BV = self._decoder.lm_head(hidden_BD).float()
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, `(B',)` int64, of the batch."""
+        """Keep these rows, `(B',)` int64, of the batch."""
         self._cache = self._cache.reorder(rows)
         self.logits_BV = self.logits_BV.index_select(0, rows)
 

@@ -39,7 +39,7 @@ class CaptionLossSums(NamedTuple):
 
 
 class CaptionLoss(nn.Module):
-    """Sums over the real targets. The division is by the count of the global batch, which only the trainer knows.
+    """Sums over the real targets. The training step divides by their number in the global batch.
 
     `label_smoothing` in [0, 1) and `z_loss` >= 0 (its weight times the squared log partition function,
     PaLM, arXiv 2204.02311, section 5) are off by default, as in the reference.
@@ -56,7 +56,7 @@ class CaptionLoss(nn.Module):
         self._softmax: Callable[..., Tensor] = softmax_rows
 
     def compile_softmax(self, **options: Any) -> None:
-        """torch.compile what runs over all logits of a chunk, with torch.compile's `options`."""
+        """Compile the softmax over the logits of a chunk, with torch.compile's `options`."""
         self._softmax = torch.compile(softmax_rows, **options)
 
     def forward(self, logits: Tensor, labels: Tensor) -> CaptionLossSums:
@@ -78,9 +78,9 @@ class CaptionLoss(nn.Module):
         return CaptionLossSums(nll, objective, real_T.sum())
 
     def from_hidden(self, hidden_RD: Tensor, lm_head: nn.Linear, labels_R: Tensor) -> CaptionLossSums:
-        """From the decoder's hidden states at the real targets, and those; their logits never exist at once.
+        """The same from the decoder's hidden states `(R, D)` at the real targets `(R,)`, without all logits at once.
 
-        Of the sums only the objective has a gradient.
+        Only the objective has a gradient.
         """
         nll, objective = linear_cross_entropy(
             hidden_RD,

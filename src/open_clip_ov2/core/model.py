@@ -223,11 +223,11 @@ class CaptionModel(nn.Module):
         }
 
     def compile_blocks(self, *, memory_budget: float | None = None, **options: Any) -> None:
-        """torch.compile each block in place, with torch.compile's `options`; the state dict's keys stay as they are.
+        """Compile each block in place, with torch.compile's `options`. The state dict's keys stay as they are.
 
-        Of the decoder's what works token by token, for a number of tokens that differs from step to step.
-        `memory_budget`: the share, 0 to 1, of what backward would like to have kept; the rest is computed again, what
-        costs least for its size first. None keeps what torch.compile keeps by itself.
+        Of the decoder's blocks only what works token by token is compiled, for any number of tokens. `memory_budget`, 0
+        to 1, is the part of the activations that is kept for the backward pass, which recomputes the cheapest others;
+        None keeps what torch.compile keeps by itself.
         """
         if memory_budget is not None:
             options["backend"] = within_budget(memory_budget)

@@ -1,9 +1,8 @@
-"""Captions of one batch side by side without padding.
+"""The captions of a batch side by side, without padding.
 
 Shapes: B batch, L caption tokens, P = L - 1 positions, t positions of all rows together, R real targets among them.
-What works token by token runs over all t positions at once; attention alone goes row by row, or group by group of
-captions of similar length (core/rows.py). Which samples a step sees, and its gradient, stay the same: rows of a batch
-do not see each other.
+What works token by token runs over all t positions at once; attention runs row by row, or by groups of captions of
+similar length (core/rows.py). Loss and gradient of a step stay the same, since rows of a batch do not see each other.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class PackedCaptions:
         return len(self.labels_R)
 
     def to(self, device: torch.device) -> PackedCaptions:
-        """There without waiting for it: a GPU takes what is pinned while the host goes on."""
+        """Copied to the device. The host does not wait: it copies from pinned memory."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if isinstance(value, Tensor):
@@ -51,9 +50,9 @@ class PackedCaptions:
 
 
 def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCaptions:
-    """Groups of equal numbers of rows, as many as leave `min_tokens` real targets to each on average.
+    """Groups of equally many rows, with at least `min_tokens` real targets in a group on average.
 
-    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU: nothing here asks a device.
+    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU, so that no device is waited for.
     """
     labels_BP = caption_targets(texts_BL, eos_id)
     targets_B = (labels_BP != IGNORE_INDEX).sum(dim=1)

@@ -2,7 +2,8 @@
 
 Shapes: B rows, K image tokens of each, t caption positions of all rows together, T = B K + t tokens, image tokens
 of all rows first; D width, H heads, d = D / H (core/__init__.py). Keys and values of a token stand side by side, `2 D`.
-Two ways of one result: group by group with torch's attention, or, where a GPU has the kernel, all rows at once.
+There are two ways to the same result: group by group with torch's attention, or all rows at once on GPUs with the
+kernel for it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> 
 
 
 def packed_rows(num_image: int, parts: Parts, like: Tensor, head_width: int) -> Rows:
-    """`like` `(B, K, D)`: for its device and dtype. Captions follow `num_image` tokens of their row."""
+    """Rows for the device and dtype of `like` `(B, K, D)`. Captions follow `num_image` image tokens of their row."""
     lengths = [positions for rows, positions in parts for _ in range(rows)]
     if takes_half_kernels(like, head_width):
         return RaggedRows.of(num_image, lengths, like.device)
@@ -78,8 +79,8 @@ class GroupedRows:
         self._masks = [_caption_mask(num_image, positions, device) for _, positions in parts]
 
     def after_image(self, q_tD: Tensor, kv_T2D: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """What the captions' queries find among the image tokens of their row and the captions before them, `(t, D)`;
-        and keys and values of the image tokens alone, `(B K, 2 D)`."""
+        """Attention of the captions to the image tokens of their row and to the caption so far, `(t, D)`; and the keys
+        and values of the image tokens alone, `(B K, 2 D)`."""
         image_kv, *captions = kv_T2D.split([self.batch * self.num_image, *self._sizes])
         images = image_kv.unflatten(0, (self.batch, self.num_image)).split(self._rows)
         out = []
@@ -91,7 +92,7 @@ class GroupedRows:
         return torch.cat(out), image_kv
 
     def across(self, q_tD: Tensor, context_BK2D: Tensor, heads: int) -> Tensor:
-        """What the captions' queries find among all of the context of their row, `(t, D)`."""
+        """Attention of the captions to all of the context of their row, `(t, D)`."""
         parts = zip(q_tD.split(self._sizes), context_BK2D.split(self._rows), self.parts, strict=True)
         out = [attend(q.unflatten(0, part), key_value(kv, heads), heads).flatten(0, 1) for q, kv, part in parts]
         return torch.cat(out)
@@ -100,13 +101,13 @@ class GroupedRows:
 def _caption_mask(before: int, length: int, device: torch.device) -> Tensor:
     """`(length, before + length)`: captions see `before` image tokens, and what came before in the caption."""
     if device.type == "cuda" and torch.version.cuda is not None:
-        return causal_lower_right(length, before + length)  # a form that fused kernels know, with no mask to read
+        return causal_lower_right(length, before + length)  # a form that fused kernels know, without a mask in memory
     return prefix_mask(before, before + length, device)[before:]
 
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """One call for all rows: FlashAttention-2 takes where each begins.
+    """One call for all rows: FlashAttention-2 takes the position at which each row begins.
 
     `starts_q`, `starts_k` `(B + 1,)` int32: of the captions' queries, and of the rows' keys, image tokens before the
     caption. `place_T` int64: where each token stands among those keys; `source_T`: the other way round.
@@ -159,7 +160,7 @@ class RaggedRows:
 
 
 class _ByRow(torch.autograd.Function):
-    """Tokens in the order of their rows, and those that the first `first` of them are, as they stand."""
+    """The tokens in the order of their rows; and the first `first` tokens as they are."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ class _ByRow(torch.autograd.Function):
     def backward(ctx: Any, d_by_row: Tensor, d_first: Tensor | None) -> tuple[Any, ...]:
         (place,) = ctx.saved_tensors
         d_x = d_by_row.index_select(0, place)
-        if d_first is not None:  # a last block has no use for it
+        if d_first is not None:  # None in a last block, which does not use them
             d_x[: ctx.first] += d_first
         return d_x, None, None, None
 

@@ -54,7 +54,7 @@ class KeepRatio:
         return self.low < self.high
 
     def draw(self) -> float:
-        """The ratio of one step. A range is drawn from the CPU's default generator: no device is asked."""
+        """The ratio of one step. A range is drawn from by the CPU's default generator, so no device is waited for."""
         if not self.is_range:
             return self.low
         return self.low + (self.high - self.low) * float(torch.rand(()))
@@ -104,7 +104,7 @@ class TokenDrop(nn.Module):
     """Keeps a random subset of the image tokens of each example.
 
     In training the ratio is `keep_ratio`; in evaluation `eval_keep_ratio`, which is the training ratio unless
-    set (the high end of a range): a decoder trained at one ratio is badly off at another (docs/reference.md).
+    set (the high end of a range), because a decoder is much worse at a ratio that it was not trained at.
     """
 
     def __init__(self, keep_ratio: KeepRatio, eval_keep_ratio: float | None = None) -> None:
@@ -137,7 +137,7 @@ class TokenDrop(nn.Module):
         keep_ratio: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor | None:
-        """The tokens that are kept, `(B, K)` int64; None for all: the decoder does not see their order."""
+        """The tokens that are kept, `(B, K)` int64; None if all are kept: their order does not matter."""
         if kept_idx is not None:
             return kept_idx
         kept = num_kept(num_tokens, self.current_ratio() if keep_ratio is None else keep_ratio)

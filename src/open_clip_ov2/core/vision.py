@@ -22,8 +22,8 @@ class VisionModel(nn.Module):
     """Images in, pooled features and patch tokens out; no decoder, no text encoder, no logit scale.
 
     `visual` is as in CaptionModel. `position_table` says how a stored table is fitted to another resolution:
-    `interpolate` (bicubic, OpenCLIP's way), or `recompute` (the family's fixed table for the new grid, as training at
-    that resolution would start). At the checkpoint's own resolution the stored table is taken as it is.
+    `interpolate` (bicubic, OpenCLIP's way), or `recompute` (the fixed table of ov2 models for the new grid, as training
+    at that resolution would start). At the checkpoint's own resolution the stored table is taken as it is.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class VisionModel(nn.Module):
         self.alone_by_layout = False  # whether it was taken for an encoder by its config's layout alone
 
     def position_table(self) -> Tensor:
-        """The family's fixed table of this model's grid, `(1 + N, D)` float32."""
+        """The fixed table of ov2 models for this model's grid, `(1 + N, D)` float32."""
         old = self.visual.positional_embedding
         return sincos_2d(self.visual.grid_size, old.shape[1], device=old.device)
 

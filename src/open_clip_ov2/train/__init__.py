@@ -1,4 +1,4 @@
-"""What a training loop needs around its step, whichever step that is: checkpoints, signals, a guard, random states.
+"""The training step, and what any training loop needs around it: checkpoints, signals, a guard, random states.
 
-Imports torch and numpy, and nothing of OpenCLIP.
+It knows torch and our loss and batches, and nothing of OpenCLIP.
 """

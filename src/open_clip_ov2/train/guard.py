@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: the step is left out on all ranks alike, counted and reported; many end the run."""
+"""Steps with a non-finite loss or gradient are skipped on all ranks, counted and logged; too many end the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KEYS_SHOWN = 8
 
 
 class StepGuard:
-    """Counts skipped steps. Each verdict is read one step late, so that no step waits for the device.
+    """Counts skipped steps. Whether a step was bad is read one step late, so that no step waits for the device.
 
-    Verdicts come from the reduced gradient, which is the same on all ranks, so all ranks count alike.
-    `last_good` names the checkpoint to go back to.
+    It depends on the reduced gradient, which is the same on all ranks, so all ranks count alike. `last_good` names the
+    checkpoint to go back to.
     """
 
     def __init__(self, limit: int, last_good: Callable[[], str], in_a_row: int = 0) -> None:
@@ -36,7 +36,7 @@ class StepGuard:
         self._pending = (bad, keys, samples_seen)
 
     def check(self) -> None:
-        """Read the verdict that is waiting. Raises RunFailed after `limit` bad steps in a row."""
+        """Read whether the last step was bad. Raises RunFailed after `limit` bad steps in a row."""
         if self._pending is None:
             return
         bad, keys, samples_seen = self._pending
@@ -59,15 +59,15 @@ class StepGuard:
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """Total L2 norm of the gradients there are, a scalar on their device; nothing is waited for."""
+    """L2 norm of all gradients together, a scalar on their device, which is not waited for."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
     """A boolean scalar on the device: whether a step is bad, from its reduced losses `sums` and its gradient.
 
-    An fp16 gradient that overflows is how GradScaler looks for its scale: it leaves the step out and halves the scale.
-    That is no bad step while there is a scale to halve.
+    GradScaler finds its scale by fp16 gradients that overflow: it skips the step and halves the scale. That is no bad
+    step while there is a scale to halve.
     """
     bad = ~torch.isfinite(sums).all()
     if scaler is not None and scaler.get_scale() > 1:
@@ -76,12 +76,12 @@ def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
-    """One optimizer step, left out where `bad` (a boolean scalar on the device) is true.
+    """One optimizer step, skipped if `bad` (a boolean scalar on the device) is true.
 
-    Fused optimizers read the flag on the device, as GradScaler has them do; others must wait for it.
+    Fused optimizers read the flag on the device, as they do for GradScaler; others wait for it.
     """
     if scaler is not None:
-        scaler.step(optimizer)  # has its own verdict, from the unscaled gradients
+        scaler.step(optimizer)  # decides itself, from the unscaled gradients
         scaler.update()
     elif all(group.get("fused") for group in optimizer.param_groups):
         fused: Any = optimizer
@@ -95,7 +95,7 @@ def step_unless(optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> N
 
 
 class StockGuard:
-    """The same around a step that is not ours: a hook before `optimizer.step` takes bad gradients away."""
+    """The same for OpenCLIP's own step: a hook before `optimizer.step` removes bad gradients."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.bad = torch.tensor(False)

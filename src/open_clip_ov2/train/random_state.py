@@ -1,4 +1,4 @@
-"""Every generator of a process, as plain data that `torch.load(weights_only=True)` reads."""
+"""The states of all random generators of a process, as data that `torch.load(weights_only=True)` reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping on a signal, and saving by the clock, agreed among all ranks."""
+"""Stop signals, and how all ranks agree to stop or save at the same step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StopSignals:
 
 
 class Agreement:
-    """The largest value of each flag over all ranks, found one step late so that no step waits for it.
+    """The largest value of each flag over all ranks, known one step late so that no step waits for it.
 
     Every rank must call `exchange` equally often.
     """
@@ -66,7 +66,7 @@ class Agreement:
         return agreed
 
     def now(self, flag: bool) -> bool:
-        """Whether any rank says yes, at once."""
+        """Whether the flag is true on any rank, now."""
         if self._world_size == 1:
             return flag
         value = torch.tensor([int(flag)], dtype=torch.int32, device=self._device)
@@ -82,6 +82,6 @@ class Agreement:
         return [int(flag) for flag in value.tolist()]
 
     def close(self) -> None:
-        """Wait for what is under way, on all ranks alike."""
+        """Wait for the exchange that has begun. Every rank must call it."""
         if self._pending is not None:
             self._take()

@@ -1,7 +1,7 @@
-"""One epoch of a caption model: our step in OpenCLIP's loop.
+"""The training step of a caption model, and an epoch of such steps.
 
-Shapes: B batch, L caption tokens. Upstream's step caches features and runs the forward twice to accumulate, which
-a contrastive loss needs and a caption loss must not have.
+Shapes: B batch, L caption tokens. To accumulate, OpenCLIP's own step caches features and runs each forward pass twice,
+which a contrastive loss needs and a caption loss does not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from open_clip_ov2.train.guard import gradient_norm, not_finite, step_unless
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step; tensors may still be on their way. `skipped`: samples by cause; `keys`: this rank's."""
+    """One optimizer step; the device may still be computing its tensors. `keys` are those of this rank's samples, and
+    `skipped` counts bad samples by cause."""
 
     losses: Mapping[str, Tensor | float]
     lr: float
@@ -50,13 +51,13 @@ class StepSettings:
 
 @dataclass
 class StepResult:
-    """Sums over the global batch, on the device; nothing here has been waited for."""
+    """Sums over the global batch, on the device, which may still be computing them."""
 
     nll: Tensor
     objective: Tensor
     num_targets: Tensor
     grad_norm: Tensor
-    bad: Tensor  # boolean: something was not finite, and the update was left out
+    bad: Tensor  # boolean: something was not finite, and the update was skipped
 
     def losses(self, weight: float) -> dict[str, Tensor]:
         """`caption_loss`: nats per real target token. `loss`: what was minimised."""
@@ -67,7 +68,7 @@ class StepResult:
 
 
 def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups of `size` batches, one optimizer step each; an incomplete last group is left out."""
+    """Groups of `size` batches, one optimizer step each; an incomplete last group is dropped."""
     iterator = iter(batches)
     while len(window := list(islice(iterator, size))) == size:
         yield window
@@ -141,7 +142,7 @@ def train_epoch(
     before_step: Callable[[], None],
     after_step: Callable[[StepReport], None],
 ) -> None:
-    """All steps of one epoch that are left. `before_step` sets the learning rate."""
+    """The remaining steps of an epoch. `before_step` sets the learning rate."""
     model.train()
     start = time.perf_counter()
     for window in windows(loader, settings.accum_freq):
