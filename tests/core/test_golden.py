@@ -68,19 +68,9 @@ def _compare_gradient_norms(model: torch.nn.Module, case: GoldenCase) -> None:
         if name.endswith("key/bias"):
             continue
         # The same renaming as the parameters': mark the one leaf with ones and see where it lands.
-        marked = {
-            key: np.full_like(value, float(key == name)) for key, value in flax_values.items() if _same_layer(key, name)
-        }
+        marked = {key: np.full_like(value, float(key == name)) for key, value in flax_values.items()}
         landed = {key: mark for key, mark in from_flax(marked).items() if mark.any()}
         assert len(landed) == 1
         ((key, mark),) = landed.items()
         norm = (model.get_parameter(key).grad * mark.reshape(model.get_parameter(key).shape)).norm().item()
         assert norm == pytest.approx(float(expected), rel=1e-4), name
-
-
-def _same_layer(key: str, name: str) -> bool:
-    """Query, key and value of one attention land in one tensor, so they must come together."""
-    if "MultiHead" not in name or "/out/" in name:
-        return key == name
-    head, leaf = name.rsplit("/", 2)[0], name.rsplit("/", 1)[1]
-    return key.startswith(head + "/") and "/out/" not in key and key.endswith("/" + leaf)

@@ -156,42 +156,31 @@ class TextDecoder(nn.Module):
         `sees_TT` boolean: which of the tokens each one sees, beside the whole image and itself.
         """
         images, like = len(cache.entries[0].key), cache.entries[0].key
-        x_BTD = self._embed(ids_T, like).expand(images, -1, -1)
+        return self._after(self._embed(ids_T, like).expand(images, -1, -1), cache, sees_TT)
+
+    def extend(self, ids_BT: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
+        """More tokens for each row, `(B, T)` int64 -> hidden state of the last one `(B, D)`, normed, and the new cache.
+
+        A generation starts from `image_cache` with its prompt, and goes on token by token.
+        """
+        sees_TT = prefix_mask(0, ids_BT.shape[1], ids_BT.device) if ids_BT.shape[1] > 1 else None
+        extended = DecoderCache()
+        hidden_BTD = self._after(self._embed(ids_BT, self.image_projection.weight), cache, sees_TT, extended.entries)
+        return hidden_BTD[:, -1], extended
+
+    def _after(
+        self, x_BTD: Tensor, cache: DecoderCache, sees_TT: Tensor | None, extended: list[KeyValue] | None = None
+    ) -> Tensor:
+        """`(B, T, D)` -> the same, normed: tokens that see all of the cache, and of themselves what `sees_TT` says.
+
+        Keys and values of both go into `extended`.
+        """
         for block, entry in zip(self.blocks, cache.entries, strict=True):
             if isinstance(block, CrossBlock):
-                x_BTD = block(x_BTD, entry)
+                x_BTD, kv = block(x_BTD, entry), entry
             else:
-                mask_TS = F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
-                x_BTD, _ = block(x_BTD, mask_TS, past=entry)
+                mask_TS = None if sees_TT is None else F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
+                x_BTD, kv = block(x_BTD, mask_TS, past=entry)
+            if extended is not None:
+                extended.append(kv)
         return self.ln_final(x_BTD)
-
-    def prefill(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> tuple[Tensor, DecoderCache]:
-        """Start a generation: hidden state of the LAST caption position `(B, D)`, and the cache."""
-        image_BKD = self.image_projection(image_tokens_BKD)
-        x = self._embed(ids_BL, image_BKD)
-        fusion, num_image = self.config.fusion, image_BKD.shape[1]
-        if fusion != "cross_attn":
-            x = torch.cat([image_BKD, x], dim=1)
-        causal = fusion != "prefix"
-        mask_SS = None if causal else prefix_mask(num_image, x.shape[1], x.device)
-        cache = DecoderCache()
-        for block in self.blocks:
-            if isinstance(block, CrossBlock):
-                kv = block.project_context(image_BKD)
-                x = block(x, kv)
-            else:
-                x, kv = block(x, mask_SS, causal)
-            cache.entries.append(kv)
-        return self.ln_final(x[:, -1]), cache
-
-    def decode_next(self, ids_B: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
-        """One more token for each row, `(B,)` int64 -> hidden state `(B, D)`, and the grown cache."""
-        x_B1D = self._embed(ids_B[:, None], self.image_projection.weight)
-        grown = DecoderCache()
-        for block, entry in zip(self.blocks, cache.entries, strict=True):
-            if isinstance(block, CrossBlock):
-                x_B1D, kv = block(x_B1D, entry), entry
-            else:
-                x_B1D, kv = block(x_B1D, past=entry)
-            grown.entries.append(kv)
-        return self.ln_final(x_B1D[:, 0]), grown

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from open_clip_ov2.core.decoder import DecoderCache, TextDecoder
+from open_clip_ov2.core.decoder import TextDecoder
 
 GenerationType = Literal["greedy", "top_k", "top_p", "beam_search"]
 GENERATION_TYPES: tuple[str, ...] = get_args(GenerationType)
@@ -56,12 +56,11 @@ class CaptionStream:
 
     def __init__(self, decoder: TextDecoder, image_tokens_BKD: Tensor, ids_BT: Tensor) -> None:
         self._decoder = decoder
-        self._cache: DecoderCache
-        hidden_BD, self._cache = decoder.prefill(image_tokens_BKD, ids_BT)
+        hidden_BD, self._cache = decoder.extend(ids_BT, decoder.image_cache(image_tokens_BKD))
         self.logits_BV = decoder.lm_head(hidden_BD).float()
 
     def advance(self, ids_B: Tensor) -> None:
-        hidden_BD, self._cache = self._decoder.decode_next(ids_B, self._cache)
+        hidden_BD, self._cache = self._decoder.extend(ids_B[:, None], self._cache)
         self.logits_BV = self._decoder.lm_head(hidden_BD).float()
 
     def select(self, rows: Tensor) -> None:
