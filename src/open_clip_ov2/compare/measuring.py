@@ -22,7 +22,7 @@ from open_clip_ov2.compare.bench.settings import Job, default_device, machine_fa
 from open_clip_ov2.compare.bench.turns import largest_batch, step_memory
 from open_clip_ov2.compare.config import Comparison, Variant
 from open_clip_ov2.compare.plan import Study, global_batch, train_argv
-from open_clip_ov2.compare.processes import Command, run_all, threads_each
+from open_clip_ov2.compare.subprocesses import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.tracking.figures import read_results

@@ -152,7 +152,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
 
 
 def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Everything. Files say `arm` where this package says variant, as they have done since 0.1."""
+    """Everything. Files say `arm` where this package says variant, so that earlier ones stay comparable."""
     out = []
     for one in found:
         plain = asdict(one)

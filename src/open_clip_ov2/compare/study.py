@@ -13,8 +13,8 @@ from open_clip_ov2.compare import page, plots, results
 from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
 from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
 from open_clip_ov2.compare.plan import ByStage, Run, Study, global_batch, mean_over_stages, runs, train_argv
-from open_clip_ov2.compare.processes import Command, run_all
 from open_clip_ov2.compare.results import Found, VariantResult
+from open_clip_ov2.compare.subprocesses import Command, run_all
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json, write_json, write_text
 from open_clip_ov2.tracking.figures import read_results

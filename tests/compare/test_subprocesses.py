@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from open_clip_ov2.compare.measuring import rate_of
-from open_clip_ov2.compare.processes import Command, run_all
+from open_clip_ov2.compare.subprocesses import Command, run_all
 from open_clip_ov2.errors import UserError
 
 
