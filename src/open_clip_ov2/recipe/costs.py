@@ -88,7 +88,7 @@ class StageCost:
         way = "not even one image fits; use --grad-checkpointing or more memory"
         if fits:
             size = largest_divisor(self.batch_size * self.accum_freq, fits)
-            way = f"--batch-size {size} fits (about {fits:,} images would); so may more, with --grad-checkpointing"
+            way = f"--batch-size {size} fits (about {fits:,} images would); --grad-checkpointing makes room for more"
         return (
             f"{self.title}: --batch-size {self.batch_size} needs about {needed / 1e9:,.1f} GB on each GPU, more than "
             f"{self.machine.memory_gb:g}; {way}"
