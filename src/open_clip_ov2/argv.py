@@ -99,3 +99,12 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         out += [f"--{name.replace('_', '-')}", *map(str, values)]
     return out
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what stands before `--`, what stands after it)."""
+    flags = list(argv)
+    if "--" not in flags:
+        return flags, []
+    place = flags.index("--")
+    return flags[:place], flags[place + 1 :]

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch.cluster import ClusterOptions, find_file, minutes, resolve
+from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, find_file, given_flags, minutes, resolve
 from open_clip_ov2.tables import keys_of
 
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from open_clip_ov2.argv import Parser, flag_type
-from open_clip_ov2.commands.cluster_flags import split
+from open_clip_ov2.argv import Parser, flag_type, split
 from open_clip_ov2.commands.options import comma_separated
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import real, whole

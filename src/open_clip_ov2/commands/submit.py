@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from open_clip_ov2 import training
-from open_clip_ov2.argv import Parser
-from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
+from open_clip_ov2.argv import Parser, split
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, state, submit
-from open_clip_ov2.launch.cluster import ClusterOptions
+from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, Request
 
 _POLL_S = 1.0

@@ -9,12 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from open_clip_ov2.argv import Parser, to_argv
-from open_clip_ov2.commands.cluster_flags import add_cluster_flags, given_flags, split
+from open_clip_ov2.argv import Parser, split, to_argv
 from open_clip_ov2.commands.submit import show_batch_scripts, wait
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import cluster, report, state, submit
-from open_clip_ov2.launch.cluster import ClusterOptions
+from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import SLURM, Request, RunSpec
 from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2.argv import flag_type
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tables import each, key, read_toml, read_values, real, table, text, whole
+from open_clip_ov2.tables import each, key, keys_of, read_toml, read_values, real, table, text, whole
 
 LOCAL_FILE = Path("ov2-cluster.toml")
 USER_FILE = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
@@ -137,3 +139,45 @@ def _of_job(name: str, value: Any, index: int, jobs: int) -> Any:
         count = "there is one job" if jobs == 1 else f"there are {jobs} stages"
         raise UserError(f"{flag}: {len(value)} values, but {count}; give one, or with --stage-jobs one for each stage")
     return value[index if len(value) > 1 else 0]
+
+
+_OPTIONS = keys_of(ClusterOptions)
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """A flag for each key of the cluster file. None has a default: the file or ClusterOptions gives the value."""
+    group = parser.add_argument_group("cluster (defaults: ./ov2-cluster.toml, then ~/.config/ov2/cluster.toml)")
+    group.add_argument("--cluster", type=Path, metavar="FILE.toml", help="another cluster file: these flags as keys")
+    for name, field in _OPTIONS.items():
+        if name not in without:
+            shown: dict[str, Any] = {"metavar": field.metadata["metavar"], "help": field.metadata["help"]}
+            group.add_argument(f"--{name}", dest=field.name, **_reading(field), **shown)
+
+
+def _reading(field: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a flag."""
+    read = field.metadata["read"]
+    if field.name in OF_EACH_STAGE:
+        return {"type": flag_type(lambda text: tuple(read(part) for part in text.split(",")))}
+    if field.default_factory is dict:
+        return {"type": flag_type(_pair), "action": "append"}
+    return {"action": "append"} if field.default == () else {"type": flag_type(read)}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"{text!r}: expected NAME=VALUE")
+    return name, value
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ClusterOptions that were given as flags."""
+    values: dict[str, Any] = {}
+    for field in _OPTIONS.values():
+        value = getattr(args, field.name, None)
+        if isinstance(value, list):
+            value = dict(value) if field.default_factory is dict else tuple(value)
+        if value is not None:
+            values[field.name] = value
+    return values
