@@ -45,11 +45,11 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} core data", "torch numpy", "the training step, checkpoints, signals, the guard, random states"
     ),
     "evaluate.text": Layer(
-        f"{BASE} data", "torch numpy pycocoevalcap", "scores of captions, of reading and of answers to questions"
+        f"{BASE} data", "pycocoevalcap", "scores of captions, of reading and of answers to questions"
     ),
     "evaluate": Layer(
-        f"{BASE} core data evaluate.text",
-        "torch numpy sklearn",
+        f"{BASE} core data data.order evaluate.text",
+        "torch numpy",
         "options, tasks and metrics on any `EvalModel`",
     ),
     "recipe": Layer(BASE, "", "stages, recipe files, and what a plan costs"),

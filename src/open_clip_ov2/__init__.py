@@ -14,13 +14,15 @@ from open_clip_ov2.openclip.models.version import check_open_clip
 
 check_open_clip()
 
-import open_clip_ov2.train  # noqa: E402, F401  the package first: `ov2.train` is the function below
+# The packages first: `ov2.train` and `ov2.evaluate` are the functions below.
+import open_clip_ov2.evaluate  # noqa: E402
+import open_clip_ov2.train  # noqa: E402, F401
 from open_clip_ov2.core import CaptionLoss, CaptionModel, VisionModel, image_features  # noqa: E402
 from open_clip_ov2.errors import Interrupted, RunFailed, UserError  # noqa: E402
 from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
-from open_clip_ov2.training import check, export, open_model, plan, train  # noqa: E402
+from open_clip_ov2.training import caption, check, evaluate, export, open_model, plan, train  # noqa: E402
 
 try:
     __version__ = version("open_clip_ov2")
@@ -34,8 +36,10 @@ __all__ = [
     "UserError",
     "VisionModel",
     "WordPieceTokenizer",
+    "caption",
     "check",
     "create_caption_model",
+    "evaluate",
     "export",
     "image_features",
     "open_model",

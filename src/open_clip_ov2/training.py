@@ -13,7 +13,7 @@ is imported before it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
+    from open_clip_ov2.evaluate.pictures import Picture
     from open_clip_ov2.openclip.models.open_model import LoadedModel
     from open_clip_ov2.openclip.run.bench_model import BenchModel
     from open_clip_ov2.openclip.run.data_parts import DataParts
@@ -68,6 +69,71 @@ def open_model(source: str | Path, device: str = "cpu", **options: Any) -> Loade
     from open_clip_ov2.openclip.models.open_model import open_model as opened
 
     return opened(source, device, **options)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str,
+    tasks: str | Sequence[str] = "all",
+    device: str | None = None,
+    out: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+    done: Callable[[str, dict[str, Any]], None] | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Evaluate a model as `ov2 eval` does: results by task, as its file has them (docs/evaluation.md).
+
+    ```python
+    results = evaluate("logs/RUN", tasks=["caption-loss", "knn"], data="val.tar", train_data="train.tar")
+    results["knn"]["top1"]
+    ```
+
+    `model` as `source` of `open_model`; `flags` are those of `ov2 eval` by name; `out`, `say` and `done` are those of
+    `run_tasks`. Call it on every process of a distributed evaluation. Raises UserError.
+    """
+    from open_clip_ov2.evaluate.eval_job import EvalJob, Place
+    from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
+    from open_clip_ov2.evaluate.options import EvalOptions, check_files, read_options
+    from open_clip_ov2.evaluate.tasks import check_names
+    from open_clip_ov2.openclip.models.eval_models import open_eval_model
+    from open_clip_ov2.openclip.processes import processes
+
+    options = read_options(EvalOptions, "evaluation", {"data": data, "tasks": tasks, **flags})
+    check_names(options.tasks)
+    check_files(options)
+    if out is not None:
+        check_writable(Path(out))
+    with processes(device) as place:
+        opened = open_eval_model(str(model), place.device, place.world_size)
+        job = EvalJob(opened, options, Place(place.rank, place.world_size))
+        try:
+            return run_tasks(job, out=None if out is None else Path(out), say=say, done=done)
+        except ValueError as error:  # the model's own, of an option out of its range
+            raise UserError(str(error)) from error
+
+
+def caption(
+    model: str | Path, images: Iterable[str | Path | Picture], *, device: str | None = None, **flags: Any
+) -> Iterator[tuple[Picture, str]]:
+    """Caption images as `ov2 caption` does, a batch at a time: each image with its generated caption.
+
+    ```python
+    for picture, text in caption("logs/RUN", ["cat.jpg", "folder", "val.tar"], generation_type="beam_search"):
+        print(picture.name, text)
+    ```
+
+    `images` are image files, folders, tars, or `Picture`s; `flags` are the generation flags of `ov2 caption` by name.
+    Raises UserError.
+    """
+    from open_clip_ov2.evaluate.options import GenerationOptions, read_options
+    from open_clip_ov2.evaluate.pictures import captions_of
+    from open_clip_ov2.openclip.models.eval_models import open_eval_model
+    from open_clip_ov2.openclip.processes import default_device
+
+    options = read_options(GenerationOptions, "captions", flags)
+    opened = open_eval_model(str(model), default_device(device))
+    return captions_of(opened, images, options)
 
 
 def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = None, **machine: Any) -> Plan:
@@ -191,9 +257,9 @@ def is_ov2_model(name: str) -> bool:
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raises UserError for a task that `ov2 eval` does not have."""
-    from open_clip_ov2.evaluate.tasks import check_tasks as known
+    from open_clip_ov2.evaluate.tasks import check_names
 
-    known(",".join(tasks))
+    check_names(tasks)
 
 
 def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], models: Path) -> BenchModel:

@@ -28,7 +28,7 @@ def to_integers(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
 
 
-class PatchSubject:
+class PatchModel:
     """An encoder in integers: each patch times a fixed matrix. Equal results are equal bit for bit."""
 
     name = "patches"
@@ -66,7 +66,7 @@ def extract_on_rank(rank: int, world_size: int, folder: Path, out: Path) -> None
         loader = loader_of(ImageFolderSource(folder), num_samples=limit, **share)
         cache = Cache(out / f"cache-{rank}", {}) if limit else None
         for kind in ("pooled", "tokens"):
-            found = extract(PatchSubject(), loader, world_size, kind, cache=cache)
+            found = extract(PatchModel(), loader, world_size, kind, cache=cache)
             torch.save(vars(found), out / f"{name}-{kind}-{rank}.pt")
     torch.distributed.destroy_process_group()
 

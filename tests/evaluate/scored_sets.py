@@ -21,9 +21,9 @@ from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.evaluate.classes import Classes
-from open_clip_ov2.evaluate.eval_model import Subject
-from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
-from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.evaluate.eval_model import EvalModel
+from open_clip_ov2.evaluate.zero_shot import likelihood_retrieval, zero_shot_likelihood
+from open_clip_ov2.openclip.models.eval_models import as_eval_model
 from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS, LENGTH, SIDE = 49406, 49407, 12, 24
@@ -86,12 +86,12 @@ def model(fusion: str = "prefix") -> CaptionModel:
     return made.eval()
 
 
-def subject(**more: Any) -> Subject:
-    return subject_of(model(), tokenizer(), SETTINGS, **more)
+def eval_model(**more: Any) -> EvalModel:
+    return as_eval_model(model(), tokenizer(), SETTINGS, **more)
 
 
 def results(file: Path, **changed: Any) -> dict[str, Any]:
-    one, world_size = subject(), changed.get("world_size", 1)
+    one, world_size = eval_model(), changed.get("world_size", 1)
     return {
         "classes": zero_shot_likelihood(
             one, loader_of(file, **changed), CLASSES, TEMPLATES, length_normalise=True, world_size=world_size

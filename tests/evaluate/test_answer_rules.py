@@ -9,8 +9,7 @@ import random
 
 import pytest
 
-from open_clip_ov2.evaluate.text.edits import edit_distance
-from open_clip_ov2.evaluate.text.normalise import CONTRACTIONS, vqa_normalised
+from open_clip_ov2.evaluate.text.normalise import CONTRACTIONS, edit_distance, vqa_normalised
 from open_clip_ov2.evaluate.text.question_answering import anls, exact, ocrbench, ocrbench_math, relaxed, vqa
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from open_clip_ov2.evaluate.text.ptb import caption_words
+from open_clip_ov2.evaluate.text.captioning import caption_words
 
 STANFORD = {
     "A man's dog doesn't (really) run.": "a man 's dog does n't -lrb- really -rrb- run",

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 
 from open_clip_ov2.evaluate.text.captioning import caption_scores
-from open_clip_ov2.evaluate.text.detokenize import detokenized
+from open_clip_ov2.evaluate.text.normalise import detokenized
 from open_clip_ov2.evaluate.text.question_answering import relaxed
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, decode_caption
 

@@ -23,12 +23,13 @@ from scored_sets import (
     SAMPLES,
     SETTINGS,
     TEMPLATES,
+    eval_model,
     loader_of,
     model,
     pictures,
     results,
     results_on_rank,
-    subject,
+    to_tensor,
     tokenizer,
     write_set,
 )
@@ -38,9 +39,10 @@ from open_clip_ov2.core import VisionModel, caption_targets
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.caption_loss import caption_loss, eval_kept_idx
+from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.classes import Classes, classify
-from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
+from open_clip_ov2.evaluate.eval_job import EvalJob
+from open_clip_ov2.evaluate.options import options_of
 from open_clip_ov2.evaluate.retrieval import (
     Captions,
     Scores,
@@ -50,9 +52,14 @@ from open_clip_ov2.evaluate.retrieval import (
     places_of_texts,
     scored,
 )
-from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
-from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
-from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.evaluate.tasks import TASKS
+from open_clip_ov2.evaluate.zero_shot import (
+    contrastive_retrieval,
+    likelihood_retrieval,
+    zero_shot_contrastive,
+    zero_shot_likelihood,
+)
+from open_clip_ov2.openclip.models.eval_models import as_eval_model
 
 USED = [row for row in SAMPLES if row[0] not in BROKEN]
 TEXTS = list(dict.fromkeys(text for _, _, captions in USED for text in captions))
@@ -148,14 +155,14 @@ def test_by_likelihood(some: Path, normalise: bool) -> None:
     pictures are no candidates; "a dog" and "a cat" belong to two pictures each."""
     log_p, targets = pair_scores(tuple(template.replace("{}", n) for n in CLASSES.names for template in TEMPLATES))
     log_p = log_p / targets if normalise else log_p
-    found = zero_shot_likelihood(subject(), loader_of(some), CLASSES, TEMPLATES, length_normalise=normalise)
+    found = zero_shot_likelihood(eval_model(), loader_of(some), CLASSES, TEMPLATES, length_normalise=normalise)
     assert found["top1"] == share_right(log_p.view(6, 3, 2).mean(dim=-1).argmax(dim=1).tolist())
     assert (found["top5"], found["n_test"], found["n_classes"]) == (None, 4, 3)
     assert found["skipped"] == {"no label": ["k5"], "unknown class": ["k3"], "score is not finite": []}
     log_p, targets = pair_scores(tuple(TEXTS))
     prior = log_p.logsumexp(dim=0) - math.log(6)
     divisor = targets if normalise else 1
-    found = likelihood_retrieval(subject(), loader_of(some), length_normalise=normalise)
+    found = likelihood_retrieval(eval_model(), loader_of(some), length_normalise=normalise)
     assert (found["n_images"], found["n_texts"], found["skipped"]) == (6, 7, {"score is not finite": []})
     assert shares(found, "image_to_text") == pytest.approx(plain_recall(log_p / divisor, by_text=False))
     assert shares(found, "text_to_image") == pytest.approx(plain_recall(log_p / divisor, by_text=True))
@@ -185,7 +192,7 @@ def test_contrastive_is_open_clips(name: str, some: Path, baselines: Path) -> No
     torch.manual_seed(0)
     made = open_clip.create_model(f"local-dir:{baselines}/{name}", load_weights=False).eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{baselines}/{name}")
-    one = subject_of(made, tokens, SETTINGS)
+    one = as_eval_model(made, tokens, SETTINGS)
     with torch.no_grad():
         images_BD = made.encode_image(pictures([key for key, _, _ in USED]), normalize=True)
         texts_UD = made.encode_text(tokens(TEXTS), normalize=True)
@@ -216,7 +223,7 @@ def test_classes_from_data_and_files(tmp_path: Path, some: Path) -> None:
             Classes.read(file)
     with pytest.raises(UserError, match="0 labels"):
         Classes.in_data(loader_of(some, group_by=CaptionKey("none")))
-    with pytest.raises(UserError, match="wanted in it"):
+    with pytest.raises(UserError, match="expected a text with"):
         CLASSES.texts(["a photo"])
 
 
@@ -243,33 +250,47 @@ def test_a_score_that_is_not_finite_is_reported_by_key(some: Path) -> None:
 
 
 def test_who_cannot_is_told(some: Path, baselines: Path) -> None:
-    encoder = subject_of(VisionModel(model().visual), tokenizer(), SETTINGS, name="enc")
+    encoder = as_eval_model(VisionModel(model().visual), tokenizer(), SETTINGS, name="enc")
     for task in (zero_shot_likelihood, likelihood_retrieval):
-        with pytest.raises(UserError, match="enc cannot caption"):
+        with pytest.raises(UserError, match="enc has no caption decoder"):
             task(encoder, loader_of(some))
     for task in (zero_shot_contrastive, contrastive_retrieval):
         with pytest.raises(UserError, match="enc has no text tower"):
             task(encoder, loader_of(some))
-    with pytest.raises(UserError, match="two pictures"):
-        likelihood_retrieval(subject(), loader_of(some, num_samples=2))
+    with pytest.raises(UserError, match="needs two images"):
+        likelihood_retrieval(eval_model(), loader_of(some, num_samples=2))
 
 
-def test_curves(some: Path) -> None:
-    """Oracle: nll of a subject that keeps so many tokens, summed over all targets. Sizes in order, once each."""
-    made = model()
-    found = keep_ratio_curve(lambda ratio: caption_loss(made, loader_of(some), SETTINGS, ratio), [1.0, 0.25])
-    for name, ratio in (("0.25", 0.25), ("1", 1.0)):
-        one, total, targets = subject(keep_ratio=ratio), 0.0, 0
+def job_of(some: Path, flags: str, **more: Any) -> EvalJob:
+    options = options_of(f"--data {some} --caption-keys json:captions {flags}", "test")
+    return EvalJob(eval_model(preprocess=to_tensor, **more), options)
+
+
+def test_caption_loss_by_keep_ratio(some: Path) -> None:
+    """Oracle: nll of a model that keeps so many tokens, summed over all targets; by default, ratios that keep one."""
+    task = TASKS["keep-ratios"]
+    found = task.compute(job_of(some, "--keep-ratios 1,0.25,1"))["by_keep_ratio"]
+    assert list(found) == ["0.25", "1"]
+    for name, row in found.items():
+        one, total, targets = eval_model(keep_ratio=float(name)), 0.0, 0
         for batch in loader_of(some):
             total += float(one.nll(one.prefix(batch.images_BCHW, batch.keys), batch.texts_BL).diagonal().sum())
             targets += int(one.num_targets(batch.texts_BL).sum())
-        assert found[name]["caption_loss"] == pytest.approx(total / targets, rel=1e-5)
+        assert row["caption_loss"] == pytest.approx(total / targets, rel=1e-5)
     assert found["0.25"]["caption_loss"] != pytest.approx(found["1"]["caption_loss"], rel=1e-5)
-    for ratios, message in (([0.0], "not 0.0"), ([], "none at all"), ([0.01], "0.01: .* keeps none of 16")):
-        with pytest.raises(UserError, match=message):
-            keep_ratio_curve(lambda ratio: caption_loss(made, loader_of(some), SETTINGS, ratio), ratios)
+    assert list(task.compute(job_of(some, ""))["by_keep_ratio"]) == ["0.1", "0.25", "0.35", "0.5", "1"]
+    with pytest.raises(UserError, match=r"0.01: .* keeps none of 16"):
+        task.compute(job_of(some, "--keep-ratios 0.01"))
+
+
+def test_resolutions_come_in_order_and_once(some: Path) -> None:
     sizes: list[int] = []
-    assert list(resolution_curve(lambda size: {"n": sizes.append(size)}, [48, 24, 48])) == ["24", "48"]
+
+    def reopen(size: int) -> Any:
+        sizes.append(size)
+        return eval_model(preprocess=to_tensor)
+
+    found = TASKS["image-sizes"].compute(job_of(some, "--image-sizes 48,24,48", reopen=reopen))["by_image_size"]
+    assert list(found) == ["24", "48"]
     assert sizes == [24, 48]
-    with pytest.raises(UserError, match="not 0"):
-        resolution_curve(lambda size: {}, [0, 24])
+    assert found["24"].keys() == {"caption-loss"}

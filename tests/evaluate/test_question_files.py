@@ -147,8 +147,8 @@ def test_a_bad_line_is_reported_and_the_others_are_read(line: bytes, tmp_path: P
     [
         ("q.jsonl", "{}\n[]\n{", r"q.jsonl: no usable question \(2 bad JSON, 1 missing question; the first: q.jsonl:1"),
         ("q.jsonl", "\n", "it is empty"),
-        ("q.json", "{}\n{}", "q.json: not JSON .* from a .jsonl file"),
-        ("q.json", '{"questions": []}', "neither a list"),
+        ("q.json", "{}\n{}", "q.json: not JSON .* .jsonl file has one object a line"),
+        ("q.json", '{"questions": []}', "expected a list of questions"),
         ("q.json", '{"data": []}', "it is empty"),
     ],
 )
@@ -162,5 +162,5 @@ def test_a_file_without_a_usable_question(name: str, content: str, message: str,
 def test_slips(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the questions"):
         read_questions(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"no rule 'vga'.*vqa, relaxed"):
+    with pytest.raises(UserError, match=r"unknown rule 'vga'.*known: vqa, relaxed"):
         read_questions(tmp_path / "gone.jsonl", rule="vga")

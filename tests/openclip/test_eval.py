@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from eval_worker import evaluate
 from square_shards import COLOURS, write_square_shards
 from training import NANO, data_flags, finish, results, start_ranks
 
+import open_clip_ov2 as ov2_python
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
-from open_clip_ov2.evaluate import tasks as eval_tasks
-from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated, eval_compute
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.options import options_of
+from open_clip_ov2.evaluate.tasks import TASKS as ALL_TASKS
+from open_clip_ov2.evaluate.tasks import Task
+from open_clip_ov2.openclip.models.eval_models import open_eval_model
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.run.baselines import init_coca_head
 
@@ -137,15 +142,13 @@ def test_caption_loss_by_kind(run: Path, squares: Path, tmp_path: Path, whole: d
 def test_every_caption_is_a_reference(run: Path, squares: Path) -> None:
     """Oracle: a caption that is the second reference word for word scores 1."""
     pytest.importorskip("pycocoevalcap")
-    opened = open_model(run)
     flags = f"--data {squares}/val/00000.tar --caption-keys json:recaption --group-by json:kind"
-    at = Evaluated(opened.model, opened.preprocess, opened.tokenizer, "run", opened.checkpoint)
-    job = EvalJob(at, eval_compute(at.model, at.tokenizer, torch.device("cpu"), 1), options_of(flags, "here"))
+    job = EvalJob(open_eval_model(str(run), torch.device("cpu")), options_of(flags, "here"))
     rows = job.generated
     assert rows[0].true.startswith("one ")  # what it is shown with is the first
     for index, row in rows.items():
         rows[index] = row._replace(generated=f"a square that is {row.kind}")
-    scores = eval_tasks.TASKS["caption"].run(job)
+    scores = ALL_TASKS["caption"].compute(job)
     assert scores["pictures"] == len(rows) == 10
     assert (scores["bleu4"], scores["rouge_l"]) == (pytest.approx(1), pytest.approx(1))
 
@@ -200,12 +203,59 @@ def test_what_cannot_be_used_is_named(run: Path, tmp_path: Path) -> None:
     assert set(found["caption-loss"]["by_kind"]) == {"[/b]", "[plain]"}
 
 
+def test_python_gives_what_the_command_writes(run: Path, squares: Path, tmp_path: Path) -> None:
+    """Oracle: the file of `ov2 eval` with the same flags; lists and paths as Python has them."""
+    flags = ["--tasks", "caption-loss,knn,keep-ratios", "--keep-ratios", "0.5,1"]
+    written = evaluated(run, tmp_path / "e.json", *flags_of(squares, *flags))
+    data = {"data": f"{squares}/val/00000.tar", "train_data": f"{squares}/train/{{00000..00001}}.tar"}
+    places = {"label_key": "json:kind", "group_by": "json:kind"}
+    shown: list[str] = []
+    found = ov2_python.evaluate(
+        run, tasks=["caption-loss", "knn", "keep-ratios"], keep_ratios=[0.5, 1], device="cpu", **data, **places,
+        done=lambda name, results: shown.append(ALL_TASKS[name].line(results[name], results)),
+    )  # fmt: skip
+    assert {"checkpoint": written["checkpoint"], "data": data["data"], **found} == written
+    assert len(shown) == 3
+    with pytest.raises(UserError, match="evaluation: unknown key 'trian_data'; did you mean train-data"):
+        ov2_python.evaluate(run, data=data["data"], trian_data="x")
+
+
+def test_python_captions_what_the_command_captions(
+    run: Path, squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the lines of `ov2 caption`; and a sheet of them."""
+    tar, sheet = f"{squares}/val/00000.tar", tmp_path / "sheet.png"
+    argv = ["caption", tar, "--checkpoint", str(run), "--limit", "3", "--seq-len", "6", "--device", "cpu"]
+    assert ov2([*argv, "--out", str(sheet)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    captions = ov2_python.caption(run, [tar], seq_len=6, device="cpu")
+    found = [f"{picture.name}\t{text}" for picture, text in islice(captions, 3)]
+    assert [*found, f"contact sheet: {sheet}"] == lines
+    assert sheet.is_file()
+
+
+def test_shuffling_is_told_in_a_sentence() -> None:
+    """By hand."""
+    loss = {"caption_loss": 2.0, "perplexity": 7.4}
+    line = ALL_TASKS["shuffled-loss"].line
+    expected = "4.600 nats per token. Shuffling the images costs 2.600 nats per token, so captions depend on the image."
+    assert line({"caption_loss": 4.6}, {"caption-loss": loss}) == expected
+    assert "hardly depend" in line({"caption_loss": 2.001}, {"caption-loss": loss})
+    assert line({"caption_loss": 4.6}, {}) == "4.600 nats per token"
+
+
+def test_a_task_needs_a_line() -> None:
+    """Property of the dataclass: what is computed cannot stay unprinted."""
+    with pytest.raises(TypeError, match="line"):
+        Task(compute=lambda job: {}, needs=("features",))  # type: ignore[call-arg]
+
+
 def test_what_is_done_is_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A set of one picture has no other one to shuffle with; and what can be seen at once is said at once."""
     write_square_shards(tmp_path, 1, 1)
     flags = ["--data", f"{tmp_path}/00000.tar", "--out", str(tmp_path / "e.json"), "--tasks"]
     assert ov2(["eval", str(run), *flags, "caption-loss,shuffled-loss"]) == 2
-    assert "shuffled pictures want at least two" in capsys.readouterr().err
+    assert "needs at least two samples" in capsys.readouterr().err
     assert json.loads((tmp_path / "e.json").read_text())["caption-loss"]["num_samples"] == 1
     (tmp_path / "e.json").unlink()
     assert ov2(["eval", str(run), *flags, "caption-loss,likelihood"]) == 2
@@ -285,18 +335,19 @@ def test_tasks_have_their_own_interval(run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tasks", "nonsense"], "there are: caption-loss"),
+        (["--tasks", "nonsense"], "--tasks: unknown task 'nonsense' (known: caption-loss"),
+        (["--tasks", "captoin"], "did you mean caption?"),
         (["--tasks", "knn"], "--train-data must be given"),
         (["--tasks", "questions"], "--questions must be given"),
-        (["--batch-size", "0"], "--batch-size is at least 1"),
+        (["--batch-size", "0"], "batch-size: 0: expected an integer >= 1"),
         (["--classes", "nowhere.json"], "nowhere.json"),
-        (["--keep-ratio", "nan"], "--keep-ratio nan: a share in (0, 1] is wanted"),
-        (["--cache", "/dev/null/here"], "--cache /dev/null/here: no folder that can be written to"),
+        (["--keep-ratio", "nan"], "keep-ratio: nan: expected a number > 0 and <= 1"),
+        (["--cache", "/dev/null/here"], "cache: /dev/null/here: not a folder that can be written to"),
         (["--data", "x" * 5000, "--tasks", "caption-loss"], "1 of 1 shards do not exist"),
-        (["--keep-ratios", "2"], "shares in (0, 1]"),
-        (["--label-key", "cls,json:label"], "--label-key: 'cls,json:label' names 2 places"),
-        (["--group-by", "json:"], "--group-by: "),
-        (["--out", "nowhere/e.json"], "nowhere/e.json: cannot be written there"),
+        (["--keep-ratios", "2"], "keep-ratios: 2: expected a number > 0 and <= 1"),
+        (["--label-key", "cls,json:label"], "label-key: 'cls,json:label' names 2 places"),
+        (["--group-by", "json:"], "group-by: "),
+        (["--out", "nowhere/e.json"], "nowhere/e.json: cannot be written"),
     ],
 )
 def test_slips_are_one_line(
@@ -325,7 +376,7 @@ def test_a_model_is_asked_what_it_can(baselines: Path, squares: Path, tmp_path: 
     flags = ["--model", f"local-dir:{baselines / 'clip_tiny'}", *data_flags(squares, 8), "--logs", str(tmp_path)]
     asked = f"--tasks caption-loss --data {squares}/val/00000.tar"
     assert ov2(["train", *flags, "--eval", asked]) == 2
-    assert "has no caption (it has: contrast, features)" in capsys.readouterr().err
+    assert "has no caption decoder" in capsys.readouterr().err
     assert ov2(["train", *flags, "--eval-every-samples", "8"]) == 2
     assert "--eval-every-samples: there are no tasks" in capsys.readouterr().err
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from open_clip_ov2.errors import UserError
 
@@ -36,6 +37,25 @@ class SkipSample(Exception):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
         self.detail = detail
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One sample or line that an evaluation could not use: it is reported and is in no average."""
+
+    key: str
+    cause: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
+
+
+def summary(skipped: Sequence[Skipped]) -> str:
+    """`3 missing image, 1 bad JSON; the first: q7: missing image (a.jpg)`; empty if there are none."""
+    if not skipped:
+        return ""
+    return f"{describe(Counter(one.cause for one in skipped))}; the first: {skipped[0]}"
 
 
 class SkipCounter:

@@ -1,8 +1,8 @@
 """Attentive probe: one cross-attention of a learned query over frozen patch tokens, and a linear classifier.
 
-As in AIM (arXiv 2401.08541, its attentive probe): tokens standardised for each channel, keys and values projected
-without bias, the query a parameter without a projection of its own, several heads, then the classifier. CAE (arXiv
-2202.03026) began it; V-JEPA (arXiv 2404.08471) adds a residual and an MLP, which this has not.
+As in AIM (arXiv 2401.08541), after CAE (arXiv 2202.03026): tokens standardized by channel, keys and values projected
+without bias, the query a parameter without a projection of its own, several heads, then the classifier. V-JEPA (arXiv
+2404.08471) adds a residual and an MLP, which are not used here.
 
 Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head, C classes.
 """
@@ -10,7 +10,6 @@ Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import Labels, Split, accuracy, match_labels, per_class, ranks
+from open_clip_ov2.evaluate.labels import Split, match_labels, ranks
 
-HEAD_WIDTH = 64  # as in every ViT of the family
+HEAD_WIDTH = 64  # as in every ov2 ViT
 INIT_STD = 0.02  # a ViT's
 MIN_STD = 1e-6  # a channel that never changes stays 0
 BLOCK_ROWS = 64  # samples at a time where nothing is trained
@@ -66,7 +65,7 @@ class AttentiveHead(nn.Module):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Frozen tokens of a set, standardised as they are taken; float32 on `device`."""
+    """Frozen tokens of a set, standardized as they are taken; float32 on `device`."""
 
     values_MND: Tensor
     mean_D: Tensor
@@ -91,7 +90,7 @@ class Tokens:
         return ((self.values_MND[rows_B].float() - self.mean_D) / self.std_D).to(self.device)
 
     def of(self, values_MND: Tensor) -> Tokens:
-        """Another set, standardised as this one."""
+        """Another set, standardized as this one."""
         return Tokens(values_MND, self.mean_D, self.std_D, self.device)
 
 
@@ -106,14 +105,13 @@ def attentive_probe(
 
     The last epoch counts, no epoch is chosen. Raises UserError, see `match_labels`.
     """
-    if train.kind != "tokens":
-        raise ValueError(f"an attentive probe takes token features, not {train.kind}")
     training = training or AttentiveTraining()
-    labels = match_labels(train, test)
+    labels = match_labels(train, test, "tokens")
     tokens = Tokens.measured(train.values, labels.train.rows, torch.device(device))
     head, losses = train_head(tokens, labels.train, len(labels.names), training)
     logits_MC = _logits(head, tokens.of(test.values), labels.test)
-    return _result(labels, ranks(logits_MC, labels.test.classes_M), training, losses)
+    result = labels.result(ranks(logits_MC, labels.test.classes_M))
+    return {**result, "training": vars(training).copy(), "train_loss": losses[-1]}
 
 
 def train_head(
@@ -122,9 +120,8 @@ def train_head(
     """The head in evaluation mode, and the mean loss of each epoch."""
     generator = torch.Generator().manual_seed(training.seed)  # of the CPU: the same draws on every device
     head = AttentiveHead(tokens.values_MND.shape[-1], num_classes, generator).to(tokens.device)
-    decayed = [parameter for parameter in head.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in head.parameters() if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    matrices, others = ([one for one in head.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
     steps = training.epochs * math.ceil(len(split) / training.batch_size)
     warmup = max(1, round(training.warmup_share * steps))
@@ -132,7 +129,7 @@ def train_head(
     losses: list[float] = []
     for _ in range(training.epochs):
         total = torch.zeros((), device=tokens.device)
-        for chosen in _shuffled(len(split), training.batch_size, generator):
+        for chosen in torch.randperm(len(split), generator=generator).split(training.batch_size):
             classes_B = split.classes_M[chosen].to(tokens.device)
             loss = F.cross_entropy(head(tokens.take(split.rows[chosen])), classes_B)
             optimizer.zero_grad()
@@ -150,20 +147,6 @@ def _lr_share(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _shuffled(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    return iter(torch.randperm(samples, generator=generator).split(batch_size))
-
-
 @torch.no_grad()
 def _logits(head: AttentiveHead, tokens: Tokens, split: Split) -> Tensor:
     return torch.cat([head(tokens.take(rows)).cpu() for rows in split.rows.split(BLOCK_ROWS)])
-
-
-def _result(labels: Labels, places_M: Tensor, training: AttentiveTraining, losses: list[float]) -> dict[str, Any]:
-    return {
-        **accuracy(places_M, len(labels.names)),
-        **per_class(places_M, labels.test.classes_M, labels.names),
-        **labels.summary(),
-        "training": vars(training).copy(),
-        "train_loss": losses[-1],
-    }

@@ -1,16 +1,15 @@
-"""Classes as words, and pictures put into them by any score of a picture and a text.
+"""Classes as names, and images classified by any score of an image and a text.
 
 Shapes: B batch, C classes, P templates, M samples.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ from torch import Tensor
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.eval_model import gathered
+from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.labels import accuracy, per_class, ranks
+from open_clip_ov2.files import read_json
 
 PLACE = "{}"
 TEMPLATES = ("a photo of a {}.",)  # CLIP, arXiv 2103.00020, section 3.1.4
@@ -29,21 +29,22 @@ NO_LABEL, UNKNOWN_CLASS, NOT_FINITE = "no label", "unknown class", "score is not
 
 @dataclass(frozen=True)
 class Classes:
-    """`names`: the words. `number`: of each label that may stand in the data."""
+    """`names`: what the texts call them. `number`: the class of each label that the data may have."""
 
     names: tuple[str, ...]
     number: Mapping[str, int]
 
     @classmethod
     def of(cls, given: Sequence[str] | Mapping[str, str]) -> Classes:
-        """{label: name}; or names, whose labels are their places from 0 on, and they themselves unless two are the same
-        (ImageNet's list has such) or one of them is a number. Raises UserError: fewer than two classes, an empty name.
+        """From {label: name}, or from names. A name's labels are its place from 0 on and the name itself, the latter
+        unless two names are equal (ImageNet's list has such), the former unless a name is a number.
+        Raises UserError: fewer than two classes, an empty name.
         """
         names = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)
         wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
         if wrong or len(set(names)) < 2:
-            what = f"{wrong[0]!r} is no name" if wrong else f"{len(set(names))} different names, and two are wanted"
-            raise UserError(f"the classes: {what}")
+            what = f"{wrong[0]!r} is not a name" if wrong else f"{len(set(names))} different names; expected at least 2"
+            raise UserError(f"classes: {what}")
         if isinstance(given, Mapping):
             return cls(names, {str(label): place for place, label in enumerate(given)})
         count = Counter(names)
@@ -55,15 +56,11 @@ class Classes:
     @classmethod
     def read(cls, path: Path) -> Classes:
         """A JSON file, [name, ...] or {label: name}. Raises UserError."""
+        given = read_json(path, what="class names, [name, ...] or {label: name}")
         try:
-            given = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: no class names to be read ({error})") from error
-        if not isinstance(given, (list, dict)) or not all(
-            isinstance(name, str) for name in (given if isinstance(given, list) else given.values())
-        ):
-            raise UserError(f"{path}: class names are [name, ...] or {{label: name}}")
-        return cls.of(given)
+            return cls.of(given)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     @classmethod
     def in_data(cls, loader: EvalLoader) -> Classes:
@@ -71,12 +68,10 @@ class Classes:
         labels = sorted({sample.group for sample in loader.described()} - {""})
         if labels and all(label.isdecimal() for label in labels):
             raise UserError(
-                f"the data's labels are numbers ({', '.join(labels[:3])} ...): give the names of the classes"
+                f"the data's labels are numbers ({', '.join(labels[:3])} ...); name the classes (--classes)"
             )
         if len(labels) < 2:
-            raise UserError(
-                f"the data has {len(labels)} labels, and two are wanted; say where they are (cls, json:KEY)"
-            )
+            raise UserError(f"the data have {len(labels)} labels; expected at least 2 (--label-key cls, json:KEY)")
         return cls.of(labels)
 
     @property
@@ -89,16 +84,17 @@ class Classes:
         """Each class in each template, class by class. Raises UserError for a template without `{}`."""
         wrong = [template for template in templates if PLACE not in template]
         if wrong or not templates:
-            raise UserError(f"template {wrong[0] if wrong else ''!r}: {PLACE} is wanted in it, where the class goes")
+            raise UserError(f"template {(wrong or [''])[0]!r}: expected a text with {PLACE} where the class goes")
         return [template.replace(PLACE, name) for name in self.names for template in templates]
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
+    """`number` of a sample's class and `place` of that class among all, or the `cause` for which it is skipped."""
+
     key: str
-    number: int  # of its class; below 0 where skipped
-    place: int = -1  # of its class among all
-    cause: str = ""
+    number: int
+    place: int
+    cause: str
 
 
 def classify(
@@ -106,22 +102,19 @@ def classify(
 ) -> dict[str, Any]:
     """Accuracy of the class with the highest score, JSON-ready; the same on any number of processes.
 
-    `scores`: `(B, C)` of a batch, compared to so many `decimals`; of equal ones the first class is first.
-    `skipped`: keys by reason, in no average.
-    Raises UserError if no sample is left.
+    `scores` gives `(B, C)` of a batch, which is rounded to `decimals`; of equal ones the first class is first.
+    `skipped`: keys by reason, in no average. Raises UserError if no sample is left.
     """
     rows: dict[int, _Row] = {}
     for batch in loader:
-        for index, row in zip(batch.indices, _rows(batch, classes, scores, decimals), strict=True):
-            rows[index] = row
+        rows |= zip(batch.indices, _rows(batch, classes, scores, decimals), strict=True)
     every = list(gathered(rows, world_size).values())
-    used = [row for row in every if row.number >= 0]
-    skipped = {
-        cause: [row.key for row in every if row.cause == cause] for cause in (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
-    }
+    used = [row for row in every if not row.cause]
+    causes = (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
+    skipped = {cause: [row.key for row in every if row.cause == cause] for cause in causes}
     if not used:
         counts = ", ".join(f"{len(keys)} with {cause}" for cause, keys in skipped.items() if keys)
-        raise UserError(f"none of {len(every)} samples can be classified ({counts}); look at labels and classes")
+        raise UserError(f"none of {len(every)} samples can be classified ({counts}); check the labels and the classes")
     places_M, classes_M = torch.tensor([row.place for row in used]), torch.tensor([row.number for row in used])
     return {
         **accuracy(places_M, len(classes.names)),
@@ -132,21 +125,13 @@ def classify(
     }
 
 
-def _rows(batch: Batch, classes: Classes, scores: Callable[[Batch], Tensor], decimals: int) -> list[_Row]:
+def _rows(batch: Batch, classes: Classes, scores: Callable[[Batch], Tensor], decimals: int) -> Iterator[_Row]:
     numbers = [classes.number.get(label, -1) for label in batch.groups]
-    if max(numbers) < 0:  # nothing to score
-        return [_unused(key, label) for key, label in zip(batch.keys, batch.groups, strict=True)]
-    scores_BC = scores(batch).double().cpu().round(decimals=decimals)
-    finite = scores_BC.isfinite().all(dim=1).tolist()
-    places = ranks(scores_BC, torch.tensor(numbers).clamp(min=0)).tolist()
-    rows = []
+    places, finite = [-1] * len(numbers), [False] * len(numbers)
+    if max(numbers) >= 0:  # otherwise there is nothing to score
+        scores_BC = scores(batch).double().cpu().round(decimals=decimals)
+        finite = scores_BC.isfinite().all(dim=1).tolist()
+        places = ranks(scores_BC, torch.tensor(numbers).clamp(min=0)).tolist()
     for key, label, number, place, fine in zip(batch.keys, batch.groups, numbers, places, finite, strict=True):
-        if number < 0:
-            rows.append(_unused(key, label))
-        else:
-            rows.append(_Row(key, number, place) if fine else _Row(key, -1, cause=NOT_FINITE))
-    return rows
-
-
-def _unused(key: str, label: str) -> _Row:
-    return _Row(key, -1, cause=UNKNOWN_CLASS if label else NO_LABEL)
+        unknown = UNKNOWN_CLASS if label else NO_LABEL
+        yield _Row(key, number, place, unknown if number < 0 else "" if fine else NOT_FINITE)

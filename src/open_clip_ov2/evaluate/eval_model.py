@@ -1,25 +1,33 @@
-"""What an evaluation needs of a model, whichever family it is of, and of the processes it runs on.
+"""What an evaluation needs of a model, whatever its architecture.
 
 Shapes: B batch, C candidates, N image tokens, L caption tokens, D width (evaluate/__init__.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-Ability = Literal["features", "caption", "contrast"]
-Value = TypeVar("Value")
+Ability = Literal["features", "caption", "contrast", "dropping", "resizing"]
+# What a model lacks that does not have an ability, for error messages.
+LACKS: dict[Ability, str] = {
+    "features": "image features",
+    "caption": "caption decoder",
+    "contrast": "text tower to compare images with",
+    "dropping": "token dropping",
+    "resizing": "other resolution while it is in training",
+}
 
 
-class Subject(Protocol):
-    """A model in evaluation mode. What it cannot do is not in `abilities`, and is not called.
+class EvalModel(Protocol):
+    """A model under evaluation, in evaluation mode. What it cannot do is not in `abilities`, and is not called.
 
-    `keys` are the samples' keys: what is drawn for a sample (which tokens are kept) is a function of its key, so that
-    neither batch size nor number of processes changes a result.
+    `keys` are the samples' keys: which tokens of an image are kept is a function of its key, so that neither batch size
+    nor number of processes changes a result.
     """
 
     @property
@@ -31,14 +39,29 @@ class Subject(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """PIL image -> `(3, H, W)`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of captions, as the data loader takes it; None without "caption" and "contrast"."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file or folder with its weights; None for a model in training."""
+
     def pooled(self, images_BCHW: Tensor) -> Tensor:
-        """For "features": one vector an image, `(B, D)` float32, not normalised."""
+        """For "features": one vector an image, `(B, D)` float32, not normalized."""
 
     def tokens(self, images_BCHW: Tensor) -> Tensor:
         """For "features": all patch tokens, `(B, N, D)` float32."""
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """For "caption" and "contrast": ids `(C, L)` int64 on the CPU, as the model was trained with."""
+
+    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+        """For "caption": (nll of all real targets in nats, number of targets), of each image's own caption."""
 
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Any:
         """For "caption": what the decoder needs of the images, computed once for any number of candidates."""
@@ -55,27 +78,20 @@ class Subject(Protocol):
         """For "caption": generated captions, or the text after each prompt; options as for CaptionModel.generate."""
 
     def contrast_images(self, images_BCHW: Tensor) -> Tensor:
-        """For "contrast": normalised, `(B, D)` float32."""
+        """For "contrast": normalized, `(B, D)` float32."""
 
     def contrast_texts(self, texts_CL: Tensor) -> Tensor:
-        """For "contrast": normalised, `(C, D)` float32."""
+        """For "contrast": normalized, `(C, D)` float32."""
+
+    def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
+        """For "dropping": the same model, which keeps this share of its image tokens. Raises UserError if that leaves
+        none."""
+
+    def with_image_size(self, image_size: int) -> EvalModel:
+        """For "resizing": the model opened anew at this resolution in px."""
 
 
-def all_gathered(mine: Value, world_size: int) -> list[Value]:
-    """What every process has, in the order of their ranks."""
-    everyone: list[Any] = [mine]
-    if world_size > 1:
-        everyone = [None] * world_size
-        torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def gathered(rows: dict[int, Value], world_size: int) -> dict[int, Value]:
-    """Results by a sample's place in the file order (`Batch.indices`) from all processes, in that order: the same on
-    any number of them. Every process gets all. Raises ValueError if a sample was evaluated twice.
-    """
-    parts = all_gathered(rows, world_size)
-    merged = {index: value for part in parts for index, value in part.items()}
-    if len(merged) != sum(map(len, parts)):
-        raise ValueError("two processes evaluated the same sample")
-    return {index: merged[index] for index in sorted(merged)}
+def lacking(name: str, abilities: frozenset[Ability], needed: Iterable[Ability]) -> str | None:
+    """What a model lacks of what is needed, as the end of an error message; None if nothing."""
+    missing = [LACKS[ability] for ability in needed if ability not in abilities]
+    return f"{name} has no {' and no '.join(missing)}" if missing else None

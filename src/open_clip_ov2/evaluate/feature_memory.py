@@ -1,4 +1,4 @@
-"""How much main memory is to be had, and tensors that need none."""
+"""How much memory is free, and tensors outside the allocator: in pages of their own, or in a file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _machine(meminfo: Path) -> int | None:
 
 
 def _container(cgroup: Path) -> int | None:
-    """Pages of files count as used there, and can be given back: they are free too."""
+    """Cached pages of files count as used there, but can be given back: they are free too."""
     try:
         limit = int((cgroup / "memory.max").read_text())  # "max" where there is none
         used = int((cgroup / "memory.current").read_text())
@@ -42,28 +42,26 @@ def _container(cgroup: Path) -> int | None:
         return None
 
 
-def own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor that gives its memory back to the system when it goes: the allocator of small tensors
-    keeps what is freed below something that is still held (measured: a set collected in batches took twice its size).
+def own_pages(shape: Sequence[int]) -> Tensor:
+    """An uninitialized float32 tensor that gives its memory back to the system when it goes: the allocator keeps what
+    is freed below something that is still held (measured: a set collected in batches took twice its size).
     """
-    numel = math.prod(shape)
-    pages = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=numel).view(*shape)
+    pages = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32, count=math.prod(shape)).view(*shape)
 
 
-def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
-    """An uninitialised tensor whose memory is a file in `folder`, already without a name: it goes with the tensor.
-
-    Raises UserError if it cannot be had: its blocks are reserved now, or writing to it could kill the process.
+def on_disk(shape: Sequence[int], folder: Path) -> Tensor:
+    """An uninitialized float32 tensor whose memory is a file in `folder` that has no name any more: it goes with the
+    tensor. Raises UserError if there is no room: the file's blocks are reserved now, or writing to it could kill the
+    process.
     """
-    numel = math.prod(shape)
-    size = numel * dtype.itemsize
+    size = 4 * math.prod(shape)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="features-") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(*shape)
+            return torch.from_file(file.name, shared=True, size=size // 4, dtype=torch.float32).view(*shape)
     except OSError as error:
         raise UserError(
             f"{folder}: no room for {size / 1e9:.1f} GB of features ({error.strerror}); name another folder"

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification: no training, no choice but k.
+"""k-nearest-neighbor classification: without training, and with no choice but k.
 
 Weighted as in DINO (arXiv 2104.14294, section 3.2, after arXiv 1805.01978, section 3.4): of cosine similarity s, each
 of the k nearest votes for its class with exp(s / 0.07). Plain: each votes with 1.
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import accuracy, match_labels, per_class, ranks
+from open_clip_ov2.evaluate.labels import accuracy, match_labels, ranks
 
 TEMPERATURE = 0.07  # DINO's, from arXiv 1805.01978
 NEIGHBOURS = (10, 20, 100, 200)  # DINO's list
 HEADLINE = 20  # DINO: works best consistently; a k chosen on the test set would flatter
-# Ours. Decimals of a similarity: equal pictures are equally near, wherever in a matrix product they stood.
+# Ours. Decimals of a similarity: equal images are equally near, wherever in a matrix product they stood.
 DECIMALS = 9
 BLOCK_BYTES = 1 << 28  # ours: similarities held at once
 
@@ -57,12 +57,7 @@ def votes(weights_MK: Tensor, classes_MK: Tensor, num_classes: int) -> Tensor:
 
 
 def knn(
-    train: Features,
-    test: Features,
-    *,
-    neighbours: Sequence[int] | None = None,
-    temperature: float = TEMPERATURE,
-    device: torch.device | str = "cpu",
+    train: Features, test: Features, *, neighbours: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy on pooled features, JSON-ready. The headline is the weighted vote of 20, or of the most that there are.
 
@@ -70,36 +65,24 @@ def knn(
     of their keys, so the order of the set does not matter. A class without a vote is never among the first five.
     Raises UserError: a k out of range; see `match_labels`.
     """
-    if train.kind != "pooled":
-        raise ValueError(f"k-NN takes pooled features, not {train.kind}")
-    labels = match_labels(train, test)
-    counts = _neighbours(neighbours, len(labels.train))
+    labels = match_labels(train, test, "pooled")
+    counts, classes = _neighbours(neighbours, len(labels.train)), len(labels.names)
     by_key = torch.tensor(sorted(range(len(labels.train)), key=labels.train.keys.__getitem__))
     reference = labels.train.part(by_key)
-    similar_MK, rows_MK = nearest(
-        train.values[reference.rows], test.values[labels.test.rows], max(counts), device=device
-    )
+    train_TD, test_MD = train.values[reference.rows], test.values[labels.test.rows]
+    similar_MK, rows_MK = nearest(train_TD, test_MD, max(counts), device=device)
     classes_MK = reference.classes_M[rows_MK]
-    places: dict[int, dict[str, Tensor]] = {}
-    for k in counts:
-        weights = {"weighted": (similar_MK[:, :k] / temperature).exp(), "plain": torch.ones_like(similar_MK[:, :k])}
-        places[k] = {
-            how: ranks(votes(weight_MK, classes_MK[:, :k], len(labels.names)), labels.test.classes_M)
+    weights = {"weighted": (similar_MK / TEMPERATURE).exp(), "plain": torch.ones_like(similar_MK)}
+    places = {
+        k: {
+            how: ranks(votes(weight_MK[:, :k], classes_MK[:, :k], classes), labels.test.classes_M)
             for how, weight_MK in weights.items()
         }
-    headline = HEADLINE if HEADLINE in counts else max(counts)
-    best = places[headline]["weighted"]
-    return {
-        **accuracy(best, len(labels.names)),
-        **per_class(best, labels.test.classes_M, labels.names),
-        **labels.summary(),
-        "k": headline,
-        "temperature": temperature,
-        "by_k": {
-            str(k): {how: accuracy(place_M, len(labels.names)) for how, place_M in rows.items()}
-            for k, rows in places.items()
-        },
+        for k in counts
     }
+    headline = HEADLINE if HEADLINE in counts else max(counts)
+    by_k = {str(k): {how: accuracy(place_M, classes) for how, place_M in rows.items()} for k, rows in places.items()}
+    return {**labels.result(places[headline]["weighted"]), "k": headline, "temperature": TEMPERATURE, "by_k": by_k}
 
 
 def _neighbours(asked: Sequence[int] | None, samples: int) -> list[int]:
@@ -107,5 +90,5 @@ def _neighbours(asked: Sequence[int] | None, samples: int) -> list[int]:
         return [k for k in NEIGHBOURS if k <= samples] or [samples]
     wrong = [k for k in asked if not 1 <= k <= samples]
     if wrong or not asked:
-        raise UserError(f"k-NN: k = {wrong[0] if wrong else 'none'}; it is from 1 to the {samples} training samples")
+        raise UserError(f"k-NN: k = {wrong[0] if wrong else 'none'}; expected 1 to the {samples} training samples")
     return sorted(set(asked))

@@ -6,7 +6,6 @@ Shapes: M samples, C classes (evaluate/__init__.py).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.extraction import Features
+from open_clip_ov2.evaluate.extraction import Features, Kind
 
-CHECKED_ROWS = 1 << 12  # looked at together: token features of all are too many
+CHECKED_ROWS = 1 << 12  # checked at a time: token features of all are too many
 
 
 @dataclass(frozen=True)
 class Split:
-    """One set as numbers: `rows` `(M,)` int64 of the features that are used, `classes_M` int64 their classes."""
+    """The usable samples of a set: `rows` `(M,)` int64 of its features, `classes_M` int64 their classes."""
 
     rows: Tensor
     classes_M: Tensor
@@ -44,8 +43,11 @@ class Labels:
     test: Split
     skipped: dict[str, list[str]]
 
-    def summary(self) -> dict[str, Any]:
+    def result(self, places_M: Tensor) -> dict[str, Any]:
+        """What every probe reports, JSON-ready, from the place of each test sample's class (`ranks`)."""
         return {
+            **accuracy(places_M, len(self.names)),
+            **per_class(places_M, self.test.classes_M, self.names),
             "n_train": len(self.train),
             "n_test": len(self.test),
             "n_classes": len(self.names),
@@ -53,55 +55,41 @@ class Labels:
         }
 
 
-def match_labels(train: Features, test: Features) -> Labels:
-    """Raises UserError: features of unequal shapes, fewer than two classes, no test sample with a known class."""
-    if train.kind != test.kind or train.values.shape[1:] != test.values.shape[1:]:
-        raise ValueError(f"{train.kind} {train.values.shape} to train, {test.kind} {test.values.shape} to test")
+def match_labels(train: Features, test: Features, kind: Kind) -> Labels:
+    """Raises UserError: fewer than two classes, no test sample with a known class; ValueError: features of another kind
+    or of unequal shapes."""
+    if not train.kind == test.kind == kind or train.values.shape[1:] != test.values.shape[1:]:
+        found = f"{train.kind} {tuple(train.values.shape)} and {test.kind} {tuple(test.values.shape)}"
+        raise ValueError(f"expected {kind} features of one shape, got {found}")
     names = tuple(sorted(set(train.labels) - {""}))
     if len(names) < 2:
         raise UserError(
-            f"the training set has {len(names)} classes in {len(train)} samples, and two are wanted; "
-            "say where the labels are, for example cls or json:label"
+            f"the training set has {len(names)} classes in {len(train)} samples; expected at least 2 "
+            "(--label-key says where the labels are, for example cls or json:label)"
         )
     number = {name: index for index, name in enumerate(names)}
-    finite = {"training": _finite(train), "test": _finite(test)}
-    labels = Labels(
-        names,
-        _split(train, number, finite["training"]),
-        _split(test, number, finite["test"]),
-        {
-            **{
-                f"{which} sample with features that are not finite": [
-                    key for key, fine in zip(one.keys, finite[which], strict=True) if not fine
-                ]
-                for which, one in (("training", train), ("test", test))
-            },
-            "training sample without a label": [
-                k for k, label in zip(train.keys, train.labels, strict=True) if not label
-            ],
-            "test sample without a label": [k for k, label in zip(test.keys, test.labels, strict=True) if not label],
-            "class unknown in training": [
-                key for key, label in zip(test.keys, test.labels, strict=True) if label and label not in number
-            ],
-        },
-    )
-    if not len(labels.train):
-        raise UserError("no training sample has a label and finite features; look at the model")
-    if not len(labels.test):
+    skipped: dict[str, list[str]] = {}
+    to_fit, to_test = (_split(one, number, which, skipped) for which, one in (("training", train), ("test", test)))
+    if not len(to_fit):
+        raise UserError("no training sample has a label and finite features; check the model")
+    if not len(to_test):
         raise UserError(
             f"none of the {len(test)} test samples has a class of the training set ({', '.join(names[:3])} ...); "
-            "look at where the labels are"
+            "check --label-key"
         )
-    return labels
+    return Labels(names, to_fit, to_test, skipped)
 
 
-def _finite(features: Features) -> list[bool]:
+def _split(features: Features, number: dict[str, int], which: str, skipped: dict[str, list[str]]) -> Split:
+    """The samples with a known label and finite features; the keys of the others go into `skipped`."""
     rows = [part.flatten(1).isfinite().all(dim=1) for part in features.values.split(CHECKED_ROWS)]
-    return torch.cat(rows).tolist() if rows else []
-
-
-def _split(features: Features, number: dict[str, int], finite: Sequence[bool]) -> Split:
-    known = [row for row, label in enumerate(features.labels) if label in number and finite[row]]
+    finite = torch.cat(rows).tolist() if rows else []
+    samples = list(zip(features.keys, features.labels, finite, strict=True))
+    skipped[f"{which} sample with features that are not finite"] = [key for key, _, fine in samples if not fine]
+    skipped[f"{which} sample without a label"] = [key for key, label, _ in samples if not label]
+    if which == "test":
+        skipped["class unknown in training"] = [key for key, label, _ in samples if label and label not in number]
+    known = [row for row, (_, label, fine) in enumerate(samples) if label in number and fine]
     classes = [number[features.labels[row]] for row in known]
     return Split(torch.tensor(known), torch.tensor(classes), tuple(features.keys[row] for row in known))
 
@@ -118,7 +106,7 @@ def hold_out(split: Split, share: float, seed: int = 0) -> tuple[Split, Split]:
         rows.sort(key=lambda row: (zlib.crc32(f"{seed}/{split.keys[row]}".encode("utf-8", "replace")), split.keys[row]))
         held += rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]
     if not held:
-        raise UserError("no class has two training samples, so none can be held out; say the regulariser")
+        raise UserError("no class has two training samples, so none can be held out to choose the regulariser")
     is_held = torch.zeros(len(split), dtype=torch.bool)
     is_held[held] = True
     return split.part((~is_held).nonzero().flatten()), split.part(is_held.nonzero().flatten())

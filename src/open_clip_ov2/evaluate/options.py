@@ -1,55 +1,166 @@
-"""What an evaluation is asked for: the flags of `ov2 eval`, which `ov2 train --eval` takes too."""
+"""What an evaluation is asked for: the flags of `ov2 eval` and `ov2 caption`, each declared once.
+
+The same names are the keyword arguments of `open_clip_ov2.evaluate`, and stand in the text of `ov2 train --eval`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from open_clip_ov2.core.generate import GENERATION_TYPES
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
 from open_clip_ov2.data.sources import ImageFolderSource, Source
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.answering import PLACE
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes
-from open_clip_ov2.evaluate.text.answering import PLACE
 from open_clip_ov2.evaluate.text.question_answering import RULES
+from open_clip_ov2.files import read_json
+from open_clip_ov2.tables import Reader, each, from_table, kebab, one_of, real, switch, text, whole
 
-GENERATION = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len", "keep_ratio")
-KEEP_RATIOS = (1.0, 0.5, 0.35, 0.25, 0.1)  # of the robustness curve; 0.35 and 0.25 are the paper's
+Options = TypeVar("Options")
+ALL = "all"
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """`guess`: chance of a right guess for each kind of picture. `generation`: CaptionModel.generate's options."""
+def flag(read: Reader, help: str, default: Any = None, metavar: str | None = None, group: str = "") -> Any:
+    """A field that is a flag, a keyword argument and a key: its reader, its help text, and where `--help` shows it."""
+    metadata = {"read": read, "name": None, "example": "", "help": help, "metavar": metavar, "group": group}
+    return field(default=default, metadata=metadata)
 
-    data: str
-    tasks: str
-    train_data: str | None = None
-    caption_keys: tuple[CaptionKey, ...] = (CaptionKey("txt"),)
-    label_key: CaptionKey | None = None
-    group_by: CaptionKey | None = None
-    guess: Mapping[str, float] = field(default_factory=dict)
-    questions: Path | None = None
-    question_images: Path | None = None
-    question_rule: str = "exact"
-    prompt: str = PLACE
-    classes: Classes | None = None
-    templates: tuple[str, ...] = TEMPLATES
-    length_normalise: bool = False
-    keep_ratio: float | None = None
-    keep_ratios: tuple[float, ...] = ()  # KEEP_RATIOS, as far as they keep a token
-    image_sizes: tuple[int, ...] = ()
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int = 64
-    workers: int = 0
-    cache: Path | None = None
-    feature_disk: Path | None = None
+
+def _list(read: Reader) -> Reader:
+    """Values separated by commas, or a list of them."""
+    return lambda value: each(read)([part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+
+
+def _path(value: Any) -> Path:
+    return Path(text(os.fspath(value) if isinstance(value, os.PathLike) else value))
+
+
+def _folder(value: Any) -> Path:
+    """A folder that can be written to, or can be made."""
+    folder = _path(value)
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: not a folder that can be written to")
+    return folder
+
+
+def _key(value: Any) -> CaptionKey:
+    """The one place of a label or group."""
+    keys = _caption_keys(value)
+    if len(keys) > 1:
+        raise UserError(f"{value!r} names {len(keys)} places; expected one")
+    return keys[0]
+
+
+def _caption_keys(value: Any) -> tuple[CaptionKey, ...]:
+    try:
+        return parse_caption_keys(text(value))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--caption-keys: ")) from None
+
+
+def _guess(value: Any) -> dict[str, float]:
+    table = value if isinstance(value, Mapping) else read_json(_path(value), dict, "an object of numbers in (0, 1]")
+    return {str(kind): real(0, 1, above=True)(chance) for kind, chance in table.items()}
+
+
+def _templates(value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, (list, tuple)) else read_json(_path(value), list, "a list of texts")
+    wrong = [one for one in texts if not isinstance(one, str) or "{}" not in one]
+    if wrong or not texts:
+        raise UserError(f"expected a list of texts with {{}} where the class goes, got {(wrong or [texts])[0]!r}")
+    return tuple(texts)
+
+
+def _classes(value: Any) -> Classes:
+    return Classes.of(value) if isinstance(value, (list, tuple, dict)) else Classes.read(_path(value))
+
+
+def _tasks(value: Any) -> tuple[str, ...]:
+    return () if value == ALL else _list(text)(value)
+
+
+SHARE = real(0, 1, above=True)
+GENERATION, PROBES, QUESTIONS, ROBUSTNESS = "generation", "classes and probes", "questions", "robustness"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How captions are generated; `seq_len` counts tokens."""
+
+    keep_ratio: float | None = flag(SHARE, "share of image tokens kept (default: the model's in evaluation)", None, "R")
+    generation_type: str = flag(one_of(*GENERATION_TYPES), "how tokens are chosen", "greedy", group=GENERATION)
+    num_beams: int = flag(whole(1), "beams of beam_search", 4, "N", GENERATION)
+    top_k: int = flag(whole(1), "tokens that top_k chooses among", 50, "N", GENERATION)
+    top_p: float = flag(SHARE, "probability that top_p chooses among", 0.9, "P", GENERATION)
+    temperature: float = flag(real(0, above=True), "for top_k and top_p", 1.0, "T", GENERATION)
+    seq_len: int | None = flag(
+        whole(2), "longest caption in tokens (default: the context length)", None, "N", GENERATION
+    )
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """Options of CaptionModel.generate."""
+        return {name: getattr(self, name) for name in _GENERATE}
+
+
+_GENERATE = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(GenerationOptions):
+    """`guess`: the chance of a right guess by kind of image. No `tasks` means all that can be done."""
+
+    data: str = flag(text, "tars, as for ov2 train --val-data, or a folder CLASS/image.jpg", MISSING, "DATA")
+    tasks: tuple[str, ...] = flag(_tasks, "what to evaluate (default: all that model and data allow)", (), "A,B,...")
+    caption_keys: tuple[CaptionKey, ...] = flag(_caption_keys, "default: txt", (CaptionKey("txt"),), "KEYS")
+    label_key: CaptionKey | None = flag(_key, "class of an image: cls, json:label", None, "ENTRY[:FIELD]")
+    group_by: CaptionKey | None = flag(_key, "report by the value of this, json:kind", None, "ENTRY[:FIELD]")
+    guess: Mapping[str, float] | None = flag(_guess, "chance of a right guess by group", None, "FILE.json")
+    batch_size: int = flag(whole(1), "images at a time", 64, "N")
+    workers: int = flag(whole(0), "data workers", 0, "N")
+    train_data: str | None = flag(text, "labelled data for linear-probe, knn, attentive-probe", None, "DATA", PROBES)
+    cache: Path | None = flag(_folder, "keep features in this folder, and read them from it", None, "FOLDER", PROBES)
+    feature_disk: Path | None = flag(
+        _folder, "memory-map features in this folder instead of RAM", None, "FOLDER", PROBES
+    )
+    classes: Classes | None = flag(
+        _classes, "[names] or {label: name} (default: the labels of --data)", None, "FILE.json", PROBES
+    )
+    templates: tuple[str, ...] = flag(_templates, 'texts (default: "a photo of a {}.")', TEMPLATES, "FILE.json", PROBES)
+    length_normalise: bool = flag(switch, "likelihood per token, not per caption", False, group=PROBES)
+    questions: Path | None = flag(
+        _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", None, "FILE", QUESTIONS
+    )
+    question_images: Path | None = flag(_path, "default: the folder of FILE", None, "FOLDER", QUESTIONS)
+    question_rule: str = flag(one_of(*RULES), "rule where FILE names none", "exact", group=QUESTIONS)
+    prompt: str = flag(text, "text before the answer", PLACE, "TEXT", QUESTIONS)
+    keep_ratios: tuple[float, ...] = flag(_list(SHARE), "default: 1,0.5,0.35,0.25,0.1", (), "R,R,...", ROBUSTNESS)
+    image_sizes: tuple[int, ...] = flag(_list(whole(1)), "resolutions of image-sizes", (), "PX,PX,...", ROBUSTNESS)
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, leave_out: Sequence[str] = ()) -> None:
+    """The fields of EvalOptions or GenerationOptions as flags; what is not given is not in the namespace."""
+    groups: dict[str, Any] = {"": parser}
+    for one in fields(kind):
+        about, name = one.metadata, f"--{kebab(one.name)}"
+        group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
+        groups[about["group"]] = group
+        shown = one.default not in (None, (), False, MISSING) and "default" not in about["help"]
+        help_text = (about["help"] + (f" (default: {one.default})" if shown else "")).replace("%", "%%")
+        more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text, "required": one.default is MISSING}
+        if one.default is False:
+            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=help_text)
+        else:
+            group.add_argument(name, metavar=about["metavar"] or "NAME", **more)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,159 +168,35 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (`ov2 eval --help` lists the flags)")
 
 
-def options_of(text: str, what: str) -> EvalOptions:
-    """From a string of `ov2 eval`'s flags, as `ov2 train --eval` has it. Raises UserError that names `what`."""
+def options_of(flags: str, what: str) -> EvalOptions:
+    """From a text of `ov2 eval`'s flags, as `ov2 train --eval` has it. Raises UserError that begins with `what`."""
     parser = _Parser(prog=what, add_help=False, allow_abbrev=False)
-    add_eval_flags(parser)
+    add_flags(parser, EvalOptions)
     try:
-        words = shlex.split(text)
+        argv = shlex.split(flags)
     except ValueError as error:
-        raise UserError(f"{what}: {error} in {text!r}") from None
-    return eval_options(parser.parse_args(words))
+        raise UserError(f"{what}: {error} in {flags!r}") from None
+    return read_options(EvalOptions, what, vars(parser.parse_args(argv)))
 
 
-def add_eval_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--data", required=True, metavar="DATA", help="tars, as for ov2 train --val-data, or a folder CLASS/picture.jpg"
-    )
-    add("--tasks", default="all", metavar="A,B,...", help="what to evaluate (default: all that model and data allow)")
-    add("--caption-keys", default="txt", help="default: %(default)s")
-    add("--label-key", metavar="ENTRY[:FIELD]", help="class of a picture: cls, json:label (a folder's: the class)")
-    add("--group-by", metavar="ENTRY[:FIELD]", help="read-text by the value of this, json:kind")
-    add("--guess", type=Path, metavar="FILE.json", help="chance of a right guess for each of these groups")
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--workers", type=int, default=0, help="default: %(default)s")
-    _add_classes(parser.add_argument_group("classes and probes").add_argument)
-    _add_questions(parser.add_argument_group("questions").add_argument)
-    group = parser.add_argument_group("robustness").add_argument
-    group("--keep-ratios", type=_numbers, default=(), metavar="R,R,...", help="default: 1,0.5,0.35,0.25,0.1")
-    group(
-        "--image-sizes", type=_sizes, default=(), metavar="PX,PX,...", help="resolutions (default: the model's alone)"
-    )
-    add_generation(parser)
+def read_options(kind: type[Options], what: str, given: Mapping[str, Any]) -> Options:
+    """Checked values of flags by name; None is as good as not given. Raises UserError that begins with `what`."""
+    return from_table(kind, what, {name: value for name, value in given.items() if value is not None})
 
 
-def _add_classes(add: Any) -> None:
-    add("--train-data", metavar="DATA", help="labelled, for linear-probe, knn and attentive-probe")
-    add("--cache", type=Path, metavar="FOLDER", help="keep features here")
-    add("--feature-disk", type=Path, metavar="FOLDER", help="features lie here while used, for what memory cannot hold")
-    add("--classes", type=Path, metavar="FILE.json", help="[names] or {label: name} (default: the labels of --data)")
-    add("--templates", type=Path, metavar="FILE.json", help='["a photo of a {}.", ...] (default: "a photo of a {}.")')
-    add("--length-normalise", action="store_true", help="likelihoods a token, not a caption")
-
-
-def _add_questions(add: Any) -> None:
-    add("--questions", type=Path, metavar="FILE", help="JSON lines, or the files of TextVQA, ChartQA, OCRBench, DocVQA")
-    add("--question-images", type=Path, metavar="FOLDER", help="default: beside FILE")
-    add("--question-rule", choices=sorted(RULES), default="exact", help="where FILE names none (default: exact)")
-    add("--prompt", default=PLACE, help="text before the answer (default: %(default)s)")
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Flags of CaptionModel.generate."""
-    parser.add_argument("--keep-ratio", type=float, metavar="R", help="default: the model's at evaluation")
-    add = parser.add_argument_group("generation").add_argument
-    add("--generation-type", choices=GENERATION_TYPES, default="greedy", help="default: %(default)s")
-    add("--num-beams", type=int, default=4, help="for beam_search (default: %(default)s)")
-    add("--top-k", type=int, default=50, help="for top_k (default: %(default)s)")
-    add("--top-p", type=float, default=0.9, help="for top_p (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="for top_k and top_p (default: %(default)s)")
-    add("--seq-len", type=int, help="longest caption in tokens (default: the context length)")
-
-
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in GENERATION}
-
-
-def eval_options(args: argparse.Namespace) -> EvalOptions:
-    """Raises UserError for a file that is missing or is not what it should be."""
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError("--batch-size is at least 1, --workers at least 0")
-    templates = tuple(_json(args.templates, list, "a list of texts")) if args.templates else TEMPLATES
-    wrong = [text for text in templates if not isinstance(text, str) or "{}" not in text]
-    if wrong:
-        raise UserError(f"{args.templates}: {wrong[0]!r} is no text with {{}} in it, where the class goes")
-    if args.keep_ratio is not None and not 0 < args.keep_ratio <= 1:
-        raise UserError(f"--keep-ratio {args.keep_ratio:g}: a share in (0, 1] is wanted")
-    for flag, folder in (("--cache", args.cache), ("--feature-disk", args.feature_disk)):
-        if folder is not None and not _can_hold(folder):
-            raise UserError(f"{flag} {folder}: no folder that can be written to")
-    guess = _json(args.guess, dict, "an object of numbers") if args.guess else {}
-    if not all(isinstance(chance, (int, float)) and 0 < chance <= 1 for chance in guess.values()):
-        raise UserError(f"{args.guess}: chances in (0, 1] are wanted")
-    return EvalOptions(
-        data=args.data,
-        tasks=args.tasks,
-        train_data=args.train_data,
-        caption_keys=parse_caption_keys(args.caption_keys),
-        label_key=_key("--label-key", args.label_key),
-        group_by=_key("--group-by", args.group_by),
-        guess=guess,
-        questions=args.questions,
-        question_images=args.question_images,
-        question_rule=args.question_rule,
-        prompt=args.prompt,
-        classes=Classes.read(args.classes) if args.classes else None,
-        templates=templates,
-        length_normalise=args.length_normalise,
-        keep_ratio=args.keep_ratio,
-        keep_ratios=args.keep_ratios,
-        image_sizes=args.image_sizes,
-        generation=generation_options(args),
-        batch_size=args.batch_size,
-        workers=args.workers,
-        cache=args.cache,
-        feature_disk=args.feature_disk,
-    )
-
-
-def _can_hold(folder: Path) -> bool:
-    """Whether it is a folder that can be written to, or can be made."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
-    return there.is_dir() and os.access(there, os.W_OK)
-
-
-def source_of(text: str) -> Source:
+def source_of(data: str) -> Source:
     """A folder of classes, or tars. Raises UserError."""
-    if os.path.isdir(text):  # which no name is too long for
-        return ImageFolderSource(Path(text))
-    urls, _ = expand_shards(text)
+    if os.path.isdir(data):  # which no name is too long for
+        return ImageFolderSource(Path(data))
+    urls, _ = expand_shards(data)
     check_shards_exist(urls)
     return WebDatasetSource(urls=urls, weights=None, resampled=False)
 
 
-def _key(flag: str, text: str | None) -> CaptionKey | None:
-    if text is None:
-        return None
-    try:
-        keys = parse_caption_keys(text)
-    except UserError as error:
-        raise UserError(f"{flag}: {str(error).removeprefix('--caption-keys: ')}") from None
-    if len(keys) > 1:
-        raise UserError(f"{flag}: {text!r} names {len(keys)} places; one is wanted")
-    return keys[0]
-
-
-def _json(path: Path, kind: Any, wanted: str) -> Any:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(found, kind) or not found:
-        raise UserError(f"{path}: {wanted} is wanted")
-    return found
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if not all(0 < value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text}: shares in (0, 1] are wanted")
-    return values
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    values = tuple(int(part) for part in text.split(","))
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: sizes in pixels are wanted")
-    return values
+def check_files(options: EvalOptions) -> None:
+    """Raises UserError for data or questions that do not exist."""
+    for data in (options.data, options.train_data):
+        if data:
+            source_of(data)
+    if options.questions and not options.questions.is_file():
+        raise UserError(f"--questions {options.questions}: no such file")

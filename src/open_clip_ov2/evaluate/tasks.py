@@ -1,6 +1,8 @@
-"""The tasks of `ov2 eval`, by name: what each needs of model and data, and what it gives (docs/evaluation.md).
+"""The tasks of `ov2 eval`: what each needs of model and flags, what it computes, and what it prints.
 
-A result is JSON-ready. The numbers at its top are what an evaluation during training reports.
+To add a task, write a function from an EvalJob to a JSON-ready result and one from that result to a line, and add a
+`Task` of both to TASKS; docs/evaluation.md says what it measures. The floats at the top of a result are what an
+evaluation during training reports.
 """
 
 from __future__ import annotations
@@ -9,275 +11,277 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
-
-from open_clip_ov2.core import CaptionModel
-from open_clip_ov2.data.eval_loader import EvalLoader
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, unknown_key
+from open_clip_ov2.evaluate import zero_shot
+from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe
-from open_clip_ov2.evaluate.caption_loss import caption_loss, gathered_keys
+from open_clip_ov2.evaluate.caption_loss import caption_loss
 from open_clip_ov2.evaluate.eval_job import EvalJob
-from open_clip_ov2.evaluate.eval_model import Ability
-from open_clip_ov2.evaluate.extraction import Features, Kind
+from open_clip_ov2.evaluate.eval_model import Ability, lacking
+from open_clip_ov2.evaluate.extraction import Kind
 from open_clip_ov2.evaluate.knn import knn
-from open_clip_ov2.evaluate.likelihood import likelihood_retrieval, zero_shot_likelihood
-from open_clip_ov2.evaluate.options import KEEP_RATIOS, EvalOptions
+from open_clip_ov2.evaluate.options import ALL, EvalOptions
 from open_clip_ov2.evaluate.probes import linear_probe
-from open_clip_ov2.evaluate.robustness import keep_ratio_curve, resolution_curve
-from open_clip_ov2.evaluate.text.answering import answer_questions
 from open_clip_ov2.evaluate.text.captioning import caption_scores
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.evaluate.text.reading import reading_scores
-from open_clip_ov2.evaluate.zero_shot import contrastive_retrieval, zero_shot_contrastive
 
-ALL = "all"
-CONSTANTS = ("temperature", "regulariser", "num_samples")  # numbers of a result that measure nothing
+Result = Mapping[str, Any]
+KEEP_RATIOS = (1.0, 0.5, 0.35, 0.25, 0.1)  # 0.35 and 0.25 are the paper's
+DEPENDS_NATS = 0.01  # ours: a loss that shuffling the images raises by less hardly depends on them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """`ability`: what the model must be able to do; `options`: fields of EvalOptions that must be given; `module`: what
-    must be installed; `named_only`: left out of `all`, for it takes pictures x texts; `labels`: wants labels, which a
-    folder has; `drops_tokens`: of ov2 models alone."""
+    """`line`: one line of a result, given the results of all tasks so far. `table`: rows of equal keys, where a line is
+    not enough. `needs`: abilities of the model. `flags`: fields of EvalOptions that must be given. `module`: what must
+    be installed. `labels`: needs --label-key, unless the data are folders of classes. `named_only`: left out of `all`,
+    because it scores all pairs of images and texts.
+    """
 
-    run: Callable[[EvalJob], dict[str, Any]]
-    ability: Ability
-    options: tuple[str, ...] = ()
+    compute: Callable[[EvalJob], dict[str, Any]]
+    line: Callable[[Result, Mapping[str, Result]], str]
+    needs: tuple[Ability, ...]
+    table: Callable[[Result], list[dict[str, str]]] | None = None
+    flags: tuple[str, ...] = ()
     module: str | None = None
-    named_only: bool = False
     labels: bool = False
-    drops_tokens: bool = False
+    named_only: bool = False
 
-    def lacks(self, job: EvalJob) -> str | None:
-        """Why it cannot be run, if so."""
-        if self.ability not in job.subject.abilities:
-            can = ", ".join(sorted(job.subject.abilities))
-            return f"{job.evaluated.name} has no {self.ability} (it has: {can})"
-        if self.drops_tokens and not isinstance(job.evaluated.model, CaptionModel):
-            return f"{job.evaluated.name} drops no tokens"
-        return self.lacks_flags(job.options)
-
-    def lacks_flags(self, options: EvalOptions) -> str | None:
-        """The part that no model is wanted for."""
-        missing = [f"--{name.replace('_', '-')}" for name in self.options if not getattr(options, name)]
-        if missing:
-            return f"{' and '.join(missing)} must be given"
+    def obstacle(self, name: str, abilities: frozenset[Ability], options: EvalOptions) -> str | None:
+        """Why a model of this name and these abilities cannot do it with these options; None if it can."""
+        lacks = lacking(name, abilities, self.needs)
+        missing = [f"--{flag.replace('_', '-')}" for flag in self.flags if not getattr(options, flag)]
         if self.labels and not options.label_key and not os.path.isdir(options.data):
-            return "--label-key must be given"
+            missing.append("--label-key")
+        if lacks or missing:
+            return lacks or f"{' and '.join(missing)} must be given"
         if self.module is not None and find_spec(self.module) is None:
-            return f"{self.module} is not installed (pip install 'open_clip_ov2[eval]')"
+            return f"{self.module} is not installed; pip install 'open_clip_ov2[eval]'"
         return None
 
 
 def _caption_loss(job: EvalJob) -> dict[str, Any]:
     loader = job.captioned()
-    found = caption_loss(job.evaluated.model, loader, job.compute, job.options.keep_ratio)
-    return _with_skips(job, loader, found)
+    return job.with_skips(loader, caption_loss(job.model, loader, job.place.world_size))
+
+
+def _loss_line(found: Result, results: Mapping[str, Result]) -> str:
+    return f"{found['caption_loss']:.3f} nats per token, perplexity {found['perplexity']:.2f}"
 
 
 def _shuffled_loss(job: EvalJob) -> dict[str, Any]:
-    pairs = job.with_shuffled_pictures()
-    return dict(caption_loss(job.evaluated.model, pairs, job.compute, job.options.keep_ratio))
+    return caption_loss(job.model, job.with_shuffled_images(), job.place.world_size)
+
+
+def _shuffled_line(found: Result, results: Mapping[str, Result]) -> str:
+    loss = f"{found['caption_loss']:.3f} nats per token"
+    if "caption-loss" not in results:
+        return loss
+    gap = found["caption_loss"] - results["caption-loss"]["caption_loss"]
+    depend = "captions depend on the image" if gap >= DEPENDS_NATS else "captions hardly depend on the image"
+    return f"{loss}. Shuffling the images costs {gap:.3f} nats per token, so {depend}."
 
 
 def _caption(job: EvalJob) -> dict[str, Any]:
     rows = job.generated
-    scores = caption_scores(
-        {index: row.generated for index, row in rows.items()},
-        {index: job.references[index] for index in rows},
-        {index: row.key for index, row in rows.items()},
-    )
+    generated, keys = ({index: row[at] for index, row in rows.items()} for at in (3, 0))
+    scores = caption_scores(generated, {index: job.references[index] for index in rows}, keys)
     return {**asdict(scores), "skipped_samples": job.caption_skips}
 
 
+def _caption_line(found: Result, results: Mapping[str, Result]) -> str:
+    scores = f"CIDEr {found['cider']:.3f}, BLEU-4 {found['bleu4']:.3f}, ROUGE-L {found['rouge_l']:.3f}"
+    return f"{scores} of {found['pictures']:,} images"
+
+
 def _read_text(job: EvalJob) -> dict[str, Any]:
-    rows = job.generated
-    scores = reading_scores(
-        {index: row.generated for index, row in rows.items()},
-        {index: row.true for index, row in rows.items()},
-        {index: row.kind for index, row in rows.items()},
-        {index: row.key for index, row in rows.items()},
-    ).as_json()
+    generated, true, kinds, keys = ({index: row[at] for index, row in job.generated.items()} for at in (3, 2, 1, 0))
+    scores = reading_scores(generated, true, kinds, keys).as_json()
     for kind, found in scores["by_kind"].items():
-        guess = job.options.guess.get(kind)
+        guess = (job.options.guess or {}).get(kind)
         found["times_guessing"] = found["exact_match"] / guess if guess else None
-    return {**scores.pop("overall"), **scores, "skipped_samples": job.caption_skips}
+    return {**scores, "skipped_samples": job.caption_skips}
+
+
+def _reading_line(found: Result, results: Mapping[str, Result]) -> str:
+    exact = f"{100 * found['exact_match']:.1f}% of {found['pictures']:,} captions are exactly right"
+    return f"{exact}, character error rate {found['character_error_rate']:.3f}"
+
+
+def _reading_table(found: Result) -> list[dict[str, str]]:
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        {
+            "kind": kind,
+            "images": f"{row['pictures']:,}",
+            "exactly right": f"{row['exact_match']:.1%} ({round(row['exact_match'] * row['pictures'])})",
+            "times guessing": shown(row["times_guessing"], ".0f"),
+            "character error rate": shown(row["character_error_rate"], ".3f"),
+            "numbers right": shown(row["number_accuracy"], ".1%"),
+        }
+        for kind, row in found["by_kind"].items()
+    ]
 
 
 def _questions(job: EvalJob) -> dict[str, Any]:
-    options = job.options
+    options, model = job.options, job.model
     assert options.questions is not None
-    generation = dict(options.generation)
-
-    def answer(images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
-        return job.subject.generate(images_BCHW, keys, prompts, **generation)
-
-    longest = generation.get("seq_len") or job.subject.tokenize([""]).shape[1]
-
-    def room(prompt: str) -> int:
-        """A prompt that fills the context was cut by the tokenizer, and has its end at the last place."""
-        ends = (job.subject.tokenize([prompt])[0] == job.compute.eos_id).nonzero()
-        return longest - (int(ends[0]) if len(ends) else longest)
-
+    longest = options.seq_len or model.tokenize([""]).shape[1]
     scores = answer_questions(
         read_questions(options.questions, options.question_images, options.question_rule),
-        answer,
-        job.evaluated.preprocess,
+        lambda images_BCHW, keys, prompts: model.generate(images_BCHW, keys, prompts, **options.generation),
+        model.preprocess,
         batch_size=options.batch_size,
         prompt=options.prompt,
-        room=room,
-        rank=job.rank,
-        world_size=job.world_size,
+        room=lambda prompt: longest - int(model.num_targets(model.tokenize([prompt]))),
+        rank=job.place.rank,
+        world_size=job.place.world_size,
     )
-    found = scores.as_json()
-    return {**found.pop("overall"), **found}
+    return scores.as_json()
 
 
-def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Callable[[EvalJob], dict[str, Any]]:
-    def run(job: EvalJob) -> dict[str, Any]:
+def _questions_line(found: Result, results: Mapping[str, Result]) -> str:
+    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
+    return f"score {found['score']:.3f} of {found['questions']:,} questions: {rules}"
+
+
+def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Task:
+    def compute(job: EvalJob) -> dict[str, Any]:
         assert job.options.train_data is not None
         train, test = (job.features(data, kind) for data in (job.options.train_data, job.options.data))
-        found = probe(train, test, device=job.compute.device)
-        return {**found, "skipped_samples": _skips(train, test)}
+        skipped = {"train": dict(train.skips), "test": dict(test.skips)}
+        return {**probe(train, test, device=job.model.device), "skipped_samples": skipped}
 
-    return run
-
-
-def _with_skips(job: EvalJob, loader: EvalLoader, found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "skipped_samples": gathered_keys(loader.skipped_keys, job.world_size)}
+    return Task(compute=compute, line=_top1_line, needs=("features",), flags=("train_data",))
 
 
 def _likelihood(job: EvalJob) -> dict[str, Any]:
     options, loader = job.options, job.labelled()
-    found = zero_shot_likelihood(
-        job.subject, loader, options.classes, options.templates,
-        length_normalise=options.length_normalise, world_size=job.world_size,
+    found = zero_shot.zero_shot_likelihood(
+        job.model, loader, options.classes, options.templates,
+        length_normalise=options.length_normalise, world_size=job.place.world_size,
     )  # fmt: skip
-    return _with_skips(job, loader, found)
+    return job.with_skips(loader, found)
 
 
 def _zero_shot(job: EvalJob) -> dict[str, Any]:
-    options, loader = job.options, job.labelled()
-    found = zero_shot_contrastive(job.subject, loader, options.classes, options.templates, world_size=job.world_size)
-    return _with_skips(job, loader, found)
+    options, loader, world_size = job.options, job.labelled(), job.place.world_size
+    found = zero_shot.zero_shot_contrastive(
+        job.model, loader, options.classes, options.templates, world_size=world_size
+    )
+    return job.with_skips(loader, found)
+
+
+def _top1_line(found: Result, results: Mapping[str, Result]) -> str:
+    top5 = "" if found["top5"] is None else f", top-5 {found['top5']:.1%}"
+    return f"top-1 {found['top1']:.1%}{top5} of {found['n_test']:,} images, {found['n_classes']} classes"
 
 
 def _likelihood_retrieval(job: EvalJob) -> dict[str, Any]:
     loader, normalise = job.captioned(), job.options.length_normalise
-    found = likelihood_retrieval(job.subject, loader, length_normalise=normalise, world_size=job.world_size)
-    return _with_skips(job, loader, found)
+    world_size = job.place.world_size
+    found = zero_shot.likelihood_retrieval(job.model, loader, length_normalise=normalise, world_size=world_size)
+    return job.with_skips(loader, found)
 
 
 def _retrieval(job: EvalJob) -> dict[str, Any]:
     loader = job.captioned()
-    return _with_skips(job, loader, contrastive_retrieval(job.subject, loader, world_size=job.world_size))
+    found = zero_shot.contrastive_retrieval(job.model, loader, world_size=job.place.world_size)
+    return job.with_skips(loader, found)
+
+
+def _recall_line(found: Result, results: Mapping[str, Result]) -> str:
+    def recalls(name: str) -> str:
+        shares = {k: found[f"{name}_recall_at_{k}"] for k in (1, 5, 10)}
+        return ", ".join(f"R@{k} {share:.1%}" for k, share in shares.items() if share is not None)
+
+    return f"image to text {recalls('image_to_text')}; text to image {recalls('text_to_image')}"
 
 
 def _keep_ratios(job: EvalJob) -> dict[str, Any]:
-    """Caption loss by share of kept tokens."""
-    model = job.evaluated.model
-
-    def measure(ratio: float) -> dict[str, Any]:
+    """Caption loss by keep ratio; the default ones as far as they keep a token."""
+    rows: dict[str, Any] = {}
+    for ratio in sorted(set(job.options.keep_ratios or KEEP_RATIOS)):
+        try:
+            model = job.model.with_keep_ratio(ratio)
+        except UserError:
+            if job.options.keep_ratios:
+                raise
+            continue
         loader = job.captioned()
-        return _with_skips(job, loader, caption_loss(model, loader, job.compute, ratio))
+        rows[f"{ratio:g}"] = job.with_skips(loader, caption_loss(model, loader, job.place.world_size))
+    return {"by_keep_ratio": rows}
 
-    rows, columns = cast(CaptionModel, model).visual.grid_size
-    ratios = job.options.keep_ratios or [ratio for ratio in KEEP_RATIOS if ratio * rows * columns >= 1]
-    return {"by_keep_ratio": keep_ratio_curve(measure, ratios)}
+
+def _keep_ratios_line(found: Result, results: Mapping[str, Result]) -> str:
+    rows = found["by_keep_ratio"].items()
+    return "nats per token: " + ", ".join(f"{row['caption_loss']:.3f} at {ratio}" for ratio, row in rows)
 
 
 def _image_sizes(job: EvalJob) -> dict[str, Any]:
-    """Caption loss where the model captions, and k-NN where there is labelled training data, by resolution."""
-    open_at = job.evaluated.at_size
-    if open_at is None:
-        raise UserError("image-sizes: a model in training keeps its resolution; evaluate its checkpoint")
-
-    def measure(image_size: int) -> dict[str, Any]:
-        at = EvalJob(open_at(image_size), job.compute, job.options, job.rank)
-        found, errors = {}, []
+    """By resolution: caption loss where the model captions, k-NN where there is labelled training data."""
+    rows: dict[str, Any] = {}
+    for size in sorted(set(job.options.image_sizes)):  # one model at a time in memory
+        at, found, errors = job.of(job.model.with_image_size(size)), {}, []
         for name in ("caption-loss", "knn"):
-            if TASKS[name].lacks(at) is None:
+            if TASKS[name].obstacle(at.model.name, at.model.abilities, at.options) is None:
                 try:
-                    found[name] = TASKS[name].run(at)
-                except UserError as error:  # labelled pictures need no captions, nor the other way round
+                    found[name] = TASKS[name].compute(at)
+                except UserError as error:  # labelled images need no captions, nor the other way round
                     errors.append(error)
         if not found and errors:
             raise errors[0]
-        return found
+        rows[str(size)] = found
+    return {"by_image_size": rows}
 
-    return {"by_image_size": resolution_curve(measure, job.options.image_sizes)}
 
-
-def _skips(train: Features, test: Features) -> dict[str, dict[str, list[str]]]:
-    return {"train": dict(train.skips), "test": dict(test.skips)}
+def _image_sizes_line(found: Result, results: Mapping[str, Result]) -> str:
+    sizes = []
+    for size, row in found["by_image_size"].items():
+        parts = [f"{row['caption-loss']['caption_loss']:.3f} nats per token"] if "caption-loss" in row else []
+        parts += [f"k-NN {row['knn']['top1']:.1%}"] if "knn" in row else []
+        sizes.append(f"{size} px: {' and '.join(parts) or 'no task'}")
+    return ", ".join(sizes)
 
 
 TASKS: Mapping[str, Task] = {
-    "caption-loss": Task(_caption_loss, "caption"),
-    "shuffled-loss": Task(_shuffled_loss, "caption"),
-    "caption": Task(_caption, "caption", module="pycocoevalcap"),
-    "read-text": Task(_read_text, "caption"),
-    "likelihood": Task(_likelihood, "caption", labels=True),
-    "likelihood-retrieval": Task(_likelihood_retrieval, "caption", named_only=True),
-    "zero-shot": Task(_zero_shot, "contrast", labels=True),
-    "retrieval": Task(_retrieval, "contrast"),
-    "questions": Task(_questions, "caption", ("questions",)),
-    "linear-probe": Task(_probe(linear_probe, "pooled"), "features", ("train_data",)),
-    "knn": Task(_probe(knn, "pooled"), "features", ("train_data",)),
-    "attentive-probe": Task(_probe(attentive_probe, "tokens"), "features", ("train_data",)),
-    "keep-ratios": Task(_keep_ratios, "caption", drops_tokens=True),
-    "image-sizes": Task(_image_sizes, "features", ("image_sizes",)),
-}
+    "caption-loss": Task(compute=_caption_loss, line=_loss_line, needs=("caption",)),
+    "shuffled-loss": Task(compute=_shuffled_loss, line=_shuffled_line, needs=("caption",)),
+    "caption": Task(compute=_caption, line=_caption_line, needs=("caption",), module="pycocoevalcap"),
+    "read-text": Task(compute=_read_text, line=_reading_line, needs=("caption",), table=_reading_table),
+    "likelihood": Task(compute=_likelihood, line=_top1_line, needs=("caption",), labels=True),
+    "likelihood-retrieval": Task(
+        compute=_likelihood_retrieval, line=_recall_line, needs=("caption",), named_only=True
+    ),
+    "zero-shot": Task(compute=_zero_shot, line=_top1_line, needs=("contrast",), labels=True),
+    "retrieval": Task(compute=_retrieval, line=_recall_line, needs=("contrast",)),
+    "questions": Task(compute=_questions, line=_questions_line, needs=("caption",), flags=("questions",)),
+    "linear-probe": _probe(linear_probe, "pooled"),
+    "knn": _probe(knn, "pooled"),
+    "attentive-probe": _probe(attentive_probe, "tokens"),
+    "keep-ratios": Task(compute=_keep_ratios, line=_keep_ratios_line, needs=("caption", "dropping")),
+    "image-sizes": Task(
+        compute=_image_sizes, line=_image_sizes_line, needs=("features", "resizing"), flags=("image_sizes",)
+    ),
+}  # fmt: skip
 
 
-def check_tasks(text: str) -> tuple[str, ...]:
-    """Names of tasks; empty for all. Raises UserError for an unknown one."""
-    if text == ALL:
-        return ()
-    names = tuple(part.strip() for part in text.split(","))
+def check_names(names: Sequence[str]) -> None:
+    """Raises UserError for a task that does not exist."""
     for name in names:
         if name not in TASKS:
-            raise UserError(f"--tasks {name}: no such task (there are: {', '.join(TASKS)}; or {ALL})")
-    return names
+            raise unknown_key("--tasks", name, (*TASKS, ALL), "task")
 
 
-def run_tasks(
-    job: EvalJob,
-    say: Callable[[str], None] = lambda line: None,
-    done: Callable[[dict[str, Any]], None] = lambda results: None,
-) -> dict[str, Any]:
-    """Results by task; `done` gets them after each. Raises UserError: a task that was named cannot be done, which is
-    found before the first one as far as it can be; of `all`, what cannot is said."""
-    names = check_tasks(job.options.tasks)
-    for name in names:
-        reason = TASKS[name].lacks(job)
-        if reason:
-            raise UserError(f"--tasks {name}: {reason}")
-    results: dict[str, Any] = {}
-    for name in names or [name for name, task in TASKS.items() if not task.named_only]:
-        reason = TASKS[name].lacks(job)
-        if reason:
-            say(f"{name}: left out, {reason}")
-            continue
-        try:
-            results[name] = TASKS[name].run(job)
-            done(results)
-        except UserError as error:  # of the data, which is the same on all ranks
-            if names:
-                raise
-            say(f"{name}: left out, {error}")
-    if not results:
-        raise UserError(f"no task can be done on {job.evaluated.name}; name one with --tasks to see why")
-    return results
-
-
-def headlines(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """`task/metric` -> number, of the numbers at the top of each result."""
-    return {
-        f"{task}/{name}": float(value)
-        for task, found in results.items()
-        for name, value in found.items()
-        if isinstance(value, float) and name not in CONSTANTS
-    }
+def check_tasks(options: EvalOptions, model: str, abilities: frozenset[Ability]) -> None:
+    """Raises UserError for a named task that a model of this name and these abilities cannot do."""
+    check_names(options.tasks)
+    for name in options.tasks:
+        obstacle = TASKS[name].obstacle(model, abilities, options)
+        if obstacle:
+            raise UserError(f"--tasks {name}: {obstacle}")

@@ -54,7 +54,9 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("open_clip.tokenizer.HFTokenizer", "tokenizer", "openclip/models/tokenizer.py", "its end of text"),
     *(
-        PrivateName("open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py", _COCA_PARTS)
+        PrivateName(
+            "open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py openclip/models/coca.py", _COCA_PARTS
+        )
         for name in ("image_latent", "image_embs", "output_labels", "text", "text_decoder", "pad_id")
     ),
     PrivateName(
@@ -77,7 +79,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch._dynamo.eval_frame.OptimizedModule",
         "_orig_mod",
-        "evaluate/caption_loss.py",
+        "openclip/models/eval_models.py",
         "the model inside torch.compile",
     ),
     PrivateName(

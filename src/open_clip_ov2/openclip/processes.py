@@ -1,4 +1,4 @@
-"""One or several processes for what is not training: OpenCLIP's own start-up, and an end in any case."""
+"""One or several processes for what is not training: OpenCLIP's own start-up, and a clean end in any case."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from open_clip_train.distributed import init_distributed_device
 
 @dataclass(frozen=True)
 class Processes:
-    """`device` of this one, and its place among all."""
+    """The `device` of this process, and its place among all."""
 
     device: torch.device
     rank: int
     world_size: int
 
 
+def default_device(device: str | None = None) -> torch.device:
+    """The device of this name; by default a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """A process group under torchrun or srun, alone otherwise."""
-    place = argparse.Namespace(device=device)
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """A process group under torchrun or srun, one process otherwise."""
+    place = argparse.Namespace(device=str(default_device(device)))
     found = init_distributed_device(place)
     try:
         yield Processes(found, int(place.rank), int(place.world_size))

@@ -1,12 +1,18 @@
-"""Answers brought to the form in which a benchmark compares them.
+"""Texts in the form in which they are compared, and the edit distance between two of them.
 
 `vqa_normalised` follows TextVQA's official evaluation, `EvalAIAnswerProcessor` of facebookresearch/mmf
 (mmf/utils/m4c_evaluators.py), its oddities included: a score is comparable only if they are the same.
+
+`detokenized` joins what tokenizers split. OpenCLIP's BPE splits off each digit and each mark, so that "$1,000.50" and
+"it's" are decoded as "$ 1 , 0 0 0 . 5 0" and "it 's"; word pieces come back as "$ 1, 000. 50". Without it, no number of
+several digits would ever be right. Text that lost nothing stays as it is, except that digits and marks that stood apart
+on purpose cannot be told from the others: "1 2" becomes 12, "red - 5" becomes red-5.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Sequence
 
 ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -31,11 +37,24 @@ CONTRACTIONS = {
 _PERIOD = re.compile(r"\.(?!\d)")
 # The official code passes re.UNICODE where `count` stands, which is 32: later periods stay.
 _MOST_PERIODS = 32
+_JOINED = (
+    (re.compile(r"(?<=\d) (?=\d)"), ""),  # 1 2 -> 12
+    (re.compile(r"(?<=\d) ?([./]) (?=\d)"), r"\1"),  # 3 . 5 -> 3.5
+    (re.compile(r"(?<=\d) ?, (?=\d{3}\b)"), ","),  # 1 , 000 -> 1,000
+    (re.compile(r"(?<=\d) ?: (?=\d\d\b)"), ":"),  # 12 : 30 -> 12:30
+    (re.compile(r"(?<=\b[^\W\d_]) ?\. (?=[^\W\d_] ?\.)"), "."),  # u . s . -> u.s.
+    (re.compile(r"(?<=\w) ' ?(?=(?:s|t|m|d|re|ve|ll)\b)"), "'"),  # it 's, don ' t -> it's, don't
+    (re.compile(r"(?<=\w) - (?=\w)"), "-"),  # t - shirt -> t-shirt
+    (re.compile(r"([$€£#]) (?=\d)"), r"\1"),  # $ 5 -> $5
+    (re.compile(r" (?=[.,!?;:%)\]](?:\W|$))"), ""),  # a dog . -> a dog.
+    (re.compile(r"([(\[]) (?=\w)"), r"\1"),  # ( a -> (a
+    (re.compile(r"^- (?=\d)"), "-"),  # - 5 -> -5, as an answer
+)
 
 
 def vqa_normalised(answer: str) -> str:
-    """Lower case; punctuation, articles and periods (but in decimals) gone; number words as digits; apostrophes put
-    back; single spaces.
+    """Lower case, single spaces, number words as digits, apostrophes restored, without punctuation, articles and
+    periods (those in decimals stay).
 
     A punctuation mark that touches a space anywhere in the answer is deleted everywhere, any other becomes a space.
     """
@@ -60,3 +79,26 @@ def number(text: str) -> float | None:
 def plain(text: str) -> str:
     """Lower case, each run of white space one space, none at the ends."""
     return " ".join(text.lower().split())
+
+
+def detokenized(text: str) -> str:
+    """The text with its numbers, contractions and punctuation joined as they would be written."""
+    for pattern, replacement in _JOINED:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def edit_distance(true: Sequence[Hashable], generated: Sequence[Hashable]) -> int:
+    """Fewest insertions, deletions and substitutions that turn one into the other (Levenshtein, 1966), each of cost 1.
+
+    It counts characters if strings are given, words if lists of words are.
+    """
+    above = list(range(len(generated) + 1))
+    for row, wanted in enumerate(true, start=1):
+        left = row
+        current = [left]
+        for column, found in enumerate(generated, start=1):
+            left = min(above[column] + 1, left + 1, above[column - 1] + (wanted != found))
+            current.append(left)
+        above = current
+    return above[-1]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from open_clip_ov2.evaluate.text.edits import edit_distance
-from open_clip_ov2.evaluate.text.normalise import number, plain, vqa_normalised
+from open_clip_ov2.evaluate.text.normalise import edit_distance, number, plain, vqa_normalised
 
 VQA_ANSWERS = 10  # people asked per question; the official evaluation asserts it
 VQA_AGREEING = 3  # an answer that three of the others gave counts in full

@@ -1,4 +1,4 @@
-"""Questions about pictures, from our JSON lines or the files that benchmarks publish.
+"""Questions about images, from our JSON lines or the files that benchmarks publish.
 
     *.jsonl   a line each: {"image": path, "question": str, "answer" or "answers": text or list, "id", "rule", "group"}
     *.json    TextVQA, DocVQA  {"data": [{"question", "answers", "image_id" or "image", "question_id", ...}]}
@@ -12,15 +12,15 @@ Images are looked for beside the file, or in the folder that is given, and in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, MISSING_IMAGE
-from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.skipped import Skipped, summary
+from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, MISSING_IMAGE, Skipped, summary
+from open_clip_ov2.errors import UserError, unknown_key
 from open_clip_ov2.evaluate.text.question_answering import RULES, VQA_ANSWERS
+from open_clip_ov2.files import read_json
 
 MISSING_QUESTION = "missing question"
 MISSING_ANSWERS = "missing answers"
@@ -30,7 +30,7 @@ UNKNOWN_RULE = "unknown rule"
 
 @dataclass(frozen=True)
 class Question:
-    """One question, whose image exists. `group` is what a benchmark breaks its score down by, or empty."""
+    """One question, whose image exists. `group` is what a benchmark reports its scores by, or empty."""
 
     key: str
     image: Path
@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """The usable questions of a file in its order, and what was left out."""
+    """The usable questions of a file in file order, and the skipped ones."""
 
     questions: tuple[Question, ...]
     skipped: tuple[Skipped, ...]
@@ -53,13 +53,13 @@ class _Unusable(Exception):
 
 
 def read_questions(path: Path, images: Path | None = None, rule: str = "exact") -> QuestionFile:
-    """Questions of a file, `rule` for those that neither name one nor come from a known benchmark.
+    """The questions of a file; `rule` is for those that neither name one nor come from a known benchmark.
 
-    A bad line is skipped under its id, or under the file's name and its number in it.
+    A bad line is skipped under its id, or under the file's name and its line number.
     Raises UserError if the file cannot be read or has no usable question, or the rule is unknown.
     """
     if rule not in RULES:
-        raise UserError(f"no rule {rule!r} for answers (there are: {', '.join(RULES)})")
+        raise unknown_key(str(path), rule, RULES, "rule")
     folder = path.parent if images is None else images
     questions: list[Question] = []
     skipped: list[Skipped] = []
@@ -68,27 +68,33 @@ def read_questions(path: Path, images: Path | None = None, rule: str = "exact") 
         try:
             if isinstance(entry, _Unusable):
                 raise entry
-            record = _record(entry, rule)
-            key = record.key or key
-            questions.append(_question(record, key, folder))
+            if not isinstance(entry, dict):
+                raise _Unusable(BAD_JSON, "not an object")
+            ids = (entry.get(name) for name in ("id", "question_id", "questionId"))
+            key = next((str(one) for one in ids if isinstance(one, (str, int)) and one != ""), key)
+            questions.append(_question(key, _fields(entry, rule), folder))
         except _Unusable as unusable:
             skipped.append(Skipped(key, *unusable.args))
     if not questions:
         raise UserError(
-            f"{path}: no usable question ({summary(skipped) or 'it is empty'}); images are sought in {folder}"
+            f"{path}: no usable question ({summary(skipped) or 'it is empty'}); images are looked for in {folder}"
         )
     return QuestionFile(tuple(questions), tuple(skipped))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """Numbers from one and parsed entries, or what is wrong with a line. Blank lines count, but hold nothing."""
+    """Entries numbered from one, each parsed or the error of its line. Blank lines count, but hold nothing."""
+    if path.suffix.lower() == ".json":
+        parsed = read_json(path, what='a list of questions or {"data": [...]} (a .jsonl file has one object a line)')
+        entries = parsed.get("data") if isinstance(parsed, dict) else parsed
+        if not isinstance(entries, list):
+            raise UserError(f'{path}: expected a list of questions or {{"data": [...]}}')
+        yield from enumerate(entries, start=1)
+        return
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the questions ({error.strerror})") from None
-    if path.suffix.lower() == ".json":
-        yield from enumerate(_published(path, content), start=1)
-        return
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -100,94 +106,46 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, _Unusable(BAD_JSON, str(error))
 
 
-def _published(path: Path, content: bytes) -> list[Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); one object a line is read from a .jsonl file") from None
-    entries = parsed.get("data") if isinstance(parsed, dict) else parsed
-    if not isinstance(entries, list):
-        raise UserError(f'{path}: neither a list of questions nor {{"data": [...]}}')
-    return entries
+class _Fields(NamedTuple):
+    """An entry of any benchmark, not checked yet; `images` are the places where its image may be."""
 
-
-@dataclass(frozen=True)
-class _Record:
-    """An entry of any shape, not checked yet."""
-
-    key: str
-    images: tuple[Any, ...]  # candidates, relative to the folder
+    images: tuple[Any, ...]
     question: Any
     answers: Any
     rule: Any
-    group: str
+    group: str = ""
 
 
-def _record(entry: Any, rule: str) -> _Record:
-    if not isinstance(entry, dict):
-        raise _Unusable(BAD_JSON, "not an object")
-    if "rule" in entry or ("image" in entry and "questionId" not in entry):
-        return _own(entry, rule)
-    shapes = (shape for mark, shape in _SHAPES.items() if mark in entry)
-    return next(shapes, _own)(entry, rule)
-
-
-def _text_vqa(entry: Mapping[str, Any], rule: str) -> _Record:
-    """TextVQA 0.5.1. Pictures of its validation split are in train_images."""
-    name = f"{entry['image_id']}.jpg"
-    folders = ("train_images", "test_images")
-    images = (name, *(f"{folder}/{name}" for folder in folders))
-    return _Record(_key(entry), images, entry.get("question"), entry.get("answers"), "vqa", "")
-
-
-def _doc_vqa(entry: Mapping[str, Any], rule: str) -> _Record:
-    """Its pictures lie in a flat folder today, whatever `image` says."""
-    name = str(entry.get("image", "")).rsplit("/", 1)[-1]
-    images = (entry.get("image"), name, f"spdocvqa_images/{name}") if name else (entry.get("image"),)
-    return _Record(_key(entry), images, entry.get("question"), entry.get("answers"), "anls", "")
-
-
-def _chart_qa(entry: Mapping[str, Any], rule: str) -> _Record:
-    name = entry["imgname"]
-    return _Record(_key(entry), (f"png/{name}", name), entry.get("query"), entry.get("label"), "relaxed", "")
-
-
-def _ocr_bench(entry: Mapping[str, Any], rule: str) -> _Record:
-    name, question = entry["image_path"], entry.get("question")
-    rule = "ocrbench-math" if entry.get("dataset_name") == "HME100k" else "ocrbench"
-    images = (name, f"OCRBench_Images/{name}")
-    return _Record(_key(entry), images, question, entry.get("answers"), rule, str(entry.get("type", "")))
-
-
-def _own(entry: Mapping[str, Any], rule: str) -> _Record:
+def _fields(entry: Mapping[str, Any], rule: str) -> _Fields:
+    """A benchmark is known by the field that only its entries have."""
+    question, answers = entry.get("question"), entry.get("answers")
+    own = "rule" in entry or ("image" in entry and "questionId" not in entry)
+    if not own and "imgname" in entry:  # ChartQA
+        name = entry["imgname"]
+        return _Fields((f"png/{name}", name), entry.get("query"), entry.get("label"), "relaxed")
+    if not own and "image_path" in entry:  # OCRBench
+        name = entry["image_path"]
+        rule = "ocrbench-math" if entry.get("dataset_name") == "HME100k" else "ocrbench"
+        return _Fields((name, f"OCRBench_Images/{name}"), question, answers, rule, str(entry.get("type", "")))
+    if not own and "questionId" in entry:  # DocVQA: its images lie in a flat folder today, whatever `image` says
+        name = str(entry.get("image", "")).rsplit("/", 1)[-1]
+        flat = (name, f"spdocvqa_images/{name}") if name else ()
+        return _Fields((entry.get("image"), *flat), question, answers, "anls")
+    if not own and "image_id" in entry:  # TextVQA 0.5.1: the images of its validation split are in train_images
+        name = f"{entry['image_id']}.jpg"
+        return _Fields((name, f"train_images/{name}", f"test_images/{name}"), question, answers, "vqa")
     answers = entry.get("answers", entry.get("answer"))
-    named = entry.get("rule", rule)
-    group = str(entry.get("group", ""))
-    return _Record(_key(entry), (entry.get("image"),), entry.get("question"), answers, named, group)
+    return _Fields((entry.get("image"),), question, answers, entry.get("rule", rule), str(entry.get("group", "")))
 
 
-# The field that only this benchmark's entries have.
-_SHAPES: dict[str, Callable[[Mapping[str, Any], str], _Record]] = {
-    "imgname": _chart_qa,
-    "image_path": _ocr_bench,
-    "questionId": _doc_vqa,
-    "image_id": _text_vqa,
-}
-
-
-def _key(entry: Mapping[str, Any]) -> str:
-    names = ("id", "question_id", "questionId")
-    return next((str(entry[name]) for name in names if isinstance(entry.get(name), str | int)), "")
-
-
-def _question(record: _Record, key: str, folder: Path) -> Question:
-    """The record, checked. Raises _Unusable."""
-    if not isinstance(record.question, str) or not record.question.strip():
+def _question(key: str, fields: _Fields, folder: Path) -> Question:
+    """The entry, checked. Raises _Unusable."""
+    if not isinstance(fields.question, str) or not fields.question.strip():
         raise _Unusable(MISSING_QUESTION)
-    if not isinstance(record.rule, str) or record.rule not in RULES:
-        raise _Unusable(UNKNOWN_RULE, f"{record.rule!r}; there are: {', '.join(RULES)}")
-    answers = _answers(record.answers, record.rule)
-    return Question(key, _image(record, folder), record.question, answers, record.rule, record.group)
+    if not isinstance(fields.rule, str) or fields.rule not in RULES:
+        raise _Unusable(UNKNOWN_RULE, f"{fields.rule!r}; known: {', '.join(RULES)}")
+    answers = _answers(fields.answers, fields.rule)
+    return Question(key, _image(fields.images, folder), fields.question, answers, fields.rule, fields.group)
 
 
 def _answers(given: Any, rule: str) -> tuple[str, ...]:
@@ -199,15 +157,13 @@ def _answers(given: Any, rule: str) -> tuple[str, ...]:
     real = tuple(text for text in texts if text.strip())
     if not real:
         raise _Unusable(MISSING_ANSWERS)
-    if rule != "vqa":
-        return real
-    if len(texts) != VQA_ANSWERS:
+    if rule == "vqa" and len(texts) != VQA_ANSWERS:
         raise _Unusable(WRONG_NUMBER_OF_ANSWERS, f"rule vqa takes {VQA_ANSWERS}, one a person, and got {len(texts)}")
-    return texts
+    return texts if rule == "vqa" else real
 
 
-def _image(record: _Record, folder: Path) -> Path:
-    names = [name for name in record.images if isinstance(name, str) and name and "\0" not in name]
+def _image(places: Sequence[Any], folder: Path) -> Path:
+    names = [name for name in places if isinstance(name, str) and name and "\0" not in name]
     try:
         found = next((folder / name for name in names if (folder / name).is_file()), None)
     except (OSError, ValueError):  # a name that is too long, or no text that a file system takes

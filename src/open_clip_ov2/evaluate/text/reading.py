@@ -14,12 +14,9 @@ from dataclasses import astuple, dataclass
 from functools import reduce
 from typing import Any
 
-from open_clip_ov2.data.skips import EMPTY_CAPTION
+from open_clip_ov2.data.skips import EMPTY_CAPTION, Skipped, summary
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.skipped import Skipped, summary
-from open_clip_ov2.evaluate.text.detokenize import detokenized
-from open_clip_ov2.evaluate.text.edits import edit_distance
-from open_clip_ov2.evaluate.text.normalise import NUMBER_WORDS, number, plain
+from open_clip_ov2.evaluate.text.normalise import NUMBER_WORDS, detokenized, edit_distance, number, plain
 from open_clip_ov2.evaluate.text.question_answering import RELAXED_TOLERANCE
 
 COUNT = "count"  # the name of numbers that are written as words
@@ -79,7 +76,7 @@ class ReadingScores:
     def as_json(self) -> dict[str, Any]:
         rows = {kind: reading.rates() for kind, reading in self.by_kind.items()}
         skipped = [{"key": one.key, "cause": one.cause} for one in self.skipped]
-        return {"overall": self.overall.rates(), "by_kind": rows, "skipped": skipped}
+        return {**self.overall.rates(), "by_kind": rows, "skipped": skipped}
 
 
 def reading_scores(

@@ -10,11 +10,11 @@ from typing import Any
 from open_clip.factory import get_model_config
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.eval_model import Ability
-from open_clip_ov2.evaluate.options import options_of, source_of
-from open_clip_ov2.evaluate.tasks import TASKS, check_tasks
+from open_clip_ov2.evaluate.options import check_files, options_of
+from open_clip_ov2.evaluate.tasks import check_tasks
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
+from open_clip_ov2.openclip.models.eval_models import abilities_of
 from open_clip_ov2.recipe.stage import SCHEDULES
 from open_clip_ov2.tables import one_of, real, whole
 from open_clip_ov2.tracking.sinks import tracker_names
@@ -101,33 +101,18 @@ def _check_data(theirs: argparse.Namespace) -> None:
         raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
 
 
-def _abilities(model: str) -> frozenset[Ability]:
-    """What a model with such a config can be asked for."""
-    config = get_model_config(model) or {}
-    if factory.is_ov2_config(config):
-        return frozenset(("features", "caption"))
-    contrastive: tuple[Ability, ...] = ("features", "contrast")
-    return frozenset((*contrastive, "caption") if "multimodal_cfg" in config else contrastive)
-
-
 def check_eval(flags: str, theirs: argparse.Namespace) -> None:
     """Check `--eval` before the first step rather than at the first validation. Raises UserError."""
     if not theirs.val_data:
         raise UserError("--eval: its tasks run at each validation, and there is no --val-data")
     options = options_of(flags, "--eval")
-    able = _abilities(theirs.model)
-    for name in check_tasks(options.tasks):
-        reason = TASKS[name].lacks_flags(options)
-        if TASKS[name].ability not in able:
-            reason = f"{theirs.model} has no {TASKS[name].ability} (it has: {', '.join(sorted(able))})"
-        if reason or name == "image-sizes":
-            raise UserError(f"--eval: {name}: {reason or 'a model in training keeps its resolution'}")
-    if options.cache:
-        raise UserError("--eval: --cache: features of a model in training cannot be cached")
-    if options.questions and not options.questions.is_file():
-        raise UserError(f"--eval: {options.questions}: no such file")
-    for data in filter(None, (options.data, options.train_data)):
-        source_of(data)
+    try:
+        check_tasks(options, theirs.model, abilities_of(get_model_config(theirs.model) or {}))
+        check_files(options)
+        if options.cache:
+            raise UserError("--cache: features of a model in training cannot be cached; leave the flag out")
+    except UserError as error:
+        raise UserError(f"--eval: {error}") from None
 
 
 def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:

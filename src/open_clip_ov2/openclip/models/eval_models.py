@@ -1,67 +1,106 @@
-"""Our models and OpenCLIP's as `evaluate.subject.Subject`: one class for each thing that a model can do.
+"""Our models and OpenCLIP's as `evaluate.eval_model.EvalModel`: one class for each thing that a model can do.
 
 Shapes: B batch, C candidates, N image tokens, K kept image tokens, L caption tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch import Tensor, nn
 
-from open_clip_ov2.core import IGNORE_INDEX, CaptionModel, VisionModel, caption_targets, image_features
+from open_clip_ov2.core import (
+    IGNORE_INDEX,
+    CaptionLoss,
+    CaptionModel,
+    VisionModel,
+    caption_targets,
+    image_features,
+    num_kept,
+)
 from open_clip_ov2.core.candidates import candidate_nll
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.decoder import DecoderCache
-from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
+from open_clip_ov2.core.generate import GenerationConfig, generate
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.caption_loss import eval_kept_idx, unwrap
-from open_clip_ov2.evaluate.eval_model import Ability, Subject
-from open_clip_ov2.openclip.models.tokenizer import decode_caption
+from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
+from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
+from open_clip_ov2.openclip.models.coca import CocaImages, CocaStream, coca_nll
+from open_clip_ov2.openclip.models.factory import is_ov2_config
+from open_clip_ov2.openclip.models.open_model import open_model
+from open_clip_ov2.openclip.models.tokenizer import decode_caption, eos_id_of
 
-HEAD_BYTES = 1 << 28  # ours: logits held at once, float32
+NO_TEXT = -1  # the end-of-text id of a model without text
 
 
-def subject_of(
-    model: nn.Module,
-    tokenizer: Any,
-    compute: Compute,
-    *,
-    name: str | None = None,
-    keep_ratio: float | None = None,
-) -> Subject:
-    """`keep_ratio`: of a CaptionModel's image tokens, its own for evaluation by default. Raises UserError for a model
-    that is none of CaptionModel, VisionModel, CoCa and CLIP.
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DDP."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "module", model)
+
+
+def open_eval_model(
+    source: str, device: torch.device, world_size: int = 1, *, image_size: int | None = None
+) -> EvalModel:
+    """Any model that `open_model` opens, under evaluation in float32. Raises UserError."""
+    run = open_model(source, str(device), image_size=image_size)
+    if isinstance(run.model, CaptionModel):
+        eos_id = run.model.text_config.eos_id
+    else:
+        eos_id = NO_TEXT if isinstance(run.model, VisionModel) else eos_id_of(run.tokenizer)
+    return as_eval_model(
+        run.model,
+        run.tokenizer,
+        Compute(device, "fp32", world_size, eos_id),
+        name=source,
+        preprocess=run.preprocess,
+        checkpoint=run.checkpoint,
+        reopen=lambda image_size: open_eval_model(source, device, world_size, image_size=image_size),
+    )
+
+
+def as_eval_model(
+    model: nn.Module, tokenizer: Any, compute: Compute, *, name: str | None = None, **more: Any
+) -> EvalModel:
+    """`more`: the last fields of FeatureModel. Raises UserError for a model that is none of CaptionModel, VisionModel,
+    CoCa and CLIP.
     """
     model = unwrap(model).eval()
-    kinds: list[tuple[Any, type[FeatureSubject]]] = [
-        (CaptionModel, CaptionSubject), (CoCa, CocaSubject), ((CLIP, CustomTextCLIP), ContrastSubject),
-        (VisionModel, FeatureSubject),
+    kinds: list[tuple[Any, type[FeatureModel]]] = [
+        (CaptionModel, Ov2Model), (CoCa, CocaModel), ((CLIP, CustomTextCLIP), ContrastModel),
+        (VisionModel, FeatureModel),
     ]  # fmt: skip
-    for kind, subject in kinds:
+    for kind, wrapper in kinds:
         if isinstance(model, kind):
-            name = type(model).__name__ if name is None else name
-            return subject(model, tokenizer, compute, name, keep_ratio)
-    raise UserError(f"{type(model).__name__}: no model that can be evaluated; ov2 models, CoCa and CLIP can")
+            return wrapper(model, tokenizer, compute, name or type(model).__name__, **more)
+    raise UserError(f"{type(model).__name__}: cannot be evaluated; ov2 models, CoCa and CLIP can")
 
 
 @dataclass(frozen=True)
-class FeatureSubject:
-    """An encoder; what cannot be done raises UserError, as no caller should come to it (`abilities`)."""
+class FeatureModel:
+    """An encoder. What it cannot do (`abilities`) raises UserError.
+
+    `preprocess` of an image; `checkpoint` with its weights; `reopen` at an image size in px, where that can be done.
+    """
 
     model: Any
     tokenizer: Any
     compute: Compute
     name: str
     keep_ratio: float | None = None
+    preprocess: Callable[[Any], Tensor] = torch.as_tensor
+    checkpoint: Path | None = None
+    reopen: Callable[[int], EvalModel] | None = None
+    can: ClassVar[tuple[Ability, ...]] = ("features",)
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        return frozenset({"features"})
+        return frozenset((*self.can, *(("resizing",) if self.reopen else ())))
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +130,9 @@ class FeatureSubject:
     def num_targets(self, texts_CL: Tensor) -> Tensor:
         return (caption_targets(texts_CL, self.compute.eos_id) != IGNORE_INDEX).sum(dim=1)
 
+    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+        raise self._cannot("caption")
+
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Any:
         raise self._cannot("caption")
 
@@ -108,17 +150,23 @@ class FeatureSubject:
     def contrast_texts(self, texts_CL: Tensor) -> Tensor:
         raise self._cannot("compare pictures and texts")
 
+    def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
+        raise self._cannot("drop tokens")
+
+    def with_image_size(self, image_size: int) -> EvalModel:
+        if self.reopen is None:
+            raise UserError(f"{self.name}: a model in training keeps its resolution; evaluate its checkpoint")
+        return self.reopen(image_size)
+
     def _cannot(self, what: str) -> UserError:
         return UserError(f"{self.name}: a {type(self.model).__name__} cannot {what}")
 
 
 @dataclass(frozen=True)
-class ContrastSubject(FeatureSubject):
+class ContrastModel(FeatureModel):
     """CLIP, and what CoCa has of it."""
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"features", "contrast"})
+    can: ClassVar[tuple[Ability, ...]] = ("features", "contrast")
 
     @torch.no_grad()
     def contrast_images(self, images_BCHW: Tensor) -> Tensor:
@@ -132,7 +180,7 @@ class ContrastSubject(FeatureSubject):
 
 
 class _Captions:
-    """Of a subject that captions: prompts of unequal length in groups, ids to text."""
+    """For models that caption: prompts of unequal length in groups, ids to text."""
 
     model: Any
     tokenizer: Any
@@ -142,7 +190,7 @@ class _Captions:
     def generate(
         self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
-        """With prompts, the text that follows each. One that fills the context is cut by the tokenizer."""
+        """With prompts, the text that follows each. The tokenizer cuts a prompt that fills the context."""
         prompts = [""] * len(keys) if prompts is None else prompts
         if not len(images_BCHW) == len(keys) == len(prompts):
             raise ValueError(f"{len(images_BCHW)} images, {len(keys)} keys, {len(prompts)} prompts")
@@ -168,27 +216,28 @@ class _Captions:
         raise NotImplementedError
 
 
-def _row_nll(logits_RLV: Tensor, labels_RL: Tensor) -> Tensor:
-    """`(R, L, V)`, `(R, L)` -> `(R,)` float32."""
-    nll_RL = nn.functional.cross_entropy(
-        logits_RLV.float().flatten(0, 1), labels_RL.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return nll_RL.view(labels_RL.shape).sum(dim=1)
-
-
-def _chunked(texts_CL: Tensor, eos_id: int, images: int, vocab: int) -> list[Tensor]:
-    """Candidates whose logits for all images fit into HEAD_BYTES, without the padding that all of them have."""
-    longest = 1 + int((caption_targets(texts_CL, eos_id) != IGNORE_INDEX).sum(dim=1).max())
-    return list(texts_CL[:, :longest].split(max(1, HEAD_BYTES // (4 * images * longest * vocab))))
-
-
 @dataclass(frozen=True)
-class CaptionSubject(_Captions, FeatureSubject):
+class Ov2Model(_Captions, FeatureModel):
     """An ov2 model with its decoder; token dropping by key."""
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"features", "caption"})
+    can: ClassVar[tuple[Ability, ...]] = ("features", "caption", "dropping")
+
+    def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
+        rows, columns = self.model.visual.grid_size
+        try:
+            num_kept(rows * columns, keep_ratio)
+        except ValueError as error:
+            raise UserError(f"keep ratio {keep_ratio:g}: {error}") from error
+        return replace(self, keep_ratio=keep_ratio)
+
+    @torch.no_grad()
+    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+        images = self.compute.pixels(images_BCHW)
+        with self.compute.attention(), self.compute.autocast():
+            captions = self.compute.packed(texts_BL).to(self.device)
+            kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+            sums = self.model(images, kept_idx=kept_idx, captions=captions, caption_loss=CaptionLoss())
+        return float(sums.nll), float(sums.num_targets)
 
     @torch.no_grad()
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> DecoderCache:
@@ -203,49 +252,23 @@ class CaptionSubject(_Captions, FeatureSubject):
             return candidate_nll(self.model.text_decoder, prefix, texts_CL, self.compute.eos_id)
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
-        keep_ratio = options.pop("keep_ratio", None)
-        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio if keep_ratio is None else keep_ratio)
+        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
         return self.model.generate(images, prompt_BT, kept_idx=kept_idx, **options)
 
 
-class CocaImages(NamedTuple):
-    """What CoCa's forward takes in the place of images: `(B, D)`, `(B, N, D)`."""
-
-    latent_BD: Tensor
-    tokens_BND: Tensor
-
-    def rows(self, rows: Tensor) -> CocaImages:
-        return CocaImages(self.latent_BD.index_select(0, rows), self.tokens_BND.index_select(0, rows))
-
-
-class CocaStream(CaptionStream):
-    """Stock CoCa at work on one batch, for our generation: it has no cache, so each token is a whole forward."""
-
-    def __init__(self, model: Any, images: CocaImages, ids_BT: Tensor) -> None:
-        self._model, self._images, self._ids_BT = model, images, ids_BT
-        self._forward()
-
-    def _forward(self) -> None:
-        latent, tokens = self._images
-        out = self._model(None, self._ids_BT, image_latent=latent, image_embs=tokens, output_labels=False)
-        self.logits_BV = out["logits"][:, -1].float()
-
-    def advance(self, ids_B: Tensor) -> None:
-        self._ids_BT = torch.cat([self._ids_BT, ids_B[:, None]], dim=1)
-        self._forward()
-
-    def select(self, rows: Tensor) -> None:
-        self._images, self._ids_BT = self._images.rows(rows), self._ids_BT.index_select(0, rows)
-        self.logits_BV = self.logits_BV.index_select(0, rows)
-
-
 @dataclass(frozen=True)
-class CocaSubject(_Captions, ContrastSubject):
+class CocaModel(_Captions, ContrastModel):
     """Stock CoCa through its own forward; images encoded once."""
 
-    @property
-    def abilities(self) -> frozenset[Ability]:
-        return frozenset({"features", "caption", "contrast"})
+    can: ClassVar[tuple[Ability, ...]] = ("features", "caption", "contrast")
+
+    @torch.no_grad()
+    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+        images, texts = self.compute.pixels(images_BCHW), texts_BL.to(self.device)
+        with self.compute.attention(), self.compute.autocast():
+            logits = self.model(images, texts)["logits"]  # aligned with texts[:, 1:]
+            sums = CaptionLoss()(logits, caption_targets(texts, self.compute.eos_id))
+        return float(sums.nll), float(sums.num_targets)
 
     @torch.no_grad()
     def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> CocaImages:
@@ -256,28 +279,19 @@ class CocaSubject(_Captions, ContrastSubject):
 
     @torch.no_grad()
     def nll(self, prefix: CocaImages, texts_CL: Tensor) -> Tensor:
-        """Its text tower sees no image, so each candidate goes through it once."""
-        found, batch = [], len(prefix.latent_BD)
-        vocab = self.model.text_decoder.text_projection.shape[1]
-        for ids_cL in _chunked(texts_CL, self.compute.eos_id, batch, vocab):
-            ids_cL = ids_cL.to(self.device)
-            images_RND = prefix.tokens_BND.repeat_interleave(len(ids_cL), dim=0)
-            with self.compute.attention(), self.compute.autocast():
-                words_cLD = self.model.text(ids_cL)[1][:, :-1]
-                logits_RLV = self.model.text_decoder(images_RND, words_cLD.repeat(batch, 1, 1))
-            labels_RL = caption_targets(ids_cL, self.compute.eos_id).repeat(batch, 1)
-            found.append(_row_nll(logits_RLV, labels_RL).view(batch, -1))
-        return torch.cat(found, dim=1)
+        return coca_nll(self.model, self.compute, prefix, texts_CL)
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
-        options.pop("keep_ratio", None)  # CoCa drops no tokens
         seq_len = options.pop("seq_len", None) or self.model.context_length
         if not prompt_BT.shape[1] < seq_len <= self.model.context_length:
-            raise ValueError(
-                f"seq_len must be more than the prompt's {prompt_BT.shape[1]} tokens and at most the context length "
-                f"{self.model.context_length}, got {seq_len}"
-            )
+            least, most = prompt_BT.shape[1], self.model.context_length
+            raise ValueError(f"seq_len must be above the prompt's {least} tokens and at most {most}, got {seq_len}")
         config = GenerationConfig(seq_len=seq_len, eos_id=self.compute.eos_id, pad_id=self.model.pad_id, **options)
-        out = self.model(images)
-        stream = CocaStream(self.model, CocaImages(out["image_features"], out["image_embs"]), prompt_BT)
-        return generate(stream, prompt_BT, config)
+        return generate(CocaStream(self.model, self.prefix(images, keys), prompt_BT), prompt_BT, config)
+
+
+def abilities_of(config: Mapping[str, Any]) -> frozenset[Ability]:
+    """What a model with such a config of OpenCLIP's factory can do, before it is made and while it is in training."""
+    if is_ov2_config(config):
+        return frozenset(Ov2Model.can)
+    return frozenset((CocaModel if "multimodal_cfg" in config else ContrastModel).can)

@@ -12,6 +12,7 @@ from open_clip_train.distributed import init_distributed_device
 from rich.console import Console
 
 from open_clip_ov2.errors import Interrupted
+from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
@@ -119,8 +120,6 @@ class Session:
         return value
 
     def _gathered(self, counts: dict[str, int]) -> dict[str, int]:
-        from open_clip_ov2.evaluate.caption_loss import gathered_counts  # which imports this module
-
         return gathered_counts(counts, self.world_size)
 
     def _shared(self, value: Any) -> Any:

@@ -23,7 +23,7 @@ from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.receive import worker_death
 from open_clip_ov2.errors import RunFailed, UserError
-from open_clip_ov2.evaluate.caption_loss import gathered_counts
+from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.tokenizer import eos_id_of

@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from open_clip import CoCa
-from torch import nn
+from torch import Tensor, nn
 
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate import caption_loss as evaluate
-from open_clip_ov2.evaluate.eval_job import EvalJob, Evaluated
+from open_clip_ov2.evaluate.caption_loss import caption_loss
+from open_clip_ov2.evaluate.eval_job import EvalJob, Place
+from open_clip_ov2.evaluate.evaluation import headlines, run_tasks
 from open_clip_ov2.evaluate.options import options_of
-from open_clip_ov2.evaluate.tasks import headlines, run_tasks
-from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
@@ -42,8 +42,8 @@ class Validation:
         loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
         metrics: dict[str, float] = {}
         with self._eager():
-            if loader is not None and (self.is_ov2 or isinstance(evaluate.unwrap(model), CoCa)):
-                metrics = evaluate.caption_loss(model, loader, compute)
+            if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
+                metrics = caption_loss(as_eval_model(model, self.built.tokenizer, compute), loader, compute.world_size)
                 if self.session.agreement.now(loader.stopped):
                     logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                     return {}
@@ -54,7 +54,7 @@ class Validation:
             metrics |= self._tasks(model, args, compute) if tasks else {}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
             if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions:
-                self._show_captions(evaluate.unwrap(model), loader, samples_seen, compute)
+                self._show_captions(model, loader, samples_seen, compute)
         return metrics
 
     @contextlib.contextmanager
@@ -72,12 +72,13 @@ class Validation:
         """The main figures of the tasks of --eval. Training draws the same random numbers as without them."""
         if self.session.plan.options.eval is None:
             return {}
-        built = self.built
-        at = Evaluated(evaluate.unwrap(model), built.val_transform, built.tokenizer, args.model)
-        job = EvalJob(at, compute, options_of(self.session.plan.options.eval, "--eval"), self.session.rank)
+        preprocess, tokenizer = self.built.val_transform, self.built.tokenizer
+        evaluated = as_eval_model(model, tokenizer, compute, name=args.model, preprocess=preprocess)
+        options = options_of(self.session.plan.options.eval, "--eval")
         with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
             try:
-                return headlines(run_tasks(job, logger.info))
+                job = EvalJob(evaluated, options, Place(self.session.rank, compute.world_size))
+                return headlines(run_tasks(job, say=logger.info))
             except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
                 logger.error("--eval: %s; training continues without these figures", error)
                 return {}
@@ -86,7 +87,13 @@ class Validation:
         batch = next(iter(loader.full()))
         count = self.session.plan.options.sample_captions
         images, keys = batch.images_BCHW[:count], batch.keys[:count]
-        generated = subject_of(model, self.built.tokenizer, compute).generate(images, keys)
+        generated = as_eval_model(model, self.built.tokenizer, compute).generate(images, keys)
         cfg = self.built.preprocess_cfg
-        pictures = evaluate.to_uint8(images, cfg["mean"], cfg["std"])
+        pictures = _to_uint8(images, cfg["mean"], cfg["std"])
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
+
+
+def _to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized float `(B, 3, H, W)` -> uint8, for people to look at."""
+    mean_C11, std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    return ((images.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,5 +1,5 @@
-"""Every family as a subject. Oracle: a whole forward pass for each pair of an image and a caption, and generation of
-each image on its own."""
+"""Every architecture under evaluation. Oracle: a whole forward pass for each pair of an image and a caption, and
+generation of each image on its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from open_clip_ov2.core.candidates import caption_trees
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss, eval_kept_idx
-from open_clip_ov2.openclip.models.eval_models import subject_of
+from open_clip_ov2.openclip.models.eval_models import as_eval_model
 from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS = 49406, 49407
@@ -60,8 +60,8 @@ def stock(baselines: Path) -> dict[str, nn.Module]:
     return models
 
 
-def subject(model: nn.Module, **more: Any) -> Any:
-    return subject_of(model, open_clip.get_tokenizer("ov2-vit-nano-8"), settings(), **more)
+def eval_model(model: nn.Module, **more: Any) -> Any:
+    return as_eval_model(model, open_clip.get_tokenizer("ov2-vit-nano-8"), settings(), **more)
 
 
 def tokenized(texts: list[str]) -> Tensor:
@@ -89,10 +89,10 @@ def test_likelihood_is_that_of_whole_passes(
     """Oracle: a pass for each pair; to 1e-4 in sums of some 50 nats, whichever candidates share a tree."""
     monkeypatch.setattr("open_clip_ov2.core.candidates.MAX_NODES", max_nodes)
     monkeypatch.setattr("open_clip_ov2.core.candidates.CPU_ROWS", 11)
-    monkeypatch.setattr("open_clip_ov2.openclip.models.eval_models.HEAD_BYTES", 4 * 3 * 49408 * max_nodes)
+    monkeypatch.setattr("open_clip_ov2.openclip.models.coca.HEAD_BYTES", 4 * 3 * 49408 * max_nodes)
     model = stock["coca_tiny"] if kind == "coca" else ov2(kind).eval()
     texts = tokenized(CAPTIONS)
-    one = subject(model)
+    one = eval_model(model)
     found = one.nll(one.prefix(images(), KEYS), texts)
     pairs = [[pair_nll(model, images()[i : i + 1], KEYS[i], texts[c : c + 1]) for c in range(7)] for i in range(3)]
     torch.testing.assert_close(found.double(), torch.tensor(pairs).double(), atol=1e-4, rtol=0)
@@ -103,7 +103,7 @@ def test_likelihood_is_that_of_whole_passes(
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_equal_captions_are_equally_likely_and_images_do_not_see_each_other(fusion: str) -> None:
     """Bit for bit in the first; in the second, oracle: each image on its own."""
-    one, texts = subject(ov2(fusion)), tokenized(CAPTIONS)
+    one, texts = eval_model(ov2(fusion)), tokenized(CAPTIONS)
     together = one.nll(one.prefix(images(), KEYS), texts)
     assert torch.equal(together[:, 0], together[:, 6])
     apart = [one.nll(one.prefix(images()[i : i + 1], KEYS[i : i + 1]), texts) for i in range(3)]
@@ -113,7 +113,7 @@ def test_equal_captions_are_equally_likely_and_images_do_not_see_each_other(fusi
 def test_all_tokens_where_all_are_asked_for() -> None:
     """Oracle: a whole pass with every token kept, of a model that by itself keeps half of them."""
     model, texts = ov2("prefix").eval(), tokenized(CAPTIONS[:1])
-    one = subject(model, keep_ratio=1.0)
+    one = eval_model(model, keep_ratio=1.0)
     with torch.no_grad():
         logits = model(images(), texts.expand(3, -1), keep_ratio=1.0)["logits"]
     labels = caption_targets(texts, EOS).expand(3, -1)
@@ -122,16 +122,16 @@ def test_all_tokens_where_all_are_asked_for() -> None:
 
 
 def test_sums_are_those_of_the_caption_loss() -> None:
-    """Oracle: seam/evaluate.caption_loss, also at another keep ratio."""
+    """Oracle: `loss_sums` over a batch, also at another keep ratio."""
     from open_clip_ov2.data.loader import Batch
 
     model, texts = ov2("prefix"), tokenized(CAPTIONS[:3])
     batch = Batch(images(), texts, KEYS, CAPTIONS[:3], [""] * 3, {})
     losses = []
     for keep_ratio in (None, 0.25):
-        one = subject(model, keep_ratio=keep_ratio)
+        one = eval_model(model, keep_ratio=keep_ratio)
         nll = one.nll(one.prefix(images(), KEYS), texts).diagonal().sum() / one.num_targets(texts).sum()
-        losses.append(caption_loss(model, [batch], settings(), keep_ratio)["caption_loss"])
+        losses.append(caption_loss(one, [batch])["caption_loss"])
         assert float(nll) == pytest.approx(losses[-1], abs=1e-5)
     assert losses[0] != losses[1]
 
@@ -161,7 +161,7 @@ def test_a_tree_computes_a_beginning_once() -> None:
 def test_what_follows_prompts_of_unequal_length(kind: str, how: dict[str, Any], stock: dict[str, nn.Module]) -> None:
     """Oracle: each image alone; for greedy, the most likely next token of a whole pass, again and again."""
     model = stock["coca_tiny"] if kind == "coca" else ov2(kind).eval()
-    one = subject(model)
+    one = eval_model(model)
     found = one.generate(images(), KEYS, PROMPTS, seq_len=12, **how)
     alone = [one.generate(images()[i : i + 1], [KEYS[i]], [PROMPTS[i]], seq_len=12, **how)[0] for i in range(3)]
     assert found == alone
@@ -182,7 +182,7 @@ def test_what_follows_prompts_of_unequal_length(kind: str, how: dict[str, Any], 
 
 def test_contrast_is_open_clips_own(stock: dict[str, nn.Module]) -> None:
     for model in stock.values():
-        one, texts = subject(model), tokenized(CAPTIONS)
+        one, texts = eval_model(model), tokenized(CAPTIONS)
         with torch.no_grad():
             out = model(images(), texts[:3])
         torch.testing.assert_close(one.contrast_images(images()), out["image_features"])
@@ -193,19 +193,19 @@ def test_abilities_and_features(stock: dict[str, nn.Module]) -> None:
     """Patch tokens are those before any norm or pooler: 36 of a 24 px picture in patches of 4, 9 of 8."""
     encoder = VisionModel(ov2("prefix").visual)
     wanted = [
-        (ov2("prefix"), {"features", "caption"}, 36),
+        (ov2("prefix"), {"features", "caption", "dropping"}, 36),
         (encoder, {"features"}, 36),
         (stock["coca_tiny"], {"features", "caption", "contrast"}, 9),
         (stock["clip_tiny"], {"features", "contrast"}, 9),
     ]
     for model, abilities, patches in wanted:
-        one = subject(model)
+        one = eval_model(model)
         assert one.abilities == abilities
         assert one.tokens(images()).shape[:2] == (3, patches)
         torch.testing.assert_close(one.pooled(images()), model.encode_image(images(), normalize=False))
     with pytest.raises(UserError, match="a VisionModel cannot caption"):
-        subject(encoder).generate(images(), KEYS)
+        eval_model(encoder).generate(images(), KEYS)
     with pytest.raises(UserError, match="enc: a VisionModel cannot read text"):
-        subject(encoder, name="enc").tokenize(["a"])
-    with pytest.raises(UserError, match="Linear: no model that can be evaluated"):
-        subject(nn.Linear(1, 1))
+        eval_model(encoder, name="enc").tokenize(["a"])
+    with pytest.raises(UserError, match="Linear: cannot be evaluated"):
+        eval_model(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Questions put to a model, and its answers scored by each question's rule.
+"""Questions asked of a model, and its answers scored by each question's rule.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.samples import IMAGE_ENTRY, Decoder, ImageFile, seeded
-from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, SkipSample
+from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, Skipped, SkipSample, summary
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.eval_model import gathered
-from open_clip_ov2.evaluate.skipped import Skipped, summary
-from open_clip_ov2.evaluate.text.detokenize import detokenized
+from open_clip_ov2.evaluate.gathering import gathered
+from open_clip_ov2.evaluate.text.normalise import detokenized
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.evaluate.text.questions import Question, QuestionFile
 
@@ -33,7 +32,7 @@ _REPORTED_AS = {"ocrbench-math": "ocrbench"}
 
 @dataclass(frozen=True)
 class Answered:
-    """One question, what the model said, and its score in [0, 1]."""
+    """One question, the model's answer, and its score in [0, 1]."""
 
     key: str
     rule: str
@@ -50,7 +49,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """`answered` in file order; `skipped` is in no mean."""
+    """`answered` in file order; `skipped` counts in no mean."""
 
     answered: tuple[Answered, ...]
     skipped: tuple[Skipped, ...]
@@ -63,7 +62,7 @@ class AnswerScores:
         return self._by(lambda one: _REPORTED_AS.get(one.rule, one.rule))
 
     def by_group(self) -> dict[str, Mean]:
-        """By what the file groups questions by (OCRBench's types); those without a group are left out."""
+        """By the file's own groups (OCRBench's types); questions without a group are left out."""
         return self._by(lambda one: one.group)
 
     def _by(self, name: Callable[[Answered], str]) -> dict[str, Mean]:
@@ -72,7 +71,7 @@ class AnswerScores:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "overall": asdict(self.overall),
+            **asdict(self.overall),
             "by_rule": {name: asdict(mean) for name, mean in self.by_rule().items()},
             "by_group": {name: asdict(mean) for name, mean in self.by_group().items()},
             "skipped": [asdict(one) for one in self.skipped],
@@ -91,66 +90,57 @@ def answer_questions(
     *,
     batch_size: int = 32,
     prompt: str = PLACE,
-    clean: Callable[[str], str] = detokenized,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
     room: Callable[[str], int] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> AnswerScores:
-    """Scores of the answers to all questions of a file; all processes get all, the same for any number of them.
+    """Scores of the answers to all questions of a file; every process gets all, the same on any number of them.
 
-    `transform` maps a PIL image to `(C, H, W)`. `prompt` is the text before the answer, `{question}` in it the place
-    of the question. `answer` is called with batches of this process's share, of `batch_size` but for the last;
-    `clean` is what is done to its answers before they are scored; `room` tells how many tokens a prompt leaves to its
-    answer. Images that do not decode, and questions that leave no room, are skipped by key. Raises UserError if all
-    are, or the prompt lacks its place.
+    `transform` maps a PIL image to `(C, H, W)`. `prompt` is the text before the answer, with the question in the place
+    of `{question}`. `answer` is called with batches of this process's questions; `room` says how many tokens a prompt
+    leaves for its answer. Images that do not decode and questions that leave no room are skipped by key. Raises
+    UserError if all are, or if the prompt has no `{question}`.
     """
     if PLACE not in prompt:
         raise UserError(f"the prompt {prompt!r} has no {PLACE}, where the question goes")
-    decoder = Decoder(transform, (), max_image_pixels)
+    decoder = Decoder(transform, ())
     answered: dict[int, Answered] = {}
     bad: dict[int, Skipped] = {}
-    mine = []
-    for index in range(rank, len(file.questions), world_size):
-        one = file.questions[index]
-        left = LEAST_ROOM if room is None else room(prompt.replace(PLACE, one.question))
-        if left < LEAST_ROOM:
-            bad[index] = Skipped(one.key, QUESTION_TOO_LONG, "it leaves no room for an answer")
-        else:
-            mine.append(index)
-    for indices, images_BCHW in _batches(file.questions, mine, decoder, batch_size, bad):
-        batch = [file.questions[index] for index in indices]
+    usable = _usable(file.questions, range(rank, len(file.questions), world_size), decoder, prompt, room, bad)
+    while chosen := list(islice(usable, batch_size)):
+        batch = [file.questions[index] for index, _ in chosen]
         prompts = [prompt.replace(PLACE, one.question) for one in batch]
-        texts = map(clean, answer(images_BCHW, [one.key for one in batch], prompts))
-        for index, one, text in zip(indices, batch, texts, strict=True):
+        images_BCHW = torch.stack([image for _, image in chosen])
+        texts = map(detokenized, answer(images_BCHW, [one.key for one in batch], prompts))
+        for (index, _), one, text in zip(chosen, batch, texts, strict=True):
             answered[index] = Answered(one.key, one.rule, one.group, text, RULES[one.rule](text, one.answers))
     rows = gathered(answered, world_size)
     skipped = (*file.skipped, *gathered(bad, world_size).values())
     if not rows:
-        raise UserError(f"no question could be asked ({summary(skipped)}): look at images and questions")
+        raise UserError(f"no question could be asked ({summary(skipped)}); check the images and the questions")
     return AnswerScores(tuple(rows.values()), skipped)
 
 
-def _batches(
-    questions: Sequence[Question], indices: Iterable[int], decoder: Decoder, batch_size: int, bad: dict[int, Skipped]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Indices and images `(B, C, H, W)` of those that decode; the others into `bad`."""
-    chosen: list[int] = []
-    images: list[Tensor] = []
+def _usable(
+    questions: Sequence[Question],
+    indices: Iterable[int],
+    decoder: Decoder,
+    prompt: str,
+    room: Callable[[str], int] | None,
+    bad: dict[int, Skipped],
+) -> Iterator[tuple[int, Tensor]]:
+    """Indices and images `(C, H, W)` of the questions that can be asked; the others go into `bad`."""
     for index in indices:
+        one = questions[index]
+        if room is not None and room(prompt.replace(PLACE, one.question)) < LEAST_ROOM:
+            bad[index] = Skipped(one.key, QUESTION_TOO_LONG, "it leaves no room for an answer")
+            continue
         try:
-            images.append(_image(questions[index], decoder))
+            yield index, _image(one, decoder)
         except SkipSample as skip:
             # Not PIL's message, which holds an address in memory: results are the same from run to run.
-            detail = str(questions[index].image) if skip.cause == UNDECODABLE_IMAGE else skip.detail
-            bad[index] = Skipped(questions[index].key, skip.cause, detail)
-            continue
-        chosen.append(index)
-        if len(chosen) == batch_size:
-            yield chosen, torch.stack(images)
-            chosen, images = [], []
-    if chosen:
-        yield chosen, torch.stack(images)
+            detail = str(one.image) if skip.cause == UNDECODABLE_IMAGE else skip.detail
+            bad[index] = Skipped(one.key, skip.cause, detail)
 
 
 def _image(question: Question, decoder: Decoder) -> Tensor:
