@@ -67,7 +67,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     [
         (["caption", "x.png", "--checkpoint", "nowhere"], "nowhere: not the folder of a run"),
         (["eval", "nowhere", "--data", "x.tar"], "nowhere: not the folder of a run"),
-        (["eval", ".", "--data", "x.tar", "--tasks", "spelling"], "--tasks spelling: no such task"),
+        (["eval", ".", "--data", "x.tar", "--tasks", "spelling"], "--tasks: unknown task 'spelling'"),
         (["plot", "nowhere", "--out", "x.png"], "no results.jsonl"),
         (["caption", "--out"], "ov2 caption:"),
     ],

@@ -97,15 +97,15 @@ def evaluate(
     from open_clip_ov2.evaluate.options import EvalOptions, check_files, read_options
     from open_clip_ov2.evaluate.tasks import check_names
     from open_clip_ov2.openclip.models.eval_models import open_eval_model
-    from open_clip_ov2.openclip.processes import processes
+    from open_clip_ov2.openclip.eval_processes import processes
 
     options = read_options(EvalOptions, "evaluation", {"data": data, "tasks": tasks, **flags})
     check_names(options.tasks)
-    check_files(options)
     if out is not None:
         check_writable(Path(out))
     with processes(device) as place:
         opened = open_eval_model(str(model), place.device, place.world_size)
+        check_files(options)
         job = EvalJob(opened, options, Place(place.rank, place.world_size))
         try:
             return run_tasks(job, out=None if out is None else Path(out), say=say, done=done)
@@ -129,7 +129,7 @@ def caption(
     from open_clip_ov2.evaluate.options import GenerationOptions, read_options
     from open_clip_ov2.evaluate.pictures import captions_of
     from open_clip_ov2.openclip.models.eval_models import open_eval_model
-    from open_clip_ov2.openclip.processes import default_device
+    from open_clip_ov2.openclip.eval_processes import default_device
 
     options = read_options(GenerationOptions, "captions", flags)
     opened = open_eval_model(str(model), default_device(device))
