@@ -96,8 +96,8 @@ def evaluate(
     from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
     from open_clip_ov2.evaluate.options import EvalOptions, check_files, read_options
     from open_clip_ov2.evaluate.tasks import check_names
-    from open_clip_ov2.openclip.models.eval_models import open_eval_model
     from open_clip_ov2.openclip.eval_processes import processes
+    from open_clip_ov2.openclip.models.eval_models import open_eval_model
 
     options = read_options(EvalOptions, "evaluation", {"data": data, "tasks": tasks, **flags})
     check_names(options.tasks)
@@ -128,8 +128,8 @@ def caption(
     """
     from open_clip_ov2.evaluate.options import GenerationOptions, read_options
     from open_clip_ov2.evaluate.pictures import captions_of
-    from open_clip_ov2.openclip.models.eval_models import open_eval_model
     from open_clip_ov2.openclip.eval_processes import default_device
+    from open_clip_ov2.openclip.models.eval_models import open_eval_model
 
     options = read_options(GenerationOptions, "captions", flags)
     opened = open_eval_model(str(model), default_device(device))
