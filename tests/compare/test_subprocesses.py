@@ -39,7 +39,7 @@ def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
     """Oracle: the other's own handler, which runs when it is asked to stop."""
     patient = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(75)));"
-        "print('up', flush=True); time.sleep(60)"
+        "print('up', flush=True); [time.sleep(0.05) for _ in range(1200)]"
     )
     other = job(tmp_path, "other", patient)
     wait = f"import time\nwhile 'up' not in open({str(other.log)!r}).read(): time.sleep(0.01)\n"
@@ -64,7 +64,7 @@ def test_a_scheduler_ends_the_runs_too(tmp_path: Path) -> None:
     """Oracle: the run's own handler. TERM to the one who waits for it."""
     patient = (
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(75)));"
-        "print('up', flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+        "print('up', flush=True); os.kill(os.getppid(), signal.SIGTERM); [time.sleep(0.05) for _ in range(1200)]"
     )
     one = job(tmp_path, "one", patient)
     with pytest.raises(SystemExit) as ended:
