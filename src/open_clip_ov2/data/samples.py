@@ -101,11 +101,8 @@ def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int
     """
     first = next(iter(getattr(transform, "transforms", ())), None)
     size = getattr(first, "size", None)
-    if (
-        size is None
-        or getattr(first, "longest", False)
-        or (type(first).__name__ == "Resize" and not isinstance(size, int))
-    ):
+    stretches = type(first).__name__ == "Resize" and not isinstance(size, int)
+    if size is None or stretches or getattr(first, "longest", False):
         return  # the size after such a resize does not depend on the image
     height, width = (size, size) if isinstance(size, int) else size
     scale = max(height / image.height, width / image.width)

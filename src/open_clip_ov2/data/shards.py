@@ -60,11 +60,17 @@ def _parse_weights(text: str, parts: int) -> list[float]:
 
 
 def check_shards_exist(urls: Sequence[str]) -> None:
-    """Raises UserError: none named, a local one that is missing or a folder, a scheme that webdataset cannot open."""
+    """Raises UserError: none named, a local one that is missing or a folder, a csv, a scheme that
+    webdataset cannot open."""
     if not urls or not all(urls):
         raise UserError("the list of shards is empty or has an empty name in it; name tars, as in 'data/{00..99}.tar'")
     missing: list[str] = []
     for url in urls:
+        if not url.startswith("pipe:") and url.lower().endswith((".csv", ".tsv")):
+            raise UserError(
+                f"{url}: a csv, where tars are expected; `ov2 train` alone reads one (--train-data, --val-data, with "
+                "--dataset-type csv or auto), so make tars of it for the rest (docs/data.md)"
+            )
         parsed = urlparse(rewrite_url(url))
         if parsed.scheme not in ("", "file"):
             if parsed.scheme not in gopen_schemes:

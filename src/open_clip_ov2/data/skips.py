@@ -20,6 +20,7 @@ EMPTY_CAPTION = "empty caption"
 BAD_UTF8 = "bad UTF-8"
 BAD_JSON = "bad JSON"
 BROKEN_SHARD = "broken shard"
+BAD_ROW = "bad csv row"
 TRANSFORM_FAILED = "transform failed"
 TOKENIZER_FAILED = "tokenizer failed"
 

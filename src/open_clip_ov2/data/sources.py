@@ -5,7 +5,6 @@ The order is a function of seed, epoch, pass and consumer alone; a consumer is o
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import os
@@ -17,10 +16,11 @@ from typing import Any
 
 from PIL import Image
 
+from open_clip_ov2.data import csv_rows
 from open_clip_ov2.data.order.assignment import Assignment, assigned_rows
 from open_clip_ov2.data.order.position import Cursor
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
-from open_clip_ov2.data.skips import SkipCounter
+from open_clip_ov2.data.skips import BAD_ROW, SkipCounter, SkipSample
 from open_clip_ov2.errors import UserError, unknown_key
 
 
@@ -40,6 +40,7 @@ class Source:
         raise NotImplementedError
 
     def sample(self, index: int) -> dict[str, Any]:
+        """Raises SkipSample for a row that cannot be read."""
         raise NotImplementedError
 
     def place(self, index: int) -> str:
@@ -49,6 +50,14 @@ class Source:
     def fingerprint(self) -> dict[str, str | int]:
         """What the order of samples depends on, small; equal for equal data."""
         raise NotImplementedError
+
+    def _usable(self, index: int, skips: SkipCounter | None) -> Iterator[dict[str, Any]]:
+        """The sample of a row, or nothing if it is skipped and counted."""
+        try:
+            yield self.sample(index)
+        except SkipSample as error:
+            if skips is not None:
+                skips.add(error.cause, error.detail, f"row {index + 1}", self.place(index))
 
     def check_consumers(self, consumers: int) -> None:
         """Raises UserError if so many consumers cannot share this source."""
@@ -66,18 +75,19 @@ class Source:
         for row in itertools.islice(assigned_rows(order, assignment), cursor.taken, None):
             cursor.on_open(row)
             cursor.taken += 1
-            yield self.sample(row)
+            yield from self._usable(row, skips)
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         """Everything, in file order."""
-        return map(self.sample, range(self.count() or 0))
+        for row in range(self.count() or 0):
+            yield from self._usable(row, skips)
 
 
 class CsvSource(Source):
     """Rows with an image path and captions. A path is tried as given, then from the csv's folder.
 
-    The table is held in memory; images are read when they are used. Raises UserError: no such file or column, a
-    separator that is not one character, a table that csv cannot parse.
+    The table is held in memory; images are read when they are used. A row that cannot be read is a skipped sample, by
+    its line. Raises UserError: no such file or column, a separator that is not one character, no rows.
     """
 
     def __init__(self, path: Path, *, separator: str, image_column: str, caption_columns: tuple[str, ...]) -> None:
@@ -87,28 +97,26 @@ class CsvSource(Source):
             raise UserError(f"--csv-separator {separator!r}: expected one character (a tab: --csv-separator $'\\t')")
         self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
-        try:
-            self._rows = list(self._read_rows(separator, image_column))
-        except csv.Error as error:
-            raise UserError(f"{path}: not a table: {error} (--csv-separator {separator!r})") from None
+        found = csv_rows.rows(csv_rows.read_lines(path), separator, image_column, IMAGE_SUFFIXES)
+        header = next(found, csv_rows.Row(1, ()))
+        if header.problem:
+            raise UserError(f"{path}: line 1, the header: {header.problem} (--csv-separator {separator!r})")
+        places = self._places(header.fields, separator, image_column)
+        self._rows = [
+            row if row.problem else row._replace(fields=tuple(row.fields[place] for place in places)) for row in found
+        ]
         if not self._rows:
             raise UserError(f"{path}: no rows below the header")
         self._digest = _digest(path)
 
-    def _read_rows(self, separator: str, image_column: str) -> Iterator[tuple[str | None, ...]]:
-        """(image path, captions ...) of each row; None where a row is too short."""
-        # Bad UTF-8 costs its row, not the run: the bytes come back in `sample`. utf-8-sig: Excel writes a mark.
-        with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file, delimiter=separator)
-            columns = list(reader.fieldnames or [])
-            for flag, names in (("--csv-img-key", (image_column,)), ("--caption-keys", self._columns)):
-                for name in names:
-                    if name not in columns:
-                        raise unknown_key(
-                            f"{self.path}, {flag}, --csv-separator {separator!r}", name, columns, "column"
-                        )
-            for row in reader:
-                yield (row[image_column], *(row[name] for name in self._columns))
+    def _places(self, columns: tuple[str | None, ...], separator: str, image_column: str) -> list[int]:
+        """Where the image's and the captions' columns are."""
+        named = [str(column) for column in columns]
+        for flag, names in (("--csv-img-key", (image_column,)), ("--caption-keys", self._columns)):
+            for name in names:
+                if name not in named:
+                    raise unknown_key(f"{self.path}, {flag}, --csv-separator {separator!r}", name, named, "column")
+        return [named.index(name) for name in (image_column, *self._columns)]
 
     def count(self) -> int | None:
         return len(self._rows)
@@ -120,7 +128,10 @@ class CsvSource(Source):
         return f"row {index + 1} of {self.path}"
 
     def sample(self, index: int) -> dict[str, Any]:
-        image, *captions = self._rows[index]
+        row = self._rows[index]
+        if row.problem:
+            raise SkipSample(BAD_ROW, f"line {row.line}: {row.problem}")
+        image, *captions = row.fields
         raw: dict[str, Any] = {"__key__": f"row {index + 1}", "__url__": str(self.path)}
         for name, caption in zip(self._columns, captions, strict=True):
             if caption is not None:
