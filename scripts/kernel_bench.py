@@ -30,7 +30,7 @@ CPU_SHAPES = [(16, 6, 65, 64), (8, 6, 257, 64), (4, 6, 577, 64)]
 GPU_SHAPES = [(256, 16, 257, 64), (256, 16, 256, 64), (512, 16, 37, 64), (64, 16, 577, 64)]
 CAPTIONS = [(32, 12, 64, 89, 64), (64, 12, 64, 12, 64)]  # (rows, heads, caption tokens, image tokens, width of a head)
 
-Arms = dict[str, Callable[[], Tensor]]
+Variants = dict[str, Callable[[], Tensor]]
 
 
 class Bench:
@@ -40,27 +40,27 @@ class Bench:
     def random(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype).mul_(std).requires_grad_()
 
-    def show(self, title: str, arms: Arms) -> None:
-        """Of each arm, in turns; the first turn is not counted. What cannot run here says so."""
+    def show(self, title: str, variants: Variants) -> None:
+        """Of each variant, in turns; the first turn is not counted. What cannot run here says so."""
         seconds: dict[str, list[float]] = {}
-        for name, arm in arms.items():
+        for name, variant in variants.items():
             try:
-                self._time(arm)
+                self._time(variant)
                 seconds[name] = []
             except Exception as error:  # a kernel that is not there for this device or shape
                 print(f"{title:40} {name:34} {type(error).__name__}: {str(error).splitlines()[0][:60]}")
         for _ in range(self.repetitions):
             for name in seconds:
-                seconds[name].append(self._time(arms[name]))
+                seconds[name].append(self._time(variants[name]))
         first = next(iter(seconds.values()), [])
         for name, values in seconds.items():
             ratio = statistics.median(a / b for a, b in zip(first, values, strict=True))
             print(f"{title:40} {name:34} {statistics.median(values) * 1e3:9.3f} ms   {ratio:5.2f} x", flush=True)
 
-    def _time(self, arm: Callable[[], Tensor]) -> float:
+    def _time(self, variant: Callable[[], Tensor]) -> float:
         self._wait()
         start = time.perf_counter()
-        arm().backward()
+        variant().backward()
         self._wait()
         return time.perf_counter() - start
 
@@ -84,23 +84,23 @@ class Bench:
             finally:
                 linear_loss.CPU_ROWS, linear_loss.GPU_ROWS, linear_loss.GPU_COMPILED_ROWS = before
 
-        arms: Arms = {
+        variants: Variants = {
             "F.cross_entropy of logits": lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
         }
         compiled = CaptionLoss()
         compiled.compile_softmax()
         for chunk in (128, 256, 512) if self.device.type == "cpu" else (1024, 2048, 4096, 8192):
-            arms[f"linear_cross_entropy, {chunk} rows"] = partial(ours, chunk)
+            variants[f"linear_cross_entropy, {chunk} rows"] = partial(ours, chunk)
             if self.device.type == "cuda":
-                arms[f"the same, compiled, {chunk} rows"] = partial(ours, chunk, compiled._softmax)
+                variants[f"the same, compiled, {chunk} rows"] = partial(ours, chunk, compiled._softmax)
         if hasattr(F, "linear_cross_entropy"):  # torch's own, from 2.13 on
-            arms["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, labels, reduction="sum")
+            variants["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, labels, reduction="sum")
         if self.device.type == "cuda":
-            arms |= self._liger(hidden, weight, labels)
-        self.show(f"loss {rows} x {words}, {dtype}", arms)
+            variants |= self._liger(hidden, weight, labels)
+        self.show(f"loss {rows} x {words}, {dtype}", variants)
 
     @staticmethod
-    def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Arms:
+    def _liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Variants:
         try:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
         except ImportError:
@@ -125,7 +125,7 @@ class Bench:
         q = self.random(rows, heads, text, width, dtype=dtype)
         k, v = (self.random(rows, heads, image + text, width, dtype=dtype) for _ in range(2))
         mask = prefix_mask(image, image + text, self.device)[image:]
-        arms: Arms = {
+        variants: Variants = {
             "a boolean mask": lambda: F.scaled_dot_product_attention(q, k, v, mask).sum(),
             "causal_lower_right": lambda: F.scaled_dot_product_attention(
                 q, k, v, causal_lower_right(text, image + text)
@@ -140,8 +140,8 @@ class Bench:
             block = create_block_mask(
                 lambda b, h, i, j: j <= i + image, None, None, text, image + text, device=str(self.device)
             )
-            arms["flex_attention"] = lambda: flex(q, k, v, block_mask=block).sum()
-        self.show(f"captions {shape}, {dtype}", arms)
+            variants["flex_attention"] = lambda: flex(q, k, v, block_mask=block).sum()
+        self.show(f"captions {shape}, {dtype}", variants)
 
     def patches(self, dtype: torch.dtype, resolution: int, batch: int, width: int = 1024, patch: int = 14) -> None:
         """Gradient of the weight alone, as pixels want none."""
@@ -154,14 +154,14 @@ class Bench:
             rows = images.unflatten(3, (grid, patch)).unflatten(2, (grid, patch)).permute(0, 2, 4, 1, 3, 5)
             return F.linear(rows.reshape(batch * grid * grid, -1), weight.flatten(1)).sum()
 
-        arms: Arms = {
+        variants: Variants = {
             "convolution": lambda: F.conv2d(images, weight, stride=patch).sum(),
             "convolution, channels_last": lambda: F.conv2d(
                 last, weight.to(memory_format=torch.channels_last), stride=patch
             ).sum(),
             "linear": linear,
         }
-        self.show(f"patches of {batch} x {resolution} px, {dtype}", arms)
+        self.show(f"patches of {batch} x {resolution} px, {dtype}", variants)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     taskset -c 0 python scripts/loader_bench.py                  # makes its shards in a temporary folder
     taskset -c 0 python scripts/loader_bench.py --color-jitter --resolution 224 --train-data 'shards/{0..9}.tar'
 
-Stock is `open_clip_train.data.get_data` with its own transform at the crop of our family (area 40% to 100%), bicubic as
+Stock is `open_clip_train.data.get_data` with its own transform at the crop of ov2 models (area 40% to 100%), bicubic as
 it is. All run without worker processes, one after the other in each repetition, so that what slows the machine slows
 all of them. The processor's time is taken, as other programs' turns are not ours. A repetition reads every sample once;
 the first one warms up and is not counted.
@@ -51,7 +51,7 @@ def picture(number: int) -> bytes:
     phases = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
     noise = np.fft.irfft2(phases / frequency**1.2, s=(SIDE, SIDE))
     noise /= noise.std(axis=(1, 2), keepdims=True)
-    pixels = np.clip(128 + 50 * (0.8 * noise[:1] + 0.3 * noise[1:]), 0, 255)  # one light, and colours around it
+    pixels = np.clip(128 + 50 * (0.8 * noise[:1] + 0.3 * noise[1:]), 0, 255)  # one light, and colors around it
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(np.uint8))
     for _ in range(6):
         x, y, radius = rng.integers(0, SIDE), rng.integers(0, SIDE), rng.integers(10, 100)
@@ -75,8 +75,8 @@ def write_shards(folder: Path, samples: int, shards: int = 4) -> str:
 def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], Iterator[Any]]:
     jitter = color_jitter_cfg() if args.color_jitter else {}
     transform = image_transform_v2(PreprocessCfg(size=args.resolution), True, AugmentationCfg(CROP_AREA, **jitter))
-    words = ["--train-data", shards, "--train-num-samples", str(samples), "--batch-size", str(args.batch_size)]
-    flags = parse_args([*words, "--workers", "0", "--dataset-type", "webdataset"])
+    argv = ["--train-data", shards, "--train-num-samples", str(samples), "--batch-size", str(args.batch_size)]
+    flags = parse_args([*argv, "--workers", "0", "--dataset-type", "webdataset"])
     flags.distributed, flags.world_size, flags.rank = False, 1, 0
     tokenizer = open_clip.SimpleTokenizer(context_length=args.context_length)
     data = get_data(flags, (transform, None), tokenizer=tokenizer)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparisons of docs/results: ov2 against CoCa and CLIP in equal samples and in equal time, keep ratios, two stages;
-# three seeds each. An hour and three quarters on 2 CPU cores, with other work beside it. It goes on where it was
+# three seeds each. An hour and three quarters on 2 CPU cores, with other work beside it. It continues where it was
 # stopped; SCALE=0.1 SEEDS=0 tries it out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,4 @@
-"""Shards and models that several tests use: real tars with coloured squares, and tiny stock baselines."""
+"""Shards and models that several tests use: real tars with colored squares, and tiny stock baselines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from square_shards import COLOURS, write_square_shards
+from square_shards import COLORS, write_square_shards
 
 # Longest first: of two processes, the one that is done early takes the short files (measured with --durations).
 LONG = ("slurm/", "openclip/test_resume", "openclip/test_train", "formats/", "data/test_data_resume", "train/", "core/")
@@ -48,7 +48,7 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_vocabulary(folder: Path) -> None:
     """For --tokenizer: word pieces of the squares' captions. A small head makes small checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = sorted({*COLOURS, "a", "one", "square", "that", "is"})
+    words = sorted({*COLORS, "a", "one", "square", "that", "is"})
     letters = [chr(code) for code in range(ord("b"), ord("z") + 1)]
     pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *words, *letters, *(f"##{letter}" for letter in ["a", *letters])]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import webdataset as wds
 from PIL import Image
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 220), "black": (10, 10, 10)}
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 220), "black": (10, 10, 10)}
 
 
 def write_square_shards(folder: Path, shards: int, samples: int, start: int = 0) -> list[Path]:
@@ -21,9 +21,9 @@ def write_square_shards(folder: Path, shards: int, samples: int, start: int = 0)
         with wds.TarWriter(str(files[-1])) as tar:
             for index in range(samples):
                 number = start + shard * samples + index
-                name = list(COLOURS)[number % 4]
+                name = list(COLORS)[number % 4]
                 image = Image.new("RGB", (32, 32), "white")
-                image.paste(COLOURS[name], (4 + number % 7, 4 + number % 5, 24, 24))
+                image.paste(COLORS[name], (4 + number % 7, 4 + number % 5, 24, 24))
                 buffer = io.BytesIO()
                 image.save(buffer, "png")
                 about = {"recaption": [f"one {name} square", f"a square that is {name}"], "kind": name}

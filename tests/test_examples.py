@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from export_fixtures import make_language_model, make_run
 from PIL import Image
-from square_shards import COLOURS
+from square_shards import COLORS
 
 Capture = pytest.CaptureFixture[str]
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,8 +32,8 @@ def test_train_on_my_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     folder = tmp_path / "pictures" / "squares"
     folder.mkdir(parents=True)
     for number in range(30):
-        name = list(COLOURS)[number % 4]
-        Image.new("RGB", (40, 32), COLOURS[name]).save(folder / f"{number:02d}.png")
+        name = list(COLORS)[number % 4]
+        Image.new("RGB", (40, 32), COLORS[name]).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"a {name} square\n")
     Image.new("RGB", (40, 32)).save(folder / "no_caption.png")
     flags = ["--samples", "64", "--resolution", "32", "--batch-size", "8", "--workers", "0"]

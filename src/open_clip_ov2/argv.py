@@ -91,7 +91,7 @@ def without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """argv from values by flag name (without dashes; snake or kebab case): True is a flag without a value, False and
-    None are no flag, a list or tuple is a flag with several values."""
+    None leave the flag out, a list or tuple is a flag with several values."""
     out: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:

@@ -38,7 +38,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Exit status: 0 done; 2 an error, told in one line; 75 stopped by a signal after saving; 130 Ctrl-C;
+    Exit status: 0 done; 2 an error, reported in one line; 75 stopped by a signal after saving; 130 Ctrl-C;
     141 whoever read the output has left (`ov2 train --help | head`).
     """
     try:

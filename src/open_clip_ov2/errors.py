@@ -9,7 +9,7 @@ INTERRUPTED_STATUS = 75  # sysexits.h, EX_TEMPFAIL: try again later
 
 
 class UserError(Exception):
-    """Something the user can mend: a flag, a file, a shard, a missing package. Exit status 2.
+    """Something the user can fix: a flag, a file, a shard, a missing package. Exit status 2.
 
     The message is one line that says what is wrong, where (flag, file, shard, key), and what to do.
     """

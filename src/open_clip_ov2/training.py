@@ -215,12 +215,14 @@ def is_lost_peer(error: BaseException) -> bool:
     import torch.distributed as dist
 
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError, ConnectionError)
-    # What gloo says (a plain RuntimeError) when a peer has ended, or does not come.
-    said = (
+    # gloo's messages (a plain RuntimeError) when a peer has ended, or does not come.
+    messages = (
         "Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe", "Connection refused",
         "Timed out waiting", "Gloo connectFullMesh failed", "Read timeout",
     )  # fmt: skip
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
+    )
 
 
 # --- what `compare` measures ---------------------------------------------------------------------------

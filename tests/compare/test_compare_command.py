@@ -95,7 +95,7 @@ def test_a_variant_that_does_not_fit_is_told(tmp_path: Path) -> None:
 
 
 def test_a_cache_measures_once(tmp_path: Path) -> None:
-    """Oracle: counted calls. A file that is not a cache is told."""
+    """Oracle: counted calls. A file that is not a cache is an error."""
     calls: list[int] = []
     for _ in range(2):
         assert Cache(tmp_path / "speed.json").get("key", lambda: calls.append(1) or len(calls)) == 1
@@ -111,9 +111,9 @@ def test_what_two_variants_do_not_share(squares: Path, tmp_path: Path) -> None:
         training.planned_run(["--model", name, *argv, "--logs", str(tmp_path)]).config
         for name in ("ov2-vit-nano-8", "clip-of-ov2-vit-nano-8")
     )
-    told = unlike(clip, ours)
-    assert {"beta2 0.98 (0.95)", "eps 1e-06 (1e-08)"} <= set(told)
-    assert not [text for text in told if text.startswith(("model", "epochs"))]
+    differing = unlike(clip, ours)
+    assert {"beta2 0.98 (0.95)", "eps 1e-06 (1e-08)"} <= set(differing)
+    assert not [text for text in differing if text.startswith(("model", "epochs"))]
     assert unlike(ours, ours) == ()
 
 
@@ -153,6 +153,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one: evaluate: --tasks kmm: no such task" in capsys.readouterr().err
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
-    told = capsys.readouterr().err
-    assert "variant a: --model ov2-vit-nano-9: no such model; did you mean ov2-vit-nano-8" in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "variant a: --model ov2-vit-nano-9: no such model; did you mean ov2-vit-nano-8" in error
+    assert error.count("\n") == 1

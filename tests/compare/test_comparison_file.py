@@ -80,7 +80,7 @@ def test_what_the_command_line_changes(tmp_path: Path) -> None:
 
 
 def test_former_names_are_accepted(tmp_path: Path) -> None:
-    """Oracle: the same file with today's names. Files of 0.1 said [[arm]], and `arms` in [[evaluate]]."""
+    """Oracle: the same file with today's names. Files of 0.1 have [[arm]], and `arms` in [[evaluate]]."""
     text = FILE.format(terms='samples = "1k"') + '[[evaluate]]\ntasks = ["knn"]\nvariants = ["two"]\n'
     former = text.replace("[[variant]]", "[[arm]]").replace("variants = [", "arms = [")
     assert load(tmp_path, former) == load(tmp_path, text)

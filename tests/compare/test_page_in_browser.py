@@ -74,10 +74,10 @@ def test_it_fits_the_window(text: str, tmp_path: Path, width: int) -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.1's ratio of two colours `rgb(r, g, b)`."""
+    """WCAG 2.1's ratio of two colors `rgb(r, g, b)`."""
     levels = []
-    for colour in (one, other):
-        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    for color in (one, other):
+        channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
         red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         levels.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
     return max(levels) / min(levels)

@@ -37,10 +37,10 @@ VOID = {"meta", "path", "use", "rect", "br", "link", "img"}
 def test_summary() -> None:
     """Oracle: numpy."""
     values = np.random.default_rng(0).normal(size=7).tolist()
-    told = summary(values)
-    assert told is not None
-    assert told.sd == pytest.approx(np.std(values, ddof=1))
-    assert (told.mean, told.n) == (pytest.approx(np.mean(values)), 7)
+    found_summary = summary(values)
+    assert found_summary is not None
+    assert found_summary.sd == pytest.approx(np.std(values, ddof=1))
+    assert (found_summary.mean, found_summary.n) == (pytest.approx(np.mean(values)), 7)
     assert summary([1.0]) == Summary(1.0, None, 1)
     assert summary([]) is None
 
@@ -145,7 +145,7 @@ def test_page_stands_alone(found: Found) -> None:
     assert "probe &lt;top-1&gt;" in text
 
 
-def test_plots_take_the_pages_colour_and_repeat(found: Found) -> None:
+def test_plots_take_the_pages_color_and_repeat(found: Found) -> None:
     """The same figures give the same bytes, so that a page in a repository changes where figures do."""
     one, other = plots.plots(found), plots.plots(found)
     assert one == other
@@ -190,7 +190,7 @@ def test_two_evaluations_of_one_task_want_a_name(tmp_path: Path) -> None:
 # --- the verdict ---------------------------------------------------------------------------------------
 
 
-def told(found: Found, *losses: tuple[float, ...], probes: tuple[tuple[float, ...], ...] = ()) -> str:
+def sentence_of(found: Found, *losses: tuple[float, ...], probes: tuple[tuple[float, ...], ...] = ()) -> str:
     """The verdict on variants a, b, ... with these caption losses (lower is better) and probes (higher is better)."""
     variants = []
     for index, name in enumerate("abc"[: max(len(losses), len(probes))]):
@@ -202,7 +202,7 @@ def told(found: Found, *losses: tuple[float, ...], probes: tuple[tuple[float, ..
 
 def test_a_clear_winner_where_lower_is_better(found: Found) -> None:
     """Oracle: by hand. Means 1.1 and 2.2; the worst seed of b, 1.2, is better than the best of a, 2.0."""
-    assert told(found, (2.0, 2.4), (1.0, 1.2)) == (
+    assert sentence_of(found, (2.0, 2.4), (1.0, 1.2)) == (
         "b is better than a on caption loss: 1.10 against 2.20 nats after 4,000 samples each (50.0% lower), which is "
         "beyond the spread of 2 seeds."
     )
@@ -210,7 +210,7 @@ def test_a_clear_winner_where_lower_is_better(found: Found) -> None:
 
 def test_a_clear_winner_where_higher_is_better(found: Found) -> None:
     """Oracle: by hand. Percentages differ in points; the best two of three variants are named."""
-    assert told(found, probes=((0.5, 0.6), (0.1, 0.2), (0.7, 0.9))) == (
+    assert sentence_of(found, probes=((0.5, 0.6), (0.1, 0.2), (0.7, 0.9))) == (
         "c is better than a on probe <top-1>: 80.0 against 55.0% after 4,000 samples each (25.0 points higher), which "
         "is beyond the spread of 2 seeds."
     )
@@ -226,7 +226,7 @@ def test_a_clear_winner_where_higher_is_better(found: Found) -> None:
 )
 def test_cannot_tell(found: Found, losses: tuple[tuple[float, ...], ...], reason: str) -> None:
     """Oracle: by hand."""
-    sentence = told(found, *losses)
+    sentence = sentence_of(found, *losses)
     assert sentence.startswith("Cannot tell whether ")
     assert " on caption loss: " in sentence
     assert sentence.endswith(f", but {reason}.")
@@ -235,16 +235,16 @@ def test_cannot_tell(found: Found, losses: tuple[tuple[float, ...], ...], reason
 def test_nothing_to_compare(found: Found) -> None:
     """Oracle: by hand. One variant has the metric; a diverged one counts as none."""
     nothing = "Cannot tell which variant is better: no metric has values of two trained variants."
-    assert told(found, (2.0, 2.4)) == told(found, (2.0, 2.4), (float("nan"), 1.0)) == nothing
+    assert sentence_of(found, (2.0, 2.4)) == sentence_of(found, (2.0, 2.4), (float("nan"), 1.0)) == nothing
 
 
 def test_the_other_metrics_follow(found: Found) -> None:
     """Oracle: by hand. a wins the loss; probes: b wins, and then nobody."""
     losses = ((1.0, 1.1), (2.0, 2.1))
-    assert told(found, *losses, probes=((0.1, 0.2), (0.3, 0.4))).endswith(
+    assert sentence_of(found, *losses, probes=((0.1, 0.2), (0.3, 0.4))).endswith(
         " Best on other metrics, beyond the spread of seeds: b on probe <top-1>."
     )
-    assert told(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(
+    assert sentence_of(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(
         " Cannot tell which is best on probe <top-1>."
     )
 

@@ -30,9 +30,9 @@ def test_side_by_side(tmp_path: Path) -> None:
     jobs = [job(tmp_path, name, code) for name in "abcd"]
     run_all(jobs, 2, lambda one, seconds: finished.append(one.title), threads=3)
     assert sorted(finished) == list("abcd")
-    told = [one.log.read_text().split() for one in jobs]
-    assert max(int(seen) for seen, _ in told) == 2
-    assert {threads for _, threads in told} == {"3"}
+    seen_by_jobs = [one.log.read_text().split() for one in jobs]
+    assert max(int(seen) for seen, _ in seen_by_jobs) == 2
+    assert {threads for _, threads in seen_by_jobs} == {"3"}
 
 
 def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:

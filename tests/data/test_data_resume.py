@@ -213,7 +213,7 @@ def test_states_must_be_all_of_one_moment(tmp_path: Path) -> None:
         ([], "no data position"),
         (states[:1], "process 0 of 1, found that of process 0 of 2"),
         (states[::-1], "process 0 of 2, found that of process 1 of 2"),
-        ([states[0], {**states[1], "batches_done": 1}], "mixes two moments"),
+        ([states[0], {**states[1], "batches_done": 1}], "mixes states of two different steps"),
         ([{**states[0], "version": 0}], "version 0"),
     ):
         with pytest.raises(UserError, match=says):

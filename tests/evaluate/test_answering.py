@@ -63,9 +63,9 @@ def test_scores(file: QuestionFile) -> None:
         ("questions.jsonl:1", "bad JSON"),
         ("q4", "undecodable image"),
     ]
-    told = json.loads(json.dumps(scores.as_json()))
-    assert (told["score"], told["questions"]) == (7 / 9, 9)
-    assert told["skipped"][1]["key"] == "q4"
+    plain = json.loads(json.dumps(scores.as_json()))
+    assert (plain["score"], plain["questions"]) == (7 / 9, 9)
+    assert plain["skipped"][1]["key"] == "q4"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 9, 64])

@@ -80,7 +80,7 @@ def test_numbers(caption: str, found: dict[tuple[str, int], float]) -> None:
 
 
 def test_numbers_by_hand() -> None:
-    """Of four values: one exact, 21 within 5% of 20, 22 not, one not told. One value too many is not all right."""
+    """Of four values: one exact, 21 within 5% of 20, 22 not, one missing. One value too many is not all right."""
     true, generated = "a 1 b 20 c 20 d 4", "a 1 b 21 c 22"
     rates = one(generated, true).rates()
     assert (rates["numbers"], rates["number_accuracy"], rates["number_relaxed_accuracy"]) == (4, 0.25, 0.5)

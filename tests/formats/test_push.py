@@ -91,9 +91,9 @@ def test_the_hub_gets_what_dry_run_shows(trained, tmp_path: Path, monkeypatch: p
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         assert main([*push, "some-lab/tiny", "--private"]) == 0
         assert main([*push, "refused-lab/tiny"]) == 2
-    told = capsys.readouterr()
-    assert f"pushed: {hub.url}/some-lab/tiny" in told.out
-    assert told.err.strip().splitlines()[-1].startswith("ov2: error: refused-lab/tiny: not pushed (")
+    printed = capsys.readouterr()
+    assert f"pushed: {hub.url}/some-lab/tiny" in printed.out
+    assert printed.err.strip().splitlines()[-1].startswith("ov2: error: refused-lab/tiny: not pushed (")
     assert hub.tokens == {"Bearer hf_secret"}
     assert hub.created[0]["name"] == "tiny"
     assert "private" in json.dumps(hub.created[0])

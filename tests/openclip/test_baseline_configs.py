@@ -85,10 +85,10 @@ def test_text_is_pooled_where_it_ends() -> None:
     assert clip_of(config)["text_cfg"]["pool_type"] == "eos"
 
 
-def test_they_go_with_the_family() -> None:
+def test_they_go_with_the_ov2_models() -> None:
     def registered() -> list[str]:
-        family = {f"{kind}-of-{name}" for kind in ("clip", "coca") for name in NAMES}  # `ov2 bench` adds others
-        return [name for name in open_clip.list_models() if name in family]
+        names = {f"{kind}-of-{name}" for kind in ("clip", "coca") for name in NAMES}  # `ov2 bench` adds others
+        return [name for name in open_clip.list_models() if name in names]
 
     assert len(registered()) == 2 * len(NAMES)
     try:

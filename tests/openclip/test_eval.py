@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 from eval_worker import evaluate
-from square_shards import COLOURS, write_square_shards
+from square_shards import COLORS, write_square_shards
 from training import NANO, data_flags, finish, results, start_ranks
 
 import open_clip_ov2 as ov2_python
@@ -128,7 +128,7 @@ def test_shuffled_loss_written_out(run: Path, squares: Path, whole: dict[str, An
 def test_caption_loss_by_kind(run: Path, squares: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
     """Oracle: the same task on a tar of one kind alone."""
     found = whole["caption-loss"]["by_kind"]
-    assert set(found) == set(COLOURS)
+    assert set(found) == set(COLORS)
     with tarfile.open(squares / "val" / "00000.tar") as tar, tarfile.open(tmp_path / "red.tar", "w") as out:
         members = {member.name: (member, tar.extractfile(member).read()) for member in tar}  # type: ignore[union-attr]
         for name, (member, data) in members.items():
@@ -165,8 +165,8 @@ def test_clip_and_coca_do_what_they_can(
     assert 0 < coca["caption-loss"]["caption_loss"] < 20
 
 
-def test_all_goes_on_where_a_task_cannot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pictures without captions and with numbers for labels: what needs captions or names is left out and said."""
+def test_all_continues_where_a_task_cannot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures without captions and with numbers for labels: a line for each task that needs captions or names."""
     from PIL import Image
 
     for number in (0, 1):
@@ -176,9 +176,9 @@ def test_all_goes_on_where_a_task_cannot(run: Path, tmp_path: Path, capsys: pyte
     flags = ["--data", str(tmp_path / "set"), "--train-data", str(tmp_path / "set")]
     found = evaluated(run, tmp_path / "e.json", *flags)
     assert {"linear-probe", "knn", "attentive-probe"} <= found.keys()
-    said = capsys.readouterr().err
-    assert "likelihood: left out, the data's labels are numbers" in said
-    assert "caption-loss: left out" in said
+    message = capsys.readouterr().err
+    assert "likelihood: left out, the data's labels are numbers" in message
+    assert "caption-loss: left out" in message
 
 
 def test_what_cannot_be_used_is_named(run: Path, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_task_needs_a_line() -> None:
 
 
 def test_what_is_done_is_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A set of one picture has no other one to shuffle with; and what can be seen at once is said at once."""
+    """A set of one picture has no other one to shuffle with; and what can be seen at once is reported at once."""
     write_square_shards(tmp_path, 1, 1)
     flags = ["--data", f"{tmp_path}/00000.tar", "--out", str(tmp_path / "e.json"), "--tasks"]
     assert ov2(["eval", str(run), *flags, "caption-loss,shuffled-loss"]) == 2
@@ -333,7 +333,7 @@ def test_tasks_have_their_own_interval(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--tasks", "nonsense"], "--tasks: unknown task 'nonsense' (known: caption-loss"),
         (["--tasks", "captoin"], "did you mean caption?"),
@@ -351,11 +351,11 @@ def test_tasks_have_their_own_interval(run: Path) -> None:
     ],
 )
 def test_slips_are_one_line(
-    run: Path, squares: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+    run: Path, squares: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert ov2(["eval", str(run), "--data", f"{squares}/val/00000.tar", *flags]) != 0
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
 
 

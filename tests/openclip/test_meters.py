@@ -107,10 +107,10 @@ def test_each_bottleneck_is_said_once_a_stage() -> None:
         watch.begin(workers=2)
         waiting = {"data_wait_share": 0.9, "mfu": 0.5}
         assert watch.note(waiting, 10 * JUDGED_S, GPU) is None  # workers were starting
-        said = [watch.note(waiting, JUDGED_S / 2, GPU) for _ in range(8)]
-        assert [index for index, line in enumerate(said) if line] == [1]
-        assert said[1] is not None
-        assert "waiting for data 90% of the time" in said[1]
+        lines = [watch.note(waiting, JUDGED_S / 2, GPU) for _ in range(8)]
+        assert [index for index, line in enumerate(lines) if line] == [1]
+        assert lines[1] is not None
+        assert "waiting for data 90% of the time" in lines[1]
 
 
 def test_one_slow_batch_is_no_bottleneck() -> None:

@@ -76,7 +76,7 @@ def test_hub_names_go_through_the_hubs_own_cache(tmp_path: Path, monkeypatch: py
     assert all(word.startswith("word") or word == "[UNK]" for word in words)
     assert "mean=(0.485, 0.456, 0.406)" in str(preprocess)
     assert open_clip.get_tokenizer(name)(["a cat"]).shape == (1, 77)
-    with pytest.raises(RuntimeError, match="trust_remote_code, which a config may not"):
+    with pytest.raises(RuntimeError, match="trust_remote_code, which is not allowed in a config"):
         open_clip.create_model(f"{name}-evil")
 
 

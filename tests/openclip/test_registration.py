@@ -1,4 +1,4 @@
-"""The family in OpenCLIP's factory, and OpenCLIP untouched. Oracle: OpenCLIP itself without the plugin."""
+"""The models in OpenCLIP's factory, and OpenCLIP untouched. Oracle: OpenCLIP itself without the plugin."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ FINGERPRINT = """
 def test_clip_and_coca_are_bit_for_bit_what_they_were() -> None:
     """With the plugin in this process, without it in another."""
     code = textwrap.dedent(FINGERPRINT)
-    told = code + "import json, sys; assert 'open_clip_ov2' not in sys.modules; print('RESULT' + json.dumps(found))"
+    script = code + "import json, sys; assert 'open_clip_ov2' not in sys.modules; print('RESULT' + json.dumps(found))"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    run = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     here: dict[str, Any] = {}
     exec(code, here)
     without = json.loads(run.stdout.split("RESULT")[1])
@@ -144,12 +144,12 @@ def test_unregister_undoes_everything_and_register_is_idempotent() -> None:
     from open_clip import factory
 
     names = [patch.name for patch in patches.REGISTRATION]
-    family = {path.stem for path in MODEL_CONFIGS.glob("*.json")}
-    assert family <= set(open_clip.list_models())
+    models = {path.stem for path in MODEL_CONFIGS.glob("*.json")}
+    assert models <= set(open_clip.list_models())
     try:
         open_clip_ov2.unregister()
         stock = {name: getattr(factory, name) for name in names}
-        assert not family & set(open_clip.list_models())
+        assert not models & set(open_clip.list_models())
         assert factory.CustomTextCLIP is open_clip.CustomTextCLIP
         open_clip_ov2.register()
         open_clip_ov2.register()

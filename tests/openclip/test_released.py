@@ -267,21 +267,21 @@ def test_a_config_cannot_switch_on_remote_code(tmp_path: Path) -> None:
 
     write_released(tmp_path, "l")
     change_config(tmp_path, spoil)
-    with pytest.raises(ValueError, match="trust_remote_code, which a config may not"):
+    with pytest.raises(ValueError, match="trust_remote_code, which is not allowed in a config"):
         open_clip.create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(ValueError, match="trust_remote_code, which a config may not"):
+    with pytest.raises(ValueError, match="trust_remote_code, which is not allowed in a config"):
         open_clip.get_tokenizer(f"local-dir:{tmp_path}")
 
 
 def test_sizes_that_a_config_leaves_out_are_the_published_ones() -> None:
     """Oracle: reference.md, encoder variants: H has 16 heads, So400m an MLP of 4304, g one of 6144."""
-    said = {"layers": 1, "patch_size": 14, "image_size": 28}
+    given_cfg = {"layers": 1, "patch_size": 14, "image_size": 28}
     for width, heads, mlp in ((1280, 16, 5120), (1152, 16, 4304), (1408, 16, 6144), (1024, 16, 4096)):
-        cfg = complete_vision_cfg({**said, "width": width})
+        cfg = complete_vision_cfg({**given_cfg, "width": width})
         assert width // cfg["head_width"] == heads
         assert int(width * cfg["mlp_ratio"]) == mlp
     with pytest.raises(ValueError, match="vision_cfg has no width"):
-        complete_vision_cfg(said)
+        complete_vision_cfg(given_cfg)
 
 
 def test_features_of_any_layer(tmp_path: Path) -> None:

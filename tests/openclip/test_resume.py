@@ -168,7 +168,7 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert ov2(["train", *without(flags, "--name"), "--name", "other"]) == 2
-    assert "no run of ov2" in capsys.readouterr().err
+    assert "is not a run of ov2" in capsys.readouterr().err
 
 
 def test_the_same_command_finds_its_run_without_a_name(squares: Path, vocabulary: Path, tmp_path: Path) -> None:

@@ -43,14 +43,14 @@ def test_each_stage_reads_its_own_data(squares: Path, tmp_path: Path, monkeypatc
     recipe.write_text(RECIPE.format(val=f"{squares}/val/00000.tar", small=tars, large=large))
     read: list[tuple[str, int, torch.dtype]] = []
 
-    class Told(TrainLoader):
+    class RecordingLoader(TrainLoader):
         def __iter__(self):
             for batch in super().__iter__():
                 folder = Path(self._stream.source.urls[0]).parent.name
                 read.append((folder, batch.images_BCHW.shape[-1], batch.images_BCHW.dtype))
                 yield batch
 
-    monkeypatch.setattr(datasets, "TrainLoader", Told)
+    monkeypatch.setattr(datasets, "TrainLoader", RecordingLoader)
     flags = ["--recipe", str(recipe), "--logs", str(tmp_path)]
     assert ov2(["train", *flags, "--name", "run"]) == 0
     assert read == [("small", 16, torch.uint8)] * 2 + [("train", 24, torch.uint8)]

@@ -258,8 +258,8 @@ def test_choices_are_those_of_open_clip(capsys: pytest.CaptureFixture[str]) -> N
     for argv in (["--precision", "fp8"], ["--help"]):
         with pytest.raises(SystemExit):
             parse_args(argv)
-    said = capsys.readouterr()
-    choices = said.err.split("choose from ")[-1].rstrip(")\n")
+    printed = capsys.readouterr()
+    choices = printed.err.split("choose from ")[-1].rstrip(")\n")
     assert tuple(choice.strip("' ") for choice in choices.split(",")) == PRECISIONS
-    schedulers = said.out.split("LR scheduler. One of: ")[-1].split("Default")[0]
+    schedulers = printed.out.split("LR scheduler. One of: ")[-1].split("Default")[0]
     assert tuple(re.findall("'([a-z-]+)'", schedulers)) == SCHEDULES

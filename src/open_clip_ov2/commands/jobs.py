@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("action", nargs="?", choices=("logs", "cancel", "resubmit"), help="default: list the runs")
     parser.add_argument("run", nargs="?", metavar="RUN")
-    parser.add_argument("--logs", type=Path, action="append", metavar="FOLDER", help="where runs lie (default: logs)")
+    parser.add_argument(
+        "--logs", type=Path, action="append", metavar="FOLDER", help="folder of the runs (default: logs)"
+    )
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="the rank whose log is printed (default: 0)")
     parser.add_argument("-f", "--follow", action="store_true", help="keep printing the log as it grows")
     parser.add_argument("--json", action="store_true", help="print the list as JSON")

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         if not 1 <= value <= most:
             raise UserError(f"--{flag} {value}: expected an integer from 1 to {most}")
     urls, _ = expand_shards("::".join(args.shards))
-    console = Console(markup=False, highlight=False, soft_wrap=True)  # names of files are no markup
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # file names are not markup
     shrink = Shrink(args.short_side, args.quality, args.max_image_pixels)
     with Resize(urls, args.out, shrink) as resize:
         _run(resize, args.workers, console)

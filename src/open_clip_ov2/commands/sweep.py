@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.toml", help="what varies ([grid], [[run]]) and what does not ([base])")
-    add("--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="runs lie in FOLDER/SWEEP (default: logs)")
+    add("--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="runs go to FOLDER/SWEEP (default: logs)")
     add("--dry-run", action="store_true", help="show the runs and the batch script; submit nothing")
     add("--retry", action="store_true", help="continue runs that failed, from their last checkpoints")
     add("--wait", action="store_true", help="wait until all runs are over; exit status 2 if one did not finish")

@@ -21,7 +21,7 @@ NONE = "–"
 # What holds for all comparisons.
 TERMS = (
     "Within a comparison every variant has the same images and captions, in the order and with the crops that a seed "
-    "gives. What else differs, besides model, resolution and samples, stands under the table.",
+    "gives. What else differs, besides model, resolution and samples, is listed under the table.",
     "ov2 is trained by this package's step, CLIP and CoCa exactly as stock OpenCLIP trains them, which is part of the "
     "difference in speed and memory.",
     "Images/s are measured before training by short runs in turns, with nothing beside them: the median and the range. "

@@ -56,8 +56,8 @@ def run_all(
                     continue
                 del going[command]
                 if status:
-                    told = f"{command.title}: {last_line(command.log)}"
-                    raise UserError(f"{told} (exit status {status}; its output: {command.log})")
+                    failure = f"{command.title}: {last_line(command.log)}"
+                    raise UserError(f"{failure} (exit status {status}; its output: {command.log})")
                 done(command, time.monotonic() - begun)
     finally:
         _stop([process for process, _ in going.values()])

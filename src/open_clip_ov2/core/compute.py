@@ -29,7 +29,7 @@ class Compute:
     """What a forward pass needs to know of its surroundings.
 
     `precision` is OpenCLIP's name; `world_size` counts processes; `eos_id` is the tokenizer's id of the end of text.
-    `mean` and `std` of each channel normalise uint8 images; float images are taken as normalised already.
+    `mean` and `std` of each channel normalize uint8 images; float images are taken as normalized already.
     """
 
     device: torch.device
@@ -62,7 +62,7 @@ class Compute:
         return pack_captions(texts_BL, self.eos_id, tokens)
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """`(B, C, H, W)` on the device. uint8 images are copied as they are, then scaled and normalised there as
+        """`(B, C, H, W)` on the device. uint8 images are copied as they are, then scaled and normalized there as
         torchvision's ToTensor and Normalize do it. Raises ValueError for uint8 images without `mean` and `std`."""
         dtype = INPUT.get(self.precision)
         if images_BCHW.dtype != torch.uint8:
@@ -76,13 +76,13 @@ class Compute:
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """`(C, 1, 1)` float32; cached, since making it waits for the device."""
     if not values:
-        raise ValueError("images are uint8, and there is no mean and std to normalise them by")
+        raise ValueError("images are uint8, and there is no mean and std to normalize them with")
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-def recompute(again: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """The function's result. With `again` none of its activations are kept: the backward pass calls it once more."""
-    return checkpoint(function, *arguments, use_reentrant=False) if again else function(*arguments)
+def recompute(enabled: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The function's result. If `enabled`, its activations are not kept: the backward pass computes them again."""
+    return checkpoint(function, *arguments, use_reentrant=False) if enabled else function(*arguments)
 
 
 def within_budget(memory_budget: float) -> Callable[..., Any]:

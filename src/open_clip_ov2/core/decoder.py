@@ -161,7 +161,7 @@ class TextDecoder(nn.Module):
     def extend(self, ids_BT: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
         """More tokens for each row, `(B, T)` int64 -> hidden state of the last one `(B, D)`, normed, and the new cache.
 
-        A generation starts from `image_cache` with its prompt, and goes on token by token.
+        A generation starts from `image_cache` with its prompt, and continues token by token.
         """
         sees_TT = prefix_mask(0, ids_BT.shape[1], ids_BT.device) if ids_BT.shape[1] > 1 else None
         extended = DecoderCache()

@@ -79,7 +79,7 @@ def targets(ids_BL: Tensor, eos_id: int) -> Tensor:
 
 
 def _attend(block: Params, x_BSD: Tensor, context_BCD: Tensor, heads: int, sees_SC: Tensor | None = None) -> Tensor:
-    """`x` plus what each of its tokens finds among those of the context that it sees (all, if not said otherwise)."""
+    """`x` plus what each of its tokens finds among those of the context that it sees (all of them by default)."""
     normed_BSD = _norm(block, "ln_1", x_BSD)
     normed_BCD = normed_BSD if context_BCD is x_BSD else _norm(block, "ln_context", context_BCD)
     weights, biases = block["attn.in_proj_weight"].chunk(3), block["attn.in_proj_bias"].chunk(3)

@@ -83,15 +83,15 @@ def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: 
     that compiled. `drop`: options of `TokenDrop.draw`.
     """
     blocks = visual.transformer.resblocks
-    again = visual.transformer.grad_checkpointing and visual.training
+    recomputes = visual.transformer.grad_checkpointing and visual.training
     x_BSD = visual._embeds(images)  # [class token ; N patch tokens]
     for block in blocks[:-1]:
-        x_BSD = recompute(again, block, x_BSD)
+        x_BSD = recompute(recomputes, block, x_BSD)
     batch, sequence, _ = x_BSD.shape
     kept_idx_BK = token_drop.draw(batch, sequence - 1, x_BSD.device, **drop)
     if kept_idx_BK is None:
-        return recompute(again, blocks[-1], x_BSD)[:, 1:]
-    return recompute(again, last_block, blocks[-1], x_BSD, kept_idx_BK + 1)
+        return recompute(recomputes, blocks[-1], x_BSD)[:, 1:]
+    return recompute(recomputes, last_block, blocks[-1], x_BSD, kept_idx_BK + 1)
 
 
 def block_at(block: Any, x_BSD: Tensor, index_BK: Tensor) -> Tensor:

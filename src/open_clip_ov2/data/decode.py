@@ -149,7 +149,7 @@ def orientation_of(image: Image.Image) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # PIL raises almost anything on a block that is no TIFF; the pixels are what is wanted
+    except Exception:  # PIL raises almost anything on a block that is not TIFF; only the pixels are needed
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
@@ -190,7 +190,7 @@ def pil_errors_skip(max_image_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[None]:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG from its header, in px; None for CMYK, a broken header, or what is no JPEG."""
+    """Width and height of a JPEG from its header, in px; None for CMYK, a broken header, or another format."""
     if not data.startswith(JPEG_START):
         return None
     try:

@@ -64,7 +64,7 @@ class Cache:
 
 
 def stamp(paths: Sequence[str | Path]) -> str:
-    """One hash of the names, sizes and modification times of files; of what is no local file, of the name alone."""
+    """One hash of the names, sizes and modification times of files; of anything but a local file, of the name alone."""
     digest = hashlib.sha256()
     for path in paths:
         found = os.stat(path) if os.path.exists(path) else None

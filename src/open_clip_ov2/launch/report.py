@@ -37,7 +37,7 @@ def row_of(run: RunState, metric: str) -> Row:
         records = read_results(run.run_dir)
     except UserError:  # it has not begun
         records = []
-    # Of the validation data if it was validated. A value at which a run broke off is no result.
+    # Of the validation data if it was validated. The value at which a run broke off does not count.
     values = [] if run.state in (FAILED, DIED) else _values(records, "val", metric) or _values(records, "train", metric)
     speeds = _values(records, "train", "images_per_second")
     smaller_is_better = "loss" in metric or metric == "perplexity"

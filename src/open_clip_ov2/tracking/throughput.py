@@ -18,7 +18,7 @@ from torch import Tensor
 WAIT_SHARE = 0.2
 # Ours: a GPU below this MFU with less than this share of its memory used gets too little work at once.
 LOW_MFU, LOW_MEMORY = 0.2, 0.5
-JUDGED_S = 30.0  # ours: steps are judged together over this time, because single slow batches are no bottleneck
+JUDGED_S = 30.0  # ours: steps are judged together over this time, because a single slow batch is not a bottleneck
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
 def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
     """A boolean scalar on the device: whether a step is bad, from its reduced losses `sums` and its gradient.
 
-    GradScaler finds its scale by fp16 gradients that overflow: it skips the step and halves the scale. That is no bad
-    step while there is a scale to halve.
+    GradScaler finds its scale by fp16 gradients that overflow: it skips the step and halves the scale. Such a step is
+    not bad while there is a scale to halve.
     """
     bad = ~torch.isfinite(sums).all()
     if scaler is not None and scaler.get_scale() > 1:

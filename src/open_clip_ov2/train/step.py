@@ -60,7 +60,7 @@ class StepResult:
     bad: Tensor  # boolean: something was not finite, and the update was skipped
 
     def losses(self, weight: float) -> dict[str, Tensor]:
-        """`caption_loss`: nats per real target token. `loss`: what was minimised."""
+        """`caption_loss`: nats per real target token. `loss`: what was minimized."""
         return {
             "caption_loss": self.nll / self.num_targets,
             "loss": weight * self.objective / self.num_targets,

@@ -60,7 +60,7 @@ class Measured:
         return Spread.of([self.case.batch_size / seconds for seconds in self.step_s])
 
     def mfu(self, peak_flops: float) -> float:
-        """Model FLOPs utilisation: share of the device's matrix rate, 0 to 1."""
+        """Model FLOPs utilization: share of the device's matrix rate, 0 to 1."""
         return self.images_per_second.median * self.image_flops / peak_flops
 
     def ratios(self, reference: Measured) -> tuple[Spread, Spread, float | None]:

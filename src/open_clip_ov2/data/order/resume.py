@@ -73,7 +73,7 @@ def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any], mov
             if state[name] != states[0][name]:
                 raise UserError(
                     f"cannot resume: {name} is {state[name]} for process {rank} and {states[0][name]} for process 0: "
-                    "the checkpoint mixes two moments; use another one"
+                    "the checkpoint mixes states of two different steps; use another one"
                 )
         for name, flag in (("seed", "--seed"), ("shuffle_buffer", "--shuffle-buffer")):
             if state[name] != identity[name]:

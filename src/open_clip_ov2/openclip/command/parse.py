@@ -117,7 +117,7 @@ def _stage(
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:
     with _one_line_errors():
         parsed = open_clip_parse_args(list(argv))
-    for word in argv:  # argparse would take an abbreviation, which nothing else here would recognise
+    for word in argv:  # argparse would take an abbreviation, which nothing else here would recognize
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:].replace("-", "_") not in vars(parsed):
             known = [f"--{name.replace('_', '-')}" for name in vars(parsed)]

@@ -38,14 +38,14 @@ def derived_flags(
     `ours` and `theirs` are what the two parsers made of the whole `argv`; `world_size` and `gpu` are what the run will
     have. Raises UserError.
     """
-    family, cuda = factory.is_ov2_model(theirs.model), gpu and theirs.device.startswith("cuda")
+    is_ov2, cuda = factory.is_ov2_model(theirs.model), gpu and theirs.device.startswith("cuda")
     extra: list[str] = []
     if not cuda and theirs.device.startswith("cuda") and not is_given(argv, "--device"):
         extra += ["--device", "cpu"]
     if not is_given(argv, "--precision"):
         # OpenCLIP's `amp` (fp16) on a CPU runs without visible updates (docs/openclip.md).
-        extra += ["--precision", ("amp_bf16" if family else "amp") if cuda else "fp32"]
-    if family:  # docs/reference.md: Adam b1 0.9, b2 0.95; eps is optax's default, 1e-8
+        extra += ["--precision", ("amp_bf16" if is_ov2 else "amp") if cuda else "fp32"]
+    if is_ov2:  # docs/reference.md: Adam b1 0.9, b2 0.95; eps is optax's default, 1e-8
         for flag, value in (("--beta1", "0.9"), ("--beta2", "0.95"), ("--eps", "1e-8")):
             extra += [] if is_given(argv, flag) else [flag, value]
     batch_size, accum_freq = _batch(argv, ours, theirs, world_size)

@@ -164,7 +164,7 @@ def _with_decoder(model: VisionModel, tokenizer: Any, where: Where) -> tuple[nn.
 def _fetch_decoder(name: str) -> Path | None:
     """The hub's snapshot with all three files of the decoder in it; none if the repository has no decoder.
 
-    Raises UserError if that cannot be known: a network that fails is no answer.
+    Raises UserError if that cannot be known: a network that fails does not answer the question.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -82,7 +82,9 @@ def refuse_remote_code(config: Any, where: str) -> None:
     """`tokenizer_kwargs` reach AutoTokenizer.from_pretrained unchanged. Raises ValueError."""
     kwargs = _text_cfg(config).get("tokenizer_kwargs")
     if isinstance(kwargs, Mapping) and kwargs.get("trust_remote_code"):
-        raise ValueError(f"{where}: text_cfg.tokenizer_kwargs asks for trust_remote_code, which a config may not")
+        raise ValueError(
+            f"{where}: text_cfg.tokenizer_kwargs asks for trust_remote_code, which is not allowed in a config"
+        )
 
 
 def check_tokenizer_folder(folder: Path) -> None:

@@ -44,15 +44,17 @@ def check_same_run(plan: RunPlan) -> bool:
 def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
     """Make the run's folder, or find it again. Returns whether the run existed. Raises UserError.
 
-    A run that exists goes on if its configuration is the same, or with --override.
+    A run that exists continues if its configuration is the same, or with --override.
     """
     file = plan.folder / RUN_FILE
     existed = check_same_run(plan) if trains else file.is_file()
     if existed and not trains and list_checkpoints(plan.folder / "checkpoints"):
-        raise UserError(f"{plan.folder}: a training run; give its validation another --name (or use `ov2 eval`)")
+        raise UserError(
+            f"{plan.folder}: this is a training run; give its validation another --name (or use `ov2 eval`)"
+        )
     others = [path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, *OF_THE_LAUNCHER))]
     if others and not existed:
-        raise UserError(f"{plan.folder}: exists and is no run of ov2 (no {RUN_FILE} in it): choose another --name")
+        raise UserError(f"{plan.folder}: exists, but is not a run of ov2 (it has no {RUN_FILE}); choose another --name")
     plan.folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
     about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
@@ -66,7 +68,7 @@ def resolved_config(args: argparse.Namespace, model_options: dict[str, Any]) -> 
     """The model config with every flag that changed it folded in."""
     cfg = deepcopy(open_clip_factory.get_model_config(args.model))
     if cfg is None:
-        raise UserError(f"--model {args.model}: no config to be had")
+        raise UserError(f"--model {args.model}: OpenCLIP has no config of this name")
     cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in model_options.items()})
     size = args.force_image_size
     if size is not None:

@@ -115,7 +115,7 @@ def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
 
 
 def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
-    """None, and a line in the log, where FLOPs are not known: towers that are no plain transformers, or frozen."""
+    """None, and a line in the log, where FLOPs are not known: towers that are not plain transformers, or are frozen."""
     if args.lock_image or args.lock_text:
         logger.info("MFU is not measured: a part of the model is frozen")
         return None
