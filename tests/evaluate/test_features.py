@@ -19,8 +19,7 @@ from open_clip_ov2.data.sources import ImageFolderSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import extraction as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
-from open_clip_ov2.evaluate.extraction import Cache, Features, extract, stamp
-from open_clip_ov2.evaluate.feature_memory import available_bytes, on_disk
+from open_clip_ov2.evaluate.extraction import Cache, Features, available_bytes, extract, on_disk, stamp
 
 
 @pytest.fixture

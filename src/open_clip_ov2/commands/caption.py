@@ -21,8 +21,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {args.out}: not an image file ({', '.join(SUFFIXES)})")
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist")
-    if args.every < 1 or (args.limit or 1) < 1:
-        raise UserError("--every and --limit: expected an integer >= 1")
+    for flag, value in (("--every", args.every), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: expected an integer >= 1")
     with paths_checked():
         _caption_all(args)
 

@@ -63,18 +63,11 @@ class TrainLoader(Receiver):
         self.num_batches = self._batches_for(num_samples)
         self.num_samples = self.num_batches * self._global_batch
         self._stall_warning_s = stall_warning_s
+        decoder = Decoder(transform, caption_keys, max_image_pixels)
         self._stream = TrainStream(
-            source,
-            Decoder(transform, caption_keys, max_image_pixels),
-            tokenizer,
-            batch_size,
-            self.num_batches,
-            seed,
-            rank,
-            world_size,
-            shuffle_buffer,
+            source, decoder, tokenizer, batch_size, self.num_batches, seed, rank, world_size, shuffle_buffer,
             reading=multiprocessing.RawArray("q", [-1] * self._workers),
-        )
+        )  # fmt: skip
         self._make_loader = partial(torch_loader, num_workers=num_workers, pin_memory=pin_memory, persistent=True)
         self._loader = self._make_loader(self._stream)
         self._progress, self._resumed = self._progress_at(Start()), False

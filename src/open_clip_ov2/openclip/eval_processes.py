@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from open_clip_train.distributed import init_distributed_device
 
+from open_clip_ov2.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -21,8 +23,11 @@ class Processes:
 
 
 def default_device(device: str | None = None) -> torch.device:
-    """The device of this name; by default a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of this name; by default a GPU if there is one. Raises UserError."""
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: not a device of torch; give cpu, cuda or cuda:N") from error
 
 
 @contextlib.contextmanager

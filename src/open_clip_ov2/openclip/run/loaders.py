@@ -77,6 +77,19 @@ def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
     return found
 
 
+def _shared_options(args: argparse.Namespace, options: TrainOptions, kind: str) -> dict[str, Any]:
+    """Options of both loaders."""
+    return {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "rank": args.rank,
+        "world_size": args.world_size,
+        "caption_keys": caption_keys(args, options, kind),
+        "max_image_pixels": options.max_image_pixels,
+        "pin_memory": str(args.device).startswith("cuda"),
+    }
+
+
 def make_data(
     args: argparse.Namespace,
     transforms: tuple[Any, Any],
@@ -86,18 +99,6 @@ def make_data(
     stall_warning_s: float,
 ) -> dict[str, LoaderInfo]:
     """`{"train": ..., "val": ...}`, each only if its data flag is given. Raises UserError."""
-
-    def shared(kind: str) -> dict[str, Any]:
-        return {
-            "batch_size": args.batch_size,
-            "num_workers": args.workers,
-            "rank": args.rank,
-            "world_size": args.world_size,
-            "caption_keys": caption_keys(args, options, kind),
-            "max_image_pixels": options.max_image_pixels,
-            "pin_memory": str(args.device).startswith("cuda"),
-        }
-
     data: dict[str, LoaderInfo] = {}
     if args.train_data or args.dataset_type == "synthetic":
         kind = dataset_type(args.train_data or "", args.dataset_type)
@@ -111,14 +112,15 @@ def make_data(
             accum_freq=args.accum_freq,
             shuffle_buffer=options.shuffle_buffer,
             stall_warning_s=stall_warning_s,
-            **shared(kind),
+            **_shared_options(args, options, kind),
         )
         loader.set_epoch(epoch)
         data["train"] = LoaderInfo(loader)
     if args.val_data:
         kind = dataset_type(args.val_data, "auto" if args.dataset_type == "synthetic" else args.dataset_type)
         source = make_source(args.val_data, kind, args, options, train=False)
+        shared = _shared_options(args, options, kind)
         data["val"] = LoaderInfo(
-            EvalLoader(source, transforms[1], tokenizer, num_samples=args.val_num_samples, **shared(kind))
+            EvalLoader(source, transforms[1], tokenizer, num_samples=args.val_num_samples, **shared)
         )
     return data
