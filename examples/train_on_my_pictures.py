@@ -49,7 +49,7 @@ def main() -> None:
             "warmup_samples": 20 * args.batch_size,
             "workers": args.workers,
             "logs": args.out,
-            "name": args.folder.name,
+            "name": args.folder.resolve().name,
         }
     )
     for picture, text in ov2.caption(run, held_out[:10]):

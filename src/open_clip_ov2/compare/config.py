@@ -259,7 +259,7 @@ class Comparison:
 
 
 def load_comparison(path: Path) -> Comparison:
-    """Raises UserError."""
+    """A comparison from its file. Raises UserError."""
     items = []
     for name, value in read_toml(path).items():
         if name == "evaluate" and isinstance(value, list):

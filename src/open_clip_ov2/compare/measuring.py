@@ -80,7 +80,7 @@ class Cache:
 
 
 def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
-    """Of each stage by itself. Raises UserError."""
+    """Images/s of each stage of each variant. Raises UserError."""
     commands: dict[str, list[str]] = {}
     titles: dict[str, list[str]] = {}
     steps: dict[str, int] = {}
@@ -125,7 +125,7 @@ def _speed(values: Sequence[tuple[float, float]], threads: int) -> Speed:
 
 
 def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
-    """(images/s, MiB)."""
+    """(images/s, MiB) of one short run."""
     shutil.rmtree(scratch, ignore_errors=True)
     argv = ["train", *argv, "--logs", str(scratch), "--name", "run"]
     run_all([Command.ov2(f"measuring {title}", argv, scratch / "out.txt")], 1, lambda *_: None, threads=threads)
@@ -143,8 +143,8 @@ def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
-    """The variant's last stage, for `ov2 bench`. Captions are drawn from the vocabulary of the first ov2 model of the
-    comparison, or from OpenCLIP's own. Raises UserError."""
+    """What `ov2 bench` measures of a variant: its last stage. Captions are drawn from the vocabulary of the first
+    ov2 model of the comparison, or from OpenCLIP's own. Raises UserError."""
     measure, last = comparison.measure, variant.stages[-1]
     argv = train_argv(comparison, variant, study.data, [(last.resolution, global_batch(comparison, variant))])
     device = "cpu" if value_of(argv, "--device") == "cpu" else default_device()
@@ -162,7 +162,7 @@ def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
 
 
 def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
-    """Of a step of each variant at its own batch size. Raises UserError, RunFailed."""
+    """The cost of a step of each variant, at its own batch size. Raises UserError, RunFailed."""
     cache, out = Cache(study.folder / "costs.json"), {}
     for variant in comparison.variants:
         try:
@@ -176,7 +176,8 @@ def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
 
 
 def measure_cost(job: Job, batch: int, with_largest: bool, cache: Cache, log: Log) -> Cost:
-    """Raises UserError if the job's own batch does not fit; RunFailed."""
+    """Step memory, and the largest batch if it is asked for. Raises UserError if the job's own batch does not fit;
+    RunFailed."""
     plain = asdict(replace(job, name="", memory_limit_gb=None))  # variants that differ in name alone cost the same
 
     def memory() -> float:

@@ -67,7 +67,7 @@ def global_batch(comparison: Comparison, variant: Variant) -> int:
 
 
 def mean_over_stages(variant: Variant, by_stage: Sequence[float]) -> float:
-    """Of an image: the mean weighted by the stages' shares of the samples."""
+    """A number of an image, as the mean over stages weighted by their shares of the samples."""
     return sum(stage.share * value for stage, value in zip(variant.stages, by_stage, strict=True))
 
 

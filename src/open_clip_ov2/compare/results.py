@@ -45,7 +45,7 @@ class VariantResult:
 
     @property
     def seconds(self) -> float:
-        """Of one run's training, at the images/s measured."""
+        """Seconds of one run's training, at the images/s measured."""
         return self.seconds_at(self.samples)
 
     def seconds_at(self, samples: float) -> float:
@@ -144,7 +144,7 @@ def learning_curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
-    """Over seeds, where all of them have a value."""
+    """Mean curve over seeds, at the points where all of them have a value."""
     tables = [dict(curve) for curve in curves]
     shared = set.intersection(*map(set, tables)) if tables else set()
     means = [(x, summary([table[x] for table in tables])) for x in sorted(shared)]
@@ -152,7 +152,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
 
 
 def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Everything. Files say `arm` where this package says variant, so that earlier ones stay comparable."""
+    """All results, JSON-ready. Files say `arm` where this package says variant, so that earlier ones stay
+    comparable."""
     out = []
     for one in found:
         plain = asdict(one)

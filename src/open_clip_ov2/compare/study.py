@@ -43,7 +43,8 @@ class PlannedRun:
 
 
 def carry_out(study: Study, log: Log) -> list[Found]:
-    """All of it; what is there already is read. Raises UserError, RunFailed."""
+    """Measure, train, evaluate and write the page. Results that exist are read, not made again. Raises UserError,
+    RunFailed."""
     flops = [_check(study, one) for one in study.comparisons]
     costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
     speeds = [measure_speeds(study, one, log) for one in study.comparisons]
@@ -137,7 +138,7 @@ def _evaluate(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
 
 
 def _run(what: str, commands: Iterable[Command | None], study: Study, log: Log) -> None:
-    """None stands for a command whose result is there."""
+    """Run the commands; None stands for one whose result exists."""
     total, waiting = len(list(commands)), [command for command in commands if command is not None]
     if total > len(waiting):
         log(f"{what}: {total - len(waiting)} of {total} are done already")

@@ -65,7 +65,7 @@ def headlines(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of work. Raises UserError."""
+    """Check, before hours of work, that the file can be written. Raises UserError."""
     folder = path.parent
     if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"{path}: cannot be written; name a file in a folder that exists and is yours (--out)")

@@ -56,8 +56,8 @@ class Labels:
 
 
 def match_labels(train: Features, test: Features, kind: Kind) -> Labels:
-    """Raises UserError: fewer than two classes, no test sample with a known class; ValueError: features of another kind
-    or of unequal shapes."""
+    """The labels of both sets as class numbers. Raises UserError: fewer than two classes, no test sample with a
+    known class; ValueError: features of another kind or of unequal shapes."""
     if not train.kind == test.kind == kind or train.values.shape[1:] != test.values.shape[1:]:
         found = f"{train.kind} {tuple(train.values.shape)} and {test.kind} {tuple(test.values.shape)}"
         raise ValueError(f"expected {kind} features of one shape, got {found}")

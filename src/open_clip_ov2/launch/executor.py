@@ -48,7 +48,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def check_slurm() -> None:
-    """Raises UserError."""
+    """Raises UserError if the commands of SLURM are missing on this machine."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
             "no SLURM on this machine (sbatch and srun are not on the PATH): submit from a login node, run here with "

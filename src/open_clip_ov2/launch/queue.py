@@ -80,7 +80,7 @@ def may_requeue(job_id: str) -> bool:
 
 
 def cancel(executor: str, job_ids: Iterable[str]) -> None:
-    """Raises UserError."""
+    """Cancel jobs. Raises UserError."""
     for name in job_ids:
         if executor == LOCAL:
             with contextlib.suppress(OSError, ValueError):

@@ -92,7 +92,7 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def expand(sweep: Sweep) -> list[SweepRun]:
-    """The grid in its order, with the last key fastest, then the list. Raises UserError."""
+    """The runs: the grid in its order, with the last key fastest, then the list. Raises UserError."""
     varied: list[dict[str, Any]] = []
     if sweep.grid:
         varied += [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]

@@ -16,7 +16,7 @@ BATCH_STEP = 8  # images; tensor cores want multiples of 8
 
 
 def run_bench(settings: BenchSettings, log: Callable[[str], None]) -> Iterator[Results]:
-    """All that is known after each case and each largest batch, so that an interrupted benchmark leaves what it found.
+    """Yields all results after each case and each largest batch, so that an interrupted benchmark leaves what it found.
 
     Raises UserError, RunFailed.
     """

@@ -48,7 +48,7 @@ _REFUSED_OV2 = {
 
 
 def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, needs_data: bool = True) -> None:
-    """`gpu`: whether the machine that will run it has one. Raises UserError."""
+    """Check the flags of one stage. `gpu`: whether the machine that will run it has one. Raises UserError."""
     _check_device(theirs, gpu)
     for name, read in _READERS.items():
         value = getattr(theirs, name)

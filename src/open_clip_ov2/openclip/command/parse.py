@@ -28,8 +28,8 @@ SEED_STEP = 1_000_003  # between stages: far from the `seed + rank` that OpenCLI
 def parse(
     argv: Sequence[str], world_size: int | None = None, gpu: bool | None = None, *, needs_data: bool = True
 ) -> RunPlan:
-    """`world_size` (processes) and `gpu` are what the run will have, by default this environment's; without
-    `needs_data`, a command line without --train-data is accepted. Raises UserError."""
+    """The plan of a command line of `ov2 train`. `world_size` (processes) and `gpu` are what the run will have, by
+    default this environment's; without `needs_data`, --train-data may be missing. Raises UserError."""
     gpu = torch.cuda.is_available() if gpu is None else gpu
     world_size = world_info_from_env()[2] if world_size is None else world_size
     schedule = options(ScheduleOptions, build_parser().parse_known_args(list(argv))[0])

@@ -30,7 +30,7 @@ NOT_CONFIG = frozenset(
 
 
 def run_config(stages: Sequence[StagePlan], world_size: int, carry_optimizer: bool) -> dict[str, Any]:
-    """JSON-ready."""
+    """The configuration that a resumed run must share, JSON-ready."""
     return {
         "stages": [_stage_config(stage, world_size) for stage in stages],
         "carry_optimizer": carry_optimizer,
@@ -54,7 +54,7 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
 
 
 def signature(config: dict[str, Any]) -> str:
-    """Eight hexadecimal digits."""
+    """Eight hexadecimal digits that identify a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 

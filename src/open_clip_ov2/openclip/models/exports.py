@@ -110,7 +110,7 @@ def clip_shapes(model_cfg: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def encoder_of(model: Any, preprocess_cfg: dict[str, Any]) -> Encoder:
-    """Raises UserError for a model that is not ours."""
+    """The encoder of an ov2 model or of a released encoder. Raises UserError for any other model."""
     if not isinstance(model, (CaptionModel, VisionModel)):
         raise UserError(f"{type(model).__name__} is not an ov2 model, so its encoder cannot be exported")
     return Encoder.of(model.visual, preprocess_cfg)

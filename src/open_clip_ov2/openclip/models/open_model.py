@@ -104,7 +104,7 @@ def create_caption_model(source: str, **options: Any) -> tuple[CaptionModel, Cal
 
 
 def caption_model(run: LoadedModel) -> CaptionModel:
-    """Raises UserError for a model without a decoder."""
+    """The model, if it has a decoder. Raises UserError for one without."""
     if isinstance(run.model, CaptionModel):
         return run.model
     if isinstance(run.model, VisionModel):
@@ -113,7 +113,7 @@ def caption_model(run: LoadedModel) -> CaptionModel:
 
 
 def locate(source: str) -> Where:
-    """Raises UserError."""
+    """Where the model of this source is. Raises UserError."""
     if source.startswith(HUB):
         return Where(source, None, None)
     path = Path(source.removeprefix(LOCAL))

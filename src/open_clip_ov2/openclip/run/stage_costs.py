@@ -31,7 +31,8 @@ logger = logging.getLogger("open_clip_ov2")
 
 
 def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | None = None) -> Plan:
-    """Raises UserError for a model that is not made of plain transformers, or a stage of unknown length."""
+    """The costs of every stage of a run. Raises UserError for a model that is not made of plain transformers, or a
+    stage of unknown length."""
     costs, others = [], []
     for stage in plan.stages:
         facts = stage_facts(stage)
@@ -115,7 +116,8 @@ def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
 
 
 def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
-    """None, and a line in the log, where FLOPs are not known: towers that are not plain transformers, or are frozen."""
+    """What MFU is computed with. None, and a line in the log, where FLOPs are not known: towers that are not plain
+    transformers, or are frozen."""
     if args.lock_image or args.lock_text:
         logger.info("MFU is not measured: a part of the model is frozen")
         return None
