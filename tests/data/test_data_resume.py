@@ -1,4 +1,4 @@
-"""Going on where a loader was stopped. Oracle throughout: the iteration that was not stopped."""
+"""A loader continues where one was stopped. Oracle throughout: the iteration that was not stopped."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SIZE = {"force_image_size": 24}
 def run(
     request: pytest.FixtureRequest, squares: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Trained with word pieces of the squares' captions and the family's transform."""
+    """Trained with word pieces of the squares' captions and the transform of ov2 models."""
     logs = tmp_path_factory.mktemp("logs")
     flags = ["--model", NAMES[request.param], "--tokenizer", str(vocabulary), "--augmentation", "family"]
     shape = ["--force-image-size", "24", "--force-context-length", "12", "--color-jitter", "--logs", str(logs)]
@@ -53,14 +53,14 @@ def test_pixels_are_those_of_an_ov2_model() -> None:
             torch.manual_seed(1)
             images.append(transform(picture))
         made.append(images)
-    family, same, stock = made
-    assert torch.equal(family[0], same[0])
-    assert torch.equal(family[1], same[1])
-    assert not torch.equal(family[1], stock[1])
+    ours, same, stock = made
+    assert torch.equal(ours[0], same[0])
+    assert torch.equal(ours[1], same[1])
+    assert not torch.equal(ours[1], stock[1])
 
 
 def test_the_folder_says_all(run: Path, vocabulary: Path) -> None:
-    """Oracle: the family's constants; OpenCLIP's own loader and tokenizer."""
+    """Oracle: the constants of ov2 models; OpenCLIP's own loader and tokenizer."""
     config = json.loads((run / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["mean"] == [0.485, 0.456, 0.406]
     assert config["preprocess_cfg"]["interpolation"] == "bilinear"

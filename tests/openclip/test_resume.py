@@ -229,7 +229,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(squares: Path, voc
 def test_another_number_of_processes_and_workers_goes_on(
     squares: Path, vocabulary: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two processes stop in the middle of an epoch, one goes on: the log says that the order differs."""
+    """Two processes stop in the middle of an epoch, one continues: the log says that the order differs."""
     flags = [*common(squares, vocabulary, tmp_path), "--force-image-size", "16", "--train-num-samples", "4000"]
     ranks = start([*flags, "--batch-size", "4", "--workers", "2"], 2)
     assert wait_for(lambda: samples_of(tmp_path / "run") >= 40, ranks)

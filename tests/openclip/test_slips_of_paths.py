@@ -98,7 +98,7 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_clip_is_not_taken_for_an_encoder_alone(tmp_path: Path) -> None:
-    """A CLIP with the family's encoder and output_tokens. Oracle: its state dict has a text tower."""
+    """A CLIP with the encoder of ov2 models and output_tokens. Oracle: its state dict has a text tower."""
     write_released(tmp_path, "l")
     cfg = json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]
     text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}

@@ -48,7 +48,7 @@ def test_floats_are_taken_as_normalised_and_uint8_needs_the_statistics() -> None
 
 
 def test_other_transforms_stay_as_they_are() -> None:
-    """Oracle: none is replaced where the interpolation is not the family's, or timm's augmentation is asked for."""
+    """Oracle: none is replaced where the interpolation is another than ov2's, or timm's augmentation is asked for."""
     cfg = open_clip.create_model("ov2-vit-nano-8").visual.preprocess_cfg
     assert train_crop(cfg, {"use_timm": True}, fast=True) is None
     assert train_crop({**cfg, "interpolation": "random"}, None, fast=True) is None
