@@ -150,7 +150,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = file.read_text().replace("nano-9", "nano-8")
     file.write_text(f'{good}[flags]\nbatch-size = 8\n[[evaluate]]\ntasks = ["kmm"]\n')
     assert ov2(["compare", str(file), *data]) == 2
-    assert "one: evaluate: --tasks kmm: no such task" in capsys.readouterr().err
+    assert "one: evaluate: --tasks: unknown task 'kmm'" in capsys.readouterr().err
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
     error = capsys.readouterr().err

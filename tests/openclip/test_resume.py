@@ -261,15 +261,20 @@ def test_non_finite_steps_are_left_out_and_then_end_the_run(
     assert all(torch.isfinite(value).all() for value in weights(newest).values())
 
 
-def test_a_disk_that_fills_up_does_not_end_the_run(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
-    """A file system with room for the logs and one checkpoint."""
+def test_a_disk_that_fills_up_does_not_end_the_run(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file system with room for the logs and one checkpoint: all steps are made, and the end tells the truth."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (needs root)")
     try:
         flags = [*common(squares, vocabulary, disk), "--force-image-size", "16", "--train-num-samples", "48"]
-        assert ov2(["train", *flags, "--save-every-steps", "1", "--keep-checkpoints", "99"]) == 0
+        assert ov2(["train", *flags, "--save-every-steps", "1", "--keep-checkpoints", "99"]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "training is over after 48 samples, but the checkpoint was not written (" in last
+        assert "the same command resumes from" in last
         log = (disk / "run" / "out.log").read_text()
         assert "CHECKPOINT NOT WRITTEN" in log
         assert "No space left on device" in log
@@ -280,6 +285,24 @@ def test_a_disk_that_fills_up_does_not_end_the_run(squares: Path, vocabulary: Pa
             assert weights(path)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_signal_claims_no_checkpoint_that_was_not_written(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """The folder of checkpoints goes while the run is at work. Oracle: what lies on the disk."""
+    flags = [*common(squares, vocabulary, tmp_path), "--force-image-size", "16", "--train-num-samples", "40000"]
+    (rank,) = start(flags, 1)
+    assert wait_for(lambda: samples_of(tmp_path / "run") >= 40, [rank])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    rank.send_signal(signal.SIGTERM)
+    ((status, error),) = finish([rank])
+    last = error.strip().splitlines()[-1]
+    assert status == 2
+    assert "SIGTERM: stopped at" in last
+    assert "the checkpoint was not written (No such file or directory" in last or "[Errno 2]" in last
+    assert "resumes from the beginning" in last
+    assert "saved at" not in error
+    assert "Free some space" not in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_killed_data_worker_is_told(squares: Path, vocabulary: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_full_disk_is_loud_and_costs_no_checkpoint(small_disk: Path, caplog: p
     writer = CheckpointWriter(small_disk, keep=1)
     save(writer, 1, size=100_000)  # 0.4 MB
     save(writer, 2, size=200_000)  # beside it there is no room for 0.8 MB
-    assert writer.failures == 1
+    assert writer.failure
     assert "CHECKPOINT NOT WRITTEN" in caplog.text
     assert "No space left on device" in caplog.text
     assert "Free some space." in caplog.text
@@ -146,7 +146,7 @@ def test_another_failure_is_loud_too_and_says_nothing_of_space(
     writer = CheckpointWriter(tmp_path / "checkpoints", keep=1)
     (tmp_path / "checkpoints").rmdir()
     save(writer, 1)
-    assert writer.failures == 1
+    assert writer.failure
     assert "CHECKPOINT NOT WRITTEN" in caplog.text
     assert "No such file or directory" in caplog.text
     assert "space" not in caplog.text

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.errors import RunFailed, UserError, first_line
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
-        self.failures = 0
+        self.failure: str | None = None  # why the newest save was not written; None if it was
         self.last_saved = time.monotonic()
         self._thread: threading.Thread | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,16 +132,26 @@ class CheckpointWriter:
         found = list_checkpoints(self.folder)
         return str(found[-1]) if found else "none yet"
 
+    def check_saved(self, what: str) -> None:
+        """Raises RunFailed, which begins with `what`, if the newest save was not written."""
+        newest = self.last_good()
+        if self.failure is not None:
+            raise RunFailed(
+                f"{what}, but the checkpoint was not written ({self.failure}); the same command resumes from "
+                + ("the beginning" if newest == "none yet" else newest)
+            )
+
     def _write(self, name: CheckpointName, content: dict[str, Any], metric: float | None) -> None:
         try:
             with written_whole(self.folder / name.file) as file:
                 torch.save(content, file)
+            self.failure = None
             if metric is not None:
                 self._note_best(name.file, metric)
             self._prune()
         except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
-            self.failures += 1
             cause = _cause(error)
+            self.failure = first_line(cause)
             full = isinstance(cause, OSError) and cause.errno in NO_SPACE
             logger.error(
                 "CHECKPOINT NOT WRITTEN: %s: %s. The run continues; the newest checkpoint is still %s.%s",

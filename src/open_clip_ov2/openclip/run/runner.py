@@ -55,6 +55,7 @@ def _run_stages(plan: RunPlan, session: Session) -> None:
         session.samples_before = run.samples_seen
         if stage.args.torchcompile:
             torch.compiler.reset()  # what was compiled for the model of this stage
+    session.check_saved(f"training is over after {session.samples_before:,} samples")
     session.monitor.hparams(_hparams(plan))
 
 

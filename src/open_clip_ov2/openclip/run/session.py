@@ -119,6 +119,10 @@ class Session:
             raise problem
         return value
 
+    def check_saved(self, what: str) -> None:
+        """Wait for rank 0's file. Raises RunFailed on every rank if the newest checkpoint was not written."""
+        self.on_rank_0(self.writer.check_saved if self.writer else str, what)
+
     def _gathered(self, counts: dict[str, int]) -> dict[str, int]:
         return gathered_counts(counts, self.world_size)
 

@@ -90,7 +90,7 @@ class StageProgress:
         return self.steps_done >= self.steps_per_epoch * self.epochs
 
     def after_step(self, report: StepReport, parts: StageParts) -> None:
-        """Called on every rank. Raises Interrupted (after saving) and RunFailed (too many bad steps)."""
+        """Called on every rank. Raises Interrupted (after saving) and RunFailed (too many bad steps, or not saved)."""
         self.steps_done += 1
         self._session.monitor.step(
             self.samples_seen,
@@ -118,10 +118,9 @@ class StageProgress:
 
     def _stop(self) -> None:
         self._session.agreement.close()
-        if self._session.writer is not None:
-            self._session.writer.wait()
-        self._session.agreement.now(False)  # nobody exits before rank 0 has written: a launcher would kill the others
         name = self._session.signals.name or "a signal to another rank"
+        # Nobody exits before rank 0 has written: a launcher would kill the others.
+        self._session.check_saved(f"{name}: stopped at {self.samples_seen:,} samples")
         raise Interrupted(f"{name}: saved at {self.samples_seen:,} samples; the same command resumes the run")
 
     @property
