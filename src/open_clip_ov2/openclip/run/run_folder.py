@@ -35,8 +35,8 @@ def check_same_run(plan: RunPlan) -> bool:
     changes = differences(before["config"], plan.config)
     if changes and not plan.options.override:
         raise UserError(
-            f"{plan.folder}: this run has another configuration ({'; '.join(changes)}): --name another run, or go "
-            "on with the new one by --override"
+            f"{plan.folder}: this run has another configuration ({'; '.join(changes)}); give another "
+            "--name, or continue the run with the new configuration (--override)"
         )
     return True
 
