@@ -67,6 +67,10 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, ne
     if theirs.lr_scheduler == "const-cooldown" and theirs.epochs_cooldown is None:
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     tracker_names(theirs.report_to)
+    try:
+        factory.check_named_size(theirs.model, theirs.force_image_size)
+    except ValueError as error:
+        raise UserError(f"--force-image-size: {error}") from None
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if factory.is_ov2_model(theirs.model):

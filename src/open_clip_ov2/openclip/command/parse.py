@@ -97,21 +97,29 @@ def _stage(
     ours, rest = build_parser().parse_known_args(flags)
     theirs = _parse_theirs(rest)
     _check_model_name(theirs.model, is_given(flags, "--model"))
-    try:
+    with _errors_name_stage(f"stage {index + 1} ({title}): " if title else ""):
         rest += derived_flags(flags, ours, theirs, world_size, gpu)
-    except UserError as error:
-        raise UserError(f"stage {index + 1} ({title}): {error}" if title else str(error)) from None
     if index:
         rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
     theirs = _parse_theirs(rest)
     train = options(TrainOptions, ours)
-    check_stage(train, theirs, gpu, needs_data)
+    with _errors_name_stage(f"stage {index + 1} ({title}): " if title else ""):
+        check_stage(train, theirs, gpu, needs_data)
     if ours.eval_every_samples and not ours.eval:
         raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
     if ours.eval:
         check_eval(ours.eval, theirs)
     summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
     return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"))
+
+
+@contextlib.contextmanager
+def _errors_name_stage(stage: str) -> Iterator[None]:
+    """A UserError begins with the stage that it is about, where a run has several."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{stage}{error}") from None
 
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:

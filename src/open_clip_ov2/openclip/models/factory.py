@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def build_caption_model(**config: Any) -> CaptionModel:
     check_keys("model config", config, _TOP_KEYS | _DECODER_OPTIONS)
     if config["embed_dim"] != config["vision_cfg"]["width"]:
         raise ValueError(f"an ov2 model has embed_dim = vision_cfg.width, got {config['embed_dim']}")
+    check_image_size(config["vision_cfg"]["image_size"], config["vision_cfg"]["patch_size"])
     visual = _vision_tower(config, config["vision_cfg"])
     init_vision(visual)
     decoder_cfg = {**config[DECODER_KEY]}
@@ -126,6 +127,26 @@ def _vision_tower(config: Mapping[str, Any], vision_cfg: Mapping[str, Any]) -> n
     visual = open_clip_model._build_vision_tower(config["embed_dim"], vision_cfg, cast_dtype=config.get("cast_dtype"))
     use_fast_parts(visual)
     return visual
+
+
+def check_image_size(image_size: int | Sequence[int], patch_size: int) -> None:
+    """Raises ValueError for sides in px that patches do not fill: what is left over would never be seen."""
+    for side in (image_size,) if isinstance(image_size, int) else image_size:
+        if left := side % patch_size:
+            sizes = [size for size in (side - left, side - left + patch_size) if size]
+            raise ValueError(
+                f"image size {side} is not a multiple of the patch size {patch_size}, so {left} px at the edge would "
+                f"never be seen; the nearest are {' and '.join(map(str, sizes))}"
+            )
+
+
+def check_named_size(model_name: str, image_size: int | Sequence[int] | None) -> None:
+    """`check_image_size` for a ViT of OpenCLIP's registry or a folder, unless the size is the model's own. Raises
+    ValueError."""
+    vision = (open_clip_factory.get_model_config(model_name) or {}).get("vision_cfg", {})
+    patch_size = vision.get("patch_size")
+    if image_size is not None and isinstance(patch_size, int) and image_size != vision.get("image_size"):
+        check_image_size(image_size, patch_size)
 
 
 def _names(kind: type) -> set[str]:

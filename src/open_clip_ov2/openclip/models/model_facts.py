@@ -11,7 +11,6 @@ import open_clip
 import torch
 from open_clip import factory as open_clip_factory
 from open_clip.coca_model import CoCa
-from open_clip.model import CLIPVisionCfg
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
@@ -84,10 +83,6 @@ def meta_model(
     **options: Any,
 ) -> nn.Module:
     """A model without memory, on the meta device; `options` are further ones of `create_model`. Raises UserError."""
-    config = open_clip_factory.get_model_config(name) or {}
-    patch_size = config.get("vision_cfg", {}).get("patch_size", CLIPVisionCfg.patch_size) or 1  # ResNets have none
-    if isinstance(resolution, int) and resolution < patch_size:
-        raise UserError(f"resolution {resolution}: smaller than one patch of {patch_size} px")
     try:
         with quiet(), torch.device("meta"):
             return open_clip.create_model(

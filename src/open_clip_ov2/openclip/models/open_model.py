@@ -18,6 +18,7 @@ from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FILE
 from open_clip_ov2.formats.open_clip import CONFIG as CONFIG  # for run_folder.py
+from open_clip_ov2.openclip.models.factory import check_named_size
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.quiet import quiet
@@ -66,6 +67,7 @@ def open_model(
     where = locate(str(source))
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
     try:
+        check_named_size(where.name, image_size)
         # OpenCLIP warns of random weights, which would be wrong where a checkpoint is read next.
         with quiet() if where.checkpoint is not None else contextlib.nullcontext():
             model, _, preprocess = open_clip.create_model_and_transforms(
