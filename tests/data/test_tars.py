@@ -13,8 +13,11 @@ import pytest
 import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from open_clip_ov2.cli import main
 from open_clip_ov2.data import tars
-from open_clip_ov2.data.tars import TarStream, plain_files, read_tar
+from open_clip_ov2.data.samples import encoded_image
+from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.tars import APART, TarStream, plain_files, read_tar
 
 FILES = [
     ("0.txt", b"zero"),
@@ -118,3 +121,26 @@ def test_damage_anywhere_is_judged_as_tarfile_does(tmp_path: Path, monkeypatch: 
         assert broken <= found[index][1] <= 1, index
         assert found[index][1] == 1 or index % 2 == 1, index
     assert {len(samples) for samples, _ in found} >= {0, 1, 2, 3}
+
+
+def test_files_of_a_sample_that_are_apart_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All images first, then all captions. Oracle: the same files sorted, in which nothing is wrong."""
+    files = [(f"{n:03d}.jpg", b"x" * 20) for n in range(3)] + [(f"{n:03d}.txt", b"a") for n in range(3)]
+    for name, members, reasons in (("apart", files, 1), ("sorted", sorted(files), 0)):
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(built(members, tarfile.USTAR_FORMAT))
+        broken: list[str] = []
+        samples = list(read_tar(str(path), broken.append))
+        assert len(samples) == (6 if reasons else 3)
+        assert [APART in reason for reason in broken] == [True] * reasons
+    assert main(["shards", "resize", str(tmp_path / "apart.tar"), str(tmp_path / "out")]) == 2
+    assert "tar --sort=name" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_names_with_dots_are_told(tmp_path: Path) -> None:
+    """`img.000.jpg` is the entry `000.jpg` of the sample `img`."""
+    (tmp_path / "t.tar").write_bytes(built([(f"img.{n:03d}.jpg", b"x") for n in range(3)], tarfile.USTAR_FORMAT))
+    (sample,) = read_tar(str(tmp_path / "t.tar"), pytest.fail)
+    with pytest.raises(SkipSample, match=r"000\.jpg.*without further dots"):
+        encoded_image(sample)

@@ -265,6 +265,12 @@ def test_coca_without_contrast_survives_ddp(squares: Path, baselines: Path, voca
 
 
 SLIPS = {
+    "a run's folder as a model": (["--model", "."], "--model local-dir:."),
+    "static graph and accumulation": (["--ddp-static-graph", "--accum-freq", "2"], "cannot accumulate"),
+    "static graph and a global batch": (
+        ["--ddp-static-graph", "--global-batch", "16", "--batch-size", "4"],
+        "cannot accumulate",
+    ),
     "no such model": (["--model", "ov2-vit-l-15"], "did you mean ov2-vit-l-14"),
     "keep ratio 0": (["--keep-ratio", "0"], "--keep-ratio"),
     "keep ratio above 1": (["--keep-ratio", "1.2"], "(0, 1]"),

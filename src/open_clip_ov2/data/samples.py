@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,16 @@ def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
         if suffix in by_suffix:
             image: bytes | Image.Image | ImageFile = by_suffix[suffix]
             return image.read() if isinstance(image, ImageFile) else image
-    raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
+    raise missing_image(raw)
+
+
+def missing_image(entries: Iterable[str]) -> SkipSample:
+    """The skip of a sample without an image; it says so where names with several dots are the reason."""
+    dotted = [name for name in entries if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES and "." in name]
+    if dotted:
+        why = "since the name of a sample ends at its first dot: name the files without further dots"
+        return SkipSample(MISSING_IMAGE, f"its entries are {dotted[0]} and the like, {why}")
+    return SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
 
 
 def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:

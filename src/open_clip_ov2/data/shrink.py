@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from open_clip_ov2.data.decode import EncodedImage, pil_errors_skip
-from open_clip_ov2.data.samples import IMAGE_SUFFIXES
-from open_clip_ov2.data.skips import BROKEN_SHARD, MISSING_IMAGE, SkipSample
-from open_clip_ov2.data.tars import read_tar
+from open_clip_ov2.data.samples import IMAGE_SUFFIXES, missing_image
+from open_clip_ov2.data.skips import BROKEN_SHARD, SkipSample
+from open_clip_ov2.data.tars import APART, read_tar
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import written_whole
 
@@ -71,6 +71,8 @@ def _write(source: str, name: str, file: IO[bytes], shrink: Shrink) -> ShardRepo
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     file.flush()
+    if any(APART in reason for reason in broken):
+        raise UserError(f"{source}: {broken[0]}")
     if not samples_in and broken:
         raise UserError(f"{source}: {BROKEN_SHARD}, nothing in it can be read ({broken[0]}); repair it or leave it out")
     written = sum(1 for _ in read_tar(file.name, broken.append))
@@ -87,7 +89,7 @@ def shrunk_entries(sample: Mapping[str, Any], shrink: Shrink) -> dict[str, bytes
     entries = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
     images = [suffix for suffix in entries if suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
+        raise missing_image(entries)
     return entries | {suffix: shrunk_image(entries[suffix], shrink) for suffix in images}
 
 

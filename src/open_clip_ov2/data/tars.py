@@ -19,6 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros, of which Python reads at least one
 ZEROS = bytes(BLOCK)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz: their own checksums notice a break
+APART = "the files of a sample must follow one another: write the tar with tar --sort=name"
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own entries, which it skips
 _TIMES = re.compile(rb"(?:\d+ [amc]time=[-\d.]+\n)*\0*")
 _OCTAL = re.compile(rb"0*([0-7]{1,11})[\0 ]*")
@@ -27,9 +28,11 @@ _OCTAL = re.compile(rb"0*([0-7]{1,11})[\0 ]*")
 def read_tar(url: str, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
     """A tar's samples: `__key__`, `__url__`, and bytes by suffix.
 
-    `on_broken` is called once with the reason if the tar breaks off or has a name twice; what could be read is used.
+    `on_broken` is called once with the reason if the tar breaks off, has a name twice, or has the files of a sample
+    apart (APART); what could be read is used.
     """
     problems: list[str] = []
+    suffixes: dict[str, set[str]] = {}
 
     def note(error: Exception) -> bool:
         problems.append(f"{type(error).__name__}: {error.args[0] if error.args else error}")
@@ -37,7 +40,12 @@ def read_tar(url: str, on_broken: Callable[[str], None]) -> Generator[dict[str, 
 
     for opened in url_opener([{"url": url}], handler=note):
         with TarStream(opened["stream"], url) as stream:
-            yield from group_by_keys(_files(stream, url, note), handler=note)
+            for sample in group_by_keys(_files(stream, url, note), handler=note):
+                before, key = suffixes.setdefault(sample["__key__"], set()), sample["__key__"]
+                if before and before.isdisjoint(sample) and not problems:
+                    problems.append(f"{key} comes in parts; {APART}")
+                before |= {name for name in sample if not name.startswith("__")}
+                yield sample
             if stream.ended_early():
                 problems.append("a damaged header, or no end of archive: what follows is not read")
     if problems:

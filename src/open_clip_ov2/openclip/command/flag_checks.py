@@ -67,16 +67,21 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, ne
     if theirs.lr_scheduler == "const-cooldown" and theirs.epochs_cooldown is None:
         raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     tracker_names(theirs.report_to)
-    try:
-        factory.check_named_size(theirs.model, theirs.force_image_size)
-    except ValueError as error:
-        raise UserError(f"--force-image-size: {error}") from None
+    if theirs.ddp_static_graph and theirs.accum_freq > 1:
+        raise UserError(
+            f"--ddp-static-graph: torch's DDP cannot accumulate gradients with it (--accum-freq {theirs.accum_freq}); "
+            "leave it out, or let a step have one batch"
+        )
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if factory.is_ov2_model(theirs.model):
         _refuse(theirs, _REFUSED_OV2, f" with --model {theirs.model}")
     else:
         _check_baseline(options, theirs)
+    try:
+        factory.check_named_size(theirs.model, theirs.force_image_size)
+    except ValueError as error:
+        raise UserError(f"--force-image-size: {error}") from None
 
 
 def _flag(name: str) -> str:

@@ -157,6 +157,11 @@ def _check_model_name(name: str, was_given: bool) -> None:
         except Exception as error:  # whatever upstream raises for a missing folder or a hub that cannot be reached
             raise UserError(f"--model {name}: its config cannot be read ({first_line(error)})") from error
     elif name not in factory.known_models():
+        if Path(name).is_dir():
+            raise UserError(
+                f"--model {name}: a folder; --model local-dir:{name} takes its architecture, and --pretrained with a "
+                f"file of {name}/checkpoints its weights too"
+            )
         hint = nearest(name, factory.known_models(), count=3)
         raise UserError(f"--model {name}: no such model{hint} (open_clip.list_models() lists them)")
 
