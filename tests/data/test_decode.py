@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,10 @@ from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, decode_image
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.shrink import Shrink, shrunk_image
 from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.eval_model import EvalModel
+from open_clip_ov2.evaluate.options import GenerationOptions
+from open_clip_ov2.evaluate.pictures import Picture, captions_of
 
 Pixels = npt.NDArray[Any]
 WIDTH, HEIGHT = 24, 16
@@ -202,3 +206,16 @@ def test_a_resize_that_would_exceed_the_pixel_limit_is_a_counted_skip() -> None:
         with pytest.raises(SkipSample, match="resized") as error:
             Decoder(transform, TXT, pixels - 1).evaluate(raw)
         assert error.value.cause == TOO_MANY_PIXELS
+
+
+def test_captioning_refuses_such_an_image_by_name() -> None:
+    """Before the transform has made it. Oracle: the size by hand."""
+    thin = Picture("line.png", Image.new("RGB", (8_000, 1)))
+
+    class Captioner:
+        name, abilities = "a captioner", frozenset({"caption"})
+        preprocess = Compose([Resize(224), CenterCrop(224), ToTensor()])
+
+    captioned = captions_of(cast(EvalModel, Captioner()), [thin], GenerationOptions())
+    with pytest.raises(UserError, match=r"line.png: too many pixels \(8000 x 1 px would be resized to 1792000 x 224"):
+        next(captioned)

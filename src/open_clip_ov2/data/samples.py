@@ -61,19 +61,20 @@ class Decoder:
         """
         rng = random.Random(seed)
         caption = choose_caption(raw, self.caption_keys, rng)
-        return self._pixels(raw, rng.getrandbits(63)), caption
+        return self.pixels(raw, rng.getrandbits(63)), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
         """Image `(C, H, W)` and the first caption, "" without `caption_keys`. Raises SkipSample."""
         caption = all_captions(raw, self.caption_keys)[0] if self.caption_keys else ""
-        return self._pixels(raw, 0), caption  # a transform that draws must neither vary nor disturb the model
+        return self.pixels(raw), caption  # a transform that draws must neither vary nor disturb the model
 
     def image(self, raw: Mapping[str, Any]) -> Image.Image:
         """The image of a sample in RGB. Raises SkipSample."""
         data = encoded_image(raw)
         return data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
 
-    def _pixels(self, raw: Mapping[str, Any], seed: int) -> Tensor:
+    def pixels(self, raw: Mapping[str, Any], seed: int = 0) -> Tensor:
+        """Image `(C, H, W)`; a transform that draws numbers draws them from `seed`. Raises SkipSample."""
         crop = self.transform
         if isinstance(crop, RandomCrop) and isinstance(data := encoded_image(raw), bytes):
             with torch_seeded(seed):

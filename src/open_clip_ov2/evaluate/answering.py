@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_clip_ov2.data.samples import IMAGE_ENTRY, Decoder, ImageFile, seeded
-from open_clip_ov2.data.skips import TRANSFORM_FAILED, UNDECODABLE_IMAGE, Skipped, SkipSample, summary
+from open_clip_ov2.data.samples import IMAGE_ENTRY, Decoder, ImageFile
+from open_clip_ov2.data.skips import UNDECODABLE_IMAGE, Skipped, SkipSample, summary
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.text.normalise import detokenized
@@ -136,18 +136,8 @@ def _usable(
             bad[index] = Skipped(one.key, QUESTION_TOO_LONG, "it leaves no room for an answer")
             continue
         try:
-            yield index, _image(one, decoder)
+            yield index, decoder.pixels({IMAGE_ENTRY: ImageFile((str(one.image),))})
         except SkipSample as skip:
             # Not PIL's message, which holds an address in memory: results are the same from run to run.
             detail = str(one.image) if skip.cause == UNDECODABLE_IMAGE else skip.detail
             bad[index] = Skipped(one.key, skip.cause, detail)
-
-
-def _image(question: Question, decoder: Decoder) -> Tensor:
-    """Image `(C, H, W)`. Raises SkipSample."""
-    image = decoder.image({IMAGE_ENTRY: ImageFile((str(question.image),))})
-    try:
-        with seeded(0):  # as in Decoder.evaluate: a transform that draws neither varies nor disturbs the model
-            return decoder.transform(image)
-    except Exception as error:  # whatever a user's transform raises costs one question
-        raise SkipSample(TRANSFORM_FAILED, f"{type(error).__name__}: {error}") from error

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
-from open_clip_ov2.data.decode import decode_image
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, decode_image
+from open_clip_ov2.data.samples import IMAGE_SUFFIXES, check_resized_size
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.errors import UserError
@@ -19,7 +20,7 @@ from open_clip_ov2.evaluate.eval_model import EvalModel, lacking
 from open_clip_ov2.evaluate.options import GenerationOptions
 
 BATCH_SIZE = 32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,22 @@ def captions_of(
         model = model.with_keep_ratio(options.keep_ratio)
     every = chain.from_iterable([one] if isinstance(one, Picture) else pictures([one]) for one in images)
     while batch := list(islice(every, BATCH_SIZE)):
+        for picture in batch:
+            _check_size(picture, model)
         images_BCHW = torch.stack([model.preprocess(picture.image) for picture in batch])
         try:
             texts = model.generate(images_BCHW, [picture.name for picture in batch], **options.generation)
         except ValueError as error:  # the model's own, of an option out of its range
             raise UserError(str(error)) from error
         yield from zip(batch, texts, strict=True)
+
+
+def _check_size(picture: Picture, model: EvalModel) -> None:
+    """Raises UserError for an image that the model's transform would make too large."""
+    try:
+        check_resized_size(model.preprocess, picture.image, MAX_IMAGE_PIXELS)
+    except SkipSample as error:
+        raise UserError(f"{picture.name}: {error.cause} ({error.detail})") from error
 
 
 def pictures(paths: Iterable[str | Path], caption_keys: str = "txt", every: int = 1) -> Iterator[Picture]:
@@ -76,7 +87,7 @@ def _from_tar(path: str, keys: tuple[CaptionKey, ...], every: int) -> Iterator[P
     urls, _ = expand_shards(path)
     source = WebDatasetSource(urls=urls, weights=None, resampled=False)
     for index, raw in enumerate(source.in_order()):
-        data = next((raw[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in raw), None)
+        data = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
         if index % every or data is None:
             continue
         try:
