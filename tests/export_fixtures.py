@@ -39,8 +39,9 @@ def images(size: int = 56, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
-def make_run(folder: Path, patch_size: int = 14) -> Run:
-    """Word pieces and a prefix decoder, so that every target takes all of it. MLP ratio as So400m's."""
+def make_run(folder: Path, patch_size: int = 14, mean: float | None = None) -> Run:
+    """Word pieces and a prefix decoder, so that every target takes all of it. MLP ratio as So400m's. With `mean`, that
+    of all channels in place of ImageNet's."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     model_cfg = {
@@ -58,7 +59,10 @@ def make_run(folder: Path, patch_size: int = 14) -> Run:
         "keep_ratio": "0.25:1.0",
         "custom_text": True,
     }  # fmt: skip
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    preprocess_cfg = {} if mean is None else {"mean": [mean] * 3, "std": [0.25] * 3}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    )
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     for name, parameter in model.named_parameters():

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "images", nargs="+", metavar="IMAGE", help="an image, a folder of images, or a tar of a dataset"
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="a run, a .pt of it, a model folder or hf-hub: name"
+        "--checkpoint", required=True, metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG"
     )
     parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")

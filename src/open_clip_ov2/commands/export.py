@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Write a trained encoder for another library.\n\ntargets:\n{targets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder or checkpoint, a model folder, or hf-hub:ORG/NAME")
+    parser.add_argument("run", metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default: RUN/export/TARGET)")
     parser.add_argument("--image-size", type=int, metavar="N", help="export for this resolution (default: the model's)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from open_clip_ov2.openclip.models import baseline_configs, factory, preprocess, released, tokenizer, weights
+from open_clip_ov2.openclip.models import baseline_configs, factory, preprocess, released, shipped, tokenizer, weights
 from open_clip_ov2.openclip.models.version import missing_name
 from open_clip_ov2.openclip.private_names import check_private_names
 
@@ -78,9 +78,16 @@ REGISTRATION: tuple[Patch, ...] = (
         "open_clip.factory",
         "create_model",
         weights.load_image_weights_strictly,
-        "pretrained_image_path of ov2 models must fit; OpenCLIP loads it with strict=False and only logs its errors",
+        "weights that the package holds bring their config; pretrained_image_path of ov2 models must fit, and OpenCLIP "
+        "loads it with strict=False and only logs its errors",
     ),
     Patch("open_clip", "create_model", weights.load_image_weights_strictly, "the same function under its public name"),
+    Patch(
+        "open_clip.factory",
+        "parse_model_name",
+        shipped.resolve_shipped,
+        "NAME:TAG of weights that the package holds is their folder, for create_model and get_tokenizer alike",
+    ),
     Patch(
         "open_clip.factory",
         "_find_checkpoint_in_dir",
@@ -189,6 +196,7 @@ def register() -> None:
     _undo_registration.append(apply(REGISTRATION))
     open_clip.add_model_config(factory.MODEL_CONFIGS)
     baseline_configs.add_baselines()
+    shipped.add_shipped()
 
 
 def unregister() -> None:
@@ -196,6 +204,7 @@ def unregister() -> None:
     if not _undo_registration:
         return
     _undo_registration.pop()()
+    shipped.remove_shipped()
     baseline_configs.remove_baselines()
     from open_clip import factory as open_clip_factory
 

@@ -48,6 +48,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("open_clip.factory", "_MODEL_CONFIG_PATHS", "openclip/patches.py", "`unregister` takes our folder out"),
     PrivateName("open_clip.factory", "_rescan_model_configs", _BASELINES, "sorts the registry, baselines included"),
+    PrivateName(
+        "open_clip.pretrained",
+        "_PRETRAINED",
+        "openclip/models/shipped.py",
+        "the table of pretrained tags: weights that the package holds are put into it",
+    ),
     *(
         PrivateName("open_clip.tokenizer.SimpleTokenizer", name, "openclip/models/tokenizer.py", _FAST_TOKENIZER)
         for name in ("encoder", "byte_encoder", "bpe", "pat", "clean_fn", "reduction_fn", "sot_token_id")

@@ -26,6 +26,7 @@ from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vis
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
+from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer, find_vocab
 from open_clip_ov2.train.checkpoint import CheckpointName
 
@@ -45,8 +46,8 @@ def export(
     target = target_of(to)
     run = open_model(source, image_size=image_size, position_table=position_table)
     if out is None:
-        if source.startswith(HUB):
-            raise UserError(f"--out is missing: {source} is on the hub, so there is no folder to write into")
+        if source.startswith(HUB) or shipped_folder(source) is not None:
+            raise UserError(f"--out is missing: {source} is not a folder of yours to write into")
         out = run.folder / "export" / to
     with new_folder(out) as folder:
         lines = _write(run, target, folder, out.resolve().name, options)

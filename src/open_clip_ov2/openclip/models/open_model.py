@@ -20,6 +20,7 @@ from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FI
 from open_clip_ov2.formats.open_clip import CONFIG as CONFIG  # for run_folder.py
 from open_clip_ov2.openclip.models.factory import check_named_size
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
+from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.checkpoint import list_checkpoints
@@ -61,8 +62,8 @@ def open_model(
 
     `source`: a run's folder, a checkpoint in it, a folder with open_clip_config.json and weights (released or written
     by `ov2 export` or `ov2 convert`), a hub name with `hf-hub:`, or a name of OpenCLIP's registry with its weights,
-    `ViT-B-32:openai`, `ViT-B-32:FILE`. `image_size` and `position_table` as for `create_model`. With a caption decoder
-    if there is one.
+    `ov2-vit-nano-8:TAG`, `ViT-B-32:openai`, `ViT-B-32:FILE`. `image_size` and `position_table` as for `create_model`.
+    With a caption decoder if there is one.
     """
     where = locate(str(source))
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
@@ -118,6 +119,8 @@ def locate(source: str) -> Where:
     """Where the model of this source is. Raises UserError."""
     if source.startswith(HUB):
         return Where(source, None, None)
+    if (folder := shipped_folder(source)) is not None:
+        return Where(source, folder, None)
     path = Path(source.removeprefix(LOCAL))
     name, _, pretrained = source.partition(":")
     if not path.exists() and name in open_clip.list_models():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from open_clip_ov2.core import CaptionModel, VisionModel, sincos_2d
 from open_clip_ov2.errors import first_line
 from open_clip_ov2.openclip.models.factory import is_ov2_config, is_vision_only
+from open_clip_ov2.openclip.models.shipped import shipped_folder
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +151,17 @@ def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_image_weights_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`pretrained_image_path` for models of ours; OpenCLIP handles any other."""
+    """`pretrained` that the package holds, and `pretrained_image_path` for models of ours; any other is OpenCLIP's."""
 
-    def create_model(model_name: str, *args: Any, **kwargs: Any) -> Any:
+    def create_model(model_name: str, pretrained: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if pretrained and shipped_folder(f"{model_name}:{pretrained}") is not None:
+            logger.info("the tokenizer of these weights: open_clip.get_tokenizer('%s:%s')", model_name, pretrained)
+            model_name, pretrained = f"{model_name}:{pretrained}", None
         path = kwargs.get("pretrained_image_path")
         config = open_clip_factory.get_model_config(model_name) if path else None
         if config is None or not (is_ov2_config(config) or is_vision_only(config)):
-            return original(model_name, *args, **kwargs)
-        model = original(model_name, *args, **{**kwargs, "pretrained_image_path": None})
+            return original(model_name, pretrained, *args, **kwargs)
+        model = original(model_name, pretrained, *args, **{**kwargs, "pretrained_image_path": None})
         load_weights(model, str(path), encoder_only=True)
         return model
 

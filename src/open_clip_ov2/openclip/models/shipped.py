@@ -1,0 +1,69 @@
+"""Checkpoints that this package holds: pretrained tags of OpenCLIP's, loaded offline.
+
+`open_clip.create_model(NAME, pretrained=TAG)` loads one, and so does `NAME:TAG` wherever a model is named: in
+`create_model`, `get_tokenizer`, `ov2 train --model`, `ov2 caption --checkpoint`, `ov2 eval` and `ov2 export`.
+
+To add one, put the folder `pretrained/TAG` into the package and a line into SHIPPED. The folder is as `ov2 export
+--to ov2` writes it: open_clip_config.json, weights (model.safetensors, float16 to be small), and vocab.txt if the model
+reads word pieces. Model, tokenizer and preprocessing are those of that folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from open_clip import pretrained as open_clip_pretrained
+
+FOLDER = Path(__file__).parents[2] / "pretrained"
+WEIGHTS = "model.safetensors"
+
+
+class Shipped(NamedTuple):
+    """Weights for the model `name` of OpenCLIP's registry, in the folder `tag`: lower case, with _ for -."""
+
+    name: str
+    tag: str
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / self.tag
+
+
+SHIPPED: tuple[Shipped, ...] = (Shipped("ov2-vit-nano-8", "rendered"),)
+
+
+def shipped_folder(source: str) -> Path | None:
+    """The folder of `NAME:TAG`; None for any other name."""
+    return next((one.folder for one in _present() if f"{one.name}:{one.tag}" == source), None)
+
+
+def _present() -> list[Shipped]:
+    """A checkout may lack the weights."""
+    return [one for one in SHIPPED if (one.folder / WEIGHTS).is_file()]
+
+
+def add_shipped() -> None:
+    """List them in `open_clip.list_pretrained()`."""
+    for one in _present():
+        open_clip_pretrained._PRETRAINED.setdefault(one.name, {})[one.tag] = {"file": str(one.folder / WEIGHTS)}
+
+
+def remove_shipped() -> None:
+    """Undo add_shipped."""
+    for one in SHIPPED:
+        tags = open_clip_pretrained._PRETRAINED.get(one.name, {})
+        tags.pop(one.tag, None)
+        if not tags:
+            open_clip_pretrained._PRETRAINED.pop(one.name, None)
+
+
+def resolve_shipped(original: Callable[[str], tuple[str | None, str]]) -> Callable[[str], tuple[str | None, str]]:
+    """What patches.py puts in the place of OpenCLIP's parse_model_name: NAME:TAG is a folder, with its own config."""
+
+    def parse_model_name(model_name: str) -> tuple[str | None, str]:
+        folder = shipped_folder(model_name)
+        return original(model_name) if folder is None else ("local-dir", str(folder))
+
+    return parse_model_name
