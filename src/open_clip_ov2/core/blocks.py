@@ -108,16 +108,12 @@ class SelfBlock(_Block):
         x = self.ln_1(x)
         return self.attn.project(x[first:] if first else x, 0, 1), self.attn.project(x, 1, 3)
 
-    def packed(self, x_TD: Tensor, rows: Rows, image_causal: bool) -> Tensor:
-        """`(T, D)` -> `(T, D)`."""
-        q_TD, kv_T2D = self._run("before", x_TD)
-        return self._run("after", x_TD, self.attn.attend_packed(q_TD, kv_T2D, rows, image_causal))
-
-    def packed_last(self, x_TD: Tensor, rows: Rows) -> Tensor:
-        """`(T, D)` -> `(t, D)`: for the captions alone, in the last block, whose image tokens nobody reads."""
-        first = rows.batch * rows.num_image
-        q_tD, kv_T2D = self._run("before", x_TD, first)
-        return self._run("after", x_TD[first:], self.attn.attend_packed(q_tD, kv_T2D, rows, False))
+    def packed(self, x_TD: Tensor, rows: Rows, image_causal: bool, last: bool) -> Tensor:
+        """`(T, D)` -> `(T, D)`; the `last` block gives the captions alone, `(t, D)`: nobody reads its image tokens."""
+        first = rows.batch * rows.num_image if last else 0
+        q, kv_T2D = self._run("before", x_TD, first)
+        attended = self.attn.attend_packed(q, kv_T2D, rows, image_causal)
+        return self._run("after", x_TD[first:] if first else x_TD, attended)
 
     def forward(
         self, x_BSD: Tensor, mask: Tensor | None = None, causal: bool = False, past: KeyValue | None = None

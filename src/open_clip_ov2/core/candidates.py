@@ -53,64 +53,34 @@ def caption_trees(texts_CL: Tensor, eos_id: int, max_nodes: int) -> list[Caption
 def _trees(ids: bytes, length: int, eos_id: int, max_nodes: int) -> list[CaptionTree]:
     texts_CL = torch.frombuffer(bytearray(ids), dtype=torch.int64).view(-1, length)
     lengths = (caption_targets(texts_CL, eos_id) != IGNORE_INDEX).sum(dim=1).tolist()
-    rows = [row[: length + 1] for row, length in zip(texts_CL.tolist(), lengths, strict=True)]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
+    rows = [tuple(row[: length + 1]) for row, length in zip(texts_CL.tolist(), lengths, strict=True)]
     trees: list[CaptionTree] = []
-    growing = _Growing()
-    for place in order:
-        if growing.with_row(rows[place]) > max_nodes and growing.places:
-            trees.append(growing.tree())
-            growing = _Growing()
-        growing.add(rows[place], place)
-    return [*trees, growing.tree()] if growing.places else trees
+    nodes: dict[tuple[int, ...], int] = {}  # by the beginning of a caption that each stands for
+    places: list[int] = []
+    for place in sorted(range(len(rows)), key=rows.__getitem__):  # those that begin alike, one after the other
+        beginnings = [rows[place][:end] for end in range(1, len(rows[place]))]
+        added = sum(beginning not in nodes for beginning in beginnings)
+        if added and places and len(nodes) + added > max_nodes:
+            trees.append(_tree(nodes, rows, places))
+            nodes, places = {}, []
+        for beginning in beginnings:
+            nodes.setdefault(beginning, len(nodes))
+        places.append(place)
+    return [*trees, _tree(nodes, rows, places)] if places else trees
 
 
-class _Growing:
-    """A tree of captions that come in the order of their ids: each shares most with the one before it."""
-
-    def __init__(self) -> None:
-        self.places: list[int] = []
-        self._ids: list[int] = []
-        self._parents: list[int] = []
-        self._path: list[int] = []  # nodes of the last caption
-        self._edges: dict[tuple[int, int], int] = {}
-        self._of_candidate: list[list[int]] = []
-
-    def _shared(self, row: list[int]) -> int:
-        shared = 0
-        for node, token in zip(self._path, row[:-1], strict=False):
-            if self._ids[node] != token:
-                break
-            shared += 1
-        return shared
-
-    def with_row(self, row: list[int]) -> int:
-        """The number of nodes if this caption were added."""
-        return len(self._ids) + len(row) - 1 - self._shared(row)
-
-    def add(self, row: list[int], place: int) -> None:
-        """Add a caption. Its last token is only predicted, so it has an edge and no node."""
-        self._path = self._path[: self._shared(row)]
-        for token in row[len(self._path) : -1]:
-            self._parents.append(self._path[-1] if self._path else -1)
-            self._path.append(len(self._ids))
-            self._ids.append(token)
-        steps = zip(self._path, row[1:], strict=True)
-        self._of_candidate.append([self._edges.setdefault(step, len(self._edges)) for step in steps])
-        self.places.append(place)
-
-    def tree(self) -> CaptionTree:
-        sees_TT = torch.eye(len(self._ids), dtype=torch.bool)
-        for node, parent in enumerate(self._parents):
-            if parent >= 0:
-                sees_TT[node] |= sees_TT[parent]
-        edges = sorted(self._edges)
-        number = {old: new for new, old in enumerate(self._edges[edge] for edge in edges)}
-        most = max(map(len, self._of_candidate))
-        edges_CM = [[number[edge] for edge in of] + [len(edges)] * (most - len(of)) for of in self._of_candidate]
-        node_E, target_E = torch.tensor(edges).T
-        ids_T, places = torch.tensor(self._ids), torch.tensor(self.places)
-        return CaptionTree(ids_T, sees_TT, node_E.contiguous(), target_E.contiguous(), torch.tensor(edges_CM), places)
+def _tree(nodes: dict[tuple[int, ...], int], rows: list[tuple[int, ...]], places: list[int]) -> CaptionTree:
+    sees_TT = torch.eye(len(nodes), dtype=torch.bool)
+    for beginning, node in nodes.items():
+        if len(beginning) > 1:
+            sees_TT[node] |= sees_TT[nodes[beginning[:-1]]]
+    steps = [[(nodes[rows[place][:end]], rows[place][end]) for end in range(1, len(rows[place]))] for place in places]
+    edges = sorted({step for of in steps for step in of})
+    number, most = {edge: index for index, edge in enumerate(edges)}, max(map(len, steps))
+    edges_CM = [[number[step] for step in of] + [len(edges)] * (most - len(of)) for of in steps]
+    node_E, target_E = torch.tensor(edges).T.contiguous()
+    ids_T = torch.tensor([beginning[-1] for beginning in nodes])
+    return CaptionTree(ids_T, sees_TT, node_E, target_E, torch.tensor(edges_CM), torch.tensor(places))
 
 
 def candidate_nll(decoder: TextDecoder, cache: DecoderCache, texts_CL: Tensor, eos_id: int) -> Tensor:
@@ -118,7 +88,7 @@ def candidate_nll(decoder: TextDecoder, cache: DecoderCache, texts_CL: Tensor, e
 
     `cache`: of `decoder.image_cache`. `texts_CL` int64, on any device; equal candidates get equal values.
     """
-    images, device = len(cache.entries[0].key), cache.entries[0].key.device
+    images, device = len(cache[0].key), cache[0].key.device
     nll_BC = torch.zeros(images, len(texts_CL), device=device)
     for tree in caption_trees(texts_CL.cpu(), eos_id, max(1, min(MAX_NODES, MAX_TOKENS // images))):
         tree = tree.to(device)

@@ -7,9 +7,8 @@ Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVis
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, SelfBlock
 from open_clip_ov2.core.compute import recompute
-from open_clip_ov2.core.rows import KeyValue, Parts, Rows, packed_rows, prefix_mask
+from open_clip_ov2.core.rows import KeyValue, Parts, packed_rows, prefix_mask
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
@@ -42,15 +41,7 @@ class DecoderConfig:
             raise ValueError(f"fusion cross_attn takes an even number of layers, got {self.layers}")
 
 
-@dataclass
-class DecoderCache:
-    """Keys and values that generation keeps between tokens: one entry for each block."""
-
-    entries: list[KeyValue] = field(default_factory=list)
-
-    def reorder(self, rows: Tensor) -> DecoderCache:
-        """The cache of the given rows of the batch, `(B',)` int64."""
-        return DecoderCache([entry.reorder(rows) for entry in self.entries])
+DecoderCache = list[KeyValue]  # what generation keeps between tokens, one for each block
 
 
 class TextDecoder(nn.Module):
@@ -106,32 +97,19 @@ class TextDecoder(nn.Module):
         """Captions side by side, see PackedCaptions: `(B, K, image width)`, `(t,)` int64 -> hidden states `(t, D)`,
         normed. The rows of `image_tokens_BKD` are in the order of the groups."""
         image_BKD = self.image_projection(image_tokens_BKD)
-        text_tD = self._embed(ids_t, image_BKD)
-        crosses = self.config.fusion == "cross_attn"
-        before = 0 if crosses else image_BKD.shape[1]
-        rows = packed_rows(before, parts, image_BKD, self.config.width // self.config.heads)
-        if crosses:
-            return self.ln_final(self._run_cross(text_tD, image_BKD, rows))
-        return self.ln_final(self._run(torch.cat([image_BKD.flatten(0, 1), text_tD]), rows))
-
-    def _run(self, x_TD: Tensor, rows: Rows) -> Tensor:
-        """`(T, D)` -> `(t, D)`: of the last block's outputs only the caption positions are read."""
-        *blocks, last = [cast(SelfBlock, block) for block in self.blocks]
-        causal = self.config.fusion == "causal"
-        for block in blocks:
-            x_TD = self._block(block.packed, x_TD, rows, causal)
-        return self._block(last.packed_last, x_TD, rows)
-
-    def _run_cross(self, x_tD: Tensor, image_BKD: Tensor, rows: Rows) -> Tensor:
-        for block in self.blocks:
+        x, crosses = self._embed(ids_t, image_BKD), self.config.fusion == "cross_attn"
+        rows = packed_rows(
+            0 if crosses else image_BKD.shape[1], parts, image_BKD, self.config.width // self.config.heads
+        )
+        if not crosses:
+            x = torch.cat([image_BKD.flatten(0, 1), x])
+        recomputes, causal = self.grad_checkpointing and self.training, self.config.fusion == "causal"
+        for index, block in enumerate(self.blocks):
             if isinstance(block, CrossBlock):
-                x_tD = self._block(block.packed, x_tD, image_BKD, rows)
+                x = recompute(recomputes, block.packed, x, image_BKD, rows)
             else:
-                x_tD = self._block(cast(SelfBlock, block).packed, x_tD, rows, True)
-        return x_tD
-
-    def _block(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return recompute(self.grad_checkpointing and self.training, function, *arguments)
+                x = recompute(recomputes, cast(SelfBlock, block).packed, x, rows, causal, index + 1 == len(self.blocks))
+        return self.ln_final(x)
 
     def _embed(self, ids: Tensor, like: Tensor) -> Tensor:
         return self.token_embedding(ids).to(like.dtype)
@@ -139,7 +117,7 @@ class TextDecoder(nn.Module):
     def image_cache(self, image_tokens_BKD: Tensor) -> DecoderCache:
         """Keys and values of the image, `(B, K, image width)`, for `after_image`; captions do not change them."""
         x_BKD = image_BKD = self.image_projection(image_tokens_BKD)
-        crosses, cache = self.config.fusion == "cross_attn", DecoderCache()
+        crosses, cache = self.config.fusion == "cross_attn", []
         for index, block in enumerate(self.blocks):
             if isinstance(block, CrossBlock):
                 kv = block.project_context(image_BKD)
@@ -147,7 +125,7 @@ class TextDecoder(nn.Module):
                 kv = cast(SelfBlock, block).project(x_BKD[:, :0] if crosses else x_BKD)
             else:
                 x_BKD, kv = block(x_BKD, None, self.config.fusion == "causal")
-            cache.entries.append(kv)
+            cache.append(kv)
         return cache
 
     def after_image(self, ids_T: Tensor, cache: DecoderCache, sees_TT: Tensor) -> Tensor:
@@ -155,8 +133,8 @@ class TextDecoder(nn.Module):
 
         `sees_TT` boolean: which of the tokens each one sees, beside the whole image and itself.
         """
-        images, like = len(cache.entries[0].key), cache.entries[0].key
-        return self._after(self._embed(ids_T, like).expand(images, -1, -1), cache, sees_TT)
+        like = cache[0].key
+        return self._after(self._embed(ids_T, like).expand(len(like), -1, -1), cache, sees_TT)[0]
 
     def extend(self, ids_BT: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
         """More tokens for each row, `(B, T)` int64 -> hidden state of the last one `(B, D)`, normed, and the new cache.
@@ -164,23 +142,18 @@ class TextDecoder(nn.Module):
         A generation starts from `image_cache` with its prompt, and continues token by token.
         """
         sees_TT = prefix_mask(0, ids_BT.shape[1], ids_BT.device) if ids_BT.shape[1] > 1 else None
-        extended = DecoderCache()
-        hidden_BTD = self._after(self._embed(ids_BT, self.image_projection.weight), cache, sees_TT, extended.entries)
+        hidden_BTD, extended = self._after(self._embed(ids_BT, self.image_projection.weight), cache, sees_TT)
         return hidden_BTD[:, -1], extended
 
-    def _after(
-        self, x_BTD: Tensor, cache: DecoderCache, sees_TT: Tensor | None, extended: list[KeyValue] | None = None
-    ) -> Tensor:
-        """`(B, T, D)` -> the same, normed: tokens that see all of the cache, and of themselves what `sees_TT` says.
-
-        Keys and values of both go into `extended`.
-        """
-        for block, entry in zip(self.blocks, cache.entries, strict=True):
+    def _after(self, x_BTD: Tensor, cache: DecoderCache, sees_TT: Tensor | None) -> tuple[Tensor, DecoderCache]:
+        """`(B, T, D)` -> the same, normed: tokens that see all of the cache, and of themselves what `sees_TT` says; and
+        the keys and values of both."""
+        extended = []
+        for block, entry in zip(self.blocks, cache, strict=True):
             if isinstance(block, CrossBlock):
                 x_BTD, kv = block(x_BTD, entry), entry
             else:
                 mask_TS = None if sees_TT is None else F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
                 x_BTD, kv = block(x_BTD, mask_TS, past=entry)
-            if extended is not None:
-                extended.append(kv)
-        return self.ln_final(x_BTD)
+            extended.append(kv)
+        return self.ln_final(x_BTD), extended

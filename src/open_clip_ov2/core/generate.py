@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip_ov2.core.decoder import TextDecoder
@@ -65,7 +66,7 @@ class CaptionStream:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, `(B',)` int64, of the batch."""
-        self._cache = self._cache.reorder(rows)
+        self._cache = [entry.reorder(rows) for entry in self._cache]
         self.logits_BV = self.logits_BV.index_select(0, rows)
 
 
@@ -112,53 +113,42 @@ def _pick(logits_BV: Tensor, config: GenerationConfig) -> Tensor:
     return ids.gather(1, choice)[:, 0]
 
 
-@dataclass
-class _Pool:
-    """The best finished hypotheses of each example: scores `(B, W)`, ids `(B, W, seq_len)`."""
-
-    scores_BW: Tensor
-    ids: Tensor
-
-    def add(self, scores: Tensor, ids: Tensor) -> None:
-        """Merge candidates, `(B, n)` scores (-inf: not one) and `(B, n, seq_len)` ids."""
-        width = self.scores_BW.shape[1]
-        all_scores, all_ids = torch.cat([self.scores_BW, scores], 1), torch.cat([self.ids, ids], 1)
-        self.scores_BW, best = all_scores.topk(width, dim=1)
-        self.ids = all_ids.gather(1, best[..., None].expand(-1, -1, all_ids.shape[-1]))
-
-
 def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
-    batch, prompt = ids_BT.shape
-    width, device = config.num_beams, ids_BT.device
-    rows = torch.arange(batch, device=device).repeat_interleave(width)
-    stream.select(rows)
-    ids = torch.full((batch, width, config.seq_len), config.pad_id, dtype=torch.long, device=device)
-    ids[:, :, :prompt] = ids_BT[:, None]
-    # All beams start equal: only the first of each example may branch at the first step.
-    alive = torch.full((batch, width), -torch.inf, device=device)
-    alive[:, 0] = 0.0
-    pool = _Pool(torch.full_like(alive, -torch.inf), ids.clone())
+    (batch, prompt), width = ids_BT.shape, config.num_beams
+    rows_B1 = torch.arange(batch, device=ids_BT.device)[:, None]
+    stream.select(rows_B1.expand(-1, width).flatten())
+    ids_BWT = F.pad(ids_BT, (0, config.seq_len - prompt), value=config.pad_id)[:, None].repeat(1, width, 1)
+    finished_BW = torch.full((batch, width), -torch.inf, device=ids_BT.device)
+    finished_ids = ids_BWT
+    alive_BW = finished_BW.clone()
+    alive_BW[:, 0] = 0.0  # all beams start equal: only the first of each example may branch at the first step
     for length in range(prompt, config.seq_len):
-        scores, beams, tokens = _expand(stream, ids[:, :, :length], alive, config)
-        grown = ids.gather(1, beams[..., None].expand(-1, -1, config.seq_len)).clone()
+        scores, beams, tokens = _expand(stream, ids_BWT[:, :, :length], alive_BW, config)
+        grown = _rows_at(ids_BWT, beams)
         grown[:, :, length] = tokens
         ended = tokens == config.eos_id
         divisor = float(length + 1 - prompt) ** config.length_penalty
-        pool.add((scores / divisor).masked_fill(~ended, -torch.inf), grown)
-        alive, keep = scores.masked_fill(ended, -torch.inf).topk(width, dim=1)
-        ids = grown.gather(1, keep[..., None].expand(-1, -1, config.seq_len))
-        if length + 1 == config.seq_len:
-            pool.add(alive / divisor, ids)
+        alive_BW, keep_BW = scores.masked_fill(ended, -torch.inf).topk(width, dim=1)
+        ids_BWT = _rows_at(grown, keep_BW)
+        ends = [(finished_BW, finished_ids), ((scores / divisor).masked_fill(~ended, -torch.inf), grown)]
+        last = length + 1 == config.seq_len
+        if last:
+            ends.append((alive_BW / divisor, ids_BWT))
+        finished_BW, best_BW = torch.cat([end for end, _ in ends], dim=1).topk(width, dim=1)
+        finished_ids = _rows_at(torch.cat([ids for _, ids in ends], dim=1), best_BW)
+        if last or bool((finished_BW.min(dim=1).values >= alive_BW.max(dim=1).values / divisor).all()):
             break
-        if bool((pool.scores_BW.min(dim=1).values >= alive.max(dim=1).values / divisor).all()):
-            break
-        offset = torch.arange(batch, device=device)[:, None] * width
-        stream.select((offset + beams.gather(1, keep)).flatten())
-        stream.advance(ids[:, :, length].flatten())
-    best = pool.ids[:, 0]
-    is_eos = best == config.eos_id
+        stream.select((rows_B1 * width + beams.gather(1, keep_BW)).flatten())
+        stream.advance(ids_BWT[:, :, length].flatten())
+    best_BT = finished_ids[:, 0]
+    is_eos = best_BT == config.eos_id
     lengths = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, config.seq_len)
-    return best[:, : int(lengths.max())]
+    return best_BT[:, : int(lengths.max())]
+
+
+def _rows_at(ids_BnT: Tensor, index: Tensor) -> Tensor:
+    """`(B, n, T)`, `(B, m)` int64 -> `(B, m, T)`."""
+    return ids_BnT.gather(1, index[..., None].expand(-1, -1, ids_BnT.shape[-1]))
 
 
 def _expand(

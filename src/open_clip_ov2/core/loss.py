@@ -62,16 +62,14 @@ class CaptionLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> CaptionLossSums:
         """`(..., V)` any float dtype, `(...)` int64 with IGNORE_INDEX. Computed in float32."""
         logits_TV, labels_T = logits.flatten(0, -2).float(), labels.flatten()
-        nll = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
-        objective = nll
-        if self.label_smoothing:
-            objective = F.cross_entropy(
-                logits_TV,
-                labels_T,
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
+
+        def summed(smoothing: float) -> Tensor:
+            return F.cross_entropy(
+                logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
             )
+
+        nll = summed(0.0)
+        objective = summed(self.label_smoothing) if self.label_smoothing else nll
         real_T = labels_T != IGNORE_INDEX
         if self.z_loss:
             objective = objective + self.z_loss * (logits_TV.logsumexp(-1).square() * real_T).sum()

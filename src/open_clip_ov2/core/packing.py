@@ -7,7 +7,8 @@ similar length (core/rows.py). Loss and gradient of a step stay the same, since 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ class PackedCaptions:
 
     def to(self, device: torch.device) -> PackedCaptions:
         """Copied to the device. The host does not wait: it copies from pinned memory."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-                values[name] = pinned.to(device, non_blocking=True)
-        return PackedCaptions(**values)
+                moved[name] = pinned.to(device, non_blocking=True)
+        return replace(self, **moved)
 
 
 def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCaptions:

@@ -32,22 +32,14 @@ class KeepRatio:
         """`0.35`, `"0.35"`, `"0.25:1.0"` or `(0.25, 1.0)`. Raises ValueError, also outside (0, 1]."""
         if isinstance(value, KeepRatio):
             return value
-        if isinstance(value, str):
-            parts: list[float] = []
-            for part in value.split(":"):
-                try:
-                    parts.append(float(part))
-                except ValueError:
-                    raise ValueError(
-                        f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}"
-                    ) from None
-        elif isinstance(value, (list, tuple)):
-            parts = [float(part) for part in value]
-        else:
-            parts = [float(value)]
-        if len(parts) not in (1, 2):
+        parts = value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        try:
+            numbers = [float(part) for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
             raise ValueError(f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}")
-        return cls(parts[0], parts[-1])
+        return cls(numbers[0], numbers[-1])
 
     @property
     def is_range(self) -> bool:
@@ -101,7 +93,7 @@ def gather_tokens(tokens_BND: Tensor, kept_idx_BK: Tensor) -> Tensor:
 
 
 class TokenDrop(nn.Module):
-    """Keeps a random subset of the image tokens of each example.
+    """Draws a random subset of the image tokens of each example.
 
     In training the ratio is `keep_ratio`; in evaluation `eval_keep_ratio`, which is the training ratio unless
     set (the high end of a range), because a decoder is much worse at a ratio that it was not trained at.
@@ -110,43 +102,26 @@ class TokenDrop(nn.Module):
     def __init__(self, keep_ratio: KeepRatio, eval_keep_ratio: float | None = None) -> None:
         super().__init__()
         self.keep_ratio = keep_ratio
-        self.eval_keep_ratio = KeepRatio.of(eval_keep_ratio).high if eval_keep_ratio is not None else keep_ratio.high
+        self.eval_keep_ratio = keep_ratio.high if eval_keep_ratio is None else KeepRatio.of(eval_keep_ratio).high
 
     def forward(
         self,
-        tokens_BND: Tensor,
-        *,
-        kept_idx: Tensor | None = None,
-        keep_ratio: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """`(B, N, D)` -> `(B, K, D)`. `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
-        batch_size, num_tokens, _ = tokens_BND.shape
-        idx_BK = self.draw(
-            batch_size, num_tokens, tokens_BND.device, kept_idx=kept_idx, keep_ratio=keep_ratio, generator=generator
-        )
-        return tokens_BND if idx_BK is None else gather_tokens(tokens_BND, idx_BK)
-
-    def draw(
-        self,
         batch_size: int,
         num_tokens: int,
-        device: torch.device,
+        device: torch.device | str = "cpu",
         *,
         kept_idx: Tensor | None = None,
         keep_ratio: float | None = None,
-        generator: torch.Generator | None = None,
     ) -> Tensor | None:
-        """The tokens that are kept, `(B, K)` int64; None if all are kept: their order does not matter."""
+        """The tokens that are kept, `(B, K)` int64; None if all are kept: their order does not matter.
+
+        `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
         if kept_idx is not None:
             return kept_idx
-        kept = num_kept(num_tokens, self.current_ratio() if keep_ratio is None else keep_ratio)
-        if kept == num_tokens:
-            return None
-        return sample_kept_indices(batch_size, num_tokens, kept, device=device, generator=generator)
-
-    def current_ratio(self) -> float:
-        return self.keep_ratio.draw() if self.training else self.eval_keep_ratio
+        if keep_ratio is None:
+            keep_ratio = self.keep_ratio.draw() if self.training else self.eval_keep_ratio
+        kept = num_kept(num_tokens, keep_ratio)
+        return None if kept == num_tokens else sample_kept_indices(batch_size, num_tokens, kept, device=device)
 
     def extra_repr(self) -> str:
         return f"keep_ratio={self.keep_ratio}, eval_keep_ratio={self.eval_keep_ratio:g}"

@@ -1,4 +1,4 @@
-"""VisionModel: the encoder alone, as the released `*-vision-only` checkpoints hold it.
+"""What all our models do with images, and VisionModel: the encoder alone, as the released checkpoints hold it.
 
 Shapes: B batch, N image tokens, D width (core/__init__.py).
 Source: docs/reference.md, "Released encoder checkpoints".
@@ -6,6 +6,7 @@ Source: docs/reference.md, "Released encoder checkpoints".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,33 +17,28 @@ from open_clip_ov2.core.positions import sincos_2d
 from open_clip_ov2.core.vit_fast import image_features
 
 PositionTable = Literal["interpolate", "recompute"]
+Outputs = dict[str, Tensor] | tuple[Tensor, ...]
 
 
-class VisionModel(nn.Module):
-    """Images in, pooled features and patch tokens out; no decoder, no text encoder, no logit scale.
-
-    `visual` is as in CaptionModel. `position_table` says how a stored table is fitted to another resolution:
-    `interpolate` (bicubic, OpenCLIP's way), or `recompute` (the fixed table of ov2 models for the new grid, as training
-    at that resolution would start). At the checkpoint's own resolution the stored table is taken as it is.
+class ImageModel(nn.Module):
+    """`visual`, OpenCLIP's VisionTransformer, maps images `(B, 3, H, W)` to `(pooled (B, D), patch tokens (B, N, D))`,
+    tokens taken after the last block, class token dropped, final norm not applied (docs/reference.md: vit.py:786).
     """
 
-    def __init__(
-        self, visual: nn.Module, *, position_table: PositionTable = "interpolate", output_dict: bool = True
-    ) -> None:
+    def __init__(self, visual: nn.Module, output_dict: bool) -> None:
         super().__init__()
-        if position_table not in get_args(PositionTable):
-            known = ", ".join(get_args(PositionTable))
-            raise ValueError(f"unknown position_table {position_table!r}; it is one of {known}")
         self.visual: Any = visual  # OpenCLIP's class, which this package does not know
-        self.position_table_mode = position_table
         self.output_dict = output_dict
         self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
-        self.alone_by_layout = False  # whether it was taken for an encoder by its config's layout alone
 
     def position_table(self) -> Tensor:
         """The fixed table of ov2 models for this model's grid, `(1 + N, D)` float32."""
         old = self.visual.positional_embedding
         return sincos_2d(self.visual.grid_size, old.shape[1], device=old.device)
+
+    @torch.no_grad()
+    def reset_position_table(self) -> None:
+        self.visual.positional_embedding.copy_(self.position_table())
 
     def encode_image_tokens(self, image: Tensor) -> Tensor:
         """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm."""
@@ -57,30 +53,50 @@ class VisionModel(nn.Module):
         """Patch tokens of any layer, see `core.image_features`."""
         return image_features(self.visual, image, layer=layer, norm=norm, class_token=class_token)
 
-    def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None
-    ) -> dict[str, Tensor] | tuple[Tensor, ...]:
+    def image_outputs(self, image: Tensor) -> Outputs:
         """`{"image_features": (B, D), "image_embs": (B, N, D)}`, or that pair as a tuple if `output_dict` is off."""
-        if image is None or text is not None:
-            raise ValueError("a vision-only model takes images and nothing else")
         pooled_BD, tokens_BND = self.visual(image)
-        out = {"image_features": pooled_BD, "image_embs": tokens_BND}
-        return out if self.output_dict else tuple(out.values())
+        return self.outputs({"image_features": pooled_BD, "image_embs": tokens_BND})
 
-    def forward_intermediates(self, image: Tensor, **options: Any) -> dict[str, Any]:
-        """OpenCLIP's own, of the encoder."""
-        return self.visual.forward_intermediates(image, **options)
+    def outputs(self, named: Mapping[str, Tensor]) -> Outputs:
+        return dict(named) if self.output_dict else tuple(named.values())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.visual.set_grad_checkpointing(enable)
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the encoder but for its last groups, as OpenCLIP counts them."""
+        """Freeze the encoder (LiT, arXiv 2111.07991) but for its last groups, as OpenCLIP counts them."""
         self.visual.lock(unlocked_groups=unlocked_groups, freeze_bn_stats=freeze_bn_stats)
 
     def no_weight_decay(self) -> set[str]:
+        """Names that weight decay leaves alone; the reference decays kernels only."""
         return {"visual.positional_embedding", "visual.class_embedding"}
 
-    @torch.no_grad()
-    def reset_position_table(self) -> None:
-        self.visual.positional_embedding.copy_(self.position_table())
+
+class VisionModel(ImageModel):
+    """Images in, pooled features and patch tokens out; no decoder, no text encoder, no logit scale.
+
+    `position_table` says how a stored table is fitted to another resolution: `interpolate` (bicubic, OpenCLIP's way),
+    or `recompute` (the fixed table of ov2 models for the new grid, as training at that resolution would start). At the
+    checkpoint's own resolution the stored table is taken as it is.
+    """
+
+    def __init__(
+        self, visual: nn.Module, *, position_table: PositionTable = "interpolate", output_dict: bool = True
+    ) -> None:
+        super().__init__(visual, output_dict)
+        if position_table not in get_args(PositionTable):
+            known = ", ".join(get_args(PositionTable))
+            raise ValueError(f"unknown position_table {position_table!r}; it is one of {known}")
+        self.position_table_mode = position_table
+        self.alone_by_layout = False  # whether it was taken for an encoder by its config's layout alone
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Outputs:
+        """See `image_outputs`."""
+        if image is None or text is not None:
+            raise ValueError("a vision-only model takes images and nothing else")
+        return self.image_outputs(image)
+
+    def forward_intermediates(self, image: Tensor, **options: Any) -> dict[str, Any]:
+        """OpenCLIP's own, of the encoder."""
+        return self.visual.forward_intermediates(image, **options)

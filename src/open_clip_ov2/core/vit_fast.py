@@ -80,7 +80,7 @@ def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: 
     """`(B, 3, H, W)` -> `(B, K, D)`: what `token_drop` keeps of the patch tokens after the last block.
 
     That block is computed for the kept tokens alone: nobody reads its other outputs. `last_block` is `block_at`, or
-    that compiled. `drop`: options of `TokenDrop.draw`.
+    that compiled. `drop`: options of `TokenDrop`.
     """
     blocks = visual.transformer.resblocks
     recomputes = visual.transformer.grad_checkpointing and visual.training
@@ -88,7 +88,7 @@ def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: 
     for block in blocks[:-1]:
         x_BSD = recompute(recomputes, block, x_BSD)
     batch, sequence, _ = x_BSD.shape
-    kept_idx_BK = token_drop.draw(batch, sequence - 1, x_BSD.device, **drop)
+    kept_idx_BK = token_drop(batch, sequence - 1, x_BSD.device, **drop)
     if kept_idx_BK is None:
         return recompute(recomputes, blocks[-1], x_BSD)[:, 1:]
     return recompute(recomputes, last_block, blocks[-1], x_BSD, kept_idx_BK + 1)
