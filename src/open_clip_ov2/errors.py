@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 INTERRUPTED_STATUS = 75  # sysexits.h, EX_TEMPFAIL: try again later
@@ -21,6 +22,15 @@ class RunFailed(UserError):
 
 class Interrupted(Exception):
     """A signal asked the run to stop; all ranks saved together. The same command resumes it. Exit status 75."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Begin the message of a UserError in the block with where it arose."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

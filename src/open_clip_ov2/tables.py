@@ -191,8 +191,28 @@ def each(read: Reader) -> Reader:
     return read_all
 
 
+def comma_separated(read: Reader) -> Reader:
+    """Text such as 84,224, whose parts are all read so; without repetitions."""
+    return lambda text: tuple(dict.fromkeys(read(part) for part in text.split(",")))
+
+
 def table(value: Any) -> dict[str, Any]:
     """A table, with its keys as they are written."""
     if not isinstance(value, dict):
         raise UserError(f"{value!r}: expected a table")
     return dict(value)
+
+
+def flag_table(taken: Iterable[str], by: str) -> Reader:
+    """A table of flags of `ov2 train` by name in kebab case, without those that are `taken`, which `by` sets."""
+
+    def read(value: Any) -> dict[str, Any]:
+        flags = {kebab(name): item for name, item in table(value).items()}
+        for name, item in flags.items():
+            if name in taken:
+                raise UserError(f"{name}: {by} sets it; leave it out")
+            if isinstance(item, dict):
+                raise UserError(f"{name}: expected the value of a flag, found a table")
+        return flags
+
+    return read

@@ -14,7 +14,7 @@ def variant_result(name: str, rates: tuple[float, ...], **changes: object) -> Va
     fields = {
         "name": name, "model": f"model-{name}", "trained": True, "seeds": (0, 1), "stage_samples": (4000,),
         "flops": 1e9, "rates": rates, "stage_rates": (rates[0],), "ratios": tuple(rate / 200 for rate in rates),
-        "memory_mb": 700.0, "cost": Cost(), "unlike": (), "over": None, "values": {}, "learning": {},
+        "cost": Cost(), "unlike": (), "over": None, "values": {}, "learning": {},
     }  # fmt: skip
     return VariantResult(**(fields | changes))  # type: ignore[arg-type]
 

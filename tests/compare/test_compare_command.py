@@ -14,7 +14,7 @@ from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare.bench.settings import CaptionLengths, Job
 from open_clip_ov2.compare.config import Comparison, Measure, Variant, VariantStage
 from open_clip_ov2.compare.measuring import Cache, job_of, measure_cost
-from open_clip_ov2.compare.plan import Data, Study
+from open_clip_ov2.compare.plan import Study
 from open_clip_ov2.compare.study import unlike
 from open_clip_ov2.errors import UserError
 
@@ -124,7 +124,7 @@ def test_what_is_measured_is_the_variant(tmp_path: Path) -> None:
     ours = Variant("ours", "ov2-vit-ti-16", {}, stages)
     flags = {"batch-size": 8, "device": "cpu", "eval": "--tasks knn --data x", "eval-every-samples": 8}
     comparison = Comparison(samples=64, flags=flags, variants=(half, ours), reference="half")
-    study = Study((comparison,), Data("a.tar", "b.tar", "a.tar", ("--wd", "0.2")), tmp_path, tmp_path, 1, "", "")
+    study = Study((comparison,), "a.tar", "b.tar", "a.tar", ("--wd", "0.2"), tmp_path, tmp_path)
     job = job_of(study, comparison, half)
     assert job.argv == (
         "--model", "clip-of-ov2-vit-nano-8", "--train-data", "a.tar", "--batch-size", "8", "--device", "cpu",

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import variant_result
 
 from open_clip_ov2.compare.config import Comparison, load_comparison
-from open_clip_ov2.compare.plan import Data, runs, seconds_at, stage_samples
+from open_clip_ov2.compare.plan import Study, runs, stage_samples
 from open_clip_ov2.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
-DATA = Data("train.tar", "val.tar", "train.tar", ("--wd", "0.2"))
+STUDY = Study((), "train.tar", "val.tar", "train.tar", ("--wd", "0.2"), Path("out"), Path("logs"))
 FILE = """
 {terms}
 reference = "one"
@@ -44,7 +45,7 @@ def load(folder: Path, text: str) -> Comparison:
 def test_equal_samples(tmp_path: Path) -> None:
     """Oracle: by hand. Whole batches; a variant's flags win over the file's and the command line's."""
     comparison = load(tmp_path, FILE.format(terms='samples = "10k"\nseeds = [3, 5]'))
-    made = runs(comparison, DATA, {}, {})
+    made = runs(STUDY, comparison, {}, {})
     assert [(run.variant.name, run.seed) for run in made] == [("one", 3), ("two", 3), ("one", 5), ("two", 5)]
     assert made[0].stage_samples == (7488, 2496)  # 234 and 78 batches of 32
     assert made[1].stage_samples == (10000,)
@@ -63,7 +64,8 @@ def test_equal_seconds(
     rates = {"one": (one, two), "two": (three,)}
     for variant in comparison.variants:
         counts = stage_samples(comparison, variant, rates, {})
-        taken = seconds_at(sum(counts), counts, rates[variant.name])
+        result = variant_result(variant.name, (1.0,), stage_samples=counts, stage_rates=rates[variant.name])
+        taken = result.seconds
         assert abs(taken - seconds) <= sum(32 / rate for rate in rates[variant.name])
 
 
@@ -99,8 +101,9 @@ def test_equal_flops(tmp_path: Path) -> None:
 
 def test_seconds_along_the_stages() -> None:
     """Oracle: by hand."""
-    assert seconds_at(50, (100, 40), (10.0, 4.0)) == 5
-    assert seconds_at(120, (100, 40), (10.0, 4.0)) == 15
+    result = variant_result("one", (1.0,), stage_samples=(100, 40), stage_rates=(10.0, 4.0))
+    assert result.seconds_at(50) == 5
+    assert result.seconds_at(120) == 15
 
 
 @pytest.mark.parametrize(

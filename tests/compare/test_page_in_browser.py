@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from open_clip_ov2.compare import page, plots
+from open_clip_ov2.compare import page
 from open_clip_ov2.compare.results import Found
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -44,7 +44,7 @@ def text(request: pytest.FixtureRequest) -> str:
     from made_up import made_up
 
     found: Found = made_up()
-    return page.page("All", [(found, plots.plots(found))], "ov2 compare small.toml")
+    return page.page("All", [found], "ov2 compare small.toml")
 
 
 def laid_out(text: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:

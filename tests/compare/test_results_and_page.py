@@ -17,13 +17,14 @@ from made_up import variant_result
 from matplotlib.figure import Figure
 
 from open_clip_ov2.compare import page, plots, results
+from open_clip_ov2.compare.config import Metric
 from open_clip_ov2.compare.results import (
     Found,
     Summary,
     as_json,
     check_metrics,
     flatten,
-    learning_curve,
+    learning_curves,
     mean_curve,
     read_evaluations,
     summary,
@@ -40,8 +41,8 @@ def test_summary() -> None:
     found_summary = summary(values)
     assert found_summary is not None
     assert found_summary.sd == pytest.approx(np.std(values, ddof=1))
-    assert (found_summary.mean, found_summary.n) == (pytest.approx(np.mean(values)), 7)
-    assert summary([1.0]) == Summary(1.0, None, 1)
+    assert found_summary.mean == pytest.approx(np.mean(values))
+    assert summary([1.0]) == Summary(1.0, None)
     assert summary([]) is None
 
 
@@ -57,7 +58,7 @@ def test_curves() -> None:
         {"kind": "train", "samples_seen": 10, "x": 9.0}, {"kind": "val", "samples_seen": 10, "x": 1.0},
         {"kind": "val", "samples_seen": 20, "x": None}, {"kind": "val", "samples_seen": 30, "x": 2.0},
     ]  # fmt: skip
-    curve = learning_curve(records, "x")
+    (curve,) = learning_curves([Metric("y"), Metric("x.y", learning="x")], [records])["x.y"]
     assert curve == ((10.0, 1.0), (30.0, 2.0))
     (point,) = mean_curve([curve, ((30.0, 4.0),)])
     assert (point[0], point[1].mean) == (30.0, 3.0)
@@ -83,7 +84,7 @@ def test_table(found: Found) -> None:
 
 def test_csv_has_every_number(found: Found) -> None:
     """Oracle: csv's own reader, and the figures put in."""
-    rows = list(csv.DictReader(io.StringIO(page.results_csv([found]))))
+    rows = list(csv.DictReader(io.StringIO(results.as_csv([found]))))
     (probe,) = (row for row in rows if row["arm"] == "ov2" and row["quantity"] == "probe.top1")
     assert [float(value) for value in probe["values"].split()] == [50, 60]
     assert float(probe["mean"]) == 55
@@ -128,7 +129,7 @@ def test_page_stands_alone(found: Found) -> None:
         "small-speed", "small-caption-loss-over-samples", "small-caption-loss-over-seconds", "small-finals",
         "small-over-keep-ratio",
     ]  # fmt: skip
-    text = page.page("All <of> it", [(found, drawn)], "ov2 compare small.toml & more")
+    text = page.page("All <of> it", [found], "ov2 compare small.toml & more")
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -171,7 +172,7 @@ def test_what_is_not_alike_is_said(found: Found) -> None:
     """Oracle: by hand."""
     one, *others = found.variants
     changed = Found(found.comparison, (replace(one, unlike=("lr 0.1 (0.2)", "eps 1 (2)")), *others), "a machine")
-    flags, unlike, memory = page.terms(changed)
+    flags, unlike, memory = page.notes(changed)
     assert flags == "Flags of all variants: --lr 0.1."
     assert unlike == "ov2 has, and ov2 in brackets: lr 0.1 (0.2); eps 1 (2)."
     assert "captions of 12 to 128 tokens, 64 on average" in memory
@@ -183,8 +184,8 @@ def test_two_evaluations_of_one_task_want_a_name(tmp_path: Path) -> None:
     for value, file in enumerate(files):
         file.write_text(json.dumps({"checkpoint": "x", "knn": {"top1": value}}))
     with pytest.raises(UserError, match=r"two .* give knn.top1: give one of them a name"):
-        read_evaluations(files, ("", ""))
-    assert read_evaluations(files, ("", "half")) == {"knn.top1": 0.0, "half.knn.top1": 1.0}
+        read_evaluations(dict.fromkeys(files, ""))
+    assert read_evaluations(dict(zip(files, ("", "half"), strict=True))) == {"knn.top1": 0.0, "half.knn.top1": 1.0}
 
 
 # --- the verdict ---------------------------------------------------------------------------------------
@@ -252,13 +253,13 @@ def test_the_other_metrics_follow(found: Found) -> None:
 def test_page_and_markdown_begin_with_the_verdict(found: Found) -> None:
     """Oracle: the sentence itself is the first paragraph; of several comparisons each has one, with its title."""
     sentence = verdict(found)
-    text = page.page("All", [(found, [])], "ov2 compare")
+    text = page.page("All", [found], "ov2 compare")
     first = re.search(r"<p[^>]*>(.*?)</p>", text, flags=re.DOTALL)
     assert first is not None
     assert html.unescape(first.group(1)) == sentence
     assert page.results_md("All", [found], "ov2 compare").splitlines()[2] == sentence
     other = Found(replace(found.comparison, name="other", title="Other"), found.variants, "a machine")
-    both = page.page("All", [(found, []), (other, [])], "ov2 compare")
+    both = page.page("All", [found, other], "ov2 compare")
     assert both.count('class="verdict"') == 2
     assert f"**Other**: {sentence}" in page.results_md("All", [found, other], "ov2 compare")
 
@@ -295,7 +296,7 @@ def test_final_values_of_each_seed(found: Found) -> None:
     """Oracle: matplotlib's artists. The seeds' points as they are shown, and names only in the first panel of a row."""
     metric = found.comparison.metrics[1]
     axes = Figure().subplots()
-    plots.final(axes, False, found, metric)
+    plots.final(axes, found, metric, named=False)
     drawn = [list(line.get_xdata()) for line in axes.lines]
     assert [50.0, 60.0] in drawn  # ov2's seeds
     assert [pytest.approx(55.0)] in drawn  # and their mean
@@ -306,6 +307,6 @@ def test_final_values_of_each_seed(found: Found) -> None:
 def test_a_metric_over_a_flag(found: Found) -> None:
     """Oracle: matplotlib's artists. Keep ratios 0.35 and 1.0, in order."""
     axes = Figure().subplots()
-    plots.over_flag(axes, True, found, found.comparison.metrics[1])
+    plots.over_flag(axes, found, found.comparison.metrics[1])
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0.35, 55.0], [1.0, 40.0]])
     assert axes.get_xlabel() == "keep-ratio"

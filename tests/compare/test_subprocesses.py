@@ -26,9 +26,8 @@ def test_side_by_side(tmp_path: Path) -> None:
         "while time.time() < end: seen = max(seen, len(list(f.glob('at-*')))); time.sleep(0.01)\n"
         "m.unlink(); print(seen, os.environ['OMP_NUM_THREADS'])"
     )
-    finished: list[str] = []
     jobs = [job(tmp_path, name, code) for name in "abcd"]
-    run_all(jobs, 2, lambda one, seconds: finished.append(one.title), threads=3)
+    finished = [one.title for one, _ in run_all(jobs, 2, threads=3)]
     assert sorted(finished) == list("abcd")
     seen_by_jobs = [one.log.read_text().split() for one in jobs]
     assert max(int(seen) for seen, _ in seen_by_jobs) == 2
@@ -46,7 +45,7 @@ def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
     failing = job(tmp_path, "one", wait + "print('ov2: error: no such shard'); raise SystemExit(2)")
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"^one: no such shard \(exit status 2; its output: .*one.txt\)$"):
-        run_all([other, failing], 2, lambda *_: None)
+        list(run_all([other, failing], 2))
     assert time.monotonic() - begun < 30
     assert other.log.read_text().split() == ["up", "saved"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -68,7 +67,7 @@ def test_a_scheduler_ends_the_runs_too(tmp_path: Path) -> None:
     )
     one = job(tmp_path, "one", patient)
     with pytest.raises(SystemExit) as ended:
-        run_all([one], 1, lambda *_: None)
+        list(run_all([one], 1))
     assert ended.value.code == 128 + signal.SIGTERM
     assert one.log.read_text().split() == ["up", "saved"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

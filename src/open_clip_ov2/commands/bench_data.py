@@ -22,13 +22,13 @@ def main(argv: Sequence[str]) -> None:
     size = ["--force-image-size", str(args.resolution), "--train-num-samples", PLENTY, "--workers", "0"]
     parts = training.data_parts(["--model", args.model, "--train-data", args.train_data, *size, *rest])
     torch.set_num_threads(1)  # as data workers have it
-    found = stages(parts.source, parts.decoder, parts.tokenizer, samples=args.samples, batch_size=parts.batch_size)
+    found = stages(parts.source, parts.decoder, parts.tokenizer, args.samples, parts.batch_size)
     loaders = []
     for workers in dict.fromkeys((0, args.workers)):
         loader = parts.loader(workers)
         loaders.append((workers, loader_speed(loader, workers, args.samples)))
         loader.close()
-    print(f"{parts.resolution} px, batches of {parts.batch_size}, {args.samples} samples, {args.model}\n")
+    print(f"{parts.resolution} px, batches of {parts.batch_size}, at most {args.samples} samples, {args.model}\n")
     print(pipeline_table(found, loaders))
 
 
@@ -42,6 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-data", required=True, metavar="SHARDS", help="as for ov2 train")
     add("--model", default="ov2-vit-l-14", metavar="NAME", help="its crops and tokens (default: %(default)s)")
     add("--resolution", type=count, default=84, metavar="PX", help="default: %(default)s")
-    add("--samples", type=count, default=1024, metavar="N", help="of each measurement (default: %(default)s)")
+    add("--samples", type=count, default=1024, metavar="N", help="of each measurement at most (default: %(default)s)")
     add("--workers", type=flag_type(whole(0)), default=cores(), metavar="N", help="default: one for each core")
     return parser

@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.argv import Parser, flag_type, split
-from open_clip_ov2.commands.options import comma_separated
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tables import real, whole
+from open_clip_ov2.tables import comma_separated, real, whole
 
 WIDTH = 160  # of what goes to a file
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import page, study
     from open_clip_ov2.compare.config import BATCH, SET_BY_US, load_comparison
-    from open_clip_ov2.compare.plan import Data, Study
+    from open_clip_ov2.compare.plan import Study
     from open_clip_ov2.compare.verdict import verdict
 
     comparisons = [load_comparison(path).scaled(args.seeds, args.scale) for path in args.files]
@@ -38,7 +37,10 @@ def main(argv: Sequence[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     whole_study = Study(
         comparisons=tuple(comparisons),
-        data=Data(args.train_data, args.val_data, args.probe_data or args.train_data, tuple(after)),
+        train=args.train_data,
+        val=args.val_data,
+        probe=args.probe_data or args.train_data,
+        more=tuple(after),
         folder=args.out,
         logs=args.logs or args.out / "runs",
         at_once=args.jobs,
@@ -46,11 +48,12 @@ def main(argv: Sequence[str]) -> None:
         title=args.title or (comparisons[0].title if len(comparisons) == 1 else "Models on equal terms"),
     )
     for found in study.carry_out(whole_study, lambda text: console.print(escape(text), highlight=False)):
-        variants = page.rows(found)  # as columns: there are fewer of them than of numbers
+        # Variants as columns: there are fewer of them than of numbers.
+        variants, *numbers = zip(*page.table(found), strict=True)
         title = escape(found.comparison.title)
-        table = Table("", *(escape(cells[0]) for cells in variants), box=None, pad_edge=False, title=title)
-        for place, name in enumerate(page.header(found)[1:], 1):
-            table.add_row(escape(name), *(escape(cells[place]) for cells in variants))
+        table = Table(*(escape(cell.text) for cell in variants), box=None, pad_edge=False, title=title)
+        for cells in numbers:
+            table.add_row(*(escape(cell.text) for cell in cells))
         console.print(table)
         console.print(escape(verdict(found)), highlight=False)
     console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--logs", type=Path, metavar="FOLDER", help="where the runs are (default: OUT/runs)")
     add("--title", metavar="TEXT", help="of the page")
     add("--jobs", type=flag_type(whole(1)), default=1, metavar="N", help="runs at once, which share the cores")
-    add("--seeds", type=comma_separated(whole(0)), metavar="S,S,...", help="instead of the files'")
+    add("--seeds", type=flag_type(comma_separated(whole(0))), metavar="S,S,...", help="instead of the files'")
     scale = flag_type(real(0, above=True))
     add("--scale", type=scale, default=1.0, metavar="F", help="times the files' samples or seconds, to try things out")
     return parser

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from open_clip_ov2.argv import flag_type
 from open_clip_ov2.compare.bench.settings import default_device
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tables import Reader
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=default_device(), help="default: cuda if there is a GPU, otherwise cpu")
-
-
-def comma_separated(read: Reader) -> Callable[[str], tuple[Any, ...]]:
-    """The type of a flag whose value is a list such as 84,224, without repetitions."""
-    return flag_type(lambda text: tuple(dict.fromkeys(read(part) for part in text.split(","))))
 
 
 @contextlib.contextmanager

@@ -44,17 +44,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.compare.bench.settings import CaptionLengths
 from open_clip_ov2.errors import UserError, nearest
-from open_clip_ov2.recipe.counts import parse_samples
+from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import (
     Reader,
     each,
+    flag_table,
     from_table,
     kebab,
     key,
@@ -75,25 +76,11 @@ Flags = Mapping[str, Any]
 _key = key  # where a field is called `key`
 
 
+_train_flags = flag_table(SET_BY_US, "`ov2 compare`")
+
+
 def _flags(value: Any) -> Flags:
     return {kebab(name): one for name, one in table(value).items()}
-
-
-def _train_flags(value: Any) -> Flags:
-    flags = _flags(value)
-    for name, one in flags.items():
-        if name in SET_BY_US:
-            raise UserError(f"{name}: `ov2 compare` sets it; leave it out")
-        if isinstance(one, dict):
-            raise UserError(f"{name}: expected the value of a flag, found a table")
-    return flags
-
-
-def _samples(value: Any) -> int:
-    found = parse_samples(value)
-    if found < 1:
-        raise UserError(f"{value!r}: expected at least 1")
-    return found
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -107,19 +94,17 @@ def _paragraph(value: Any) -> str:
     return " ".join(text(value).split())
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    return each(text)(value)
+def _renamed(value: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(FORMER_NAMES.get(name, name), item) for name, item in value.items()]
 
 
 def _tables(kind: type) -> Reader:
     """A list of tables. An error gives the name of its table, or its number."""
 
     def read(value: Any) -> tuple[Any, ...]:
-        items = each(table)(value)
-        return tuple(
-            from_table(kind, str(item.get("name") or item.get("key") or f"number {number}"), item)
-            for number, item in enumerate(items, 1)
-        )
+        items = enumerate(each(table)(value), 1)
+        names = ((str(item.get("name") or item.get("key") or f"number {number}"), item) for number, item in items)
+        return tuple(from_table(kind, name, _renamed(item)) for name, item in names)
 
     return read
 
@@ -152,7 +137,7 @@ class Measure:
     """Before training. `samples`: of each run that is timed."""
 
     repetitions: int = key(whole(1), default=3)
-    samples: int = key(_samples, default=2048)
+    samples: int = key(sample_count(1), default=2048)
     lengths: CaptionLengths = key(CaptionLengths.parse, default=CaptionLengths, name="caption-tokens")
     largest_batch: bool = key(switch, default=False)
     memory_limit_gb: float | None = key(real(0, above=True), default=None)
@@ -162,10 +147,10 @@ class Measure:
 class Evaluation:
     """One call of `ov2 eval`. `variants` empty: all. `name` begins the keys of its metrics."""
 
-    tasks: tuple[str, ...] = key(_names, example='["knn"]')
+    tasks: tuple[str, ...] = key(each(text), example='["knn"]')
     flags: Flags = key(_flags, default=dict)
     train_data: bool = key(switch, default=False)
-    variants: tuple[str, ...] = key(_names, default=())
+    variants: tuple[str, ...] = key(each(text), default=())
     name: str = key(text, default="")
 
 
@@ -203,7 +188,7 @@ class Comparison:
     title: str = key(text, default="")
     about: str = key(_paragraph, default="")
     mode: str = key(one_of(*MODES), default="samples")
-    samples: float = key(_samples, default=0)
+    samples: float = key(sample_count(1), default=0)
     seconds: float = key(real(0, above=True), default=0.0)
     seeds: tuple[int, ...] = key(_seeds, default=(0, 1, 2))
     reference: str = key(text, default="")
@@ -252,7 +237,7 @@ class Comparison:
     def trained(self) -> tuple[Variant, ...]:
         return tuple(variant for variant in self.variants if variant.trained)
 
-    def scaled(self, seeds: Iterable[int] | None, scale: float) -> Comparison:
+    def scaled(self, seeds: Sequence[int] | None, scale: float) -> Comparison:
         """With the command line's seeds and so many times the file's samples or seconds."""
         seeds = tuple(seeds or self.seeds)
         return replace(self, seeds=seeds, seconds=scale * self.seconds, samples=scale * self.samples)
@@ -260,12 +245,7 @@ class Comparison:
 
 def load_comparison(path: Path) -> Comparison:
     """A comparison from its file. Raises UserError."""
-    items = []
-    for name, value in read_toml(path).items():
-        if name == "evaluate" and isinstance(value, list):
-            value = [_renamed(item) if isinstance(item, dict) else item for item in value]
-        items.append((FORMER_NAMES.get(name, name), value))
-    found: Comparison = from_table(Comparison, str(path), items)
+    found: Comparison = from_table(Comparison, str(path), _renamed(read_toml(path)))
     whole_run = (VariantStage(found.resolution, 1.0),) if found.resolution else ()
     return replace(
         found,
@@ -274,7 +254,3 @@ def load_comparison(path: Path) -> Comparison:
         reference=found.reference or found.variants[0].name,
         variants=tuple(replace(one, stages=one.stages or whole_run) for one in found.variants),
     )
-
-
-def _renamed(item: dict[str, Any]) -> dict[str, Any]:
-    return {FORMER_NAMES.get(name, name): value for name, value in item.items()}

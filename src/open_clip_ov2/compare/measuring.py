@@ -23,7 +23,7 @@ from open_clip_ov2.compare.bench.turns import largest_batch, step_memory
 from open_clip_ov2.compare.config import Comparison, Variant
 from open_clip_ov2.compare.plan import Study, global_batch, train_argv
 from open_clip_ov2.compare.subprocesses import Command, run_all, threads_each
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.tracking.figures import read_results
 
@@ -35,16 +35,15 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Speed:
-    """images/s of each repetition, and the process's largest resident set in MiB."""
+class Speeds:
+    """`rates`: images/s of each variant by stage and repetition; `machine`: what they were measured on."""
 
-    images_per_second: tuple[float, ...]
-    memory_mb: float
     machine: str
+    rates: Mapping[str, Sequence[Sequence[float]]]
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.images_per_second)
+    def medians(self, variant: str) -> list[float]:
+        """By stage."""
+        return [statistics.median(rates) for rates in self.rates[variant]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ class Cost:
     largest_batch: int | None = None
 
 
-Speeds = Mapping[str, tuple[Speed, ...]]  # of each variant, by stage
 Costs = Mapping[str, Cost]  # of a step of each variant
 
 
@@ -71,8 +69,8 @@ class Cache:
         self._file = file
         self._known = read_json(file, dict, "measurements of `ov2 compare`") if file.is_file() else {}
 
-    def get(self, key: str, measure: Callable[[], Any], good: Callable[[Any], bool] = lambda _: True) -> Any:
-        if key not in self._known or not good(self._known[key]):
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self._known:
             self._known[key] = measure()
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, self._known)
@@ -81,57 +79,48 @@ class Cache:
 
 def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
     """Images/s of each stage of each variant. Raises UserError."""
-    commands: dict[str, list[str]] = {}
-    titles: dict[str, list[str]] = {}
-    steps: dict[str, int] = {}
+    measure, threads = comparison.measure, threads_each(study.at_once)
+    argvs: dict[str, list[str]] = {}  # by the title of a variant and stage
     for variant in comparison.variants:
         batch = global_batch(comparison, variant)
-        samples = max(4, comparison.measure.samples // batch) * batch
-        titles[variant.name] = [_title(variant, index) for index in range(len(variant.stages))]
-        for title, stage in zip(titles[variant.name], variant.stages, strict=True):
-            argv = train_argv(comparison, variant, study.data, [(stage.resolution, samples)])
-            commands[title], steps[title] = without(argv, TASKS), max(1, comparison.measure.samples // batch)
-    threads, repetitions = threads_each(study.at_once), comparison.measure.repetitions
+        steps = max(4, measure.samples // batch)
+        for title, stage in zip(_titles(variant), variant.stages, strict=True):
+            argv = without(train_argv(study, comparison, variant, [(stage.resolution, steps * batch)]), TASKS)
+            argvs[title] = [*argv, "--log-every-n-steps", str(max(1, steps // LOGS_EACH))]
 
-    def measure() -> dict[str, Any]:
-        found: dict[str, list[tuple[float, float]]] = {title: [] for title in commands}
-        for repetition in range(repetitions):
-            for title, argv in commands.items():
-                logged = [*argv, "--log-every-n-steps", str(max(1, steps[title] // LOGS_EACH))]
-                found[title].append(_once(title, logged, study.folder / "measured", threads))
-            shown = ", ".join(f"{title} {values[-1][0]:.0f}" for title, values in found.items())
-            log(f"images/s, repetition {repetition + 1} of {repetitions}: {shown}")
-        return {title: asdict(_speed(values, threads)) for title, values in found.items()}
+    def in_turns() -> dict[str, Any]:
+        rates: dict[str, list[float]] = {title: [] for title in argvs}
+        for repetition in range(measure.repetitions):
+            for title, argv in argvs.items():
+                rates[title].append(_images_per_second(title, argv, study.folder / "measured", threads))
+            shown = ", ".join(f"{title} {values[-1]:.0f}" for title, values in rates.items())
+            log(f"images/s, repetition {repetition + 1} of {measure.repetitions}: {shown}")
+        device = default_device()
+        each = f", {threads} thread{'s' if threads > 1 else ''} for each run" if device == "cpu" else ""
+        return {"machine": machine_facts(device)["device"] + each, "rates": rates}
 
-    key = key_of([list(commands.items()), threads])  # a speed depends on which variants it was in turns with
-    found = Cache(study.folder / "speed.json").get(
-        key, measure, lambda known: all(len(one["images_per_second"]) >= repetitions for one in known.values())
-    )
-    speeds = {
-        title: replace(Speed(**one), images_per_second=tuple(one["images_per_second"])) for title, one in found.items()
-    }
-    return {name: tuple(speeds[title] for title in own) for name, own in titles.items()}
+    # A speed depends on which variants it was in turns with.
+    key = key_of([list(argvs.items()), threads, measure.repetitions])
+    found = Cache(study.folder / "speed.json").get(key, in_turns)
+    rates = {one.name: [found["rates"][title] for title in _titles(one)] for one in comparison.variants}
+    return Speeds(found["machine"], rates)
 
 
-def _title(variant: Variant, index: int) -> str:
-    return variant.name if len(variant.stages) == 1 else f"{variant.name} at {variant.stages[index].resolution} px"
+def _titles(variant: Variant) -> list[str]:
+    """For people, of each stage."""
+    if len(variant.stages) == 1:
+        return [variant.name]
+    return [f"{variant.name} at {stage.resolution} px" for stage in variant.stages]
 
 
-def _speed(values: Sequence[tuple[float, float]], threads: int) -> Speed:
-    device = default_device()
-    each = f", {threads} thread{'s' if threads > 1 else ''} for each run" if device == "cpu" else ""
-    rates, memory = zip(*values, strict=True)
-    return Speed(rates, max(memory), machine_facts(device)["device"] + each)
-
-
-def _once(title: str, argv: Sequence[str], scratch: Path, threads: int) -> tuple[float, float]:
-    """(images/s, MiB) of one short run."""
+def _images_per_second(title: str, argv: Sequence[str], scratch: Path, threads: int) -> float:
+    """Of one short run."""
     shutil.rmtree(scratch, ignore_errors=True)
     argv = ["train", *argv, "--logs", str(scratch), "--name", "run"]
-    run_all([Command.ov2(f"measuring {title}", argv, scratch / "out.txt")], 1, lambda *_: None, threads=threads)
+    list(run_all([Command.ov2(f"measuring {title}", argv, scratch / "out.txt")], 1, threads))
     rows = [row for row in read_results(scratch / "run") if row["kind"] == "train"]
     shutil.rmtree(scratch)
-    return rate_of(rows), float(rows[-1]["memory_mb"])
+    return rate_of(rows)
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -142,11 +131,21 @@ def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
     return float((last["samples_seen"] - first["samples_seen"]) / (last["time"] - first["time"]))
 
 
+def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
+    """The cost of a step of each variant, at its own batch size. Raises UserError, RunFailed."""
+    cache, largest, out = Cache(study.folder / "costs.json"), comparison.measure.largest_batch, {}
+    for variant in comparison.variants:
+        with naming(f"{comparison.name}: variant {variant.name}"):
+            job = job_of(study, comparison, variant)
+            out[variant.name] = measure_cost(job, global_batch(comparison, variant), largest, cache, log)
+    return out
+
+
 def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
     """What `ov2 bench` measures of a variant: its last stage. Captions are drawn from the vocabulary of the first
     ov2 model of the comparison, or from OpenCLIP's own. Raises UserError."""
     measure, last = comparison.measure, variant.stages[-1]
-    argv = train_argv(comparison, variant, study.data, [(last.resolution, global_batch(comparison, variant))])
+    argv = train_argv(study, comparison, variant, [(last.resolution, global_batch(comparison, variant))])
     device = "cpu" if value_of(argv, "--device") == "cpu" else default_device()
     if measure.largest_batch and device == "cpu" and measure.memory_limit_gb is None:
         raise UserError("[measure] largest-batch: on a CPU it needs memory-limit-gb, the memory that a batch may use")
@@ -161,27 +160,14 @@ def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
     )
 
 
-def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
-    """The cost of a step of each variant, at its own batch size. Raises UserError, RunFailed."""
-    cache, out = Cache(study.folder / "costs.json"), {}
-    for variant in comparison.variants:
-        try:
-            batch = global_batch(comparison, variant)
-            out[variant.name] = measure_cost(
-                job_of(study, comparison, variant), batch, comparison.measure.largest_batch, cache, log
-            )
-        except UserError as error:
-            raise UserError(f"{comparison.name}: variant {variant.name}: {error}") from error
-    return out
-
-
 def measure_cost(job: Job, batch: int, with_largest: bool, cache: Cache, log: Log) -> Cost:
     """Step memory, and the largest batch if it is asked for. Raises UserError if the job's own batch does not fit;
     RunFailed."""
-    plain = asdict(replace(job, name="", memory_limit_gb=None))  # variants that differ in name alone cost the same
+    unlimited = replace(job, memory_limit_gb=None)
+    plain = asdict(replace(unlimited, name=""))  # variants that differ in name alone cost the same
 
     def memory() -> float:
-        found = step_memory(replace(job, memory_limit_gb=None))
+        found = step_memory(unlimited)
         if found is None:
             raise UserError(f"a batch of {batch:,} does not fit into memory; give all variants a smaller batch-size")
         log(f"step memory of {job.name}: {found / MIB:,.0f} MiB")

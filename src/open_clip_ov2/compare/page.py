@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 import statistics
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import NamedTuple
 
 from open_clip_ov2.argv import to_argv
 from open_clip_ov2.compare.config import Metric
-from open_clip_ov2.compare.plots import Plot
-from open_clip_ov2.compare.results import Found, VariantResult, best, summary, write_csv
+from open_clip_ov2.compare.plots import plots
+from open_clip_ov2.compare.results import Found, VariantResult, best, summary
 from open_clip_ov2.compare.verdict import verdict
 from open_clip_ov2.recipe.counts import short_count
 
@@ -35,43 +33,39 @@ TERMS = (
 )
 
 
-def header(found: Found) -> list[str]:
-    fixed = ["", "images/s", f"× {found.comparison.reference}", *(title for title, _ in _costs(found))]
-    metrics = (
-        f"{_titled(metric, ', {}')} {'↑' if metric.better == 'higher' else '↓'}" for metric in found.comparison.metrics
-    )
-    return [*fixed, "samples", "training, s", *metrics]
+class Cell(NamedTuple):
+    """`best`: its variant is better than all others with every seed."""
+
+    text: str
+    best: bool = False
 
 
-def _titled(metric: Metric, form: str) -> str:
-    return metric.label + (form.format(metric.unit) if metric.unit else "")
+def table(found: Found) -> list[list[Cell]]:
+    """The header, and a row for each variant. A column in which no variant has anything is left out."""
+    winners, metrics = best(found), found.comparison.metrics
+    fixed = ("", "images/s", f"× {found.comparison.reference}", "step memory, MiB", "largest batch", "samples")
+    titles = (f"{_titled(metric)} {'↑' if metric.better == 'higher' else '↓'}" for metric in metrics)
+    rows = [[Cell(title) for title in (*fixed, "training, s", *titles)]]
+    for one in found.variants:
+        texts = [one.name, spread(one.rates, 0), spread(one.ratios, 2)]
+        texts += [_number(one.cost.step_memory_mb), _number(one.cost.largest_batch)]
+        texts += [short_count(one.samples), _number(one.seconds)] if one.trained else [NONE, NONE]
+        cells = [Cell(mean_and_sd(metric, one), winners.get(metric.key) == one.name) for metric in metrics]
+        rows.append([*map(Cell, texts), *cells])
+    columns = [column for column in zip(*rows, strict=True) if any(cell.text != NONE for cell in column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _costs(found: Found) -> list[tuple[str, dict[str, float | None]]]:
-    """Columns that any variant has something in, by variant."""
-    columns: list[tuple[str, dict[str, float | None]]] = [
-        ("step memory, MiB", {one.name: one.cost.step_memory_mb for one in found.variants}),
-        ("largest batch", {one.name: one.cost.largest_batch for one in found.variants}),
-    ]
-    return [(title, values) for title, values in columns if any(value is not None for value in values.values())]
+def _titled(metric: Metric) -> str:
+    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
 
 
-def rows(found: Found) -> list[list[str]]:
-    return [_row(found, variant) for variant in found.variants]
-
-
-def _row(found: Found, variant: VariantResult) -> list[str]:
-    costs = [values[variant.name] for _, values in _costs(found)]
-    cells = [variant.name, spread(variant.rates, 0), spread(variant.ratios, 2)]
-    cells += [NONE if value is None else f"{value:,.0f}" for value in costs]
-    cells += [short_count(variant.samples), f"{variant.seconds:,.0f}"] if variant.trained else [NONE, NONE]
-    return cells + [mean_and_sd(metric, variant) for metric in found.comparison.metrics]
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Median, and the least and the greatest in brackets."""
-    if not values:
-        return NONE
     middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return middle if low == high else f"{middle} ({low}–{high})"
 
@@ -85,26 +79,15 @@ def mean_and_sd(metric: Metric, variant: VariantResult) -> str:
     return text if total.sd is None else f"{text} ± {total.sd:.{metric.digits}f}"
 
 
-def marked(found: Found) -> list[list[tuple[str, bool]]]:
-    """The rows' cells, each with whether its variant is better than all others with every seed."""
-    winners, metrics = best(found), found.comparison.metrics
-    out = []
-    for variant, cells in zip(found.variants, rows(found), strict=True):
-        won = [winners.get(metric.key) == variant.name for metric in metrics]
-        out.append(list(zip(cells, [False] * (len(cells) - len(won)) + won, strict=True)))
-    return out
-
-
 def markdown(found: Found) -> str:
-    first = header(found)
-    body = [[f"**{cell}**" if bold else cell for cell, bold in cells] for cells in marked(found)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (first, ["---"] * len(first), *body))
+    header, *rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in table(found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def budget(found: Found) -> str:
     """What was equal, in a sentence."""
     comparison = found.comparison
-    seeds = sorted({seed for variant in found.trained for seed in variant.seeds})
+    seeds = {seed for variant in found.trained for seed in variant.seeds}
     each = {
         "samples": f"{comparison.budget:,.0f} samples each",
         "seconds": f"{comparison.budget:,.0f} seconds each: as many samples as a variant's images/s make of them",
@@ -114,15 +97,13 @@ def budget(found: Found) -> str:
     return f"{each}; {counted}. Speeds: {found.machine}."
 
 
-def terms(found: Found) -> list[str]:
-    """What this comparison's variants have in common, what not, and what their memory was measured with."""
+def notes(found: Found) -> list[str]:
+    """The file's notes, what variants have in common and what not, and what their memory was measured with."""
     comparison, measure = found.comparison, found.comparison.measure
-    out = [f"Flags of all variants: {shlex.join(to_argv(comparison.flags))}."]
-    out += [
-        f"{one.name} has, and {comparison.reference} in brackets: {'; '.join(one.unlike)}."
-        for one in found.variants
-        if one.unlike
-    ]
+    out = [*comparison.notes, f"Flags of all variants: {shlex.join(to_argv(comparison.flags))}."]
+    for one in found.variants:
+        if one.unlike:
+            out.append(f"{one.name} has, and {comparison.reference} in brackets: {'; '.join(one.unlike)}.")
     if any(one.cost.step_memory_mb is not None for one in found.variants):
         lengths = measure.lengths
         captions = f"captions of {lengths.low} to {lengths.high} tokens, {lengths.mean:g} on average"
@@ -133,41 +114,20 @@ def terms(found: Found) -> list[str]:
 
 
 def results_md(title: str, found: Sequence[Found], command: str) -> str:
-    lines = [f"# {title}", "", *(line for one in found for line in (_led(one, found, "**{}**: "), ""))]
-    lines += [f"    {command}", "", *(f"- {term}" for term in TERMS)]
+    blocks = [f"# {title}"]
+    # The verdict comes first, under its comparison's title if there are several.
+    blocks += [(f"**{one.comparison.title}**: " if len(found) > 1 else "") + verdict(one) for one in found]
+    blocks += [f"    {command}", "\n".join(f"- {term}" for term in TERMS)]
     for one in found:
-        lines += ["", f"## {one.comparison.title}", "", one.comparison.about, "", budget(one), "", markdown(one)]
-        lines += [line for note in (*one.comparison.notes, *terms(one)) for line in (note, "")]
-    return "\n".join(lines) + "\n"
+        blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one), markdown(one), *notes(one)]
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
-def _led(one: Found, found: Sequence[Found], form: str) -> str:
-    """The verdict, under its comparison's title if there are several."""
-    return (form.format(one.comparison.title) if len(found) > 1 else "") + verdict(one)
-
-
-def results_csv(found: Sequence[Found]) -> str:
-    out = io.StringIO()
-    write_csv(found, csv.writer(out, lineterminator="\n"))
-    return out.getvalue()
-
-
-def page(title: str, results: Sequence[tuple[Found, Sequence[Plot]]], command: str) -> str:
+def page(title: str, results: Sequence[Found], command: str) -> str:
     """HTML that fetches nothing; light and dark."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    sections: list[dict[str, Any]] = [
-        {
-            "comparison": found.comparison,
-            "verdict": verdict(found),
-            "budget": budget(found),
-            "header": header(found),
-            "rows": marked(found),
-            "notes": (*found.comparison.notes, *terms(found)),
-            "plots": plots,
-        }
-        for found, plots in results
-    ]
-    return template.render(title=title, command=command, terms=TERMS, sections=sections) + "\n"
+    said = {"verdict": verdict, "budget": budget, "table": table, "notes": notes, "plots": plots}
+    return template.render(title=title, command=command, terms=TERMS, results=results, **said) + "\n"

@@ -15,31 +15,26 @@ ByStage = Mapping[str, Sequence[float]]  # numbers of each variant, by stage
 
 
 @dataclass(frozen=True)
-class Data:
-    """--train-data and --val-data, what probes are fitted to, and more flags of `ov2 train`, of the command line."""
+class Study:
+    """`train`, `val`, `probe`: data of training, of validation and evaluation, and what probes are fitted to; `more`:
+    further flags of `ov2 train`. `folder` gets the page and what it is made of; `logs` the runs, which comparisons
+    share if they are equal."""
 
+    comparisons: tuple[Comparison, ...]
     train: str
     val: str
     probe: str
-    more: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Study:
-    """`folder` gets the page and what it is made of; `logs` the runs, which comparisons share if they are equal."""
-
-    comparisons: tuple[Comparison, ...]
-    data: Data
+    more: tuple[str, ...]
     folder: Path
     logs: Path
-    at_once: int
-    command: str
-    title: str
+    at_once: int = 1
+    command: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed. `stage_samples` by stage; `argv` of `ov2 train`, without --logs and --name."""
+    """One variant with one seed. `stage_samples` by stage; `argv` of `ov2 train`, without --name."""
 
     variant: Variant
     seed: int
@@ -51,12 +46,12 @@ class Run:
         return f"{self.variant.name}, seed {self.seed}"
 
 
-def train_argv(comparison: Comparison, variant: Variant, data: Data, stages: Sequence[tuple[int, int]]) -> list[str]:
+def train_argv(study: Study, comparison: Comparison, variant: Variant, stages: Sequence[tuple[int, int]]) -> list[str]:
     """Flags of `ov2 train` except the seed; `stages` are (px, samples). A variant's flags win over all others."""
     common = {name: value for name, value in comparison.flags.items() if name not in variant.flags}
     staged = [word for pixels, samples in stages for word in ("--stage", f"{pixels}:samples={samples}")]
-    begin = ["--model", variant.model, "--train-data", data.train]
-    return [*begin, *to_argv(common), *data.more, *to_argv(variant.flags), *staged]
+    begin = ["--model", variant.model, "--train-data", study.train]
+    return [*begin, *to_argv(common), *study.more, *to_argv(variant.flags), *staged]
 
 
 def global_batch(comparison: Comparison, variant: Variant) -> int:
@@ -87,25 +82,15 @@ def stage_samples(comparison: Comparison, variant: Variant, rates: ByStage, flop
     return tuple(max(1, round(total * stage.share / batch)) * batch for stage in variant.stages)
 
 
-def runs(comparison: Comparison, data: Data, rates: ByStage, flops: ByStage) -> list[Run]:
+def runs(study: Study, comparison: Comparison, rates: ByStage, flops: ByStage) -> list[Run]:
     """All runs, seed by seed, so that a study that is cut short still has every variant. Raises UserError."""
     out = []
     for seed in comparison.seeds:
         for variant in comparison.trained:
             counts = stage_samples(comparison, variant, rates, flops)
             stages = [(stage.resolution, count) for stage, count in zip(variant.stages, counts, strict=True)]
-            argv = [*train_argv(comparison, variant, data, stages), "--val-data", data.val, "--seed", str(seed)]
-            out.append(Run(variant, seed, counts, tuple(argv)))
+            argv = train_argv(study, comparison, variant, stages)
+            out.append(Run(variant, seed, counts, (*argv, "--val-data", study.val, "--seed", str(seed))))
     if not out:
         raise UserError(f"{comparison.name}: no variant is trained")
     return out
-
-
-def seconds_at(samples: float, counts: Sequence[int], rates: Sequence[float]) -> float:
-    """Seconds of training until so many samples, at the images/s measured for each stage."""
-    seconds, left = 0.0, samples
-    for count, rate in zip(counts, rates, strict=True):
-        within = min(left, count)
-        seconds += within / rate
-        left -= within
-    return seconds

@@ -8,12 +8,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from open_clip_ov2.compare.config import Metric
 from open_clip_ov2.compare.results import Found, VariantResult, mean_curve, summary
 from open_clip_ov2.tracking.figures import COLORS, MARKERS, figure
 
+COLUMNS = 3  # panels side by side
 INK = "#010203"  # stands for the page's text color until the SVG is written
 STYLE = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
@@ -36,31 +38,43 @@ class Plot:
 def plots(found: Found) -> list[Plot]:
     """All that a comparison has numbers for."""
     metrics, over, trained = found.comparison.metrics, found.comparison.curve_over, found.trained
-    height = 0.7 + 0.42 * len(found.variants)
+    size = (6.4, 0.7 + 0.42 * len(found.variants))
     caption = "Images/s: median and range of repetitions in turns."
-    out = [_plot(found, "speed", caption, lambda panels: speeds(panels[0], found), size=(6.4, height))]
+    out = [_plot(found, "speed", caption, [partial(speeds, found=found)], size)]
     for metric in metrics:
         if metric.learning and any(any(one.learning.get(metric.key, ())) for one in trained):
-            out += [_learning(found, metric, "samples"), _learning(found, metric, "seconds")]
+            for axis, where in (("samples", ""), ("seconds", ", at the images/s measured beforehand")):
+                caption = f"Held-out {metric.label} over {axis}{where}; mean and standard deviation of seeds."
+                draw = partial(learning, found=found, metric=metric, over=axis)
+                out.append(_plot(found, f"{metric.key}-over-{axis}", caption, [draw]))
     if metrics:
         caption = "At the end of training: each seed, mean and standard deviation; the arrow points to better."
-        draw = [partial(final, found=found, metric=metric) for metric in metrics]
-        out.append(_panels(found, "finals", caption, draw, 1.0 + 0.3 * len(trained)))
+        each = [
+            partial(final, found=found, metric=metric, named=index % COLUMNS == 0)
+            for index, metric in enumerate(metrics)
+        ]
+        out.append(_plot(found, "finals", caption, each, (3.2, 1.0 + 0.3 * len(trained))))
     if over:
-        draw = [partial(over_flag, found=found, metric=metric) for metric in metrics]
-        out.append(_panels(found, f"over-{over}", f"Over {over}: mean and standard deviation of seeds.", draw, 2.6))
+        flags = [partial(over_flag, found=found, metric=metric) for metric in metrics]
+        out.append(
+            _plot(found, f"over-{over}", f"Over {over}: mean and standard deviation of seeds.", flags, (3.2, 2.6))
+        )
     return out
 
 
 def _plot(
-    found: Found, name: str, caption: str, draw: Callable[[list[Any]], None], columns: int = 1, rows: int = 1,
-    size: tuple[float, float] = (6.4, 3.8), wide: bool = False,
-) -> Plot:  # fmt: skip
+    found: Found, name: str, caption: str, draw: Sequence[Callable[[Any], None]], size: tuple[float, float] = (6.4, 3.8)
+) -> Plot:
+    """A panel for each of `draw`, three in a row. `size` is that of one panel, in inches."""
+    columns, rows = min(COLUMNS, len(draw)), -(-len(draw) // COLUMNS)
     name = f"{found.comparison.name}-{re.sub(r'[^a-zA-Z0-9]+', '-', name).strip('-').lower()}"
     out, saving = io.StringIO(), {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
-    with figure(out, columns, rows, size=size, style=STYLE, **saving) as panels:
-        draw(list(panels))
-    return Plot(name, caption, _for_page(out.getvalue(), name), wide)
+    with figure(out, columns, rows, size=(size[0] * columns, size[1] * rows), style=STYLE, **saving) as panels:
+        for axes, one in zip_longest(panels, draw):
+            axes.set_visible(one is not None)
+            if one is not None:
+                one(axes)
+    return Plot(name, caption, _for_page(out.getvalue(), name), wide=len(draw) > 1)
 
 
 def _for_page(svg: str, name: str) -> str:
@@ -72,21 +86,6 @@ def _for_page(svg: str, name: str) -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
-def _panels(found: Found, name: str, caption: str, draw: Sequence[Callable[[Any, bool], None]], height: float) -> Plot:
-    """One panel for each metric, three in a row."""
-    columns = min(3, len(draw))
-    rows = -(-len(draw) // columns)
-
-    def all_of_them(panels: list[Any]) -> None:
-        for index, one in enumerate(draw):
-            one(panels[index], index % columns == 0)
-        for axes in panels[len(draw) :]:
-            axes.set_visible(False)
-
-    size = (3.0 * columns + 0.4, height * rows)
-    return _plot(found, name, caption, all_of_them, columns, rows, size, wide=True)
-
-
 def _look(found: Found, variant: VariantResult) -> tuple[str, str]:
     """Color and marker of a variant, the same in all plots of a comparison."""
     index = [one.name for one in found.variants].index(variant.name)
@@ -95,13 +94,6 @@ def _look(found: Found, variant: VariantResult) -> tuple[str, str]:
 
 def _labelled(metric: Metric) -> str:
     return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-
-
-def _learning(found: Found, metric: Metric, over: str) -> Plot:
-    where = ", at the images/s measured beforehand" if over == "seconds" else ""
-    caption = f"Held-out {metric.label} over {over}{where}; mean and standard deviation of seeds."
-    draw = lambda panels: learning(panels[0], found, metric, over)  # noqa: E731
-    return _plot(found, f"{metric.key}-over-{over}", caption, draw)
 
 
 def learning(axes: Any, found: Found, metric: Metric, over: str) -> None:
@@ -137,23 +129,21 @@ def speeds(axes: Any, found: Found) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def final(axes: Any, first: bool, found: Found, metric: Metric) -> None:
-    """Every seed's value, with mean and standard deviation. Variants are named in the first panel of a row."""
+def final(axes: Any, found: Found, metric: Metric, named: bool) -> None:
+    """Every seed's value, with mean and standard deviation; `named`: with the variants' names."""
     names = [one.name for one in reversed(found.trained)]
     for place, variant in enumerate(reversed(found.trained)):
         values = variant.shown(metric)
-        total = summary(values)
-        if total is None:
-            continue
-        color, marker = _look(found, variant)
-        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
-        axes.errorbar(total.mean, place, xerr=total.sd or 0, fmt=marker, color=color, capsize=3, markersize=6)
-    axes.set_yticks(range(len(names)), names if first else [""] * len(names))
+        if total := summary(values):
+            color, marker = _look(found, variant)
+            axes.plot(values, [place] * len(values), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+            axes.errorbar(total.mean, place, xerr=total.sd or 0, fmt=marker, color=color, capsize=3, markersize=6)
+    axes.set_yticks(range(len(names)), names if named else [""] * len(names))
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_title(f"{_labelled(metric)} {'→' if metric.better == 'higher' else '←'}")
 
 
-def over_flag(axes: Any, first: bool, found: Found, metric: Metric) -> None:
+def over_flag(axes: Any, found: Found, metric: Metric) -> None:
     """The metric over the value of a flag."""
     points = [(one.over, summary(one.shown(metric))) for one in found.trained if one.over is not None]
     known = sorted((x, total.mean, total.sd or 0.0) for x, total in points if total is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +12,10 @@ from typing import Any
 
 from open_clip_ov2.compare.config import Comparison, Metric
 from open_clip_ov2.compare.measuring import Cost
-from open_clip_ov2.compare.plan import seconds_at
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json
 
+Rows = Sequence[Mapping[str, Any]]  # of a run's results.jsonl
 Curve = tuple[tuple[float, float], ...]  # (samples seen, value)
 
 
@@ -32,7 +34,6 @@ class VariantResult:
     rates: tuple[float, ...]
     stage_rates: tuple[float, ...]
     ratios: tuple[float, ...]
-    memory_mb: float
     cost: Cost
     unlike: tuple[str, ...]
     over: float | None
@@ -49,7 +50,12 @@ class VariantResult:
         return self.seconds_at(self.samples)
 
     def seconds_at(self, samples: float) -> float:
-        return seconds_at(samples, self.stage_samples, self.stage_rates)
+        """Seconds of training until so many samples, at the images/s measured for each stage."""
+        seconds, left = 0.0, samples
+        for count, rate in zip(self.stage_samples, self.stage_rates, strict=True):
+            seconds += min(left, count) / rate
+            left -= min(left, count)
+        return seconds
 
     def shown(self, metric: Metric) -> list[float]:
         """The metric's value for each seed, as it is shown."""
@@ -75,13 +81,12 @@ class Summary:
 
     mean: float
     sd: float | None
-    n: int
 
 
 def summary(values: Sequence[float]) -> Summary | None:
     if not values:
         return None
-    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def best(found: Found) -> dict[str, str]:
@@ -98,6 +103,9 @@ def best(found: Found) -> dict[str, str]:
     return out
 
 
+# --- from the files of runs and evaluations ------------------------------------------------------------
+
+
 def flatten(value: Any, path: str = "") -> dict[str, float]:
     """Numbers of nested tables by dotted path; a list's items by their index."""
     return dict(_leaves(value, path))
@@ -111,13 +119,12 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
-def read_evaluations(paths: Sequence[Path], names: Sequence[str]) -> dict[str, float]:
-    """The numbers of several files of `ov2 eval --out`, each under its name if it has one. Raises UserError."""
+def read_evaluations(files: Mapping[Path, str]) -> dict[str, float]:
+    """The numbers of files of `ov2 eval --out`, each under the name given for its file, if any. Raises UserError."""
     out: dict[str, float] = {}
-    for path, name in zip(paths, names, strict=True):
-        found = flatten(read_json(path, dict, "a result of `ov2 eval` (remove it to evaluate again)"), name)
-        twice = next(iter(found.keys() & out.keys()), None)
-        if twice:
+    for file, name in files.items():
+        found = flatten(read_json(file, dict, "a result of `ov2 eval` (remove it to evaluate again)"), name)
+        for twice in found.keys() & out.keys():
             raise UserError(f"two [[evaluate]] give {twice}: give one of them a name, which begins its metrics' keys")
         out |= found
     return out
@@ -129,18 +136,22 @@ def by_metric(metrics: Sequence[Metric], found: Sequence[Mapping[str, float]]) -
     return {key: tuple(one[key] for one in found) for key in keys if found and all(key in one for one in found)}
 
 
-def check_metrics(comparison: Comparison, keys: set[str], variants: Sequence[VariantResult]) -> None:
+def check_metrics(comparison: Comparison, known: set[str], variants: Sequence[VariantResult]) -> None:
     """Raises UserError for a metric that no variant has, which is a mistake in the file."""
     for metric in comparison.metrics:
         if not any(metric.key in variant.values for variant in variants):
-            known = ", ".join(sorted(keys))
-            raise UserError(f"{comparison.name}: metric {metric.key}: no evaluation has it (known: {known})")
+            keys = ", ".join(sorted(known))
+            raise UserError(f"{comparison.name}: metric {metric.key}: no evaluation has it (known: {keys})")
 
 
-def learning_curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    """A number of results.jsonl's validations over samples seen."""
-    rows = [row for row in records if row["kind"] == "val" and row.get(name) is not None]
-    return tuple((float(row["samples_seen"]), float(row[name])) for row in rows)
+def learning_curves(metrics: Sequence[Metric], runs: Sequence[Rows]) -> dict[str, tuple[Curve, ...]]:
+    """Numbers of validations over samples seen, by metric; `runs`: the rows of each seed's results.jsonl."""
+
+    def curve(rows: Rows, name: str) -> Curve:
+        points = ((row["samples_seen"], row.get(name)) for row in rows if row["kind"] == "val")
+        return tuple((float(seen), float(value)) for seen, value in points if value is not None)
+
+    return {one.key: tuple(curve(rows, one.learning) for rows in runs) for one in metrics if one.learning}
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
@@ -151,6 +162,9 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
     return [(x, mean) for x, mean in means if mean is not None]
 
 
+# --- to results.json and results.csv -------------------------------------------------------------------
+
+
 def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
     """All results, JSON-ready. Files say `arm` where this package says variant, so that earlier ones stay
     comparable."""
@@ -158,24 +172,25 @@ def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
     for one in found:
         plain = asdict(one)
         comparison = plain["comparison"] | {"budget": one.comparison.budget}
-        comparison["arms"] = comparison.pop("variants")
-        for evaluation in comparison["evaluations"]:
-            evaluation["arms"] = evaluation.pop("variants")
+        for table in (comparison, *comparison["evaluations"]):
+            table["arms"] = table.pop("variants")
         out.append({"comparison": comparison, "arms": plain["variants"], "machine": one.machine})
     return out
 
 
-def write_csv(found: Sequence[Found], writer: Any) -> None:
+def as_csv(found: Sequence[Found]) -> str:
     """One line for each quantity of each variant, with the value of each seed or repetition."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("comparison", "arm", "model", "quantity", "unit", "mean", "sd", "n", "values"))
     for one in found:
         for variant in one.variants:
             for quantity, unit, values in _quantities(one, variant):
-                total = summary(values)
-                if total is not None:
+                if total := summary(values):
                     sd = "" if total.sd is None else f"{total.sd:.6g}"
-                    numbers = (f"{total.mean:.6g}", sd, total.n, " ".join(f"{value:.6g}" for value in values))
+                    numbers = (f"{total.mean:.6g}", sd, len(values), " ".join(f"{value:.6g}" for value in values))
                     writer.writerow((one.comparison.name, variant.name, variant.model, quantity, unit, *numbers))
+    return out.getvalue()
 
 
 def _quantities(found: Found, variant: VariantResult) -> list[tuple[str, str, Sequence[float]]]:
@@ -184,7 +199,6 @@ def _quantities(found: Found, variant: VariantResult) -> list[tuple[str, str, Se
         ("images per second", "images/s", variant.rates),
         (f"images per second over {found.comparison.reference}", "ratio", variant.ratios),
         ("FLOPs of an image", "FLOP", [variant.flops]),
-        ("process memory", "MiB", [variant.memory_mb]),
         ("step memory", "MiB", [] if memory is None else [memory]),
         ("largest batch", "images", [] if batch is None else [batch]),
         ("samples", "samples", [variant.samples] if variant.trained else []),

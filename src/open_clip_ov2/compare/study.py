@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import to_argv, value_of
-from open_clip_ov2.compare import page, plots, results
+from open_clip_ov2.compare import page, results
 from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
 from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
 from open_clip_ov2.compare.plan import ByStage, Run, Study, global_batch, mean_over_stages, runs, train_argv
 from open_clip_ov2.compare.results import Found, VariantResult
 from open_clip_ov2.compare.subprocesses import Command, run_all
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.files import read_json, write_json, write_text
 from open_clip_ov2.tracking.figures import read_results
 from open_clip_ov2.tracking.status import FINISHED, read_status
@@ -37,8 +37,7 @@ class PlannedRun:
     def numbers(self) -> dict[str, float]:
         """Of its evaluations and, under `run.`, of its last validation in training. Raises UserError."""
         validations = [row for row in read_results(self.known.run_dir) if row["kind"] == "val"]
-        names = [one.name for one in self.evaluations.values()]
-        found = results.read_evaluations(list(self.evaluations), names)
+        found = results.read_evaluations({file: one.name for file, one in self.evaluations.items()})
         return found | (results.flatten(validations[-1], "run") if validations else {})
 
 
@@ -51,37 +50,38 @@ def carry_out(study: Study, log: Log) -> list[Found]:
     planned = [_plan(study, *of_one) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
     _train(study, [run for group in planned for run in group], log)
     _evaluate(study, [run for group in planned for run in group], log)
-    found = [_gather(*of_one) for of_one in zip(study.comparisons, costs, planned, speeds, flops, strict=True)]
-    write(study, found)
+    found = [_gather(*of_one) for of_one in zip(study.comparisons, planned, costs, speeds, flops, strict=True)]
+    write_text(study.folder / "index.html", page.page(study.title, found, study.command))
+    write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
+    write_text(study.folder / "results.csv", results.as_csv(found))
+    write_json(study.folder / "results.json", results.as_json(found))
     return found
 
 
 def _check(study: Study, comparison: Comparison) -> ByStage:
     """Flags, models and tasks, before anything is measured: FLOPs of an image. Raises UserError."""
     for evaluation in comparison.evaluations:
-        try:
+        with naming(f"{comparison.name}: evaluate"):
             training.check_tasks(evaluation.tasks)
-        except UserError as error:
-            raise UserError(f"{comparison.name}: evaluate: {error}") from error
     flops = {}
     for variant in comparison.variants:
         stages = [(stage.resolution, global_batch(comparison, variant)) for stage in variant.stages]
-        argv = [*train_argv(comparison, variant, study.data, stages), "--val-data", study.data.val]
-        try:
-            flops[variant.name] = training.planned_run([*argv, "--logs", str(study.logs)]).flops
-        except UserError as error:
-            raise UserError(f"{comparison.name}: variant {variant.name}: {error}") from error
+        argv = [*train_argv(study, comparison, variant, stages), "--val-data", study.val, "--logs", str(study.logs)]
+        with naming(f"{comparison.name}: variant {variant.name}"):
+            flops[variant.name] = training.planned_run(argv).flops
     return flops
 
 
 def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
-    rates = {name: [one.median for one in by_stage] for name, by_stage in speeds.items()}
+    rates = {variant.name: speeds.medians(variant.name) for variant in comparison.variants}
     out = []
-    for run in runs(comparison, study.data, rates, flops):
+    for run in runs(study, comparison, rates, flops):
         known = training.planned_run([*run.argv, "--logs", str(study.logs)])
-        asked = [one for one in comparison.evaluations if not one.variants or run.variant.name in one.variants]
-        folder = study.folder / "evaluations"
-        files = {folder / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one for one in asked}
+        files = {
+            study.folder / "evaluations" / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one
+            for one in comparison.evaluations
+            if not one.variants or run.variant.name in one.variants
+        }
         out.append(PlannedRun(run, known, files))
     return out
 
@@ -89,11 +89,11 @@ def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) 
 # --- training and evaluating ---------------------------------------------------------------------------
 
 
-def _train(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
+def _train(study: Study, planned: Sequence[PlannedRun], log: Log) -> None:
     commands: dict[str, Command | None] = {}
     for one in planned:
-        name, folder = one.known.name, one.known.run_dir
-        if is_finished(folder):
+        name, folder, status = one.known.name, one.known.run_dir, read_status(one.known.run_dir)
+        if status is not None and status.state == FINISHED and status.stage == status.stages:
             other = validated_otherwise(folder, one.run.argv)
             if other:
                 raise UserError(
@@ -104,12 +104,7 @@ def _train(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
         else:
             argv = ["train", *one.run.argv, "--logs", str(study.logs), "--name", name]
             commands[name] = Command.ov2(one.run.title, argv, study.folder / "logs" / f"{name}.txt")
-    _run("training", commands.values(), study, log)
-
-
-def is_finished(run_dir: Path) -> bool:
-    status = read_status(run_dir)
-    return status is not None and status.state == FINISHED and status.stage == status.stages
+    _run("training", list(commands.values()), study, log)
 
 
 def validated_otherwise(run_dir: Path, argv: Sequence[str]) -> list[str]:
@@ -120,12 +115,12 @@ def validated_otherwise(run_dir: Path, argv: Sequence[str]) -> list[str]:
 
 def _eval_argv(study: Study, evaluation: Evaluation) -> list[str]:
     """Flags of `ov2 eval` except --out."""
-    argv = ["--data", study.data.val, "--tasks", ",".join(evaluation.tasks)]
-    argv += ["--train-data", study.data.probe] if evaluation.train_data else []
+    argv = ["--data", study.val, "--tasks", ",".join(evaluation.tasks)]
+    argv += ["--train-data", study.probe] if evaluation.train_data else []
     return [*argv, *to_argv(evaluation.flags)]
 
 
-def _evaluate(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
+def _evaluate(study: Study, planned: Sequence[PlannedRun], log: Log) -> None:
     commands: dict[Path, Command | None] = {}
     for one in planned:
         for file, evaluation in one.evaluations.items():
@@ -134,68 +129,56 @@ def _evaluate(study: Study, planned: Iterable[PlannedRun], log: Log) -> None:
             command = Command.ov2(title, argv, study.folder / "logs" / f"{file.stem}.txt")
             commands[file] = None if file.is_file() else command
     (study.folder / "evaluations").mkdir(parents=True, exist_ok=True)
-    _run("evaluation", commands.values(), study, log)
+    _run("evaluation", list(commands.values()), study, log)
 
 
-def _run(what: str, commands: Iterable[Command | None], study: Study, log: Log) -> None:
+def _run(what: str, commands: Sequence[Command | None], study: Study, log: Log) -> None:
     """Run the commands; None stands for one whose result exists."""
-    total, waiting = len(list(commands)), [command for command in commands if command is not None]
-    if total > len(waiting):
-        log(f"{what}: {total - len(waiting)} of {total} are done already")
-    finished: list[Command] = []
-
-    def done(command: Command, seconds: float) -> None:
-        finished.append(command)
-        log(f"{what} {len(finished)} of {len(waiting)}: {command.title} ({seconds:.0f} s)")
-
-    run_all(waiting, study.at_once, done)
+    waiting = [command for command in commands if command is not None]
+    if len(waiting) < len(commands):
+        log(f"{what}: {len(commands) - len(waiting)} of {len(commands)} are done already")
+    for number, (command, seconds) in enumerate(run_all(waiting, study.at_once), 1):
+        log(f"{what} {number} of {len(waiting)}: {command.title} ({seconds:.0f} s)")
 
 
-# --- gathering and writing -----------------------------------------------------------------------------
+# --- gathering -----------------------------------------------------------------------------------------
 
 
 def _gather(
-    comparison: Comparison, costs: Costs, planned: Sequence[PlannedRun], speeds: Speeds, flops: ByStage
+    comparison: Comparison, planned: Sequence[PlannedRun], costs: Costs, speeds: Speeds, flops: ByStage
 ) -> Found:
-    own = {variant.name: [one for one in planned if one.run.variant is variant] for variant in comparison.variants}
-    reference = next(iter(own[comparison.reference]), None)
-    numbers = {name: [one.numbers() for one in group] for name, group in own.items()}
     rates = {variant.name: _rates(variant, speeds) for variant in comparison.variants}
-    variants = []
+    reference = next((one for one in planned if one.run.variant.name == comparison.reference), None)
+    variants, known = [], set[str]()
     for variant in comparison.variants:
-        name, group = variant.name, own[variant.name]
-        records = [read_results(one.known.run_dir) for one in group]
+        name, own = variant.name, [one for one in planned if one.run.variant is variant]
+        numbers = [one.numbers() for one in own]
+        known.update(*numbers)
         over = {**comparison.flags, **variant.flags}.get(comparison.curve_over or "")
         result = VariantResult(
             name=name,
             model=variant.model,
             trained=variant.trained,
-            seeds=tuple(one.run.seed for one in group),
-            stage_samples=group[0].run.stage_samples if group else (),
+            seeds=tuple(one.run.seed for one in own),
+            stage_samples=own[0].run.stage_samples if own else (),
             flops=mean_over_stages(variant, flops[name]),
             rates=rates[name],
-            stage_rates=tuple(one.median for one in speeds[name]),
+            stage_rates=tuple(speeds.medians(name)),
             ratios=tuple(a / b for a, b in zip(rates[name], rates[comparison.reference], strict=True)),
-            memory_mb=max(one.memory_mb for one in speeds[name]),
             cost=costs[name],
-            unlike=unlike(group[0].known.config, reference.known.config) if group and reference else (),
+            unlike=unlike(own[0].known.config, reference.known.config) if own and reference else (),
             over=float(over) if isinstance(over, (int, float)) and not isinstance(over, bool) else None,
-            values=results.by_metric(comparison.metrics, numbers[name]),
-            learning={
-                metric.key: tuple(results.learning_curve(rows, metric.learning) for rows in records)
-                for metric in comparison.metrics
-                if metric.learning
-            },
+            values=results.by_metric(comparison.metrics, numbers),
+            learning=results.learning_curves(comparison.metrics, [read_results(one.known.run_dir) for one in own]),
         )
         variants.append(result)
-    known = {key for group in numbers.values() for found in group for key in found}
     results.check_metrics(comparison, known, variants)
-    return Found(comparison, tuple(variants), next(iter(speeds.values()))[0].machine)
+    return Found(comparison, tuple(variants), speeds.machine)
 
 
 def _rates(variant: Variant, speeds: Speeds) -> tuple[float, ...]:
     """Images/s over all stages, by repetition."""
-    by_repetition = zip(*(one.images_per_second for one in speeds[variant.name]), strict=True)
+    by_repetition = zip(*speeds.rates[variant.name], strict=True)
     return tuple(1 / mean_over_stages(variant, [1 / rate for rate in rates]) for rates in by_repetition)
 
 
@@ -209,13 +192,3 @@ def unlike(config: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ..
                 name = key.replace("_", "-")
                 out[name] = f"{name} {values[0]} ({values[1]})"
     return tuple(out.values())
-
-
-def write(study: Study, found: Sequence[Found]) -> None:
-    """index.html, results.md, results.csv and results.json."""
-    drawn = [(one, plots.plots(one)) for one in found]
-    study.folder.mkdir(parents=True, exist_ok=True)
-    write_text(study.folder / "index.html", page.page(study.title, drawn, study.command))
-    write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
-    write_text(study.folder / "results.csv", page.results_csv(found))
-    write_json(study.folder / "results.json", results.as_json(found))

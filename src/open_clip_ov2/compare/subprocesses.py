@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,15 +30,26 @@ class Command:
     def ov2(cls, title: str, argv: Sequence[str], log: Path) -> Command:
         return cls(title, (sys.executable, "-m", "open_clip_ov2", *argv), log)
 
+    def start(self, threads: int) -> subprocess.Popen[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        with self.log.open("wb") as log:
+            environment = {**os.environ, **counts}
+            return subprocess.Popen(self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+    def failure(self, status: int) -> UserError:
+        """With the last line that it printed, without ov2's prefix."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        last = lines[-1].removeprefix("ov2: error: ") if lines else "no output"
+        return UserError(f"{self.title}: {last} (exit status {status}; its output: {self.log})")
+
 
 def threads_each(at_once: int) -> int:
     return max(1, cores() // at_once)
 
 
-def run_all(
-    commands: Sequence[Command], at_once: int, done: Callable[[Command, float], None], threads: int | None = None
-) -> None:
-    """`at_once` of them, in order. `done` is called with each and its seconds.
+def run_all(commands: Sequence[Command], at_once: int, threads: int | None = None) -> Iterator[tuple[Command, float]]:
+    """Runs `at_once` of them, in order, and yields each that has ended, with its seconds.
 
     The first that fails stops the others (runs save a checkpoint) and is a UserError with its last line.
     """
@@ -48,43 +59,22 @@ def run_all(
         while waiting or going:
             while waiting and len(going) < at_once:
                 command = waiting.pop(0)
-                going[command] = (_start(command, threads or threads_each(at_once)), time.monotonic())
+                going[command] = (command.start(threads or threads_each(at_once)), time.monotonic())
             time.sleep(POLL_S)
             for command, (process, begun) in list(going.items()):
-                status = process.poll()
-                if status is None:
+                if process.poll() is None:
                     continue
                 del going[command]
-                if status:
-                    failure = f"{command.title}: {last_line(command.log)}"
-                    raise UserError(f"{failure} (exit status {status}; its output: {command.log})")
-                done(command, time.monotonic() - begun)
+                if process.returncode:
+                    raise command.failure(process.returncode)
+                yield command, time.monotonic() - begun
     finally:
-        _stop([process for process, _ in going.values()])
+        for process, _ in going.values():
+            process.terminate()
+        for process, _ in going.values():
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         signal.signal(signal.SIGTERM, before)
-
-
-def _start(command: Command, threads: int) -> subprocess.Popen[bytes]:
-    command.log.parent.mkdir(parents=True, exist_ok=True)
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    with command.log.open("wb") as log:
-        return subprocess.Popen(
-            command.argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **counts}
-        )
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def last_line(log: Path) -> str:
-    """The last line that a failed command printed, without ov2's prefix."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("ov2: error: ") if lines else "no output"

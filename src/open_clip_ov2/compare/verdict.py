@@ -7,40 +7,37 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from open_clip_ov2.compare.config import Metric
 from open_clip_ov2.compare.results import Found
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """The best variant by a metric's mean, and the next best. Values are as shown, one for each seed."""
 
     metric: Metric
     best: str
-    values: tuple[float, ...]
+    values: list[float]
     second: str
-    second_values: tuple[float, ...]
+    others: list[float]
 
     @property
     def beyond_seeds(self) -> bool:
         """Whether every seed of the best one beats every seed of the next. One seed cannot tell."""
-        sign = self.metric.sign
-        mine, theirs = [sign * value for value in self.values], [sign * value for value in self.second_values]
-        return len(mine) > 1 and len(theirs) > 1 and min(mine) > max(theirs)
+        enough = min(len(self.values), len(self.others)) > 1
+        return enough and all(self.metric.sign * (a - b) > 0 for a in self.values for b in self.others)
 
 
 def rankings(found: Found) -> list[Ranking]:
     """Of each metric that at least two trained variants have finite values of, in the file's order."""
     out = []
     for metric in found.comparison.metrics:
-        values = {one.name: tuple(one.shown(metric)) for one in found.trained if metric.key in one.values}
-        finite = {name: own for name, own in values.items() if all(map(math.isfinite, own))}
+        values = {one.name: one.shown(metric) for one in found.trained}
+        finite = {name: own for name, own in values.items() if own and all(map(math.isfinite, own))}
         order = sorted(finite, key=lambda name: -metric.sign * statistics.fmean(finite[name]))
         if len(order) > 1:
-            best, second = order[:2]
-            out.append(Ranking(metric, best, finite[best], second, finite[second]))
+            out.append(Ranking(metric, order[0], finite[order[0]], order[1], finite[order[1]]))
     return out
 
 
@@ -49,24 +46,23 @@ def verdict(found: Found) -> str:
     ranked = rankings(found)
     if not ranked:
         return "Cannot tell which variant is better: no metric has values of two trained variants."
-    sentences = [_sentence(ranked[0], _terms(found))]
-    if ranked[1:]:
-        clear = [f"{one.best} on {one.metric.label}" for one in ranked[1:] if one.beyond_seeds]
-        unclear = [one.metric.label for one in ranked[1:] if not one.beyond_seeds]
-        sentences += [f"Best on other metrics, beyond the spread of seeds: {'; '.join(clear)}."] if clear else []
-        sentences += [f"Cannot tell which is best on {', '.join(unclear)}."] if unclear else []
+    budget = found.comparison.budget
+    terms = {
+        "samples": f"after {budget:,.0f} samples each",
+        "seconds": f"after {budget:,.0f} seconds each",
+        "flops": "after the same FLOPs",
+    }
+    sentences = [_sentence(ranked[0], terms[found.comparison.mode])]
+    clear = [f"{one.best} on {one.metric.label}" for one in ranked[1:] if one.beyond_seeds]
+    unclear = [one.metric.label for one in ranked[1:] if not one.beyond_seeds]
+    sentences += [f"Best on other metrics, beyond the spread of seeds: {'; '.join(clear)}."] if clear else []
+    sentences += [f"Cannot tell which is best on {', '.join(unclear)}."] if unclear else []
     return " ".join(sentences)
 
 
-def _terms(found: Found) -> str:
-    budget, mode = found.comparison.budget, found.comparison.mode
-    equal = {"samples": f"{budget:,.0f} samples", "seconds": f"{budget:,.0f} seconds", "flops": "the same FLOPs"}
-    return f"after {equal[mode]}{'' if mode == 'flops' else ' each'}"
-
-
 def _sentence(one: Ranking, terms: str) -> str:
-    metric, seeds = one.metric, min(len(one.values), len(one.second_values))
-    mean, other = statistics.fmean(one.values), statistics.fmean(one.second_values)
+    metric, seeds = one.metric, min(len(one.values), len(one.others))
+    mean, other = statistics.fmean(one.values), statistics.fmean(one.others)
     unit = f" {metric.unit}" if metric.unit and metric.unit != "%" else metric.unit
     numbers = f"{mean:.{metric.digits}f} against {other:.{metric.digits}f}{unit} {terms}"
     if one.beyond_seeds:

@@ -12,7 +12,7 @@ import torch
 from open_clip_ov2.cli import main
 
 
-def test_all_variants_in_turns_and_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_variants_in_turns_and_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "bench", "--model", "ov2-bench-tiny", "--resolution", "16", "--precision", "fp32", "--batch-size", "4",
         "--caption-tokens", "4:16:8", "--repetitions", "2", "--steps", "2", "--device", "cpu", "--threads", "1",
@@ -35,7 +35,6 @@ def test_all_variants_in_turns_and_three_files(tmp_path: Path, capsys: pytest.Ca
     assert coca["image_flops"] > ours["image_flops"]
     assert plain["peak_flops"]["fp32"] > 0
     assert (tmp_path / "bench.md").read_text() in printed.out
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pipeline_by_stage(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from open_clip_ov2.tracking.peak import measured_peak
 CONCENTRATION = 4.0  # of the Beta distribution of lengths, ours: most captions near the mean, all lengths occur
 POOL = 4  # different batches, used in turns: caption lengths vary from step to step
 GB = 1e9
+Pair = tuple[Tensor, Tensor]  # images and captions
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class MeasuredStep:
         self.job, self.device = job, torch.device(job.device)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        if self.device.type == "cuda" and job.memory_limit_gb is not None:
+        self._on_gpu = self.device.type == "cuda"
+        if self._on_gpu and job.memory_limit_gb is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_limit_gb * GB / total))
         self.trained = training.bench_model(job.argv, job.device, job.flags_of_ov2, BENCH_MODELS)
@@ -85,12 +88,12 @@ class MeasuredStep:
                 f"{job.name}: captions are drawn from the {self.words.size:,} tokens of {job.captions_of}, and the "
                 f"model has {self.trained.vocabulary:,}; give all variants the same --tokenizer"
             )
-        self._pool: list[tuple[Tensor, Tensor]] = []
+        self._pool: list[Pair] = []
         self._timed = 0
 
     def facts(self) -> dict[str, Any]:
-        """`image_flops`: model FLOPs of an image and its caption."""
-        return {"image_flops": self.trained.image_flops(self.job.lengths.mean_targets)}
+        """`image_flops`: model FLOPs of an image and its caption, whose first token is not predicted."""
+        return {"image_flops": self.trained.image_flops(self.job.lengths.mean - 1)}
 
     def peak(self) -> dict[str, Any]:
         """`flops`: the device's measured dense matrix rate, FLOP/s; `machine`: the device in words."""
@@ -100,7 +103,7 @@ class MeasuredStep:
     def memory(self) -> dict[str, Any]:
         """`step_bytes`: the step's peak above weights, gradients and optimizer state, which are `fixed_bytes`."""
         found = self._memory(self._pairs(1, self.trained.args.batch_size))
-        self._free()
+        torch.cuda.empty_cache()  # for the other variants
         return found
 
     def time(self, steps: int) -> dict[str, Any]:
@@ -116,43 +119,38 @@ class MeasuredStep:
         begin, worked = time.perf_counter(), time.process_time()
         self.trained.run(pairs)
         self._wait()
-        taken = {"step_s": time.perf_counter() - begin, "cpu_s": time.process_time() - worked}
-        self._free()
-        return {name: seconds / steps for name, seconds in taken.items()}
+        seconds, worked_s = time.perf_counter() - begin, time.process_time() - worked
+        torch.cuda.empty_cache()
+        return {"step_s": seconds / steps, "cpu_s": worked_s / steps}
 
     def fits(self, batch_size: int) -> bool:
         """Whether two steps run; on a CPU, whether a step stays below the limit by its allocator's count."""
         pairs = self._pairs(1, batch_size)
-        if self.device.type == "cuda":
+        if self._on_gpu:
             self.trained.run([*pairs, *pairs])
             self._wait()
             return True
         assert self.job.memory_limit_gb is not None
         return sum(self._memory(pairs).values()) <= self.job.memory_limit_gb * GB
 
-    def _memory(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, int]:
+    def _memory(self, pairs: list[Pair]) -> dict[str, int]:
         self.trained.run(pairs)
         gc.collect()
         above = step_bytes(lambda: self.trained.run(pairs), self.trained.optimizer, self.device)
         return {"step_bytes": above, "fixed_bytes": fixed_bytes(self.trained.model, self.trained.optimizer)}
 
-    def _pairs(self, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, count: int, batch_size: int) -> list[Pair]:
         context, resolution = self.trained.facts.context_length, int(self.trained.model.visual.image_size[0])
-        drawn = (
-            synthetic_batch(batch_size, resolution, context, self.job.lengths, self.words, seed)
-            for seed in range(count)
-        )
-        pairs = [self.trained.loaded(*batch) for batch in drawn]
-        pinned = self.device.type == "cuda"  # as the loaders of both do there
-        return [(images.pin_memory(), texts.pin_memory()) for images, texts in pairs] if pinned else pairs
-
-    def _free(self) -> None:
-        """Give the memory that the allocator caches back to the GPU, for the other variants."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        pairs = []
+        for seed in range(count):
+            batch = synthetic_batch(batch_size, resolution, context, self.job.lengths, self.words, seed)
+            images, texts = self.trained.loaded(*batch)
+            # Pinned as the loaders of both have it there.
+            pairs.append((images.pin_memory(), texts.pin_memory()) if self._on_gpu else (images, texts))
+        return pairs
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
 
 
@@ -197,8 +195,5 @@ def _cpu_peak(step: Callable[[], None]) -> int:
         profiler.export_chrome_trace(str(trace))
         events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    now = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
+    by_time = sorted(changes, key=lambda event: event["ts"])
+    return max(0, *accumulate(int(event["args"]["Bytes"]) for event in by_time))

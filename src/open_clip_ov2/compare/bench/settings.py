@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from open_clip_ov2.argv import to_argv
+from open_clip_ov2.argv import flag, switch_flag, to_argv
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.recipe.model_costs import PRECISION
+from open_clip_ov2.tables import comma_separated, one_of, real, text, whole
 
 BENCH_MODELS = Path(__file__).parent / "models"
-VARIANTS = ("ov2", "coca", "clip")
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,6 @@ class CaptionLengths:
     low: int = 12
     high: int = 128
     mean: float = 64.0
-
-    @property
-    def mean_targets(self) -> float:
-        """Tokens that are predicted: all but the first."""
-        return self.mean - 1
 
     @classmethod
     def parse(cls, text: str) -> CaptionLengths:
@@ -67,23 +65,69 @@ class Job:
     threads: int | None = None
 
 
+# Defaults by the name of --setting.
+SETTINGS: dict[str, dict[str, Any]] = {
+    # Small enough for two CPU cores: encoder 384 x 6, decoder 256 x 4, a vocabulary of 32,000.
+    "small": {
+        "model": "ov2-bench-small", "resolution": (112,), "precision": ("amp_bf16", "fp32"), "batch_size": (16,),
+        "steps": 2,
+    },
+    # The smallest model of the paper's main table, at the resolutions of its two stages.
+    "large": {
+        "model": "ov2-vit-l-14", "resolution": (84, 224), "precision": ("amp_bf16",), "batch_size": (256,), "steps": 10,
+    },
+}  # fmt: skip
+
+
+def default_device() -> str:
+    """torch's name of the device that commands use by default."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_numbers = comma_separated(whole(1))
+_count = whole(1)
+
+
 @dataclass(frozen=True)
 class BenchSettings:
-    """`steps`: timed together in one repetition."""
+    """Flags of `ov2 bench`, and the device. `steps`: timed together in one repetition.
 
-    model: str
-    variants: tuple[str, ...]
-    cases: tuple[Case, ...]
-    device: str
-    compile: bool
-    memory_budget: float | None
-    keep_ratio: float | None
-    lengths: CaptionLengths
-    repetitions: int
-    steps: int
-    largest_batch: bool
-    memory_limit_gb: float | None
-    threads: int | None
+    Raises UserError for flags that need others.
+    """
+
+    model: str = flag("NAME", text, "an ov2 model")
+    variants: tuple[str, ...] = flag(
+        "A,B,...", comma_separated(text), default=("ov2", "coca", "clip"),
+        help="ov2; coca, clip: around the encoder of --model; names of OpenCLIP's registry (default: ov2,coca,clip)",
+    )  # fmt: skip
+    resolution: tuple[int, ...] = flag("PX,...", _numbers, "one case each")
+    precision: tuple[str, ...] = flag("P,...", comma_separated(one_of(*PRECISION)), "one case each")
+    batch_size: tuple[int, ...] = flag("N,...", _numbers, "one case each; of several, the best is reported too")
+    keep_ratio: float | None = flag("R", real(0, 1, above=True), "of ov2 (default: the model's)")
+    caption_tokens: CaptionLengths = flag(
+        "LOW:HIGH:MEAN", CaptionLengths.parse, default=CaptionLengths(),
+        help="tokens of a caption, begin and end included (default: 12:128:64)",
+    )  # fmt: skip
+    compile: bool = switch_flag("ov2 block by block, the others as OpenCLIP's --torchcompile does it")
+    memory_budget: float | None = flag("F", real(0, 1), "with --compile: ov2 train's --activation-memory-budget")
+    device: str = "cpu"
+    threads: int | None = flag("N", _count, "torch's threads on a CPU")
+    repetitions: int = flag("N", _count, "of each variant, in turns (default: %(default)s)", default=5)
+    steps: int = flag("N", _count, "timed together in a repetition (default: by --setting)")
+    largest_batch: bool = switch_flag("find the largest batch of each variant, at each resolution")
+    memory_limit_gb: float | None = flag(
+        "G", real(0, above=True), "GPU memory that a process may use; on a CPU, what a batch of --largest-batch may use"
+    )
+
+    def __post_init__(self) -> None:
+        if self.largest_batch and self.device == "cpu" and self.memory_limit_gb is None:
+            raise UserError("--largest-batch: on a CPU it needs --memory-limit-gb, the memory that a batch may use")
+        if self.memory_budget is not None and not self.compile:
+            raise UserError(f"--memory-budget {self.memory_budget:g}: it needs --compile")
+
+    @property
+    def cases(self) -> list[Case]:
+        return [Case(*values) for values in product(self.resolution, self.precision, self.batch_size)]
 
     def job(self, variant: str, case: Case) -> Job:
         argv = {
@@ -93,7 +137,7 @@ class BenchSettings:
         }  # fmt: skip
         flags_of_ov2 = {"activation-memory-budget": self.memory_budget, "keep-ratio": self.keep_ratio}
         return Job(
-            variant, tuple(to_argv(argv)), self.model, self.device, self.lengths, tuple(to_argv(flags_of_ov2)),
+            variant, tuple(to_argv(argv)), self.model, self.device, self.caption_tokens, tuple(to_argv(flags_of_ov2)),
             self.memory_limit_gb, self.threads,
         )  # fmt: skip
 
@@ -101,30 +145,6 @@ class BenchSettings:
 def model_of(variant: str, model: str) -> str:
     """`coca` and `clip` are the baselines of the ov2 model; anything else is a name of OpenCLIP's registry."""
     return {"ov2": model, "coca": f"coca-of-{model}", "clip": f"clip-of-{model}"}.get(variant, variant)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Defaults under a name."""
-
-    model: str
-    resolutions: tuple[int, ...]
-    precisions: tuple[str, ...]
-    batch_sizes: tuple[int, ...]
-    steps: int
-
-
-SETTINGS = {
-    # Small enough for two CPU cores: encoder 384 x 6, decoder 256 x 4, a vocabulary of 32,000.
-    "small": Setting("ov2-bench-small", (112,), ("amp_bf16", "fp32"), (16,), steps=2),
-    # The smallest model of the paper's main table, at the resolutions of its two stages.
-    "large": Setting("ov2-vit-l-14", (84, 224), ("amp_bf16",), (256,), steps=10),
-}
-
-
-def default_device() -> str:
-    """torch's name of the device that commands use by default."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cores() -> int:

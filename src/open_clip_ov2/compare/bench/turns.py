@@ -3,89 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
 
-from open_clip_ov2.compare.bench.bench_report import Largest, Measured, Results
+import torch
+
+from open_clip_ov2.compare.bench.bench_report import MB, Measured, Results
+from open_clip_ov2.compare.bench.measured_step import MeasuredStep
 from open_clip_ov2.compare.bench.settings import BenchSettings, Case, Job, model_of
-from open_clip_ov2.compare.bench.variant import OutOfMemory, Variant
+from open_clip_ov2.errors import RunFailed, UserError, first_line
 
 OUT_OF_MEMORY = "out of memory"
 MOST_IMAGES = 1 << 16  # of a batch that is looked for, ours: beyond what one device holds of any of these models
 BATCH_STEP = 8  # images; tensor cores want multiples of 8
+END_S = 10.0  # a process that is asked to end does so at once; after this it is killed
+Log = Callable[[str], None]
 
 
-def run_bench(settings: BenchSettings, log: Callable[[str], None]) -> Iterator[Results]:
+def run_bench(settings: BenchSettings, log: Log) -> Iterator[Results]:
     """Yields all results after each case and each largest batch, so that an interrupted benchmark leaves what it found.
 
     Raises UserError, RunFailed.
     """
-    results = Results((), (), {}, {})
+    results = Results()
     for case in settings.cases:
-        turns = Turns(settings, case, results, log)
-        measured = (*results.measured, *turns.run())
-        results = replace(results, measured=measured, peak_flops=turns.peaks, machine=turns.machine)
+        results = _with_case(results, settings, case, log)
         yield results
     if not settings.largest_batch:
         return
     for case in {(case.resolution, case.precision): case for case in settings.cases}.values():
         for variant in settings.variants:
             size = largest_batch(settings.job(variant, case), case.batch_size, log)
-            found = Largest(variant, case.resolution, case.precision, size)
-            results = replace(results, largest=(*results.largest, found))
+            results = replace(results, largest=(*results.largest, (variant, replace(case, batch_size=size))))
             yield results
 
 
-class Turns:
-    """All variants in one case."""
+def _with_case(results: Results, settings: BenchSettings, case: Case, log: Log) -> Results:
+    """The results with those of all variants in one case."""
+    names, peaks, machine = settings.variants, dict(results.peak_flops), results.machine
+    found = {name: Measured(name, model_of(name, settings.model), case) for name in names}
+    log(f"{case.resolution} px, {case.precision}, batch {case.batch_size}: {', '.join(names)}")
+    with contextlib.ExitStack() as stack:
+        # All models are built side by side.
+        running = {name: stack.enter_context(Variant(settings.job(name, case))) for name in names}
 
-    def __init__(self, settings: BenchSettings, case: Case, before: Results, log: Callable[[str], None]) -> None:
-        self.settings, self.case, self.log = settings, case, log
-        self.peaks, self.machine = dict(before.peak_flops), before.machine
-        self.measured = {name: Measured(name, model_of(name, settings.model), case) for name in settings.variants}
-        self._running: dict[str, Variant] = {}
+        def ask(name: str, method: str, *arguments: Any) -> dict[str, Any] | None:
+            """None for a variant that does not fit into memory."""
+            if found[name].failure:
+                return None
+            try:
+                reply: dict[str, Any] = running[name].ask(method, *arguments)
+                return reply
+            except OutOfMemory:
+                found[name] = Measured(name, found[name].model, case, failure=OUT_OF_MEMORY)
+                return None
 
-    def run(self) -> list[Measured]:
-        case, names = self.case, self.settings.variants
-        self.log(f"{case.resolution} px, {case.precision}, batch {case.batch_size}: {', '.join(names)}")
-        with contextlib.ExitStack() as stack:
-            for name in names:  # all models are built side by side
-                self._running[name] = stack.enter_context(Variant(self.settings.job(name, case)))
-            for step in (self._wait, self._memory):  # nothing is measured while another one still builds
-                for name in names:
-                    self._if_it_fits(name, step)
-            for repetition in range(self.settings.repetitions):
-                first = repetition % len(names)  # no variant always follows the same other one
-                for name in names[first:] + names[:first]:
-                    self._if_it_fits(name, self._time)
-                times = (f"{name} {1e3 * one.step_s[-1]:.0f} ms" for name, one in self.measured.items() if one.step_s)
-                self.log(f"  {repetition + 1} of {self.settings.repetitions}: {', '.join(times) or OUT_OF_MEMORY}")
-        return list(self.measured.values())
-
-    def _if_it_fits(self, name: str, step: Callable[[str, Variant], None]) -> None:
-        if name not in self._running:
-            return
-        try:
-            step(name, self._running[name])
-        except OutOfMemory:
-            del self._running[name]
-            self.measured[name] = Measured(name, self.measured[name].model, self.case, failure=OUT_OF_MEMORY)
-
-    def _wait(self, name: str, variant: Variant) -> None:
-        self.measured[name] = replace(self.measured[name], **variant.facts)
-
-    def _memory(self, name: str, variant: Variant) -> None:
-        if self.case.precision not in self.peaks:
-            found = variant.ask("peak")
-            self.peaks[self.case.precision], self.machine = found["flops"], found["machine"]
-        memory = variant.ask("memory")
-        self.measured[name] = replace(self.measured[name], **memory)
-        self.log(f"  {name}: step memory {memory['step_bytes'] / 1e6:,.4g} MB")
-
-    def _time(self, name: str, variant: Variant) -> None:
-        found, one = variant.ask("time", self.settings.steps), self.measured[name]
-        step_s, cpu_s = (*one.step_s, found["step_s"]), (*one.cpu_s, found["cpu_s"])
-        self.measured[name] = replace(one, step_s=step_s, cpu_s=cpu_s)
+        for name in names:  # nothing is measured while another one still builds
+            if facts := ask(name, "facts"):
+                found[name] = replace(found[name], **facts)
+        for name in names:
+            if memory := ask(name, "memory"):
+                found[name] = replace(found[name], **memory)
+                log(f"  {name}: step memory {memory['step_bytes'] / MB:,.4g} MB")
+            if case.precision not in peaks and (device := ask(name, "peak")):
+                peaks[case.precision], machine = device["flops"], device["machine"]
+        for repetition in range(settings.repetitions):
+            first = repetition % len(names)  # no variant always follows the same other one
+            for name in names[first:] + names[:first]:
+                if taken := ask(name, "time", settings.steps):
+                    found[name] = found[name].with_time(**taken)
+            times = (f"{name} {1e3 * one.step_s[-1]:.0f} ms" for name, one in found.items() if one.step_s)
+            log(f"  {repetition + 1} of {settings.repetitions}: {', '.join(times) or OUT_OF_MEMORY}")
+    return replace(results, measured=(*results.measured, *found.values()), peak_flops=peaks, machine=machine)
 
 
 def step_memory(job: Job) -> int | None:
@@ -97,28 +91,19 @@ def step_memory(job: Job) -> int | None:
             return None
 
 
-def largest_batch(job: Job, start: int, log: Callable[[str], None]) -> int:
-    """The largest batch that trains, 0 if none does; `start` is tried first.
+def largest_batch(job: Job, start: int, log: Log) -> int:
+    """The largest batch that trains, 0 if none does; `start` is tried first."""
+    with Variant(job) as variant:
 
-    One process tries sizes as long as they fit; after one that did not, a fresh process takes its place.
-    """
-    variants: list[Variant] = []
+        def fits(batch_size: int) -> bool:
+            try:
+                fitting = bool(variant.ask("fits", batch_size))
+            except OutOfMemory:
+                fitting = False
+            log(f"  {job.name}, batch {batch_size}: {'fits' if fitting else 'too large'}")
+            return fitting
 
-    def fits(batch_size: int) -> bool:
-        try:
-            variants[:] = variants or [Variant(job)]
-            fitting = bool(variants[0].ask("fits", batch_size))
-        except OutOfMemory:
-            variants.clear()
-            fitting = False
-        log(f"  {job.name}, batch {batch_size}: {'fits' if fitting else 'too large'}")
-        return fitting
-
-    try:
         return largest(fits, start, BATCH_STEP, MOST_IMAGES)
-    finally:
-        for variant in variants:
-            variant.close()
 
 
 def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> int:
@@ -127,8 +112,6 @@ def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> in
     `fits` must be true up to some size and false beyond. `start` is tried first. Asks about 2 log2(result / step)
     times, and never about more than twice what fits, or than `start`.
     """
-    if not 1 <= step <= most:
-        raise ValueError(f"step {step}: expected a number from 1 to {most}")
     ceiling = most // step
     low, high = 0, ceiling + 1  # in steps: low fits (0 always does), high does not
     size = min(max(1, start // step), ceiling)
@@ -139,3 +122,83 @@ def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> in
             high = size
         size = min(2 * low, ceiling) if high > ceiling else (low + high) // 2
     return low * step
+
+
+# --- one variant, one process ---------------------------------------------------------------------------
+
+
+class OutOfMemory(Exception):
+    """The variant did not fit into memory."""
+
+
+class Variant:
+    """A job's process. After an error it ends, and the next question starts a fresh one: what an allocator holds after
+    it ran out of memory says nothing of a process that did not."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._start()
+
+    def __enter__(self) -> Variant:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self.job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The result of that method of the process's MeasuredStep. Raises UserError for a model that cannot be built,
+        OutOfMemory, and RunFailed if the process ended for another reason."""
+        if self._connection.closed:
+            self._start()
+        with contextlib.suppress(OSError):  # the process has ended; its last message says why
+            self._connection.send((method, arguments))
+        try:
+            value = self._connection.recv()
+        except (EOFError, OSError):
+            value = self._unexplained_end()
+        if isinstance(value, Exception):
+            self.close()
+            raise value
+        return value
+
+    def _unexplained_end(self) -> Exception:
+        status = self.close()
+        if status == -signal.SIGKILL:  # what Linux does to a process that takes too much memory
+            return OutOfMemory()
+        return RunFailed(f"{self.job.name}: its process ended with exit status {status}; its messages stand above")
+
+    def close(self) -> int | None:
+        """End the process; its exit status."""
+        self._connection.close()
+        self._process.join(END_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        return self._process.exitcode
+
+
+def _serve(job: Job, connection: Connection) -> None:
+    """The process: sends what a method returned, or the exception that ended it."""
+    os.dup2(2, 1)  # stdout is the command's table
+    try:
+        step = MeasuredStep(job)
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(step, method)(*arguments))
+    except (EOFError, KeyboardInterrupt):
+        return  # the other side is done
+    except UserError as error:
+        connection.send(error)
+    except Exception as error:
+        # The last is the message of torch's allocator on a CPU.
+        full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        connection.send(OutOfMemory() if full else RunFailed(f"{job.name} failed: {first_line(error)}"))
+        if not full:
+            raise
