@@ -29,8 +29,8 @@ BASE = "errors files argv tables quiet"
 MAY_IMPORT: dict[str, Layer] = {
     "errors": Layer("", "", "`UserError`, `RunFailed`, `Interrupted`, and the wording of an error"),
     "files": Layer("errors", "", "files written whole or not at all; JSON read with a one-line error"),
-    "argv": Layer("errors", "", "the one parser, reader and writer of a list of flags"),
     "tables": Layer("errors", "tomli", "frozen dataclasses from TOML tables or KEY=VALUE text"),
+    "argv": Layer("errors tables", "", "the one parser, reader and writer of a list of flags"),
     "quiet": Layer("", "", "the one way to silence a library that reports what is meant"),
     "core": Layer("", "torch", "the model and its loss on torch alone; `reference.py` is the whole method, read first"),
     "data.order": Layer(

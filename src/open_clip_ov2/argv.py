@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.tables import switch
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,23 +33,33 @@ def flag_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def flag(shown: str, read: Callable[[str], Any], help: str, *, default: Any = None, repeat: bool = False) -> Any:
-    """A field of a dataclass that is a flag of the same name: `shown` stands for its value in the help text, and
-    `repeat` collects the values of several equal flags in a list."""
-    metadata = {"type": flag_type(read), "metavar": shown, "help": help, "action": "append" if repeat else "store"}
-    return dataclasses.field(default=default, metadata={"flag": metadata})
+def flag(
+    shown: str, read: Callable[[Any], Any], help: str, *, default: Any = None, repeat: bool = False, group: str = ""
+) -> Any:
+    """A field of a dataclass that is a flag of the same name, and a key of `tables.from_table`: `shown` stands for its
+    value in the help text, `repeat` collects the values of several equal flags in a list, and `group` is the heading
+    under which `--help` has it. A flag whose default is MISSING must be given.
+    """
+    action = {"type": flag_type(read), "metavar": shown, "help": help, "action": "append" if repeat else "store"}
+    return dataclasses.field(default=default, metadata={"flag": action, "read": read, "group": group})
 
 
-def switch_flag(help: str) -> Any:
+def switch_flag(help: str, *, group: str = "") -> Any:
     """A field of a dataclass that is a flag without a value."""
-    return dataclasses.field(default=False, metadata={"flag": {"help": help, "action": "store_true"}})
+    action = {"help": help, "action": "store_true"}
+    return dataclasses.field(default=False, metadata={"flag": action, "read": switch, "group": group})
 
 
 def add_flags(parser: Any, kind: type) -> None:
     """Add the flags that a dataclass declares to a parser or a group of one."""
+    groups = {"": parser}
     for field in dataclasses.fields(kind):
         if "flag" in field.metadata:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **field.metadata["flag"])
+            heading, required = field.metadata["group"], field.default is dataclasses.MISSING
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            more = {"required": True} if required else {"default": field.default}
+            groups[heading].add_argument(f"--{field.name.replace('_', '-')}", **more, **field.metadata["flag"])
 
 
 def flag_values(kind: type, parsed: argparse.Namespace) -> dict[str, Any]:

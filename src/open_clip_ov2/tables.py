@@ -75,7 +75,7 @@ def from_table(kind: type[Table], where: str, items: Mapping[str, Any] | Iterabl
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
-            example = field.metadata["example"]
+            example = field.metadata.get("example")
             raise UserError(f"{where}: {name} is missing" + (f", for example {name} = {example}" if example else ""))
     try:
         return kind(**values)

@@ -92,7 +92,7 @@ def evaluate(
     `model` as `source` of `open_model`; `flags` are those of `ov2 eval` by name; `out`, `say` and `done` are those of
     `run_tasks`. Call it on every process of a distributed evaluation. Raises UserError.
     """
-    from open_clip_ov2.evaluate.eval_job import EvalJob, Place
+    from open_clip_ov2.evaluate.eval_job import EvalJob
     from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
     from open_clip_ov2.evaluate.options import EvalOptions, check_files, read_options
     from open_clip_ov2.evaluate.tasks import check_names
@@ -106,7 +106,7 @@ def evaluate(
     with processes(device) as place:
         opened = open_eval_model(str(model), place.device, place.world_size)
         check_files(options)
-        job = EvalJob(opened, options, Place(place.rank, place.world_size))
+        job = EvalJob(opened, options)
         try:
             return run_tasks(job, out=None if out is None else Path(out), say=say, done=done)
         except ValueError as error:  # the model's own, of an option out of its range

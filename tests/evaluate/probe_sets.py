@@ -17,7 +17,7 @@ from torch import Tensor
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.sources import ImageFolderSource, Source
-from open_clip_ov2.evaluate.extraction import Cache, Features, Kind, extract
+from open_clip_ov2.evaluate.extraction import Features, cache_file, extract
 
 CLS = CaptionKey("cls")
 SIDE, PATCH = 8, 4
@@ -64,9 +64,9 @@ def extract_on_rank(rank: int, world_size: int, folder: Path, out: Path) -> None
     share: dict[str, Any] = {"rank": rank, "world_size": world_size, "batch_size": 2}
     for name, limit in (("all", None), ("one", 1)):
         loader = loader_of(ImageFolderSource(folder), num_samples=limit, **share)
-        cache = Cache(out / f"cache-{rank}", {}) if limit else None
         for kind in ("pooled", "tokens"):
-            found = extract(PatchModel(), loader, world_size, kind, cache=cache)
+            cache = cache_file(out / f"cache-{rank}", kind) if limit else None
+            found = extract(PatchModel(), loader, kind, cache=cache)
             torch.save(vars(found), out / f"{name}-{kind}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -92,10 +92,8 @@ def about(label: Any) -> bytes:
     return json.dumps({"about": {"label": label}}).encode()
 
 
-def features(
-    values: Tensor, labels: Sequence[str], keys: Sequence[str] | None = None, kind: Kind = "pooled"
-) -> Features:
-    return Features(kind, tuple(keys or [f"k{row:04d}" for row in range(len(labels))]), tuple(labels), values, {})
+def features(values: Tensor, labels: Sequence[str], keys: Sequence[str] | None = None) -> Features:
+    return Features(tuple(keys or [f"k{row:04d}" for row in range(len(labels))]), tuple(labels), values, {})
 
 
 def blobs(samples: int, classes: int, width: int, seed: int, spread: float = 1.0) -> tuple[Tensor, list[str]]:

@@ -22,6 +22,7 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.evaluate.classes import Classes
 from open_clip_ov2.evaluate.eval_model import EvalModel
+from open_clip_ov2.evaluate.options import EvalOptions
 from open_clip_ov2.evaluate.zero_shot import likelihood_retrieval, zero_shot_likelihood
 from open_clip_ov2.openclip.models.eval_models import as_eval_model
 from open_clip_ov2.openclip.models.factory import build_caption_model
@@ -90,13 +91,15 @@ def eval_model(**more: Any) -> EvalModel:
     return as_eval_model(model(), tokenizer(), SETTINGS, **more)
 
 
+def options(**changed: Any) -> EvalOptions:
+    return EvalOptions(data="", classes=CLASSES, templates=TEMPLATES, **changed)
+
+
 def results(file: Path, **changed: Any) -> dict[str, Any]:
-    one, world_size = eval_model(), changed.get("world_size", 1)
+    one = eval_model()
     return {
-        "classes": zero_shot_likelihood(
-            one, loader_of(file, **changed), CLASSES, TEMPLATES, length_normalise=True, world_size=world_size
-        ),
-        "retrieval": likelihood_retrieval(one, loader_of(file, **changed), world_size=world_size),
+        "classes": zero_shot_likelihood(one, loader_of(file, **changed), options(length_normalise=True)),
+        "retrieval": likelihood_retrieval(one, loader_of(file, **changed), options()),
     }
 
 

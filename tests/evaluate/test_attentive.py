@@ -10,7 +10,7 @@ import torch
 from probe_sets import features
 from torch import Tensor
 
-from open_clip_ov2.evaluate.attentive import AttentiveHead, AttentiveTraining, Tokens, attentive_probe
+from open_clip_ov2.evaluate.attentive import AttentiveHead, AttentiveTraining, attentive_probe, standardiser
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.probes import linear_probe
 
@@ -32,7 +32,7 @@ def marked(samples: int, seed: int, tokens: int = 12, width: int = 8) -> Feature
     values_MND[..., 1] = signs_MN
     values_MND[..., 0].scatter_(1, places, 1.0)
     labels = ["up" if sign > 0 else "down" for sign in signs_MN.gather(1, places).flatten().tolist()]
-    return features(values_MND, labels, kind="tokens")
+    return features(values_MND, labels)
 
 
 def test_it_reads_one_marked_token_where_the_mean_tells_nothing() -> None:
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_result_and_nobodys_generator_moves() -> No
     assert attentive_probe(train, test, training=short) == first
     other = AttentiveTraining(epochs=2, batch_size=16, seed=1)
     assert attentive_probe(train, test, training=other)["train_loss"] != first["train_loss"]
-    half = [features(part.values.half(), part.labels, kind="tokens") for part in (train, test)]
+    half = [features(part.values.half(), part.labels) for part in (train, test)]
     assert attentive_probe(*half, training=short)["train_loss"] == pytest.approx(first["train_loss"], abs=1e-2)
 
 
@@ -96,7 +96,6 @@ def test_tokens_are_standardised_by_the_training_set() -> None:
     values = 3 + 2 * torch.randn(100, 4, 5, generator=torch.Generator().manual_seed(0))
     values[..., 4] = 7
     values[90:] += 1e3
-    tokens = Tokens.measured(values, torch.arange(90), torch.device("cpu"))
-    taken = tokens.take(torch.arange(90)).flatten(0, 1)
+    taken = standardiser(values, torch.arange(90))(values[:90]).flatten(0, 1)
     torch.testing.assert_close(taken.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(taken.std(0, correction=0), torch.tensor([1.0, 1, 1, 1, 0]), atol=1e-5, rtol=0)

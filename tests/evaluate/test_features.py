@@ -19,7 +19,7 @@ from open_clip_ov2.data.sources import ImageFolderSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import extraction as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
-from open_clip_ov2.evaluate.extraction import Cache, Features, available_bytes, extract, on_disk, stamp
+from open_clip_ov2.evaluate.extraction import Features, available_bytes, cache_file, extract, pages, stamp
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def assert_same(one: Features, other: Features) -> None:
-    assert (one.kind, one.keys, one.labels, one.skips) == (other.kind, other.keys, other.labels, other.skips)
+    assert (one.keys, one.labels, one.skips) == (other.keys, other.labels, other.skips)
     assert torch.equal(one.values, other.values)
 
 
@@ -87,16 +87,19 @@ def test_a_cache_is_read_only_for_the_same_thing(pictures: Path, tmp_path: Path)
         def pooled(self, images_BCHW: torch.Tensor) -> torch.Tensor:
             raise AssertionError("not from the cache")
 
-    source, cache = ImageFolderSource(pictures), Cache(tmp_path / "cache", {"checkpoint": "one"})
-    first = extract(PatchModel(), loader_of(source), cache=cache)
-    assert_same(extract(Mute(), loader_of(source), cache=cache), first)
-    for changed, other in (({}, Cache(cache.folder, {"checkpoint": "two"})), ({"num_samples": 4}, cache)):
+    def cached(model: PatchModel, checkpoint: str = "one", **changed: Any) -> Features:
+        loader = loader_of(ImageFolderSource(pictures), **changed)
+        return extract(model, loader, cache=cache_file(tmp_path / "cache", "pooled", checkpoint, loader.fingerprint()))
+
+    first = cached(PatchModel())
+    assert_same(cached(Mute()), first)
+    for changed in ({"checkpoint": "two"}, {"num_samples": 4}, {"group_by": CaptionKey("other")}):
         with pytest.raises(AssertionError, match="not from the cache"):
-            extract(Mute(), loader_of(source, **changed), cache=other)
-    for file in cache.folder.iterdir():
+            cached(Mute(), **changed)
+    for file in (tmp_path / "cache").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match=r"pooled-.*cannot be read.*delete the file"):
-        extract(Mute(), loader_of(source), cache=cache)
+        cached(Mute())
 
 
 def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_features_on_disk_need_no_memory(pictures: Path, tmp_path: Path, monkeyp
     assert attentive_probe(found, found, training=short) == attentive_probe(usual, usual, training=short)
     assert list((tmp_path / "disk").iterdir()) == []
     with pytest.raises(UserError, match=r"disk: no room for .* GB of features \(.*\); name another folder"):
-        on_disk((1 << 58,), tmp_path / "disk")
+        pages(1 << 60, tmp_path / "disk")
 
 
 def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path: Path) -> None:
@@ -147,11 +150,3 @@ def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path: Path)
         (tmp_path / "memory.max").write_text(limit + "\n")
         assert available_bytes(meminfo, tmp_path) == free
     assert available_bytes(tmp_path / "none", tmp_path / "none") is None
-
-
-def test_a_model_without_features_is_refused(pictures: Path) -> None:
-    class Talker(PatchModel):
-        abilities = frozenset({"caption"})
-
-    with pytest.raises(UserError, match="patches has no image features"):
-        extract(Talker(), loader_of(ImageFolderSource(pictures)))

@@ -26,6 +26,7 @@ from scored_sets import (
     eval_model,
     loader_of,
     model,
+    options,
     pictures,
     results,
     results_on_rank,
@@ -42,20 +43,17 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.classes import Classes, classify
 from open_clip_ov2.evaluate.eval_job import EvalJob
-from open_clip_ov2.evaluate.options import options_of
-from open_clip_ov2.evaluate.retrieval import (
-    Captions,
-    Scores,
-    both_ways,
-    log_mean,
-    places_of_pictures,
-    places_of_texts,
-    scored,
-)
+from open_clip_ov2.evaluate.evaluation import run_tasks
+from open_clip_ov2.evaluate.options import EvalOptions, options_of, read_options
 from open_clip_ov2.evaluate.tasks import TASKS
 from open_clip_ov2.evaluate.zero_shot import (
+    Captions,
+    both_ways,
     contrastive_retrieval,
     likelihood_retrieval,
+    log_mean,
+    places,
+    scored,
     zero_shot_contrastive,
     zero_shot_likelihood,
 )
@@ -70,9 +68,18 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("scored") / "some.tar")
 
 
-def of(values: Any, own: list[tuple[int, ...]]) -> Scores:
+def of(values: Any, own: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """(scores, which texts are right), each `(M, U)`."""
     values_MU = torch.as_tensor(values, dtype=torch.float64)
-    return Scores(torch.arange(len(own)), own, values_MU, 1, 4)
+    return values_MU, torch.tensor([[text in texts for text in range(values_MU.shape[1])] for texts in own])
+
+
+def places_of_texts(values_MU: Tensor, own_MU: Tensor) -> list[int]:
+    return places(values_MU, own_MU).tolist()
+
+
+def places_of_pictures(values_MU: Tensor, own_MU: Tensor) -> Tensor:
+    return places(values_MU.T, own_MU.T)
 
 
 def shares(found: dict[str, Any], what: str) -> dict[str, float | None]:
@@ -83,15 +90,15 @@ def test_recall_by_hand() -> None:
     """Three pictures, four texts; the second picture has two of them, and the first and second share one."""
     scores = of([[9, 1, 2, 3], [5, 8, 7, 0], [6, 2, 4, 5]], [(0,), (0, 2), (3,)])
     # Texts before the first own one: none; text 1 (8 > 7); text 0 (6 > 5).
-    assert places_of_texts(scores) == {0: 0, 1: 1, 2: 1}
+    assert places_of_texts(*scores) == [0, 1, 1]
     # Text 0 is the first picture's, with the highest score. 2: the second's, highest. 3: the third's, highest.
     # Text 1 is nobody's own in this case, which `scored` never lets happen; the others are asked about.
-    assert places_of_pictures(scores)[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert places_of_pictures(*scores)[[0, 2, 3]].tolist() == [0, 0, 0]
     worse = of([[1, 9], [2, 3], [3, 4]], [(0,), (1,), (1,)])
-    assert places_of_pictures(worse).tolist() == [2, 1]
-    found = both_ways(of(torch.eye(12)[[1, 0, *range(2, 12)]], [(place,) for place in range(12)]))
+    assert places_of_pictures(*worse).tolist() == [2, 1]
+    found = both_ways(*of(torch.eye(12)[[1, 0, *range(2, 12)]], [(place,) for place in range(12)]))
     assert shares(found, "image_to_text") == {"recall_at_1": 10 / 12, "recall_at_5": 1.0, "recall_at_10": 1.0}
-    few = both_ways(of([[2, 1], [2, 1]], [(0,), (1,)]))
+    few = both_ways(*of([[2, 1], [2, 1]], [(0,), (1,)]))
     assert shares(few, "image_to_text") == {"recall_at_1": 0.5, "recall_at_5": None, "recall_at_10": None}
 
 
@@ -106,19 +113,19 @@ def test_places_are_those_of_a_plain_sort(data: st.DataObject) -> None:
     scores = of(values, own)
     for picture, row in enumerate(values):
         order = sorted(range(texts), key=lambda text: (-row[text], text))
-        assert places_of_texts(scores)[picture] == min(order.index(text) for text in own[picture])
-    places = places_of_pictures(scores).tolist()
+        assert places_of_texts(*scores)[picture] == min(order.index(text) for text in own[picture])
+    of_texts = places_of_pictures(*scores).tolist()
     for text in {text for of_one in own for text in of_one}:
         order = sorted(range(pictures), key=lambda picture: (-values[picture][text], picture))
-        assert places[text] == min(order.index(picture) for picture in range(pictures) if text in own[picture])
+        assert of_texts[text] == min(order.index(picture) for picture in range(pictures) if text in own[picture])
 
 
 def test_a_text_that_is_likely_of_any_picture_loses_that_by_correction() -> None:
     """Hand-computed: p(text 0) is 0.5 and p(text 1) 0.2 on average; 0.4 / 0.5 < 0.3 / 0.2."""
     scores = of([[math.log(0.6), math.log(0.1)], [math.log(0.4), math.log(0.3)]], [(0,), (1,)])
-    torch.testing.assert_close(log_mean(scores).exp(), torch.tensor([0.5, 0.2]).double())
-    assert places_of_texts(scores) == {0: 0, 1: 1}
-    assert places_of_texts(scores.changed(scores.values_mU - log_mean(scores))) == {0: 0, 1: 0}
+    torch.testing.assert_close(log_mean(scores[0]).exp(), torch.tensor([0.5, 0.2]).double())
+    assert places_of_texts(*scores) == [0, 1]
+    assert places_of_texts(scores[0] - log_mean(scores[0]), scores[1]) == [0, 0]
 
 
 @functools.cache
@@ -155,14 +162,14 @@ def test_by_likelihood(some: Path, normalise: bool) -> None:
     pictures are no candidates; "a dog" and "a cat" belong to two pictures each."""
     log_p, targets = pair_scores(tuple(template.replace("{}", n) for n in CLASSES.names for template in TEMPLATES))
     log_p = log_p / targets if normalise else log_p
-    found = zero_shot_likelihood(eval_model(), loader_of(some), CLASSES, TEMPLATES, length_normalise=normalise)
+    found = zero_shot_likelihood(eval_model(), loader_of(some), options(length_normalise=normalise))
     assert found["top1"] == share_right(log_p.view(6, 3, 2).mean(dim=-1).argmax(dim=1).tolist())
     assert (found["top5"], found["n_test"], found["n_classes"]) == (None, 4, 3)
     assert found["skipped"] == {"no label": ["k5"], "unknown class": ["k3"], "score is not finite": []}
     log_p, targets = pair_scores(tuple(TEXTS))
     prior = log_p.logsumexp(dim=0) - math.log(6)
     divisor = targets if normalise else 1
-    found = likelihood_retrieval(eval_model(), loader_of(some), length_normalise=normalise)
+    found = likelihood_retrieval(eval_model(), loader_of(some), options(length_normalise=normalise))
     assert (found["n_images"], found["n_texts"], found["skipped"]) == (6, 7, {"score is not finite": []})
     assert shares(found, "image_to_text") == pytest.approx(plain_recall(log_p / divisor, by_text=False))
     assert shares(found, "text_to_image") == pytest.approx(plain_recall(log_p / divisor, by_text=True))
@@ -197,10 +204,10 @@ def test_contrastive_is_open_clips(name: str, some: Path, baselines: Path) -> No
         images_BD = made.encode_image(pictures([key for key, _, _ in USED]), normalize=True)
         texts_UD = made.encode_text(tokens(TEXTS), normalize=True)
     weights_DC = open_clip.build_zero_shot_classifier(made, tokens, CLASSES.names, TEMPLATES)
-    found = zero_shot_contrastive(one, loader_of(some), CLASSES, TEMPLATES)
+    found = zero_shot_contrastive(one, loader_of(some), options())
     assert found["top1"] == share_right((images_BD @ weights_DC).argmax(dim=1).tolist())
     assert found["skipped"]["unknown class"] == ["k3"]
-    retrieved = contrastive_retrieval(one, loader_of(some))
+    retrieved = contrastive_retrieval(one, loader_of(some), options())
     assert shares(retrieved, "image_to_text") == pytest.approx(plain_recall(images_BD @ texts_UD.T, by_text=False))
     assert shares(retrieved, "text_to_image") == pytest.approx(plain_recall(images_BD @ texts_UD.T, by_text=True))
 
@@ -223,8 +230,8 @@ def test_classes_from_data_and_files(tmp_path: Path, some: Path) -> None:
             Classes.read(file)
     with pytest.raises(UserError, match="0 labels"):
         Classes.in_data(loader_of(some, group_by=CaptionKey("none")))
-    with pytest.raises(UserError, match="expected a text with"):
-        CLASSES.texts(["a photo"])
+    with pytest.raises(UserError, match="expected a list of texts with"):
+        read_options(EvalOptions, "here", {"data": "x", "templates": ["a photo"]})
 
 
 def test_a_score_that_is_not_finite_is_reported_by_key(some: Path) -> None:
@@ -232,38 +239,35 @@ def test_a_score_that_is_not_finite_is_reported_by_key(some: Path) -> None:
         rows = [[0.0, float("nan"), 0.0] if key == "k0" else [0.0, 0.0, 1.0] for key in batch.keys]
         return torch.tensor(rows)
 
-    found = classify(loader_of(some), CLASSES, scores, 1, 4)
+    found = classify(loader_of(some), CLASSES, scores, 4)
     assert found["skipped"]["score is not finite"] == ["k0"]
     assert (found["n_test"], found["top1"]) == (3, 2 / 3)
     assert found["mean_per_class"] == 0.5  # of dog and eel: no cat is left
     same = Classes.of({"c": "cat", "d": "cat", "e": "eel"})  # the first of equals is chosen
-    found = classify(loader_of(some), same, lambda batch: torch.tensor([[1.0, 1.0, 0.0]] * len(batch.keys)), 1, 4)
+    found = classify(loader_of(some), same, lambda batch: torch.tensor([[1.0, 1.0, 0.0]] * len(batch.keys)), 4)
     assert found["per_class"] == {
         "cat (0)": {"right": 1, "n": 1}, "cat (1)": {"right": 0, "n": 1}, "eel": {"right": 0, "n": 2},
     }  # fmt: skip
     with pytest.raises(UserError, match="1 with no label, 3 with unknown class, 2 with score is not finite"):
-        classify(loader_of(some), Classes.of({"c": "a", "d": "b", "q": "c"}), lambda b: scores(b) * math.nan, 1, 4)
-    part, columns, counts = scored(loader_of(some), Captions.of(loader_of(some)), lambda b: scores(b)[:, [1] * 9], 1, 4)
-    assert (counts["skipped"], counts["n_images"]) == ({"score is not finite": ["k0"]}, 5)
-    assert columns.tolist() == [0, 3, 4, 5, 6, 7]  # without what only the first and the broken pictures have
-    assert part.indices_m.tolist() == [2, 3, 4, 5, 6]
+        classify(loader_of(some), Classes.of({"c": "a", "d": "b", "q": "c"}), lambda b: scores(b) * math.nan, 4)
+    pairs = scored(loader_of(some), Captions.of(loader_of(some)), lambda b: scores(b)[:, [1] * 9], 4)
+    assert pairs.counts() == {"n_images": 5, "n_texts": 6, "skipped": {"score is not finite": ["k0"]}}
+    assert pairs.texts_U.tolist() == [0, 3, 4, 5, 6, 7]  # without what only the first and the broken pictures have
+    assert pairs.own_MU.sum(dim=1).tolist() == [2, 1, 1, 2, 1]  # of k2 to k6
 
 
 def test_who_cannot_is_told(some: Path, baselines: Path) -> None:
     encoder = as_eval_model(VisionModel(model().visual), tokenizer(), SETTINGS, name="enc")
-    for task in (zero_shot_likelihood, likelihood_retrieval):
-        with pytest.raises(UserError, match="enc has no caption decoder"):
-            task(encoder, loader_of(some))
-    for task in (zero_shot_contrastive, contrastive_retrieval):
-        with pytest.raises(UserError, match="enc has no text tower"):
-            task(encoder, loader_of(some))
+    for task, lacks in (("likelihood-retrieval", "caption decoder"), ("retrieval", "text tower")):
+        with pytest.raises(UserError, match=f"--tasks {task}: enc has no {lacks}"):
+            run_tasks(EvalJob(encoder, options_of(f"--data {some} --tasks {task}", "test")))
     with pytest.raises(UserError, match="needs two images"):
-        likelihood_retrieval(eval_model(), loader_of(some, num_samples=2))
+        likelihood_retrieval(eval_model(), loader_of(some, num_samples=2), options())
 
 
 def job_of(some: Path, flags: str, **more: Any) -> EvalJob:
-    options = options_of(f"--data {some} --caption-keys json:captions {flags}", "test")
-    return EvalJob(eval_model(preprocess=to_tensor, **more), options)
+    asked = options_of(f"--data {some} --caption-keys json:captions {flags}", "test")
+    return EvalJob(eval_model(preprocess=to_tensor, **more), asked)
 
 
 def test_caption_loss_by_keep_ratio(some: Path) -> None:

@@ -162,5 +162,3 @@ def test_a_file_without_a_usable_question(name: str, content: str, message: str,
 def test_slips(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the questions"):
         read_questions(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match=r"unknown rule 'vga'.*known: vqa, relaxed"):
-        read_questions(tmp_path / "gone.jsonl", rule="vga")

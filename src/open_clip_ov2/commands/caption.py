@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from open_clip_ov2 import training
-from open_clip_ov2.argv import Parser
+from open_clip_ov2.argv import Parser, add_flags
 from open_clip_ov2.commands.options import add_device, paths_checked
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.options import GenerationOptions, add_flags
+from open_clip_ov2.evaluate.options import GenerationOptions
 from open_clip_ov2.evaluate.pictures import SUFFIXES, pictures
 
 

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2 import training
-from open_clip_ov2.argv import Parser
+from open_clip_ov2.argv import Parser, add_flags
 from open_clip_ov2.commands.options import add_device
-from open_clip_ov2.evaluate.options import EvalOptions, add_flags
+from open_clip_ov2.evaluate.options import EvalOptions
 
 Result = Mapping[str, Any]
 

@@ -10,6 +10,7 @@ Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import Split, match_labels, ranks
+from open_clip_ov2.evaluate.labels import match_labels, ranks
 
 HEAD_WIDTH = 64  # as in every ov2 ViT
 INIT_STD = 0.02  # a ViT's
@@ -39,7 +40,7 @@ class AttentiveTraining:
 
 
 class AttentiveHead(nn.Module):
-    """Standardised tokens `(B, N, D)` -> logits `(B, C)`."""
+    """Standardized tokens `(B, N, D)` -> logits `(B, C)`."""
 
     def __init__(self, width: int, num_classes: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -63,35 +64,15 @@ class AttentiveHead(nn.Module):
         return self.classifier(pooled_BHE.flatten(1))
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Frozen tokens of a set, standardized as they are taken; float32 on `device`."""
-
-    values_MND: Tensor
-    mean_D: Tensor
-    std_D: Tensor
-    device: torch.device
-
-    @classmethod
-    def measured(cls, values_MND: Tensor, rows_M: Tensor, device: torch.device) -> Tokens:
-        """With mean and standard deviation of each channel over the tokens of `rows_M`."""
-        total_D = torch.zeros(values_MND.shape[-1], dtype=torch.float64)
-        squares_D = torch.zeros_like(total_D)
-        for block in rows_M.split(BLOCK_ROWS):
-            tokens = values_MND[block].double().flatten(0, 1)
-            total_D += tokens.sum(dim=0)
-            squares_D += tokens.square().sum(dim=0)
-        count = len(rows_M) * values_MND.shape[1]
-        mean_D = total_D / count
-        std_D = (squares_D / count - mean_D.square()).clamp(min=MIN_STD**2).sqrt()
-        return cls(values_MND, mean_D.float(), std_D.float(), device)
-
-    def take(self, rows_B: Tensor) -> Tensor:
-        return ((self.values_MND[rows_B].float() - self.mean_D) / self.std_D).to(self.device)
-
-    def of(self, values_MND: Tensor) -> Tokens:
-        """Another set, standardized as this one."""
-        return Tokens(values_MND, self.mean_D, self.std_D, self.device)
+def standardiser(values_MND: Tensor, rows_M: Tensor) -> Callable[[Tensor], Tensor]:
+    """Standardizes tokens by mean and standard deviation of each channel over the tokens of `rows_M`; float32."""
+    sums_2D = torch.zeros(2, values_MND.shape[-1], dtype=torch.float64)
+    for block in rows_M.split(BLOCK_ROWS):
+        tokens = values_MND[block].double().flatten(0, 1)
+        sums_2D += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
+    mean_D, square_D = sums_2D / (len(rows_M) * values_MND.shape[1])
+    std_D = (square_D - mean_D.square()).clamp(min=MIN_STD**2).sqrt().float()
+    return lambda values_BND: (values_BND.float() - mean_D.float()) / std_D
 
 
 def attentive_probe(
@@ -105,48 +86,39 @@ def attentive_probe(
 
     The last epoch counts, no epoch is chosen. Raises UserError, see `match_labels`.
     """
-    training = training or AttentiveTraining()
-    labels = match_labels(train, test, "tokens")
-    tokens = Tokens.measured(train.values, labels.train.rows, torch.device(device))
-    head, losses = train_head(tokens, labels.train, len(labels.names), training)
-    logits_MC = _logits(head, tokens.of(test.values), labels.test)
-    result = labels.result(ranks(logits_MC, labels.test.classes_M))
-    return {**result, "training": vars(training).copy(), "train_loss": losses[-1]}
-
-
-def train_head(
-    tokens: Tokens, split: Split, num_classes: int, training: AttentiveTraining
-) -> tuple[AttentiveHead, list[float]]:
-    """The head in evaluation mode, and the mean loss of each epoch."""
+    training, labels = training or AttentiveTraining(), match_labels(train, test)
+    standardised, split = standardiser(train.values, labels.train.rows), labels.train
     generator = torch.Generator().manual_seed(training.seed)  # of the CPU: the same draws on every device
-    head = AttentiveHead(tokens.values_MND.shape[-1], num_classes, generator).to(tokens.device)
-    matrices, others = ([one for one in head.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
-    steps = training.epochs * math.ceil(len(split) / training.batch_size)
-    warmup = max(1, round(training.warmup_share * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, steps, warmup))
-    losses: list[float] = []
+    head = AttentiveHead(train.values.shape[-1], len(labels.names), generator).to(device)
+    optimizer, schedule = _optimizer(head, training, training.epochs * math.ceil(len(split) / training.batch_size))
     for _ in range(training.epochs):
-        total = torch.zeros((), device=tokens.device)
+        total = torch.zeros((), device=device)
         for chosen in torch.randperm(len(split), generator=generator).split(training.batch_size):
-            classes_B = split.classes_M[chosen].to(tokens.device)
-            loss = F.cross_entropy(head(tokens.take(split.rows[chosen])), classes_B)
+            logits_BC = head(standardised(train.values[split.rows[chosen]]).to(device))
+            loss = F.cross_entropy(logits_BC, split.classes_M[chosen].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(chosen)
-        losses.append(total.item() / len(split))
-    return head.eval(), losses
+    with torch.no_grad():
+        blocks = labels.test.rows.split(BLOCK_ROWS)
+        logits_MC = torch.cat([head(standardised(test.values[rows]).to(device)).cpu() for rows in blocks])
+    result = labels.result(ranks(logits_MC, labels.test.classes_M))
+    return {**result, "training": vars(training).copy(), "train_loss": total.item() / len(split)}
 
 
-def _lr_share(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def _optimizer(
+    head: AttentiveHead, training: AttentiveTraining, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    matrices, others = ([one for one in head.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+    warmup = max(1, round(training.warmup_share * steps))
 
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-@torch.no_grad()
-def _logits(head: AttentiveHead, tokens: Tokens, split: Split) -> Tensor:
-    return torch.cat([head(tokens.take(rows)).cpu() for rows in split.rows.split(BLOCK_ROWS)])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)

@@ -41,7 +41,7 @@ def eval_kept_idx(model: CaptionModel, keys: Sequence[str], keep_ratio: float | 
     return kept_by_key(keys, num_tokens, kept).to(model.visual.positional_embedding.device)
 
 
-def caption_loss(model: EvalModel, batches: Iterable[Batch], world_size: int = 1) -> dict[str, Any]:
+def caption_loss(model: EvalModel, batches: Iterable[Batch]) -> dict[str, Any]:
     """Caption loss (nats per token) and perplexity over this process's batches and all others'.
 
     Where samples have groups, the same of each group as `by_kind`; samples without one count in the whole alone.
@@ -51,7 +51,7 @@ def caption_loss(model: EvalModel, batches: Iterable[Batch], world_size: int = 1
         for kind, part in _by_kind(batch):
             added = (*model.loss_sums(part.images_BCHW, part.texts_BL, part.keys), float(len(part.keys)))
             sums[kind] = tuple(map(sum, zip(sums.get(kind, (0.0,) * 3), added, strict=True)))
-    parts = all_gathered(sums, world_size)
+    parts = all_gathered(sums)
     kinds = {
         kind: tuple(map(math.fsum, zip(*(part[kind] for part in parts if kind in part), strict=True)))
         for kind in sorted({kind for part in parts for kind in part})

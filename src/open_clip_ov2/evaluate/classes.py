@@ -6,10 +6,10 @@ Shapes: B batch, C classes, P templates, M samples.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.gathering import gathered
-from open_clip_ov2.evaluate.labels import accuracy, per_class, ranks
+from open_clip_ov2.evaluate.labels import class_scores, ranks
 from open_clip_ov2.files import read_json
 
 PLACE = "{}"
@@ -81,57 +81,37 @@ class Classes:
         return tuple(name if count[name] == 1 else f"{name} ({place})" for place, name in enumerate(self.names))
 
     def texts(self, templates: Sequence[str]) -> list[str]:
-        """Each class in each template, class by class. Raises UserError for a template without `{}`."""
-        wrong = [template for template in templates if PLACE not in template]
-        if wrong or not templates:
-            raise UserError(f"template {(wrong or [''])[0]!r}: expected a text with {PLACE} where the class goes")
+        """Each class in each template, class by class."""
         return [template.replace(PLACE, name) for name in self.names for template in templates]
 
 
-class _Row(NamedTuple):
-    """`number` of a sample's class and `place` of that class among all, or the `cause` for which it is skipped."""
-
-    key: str
-    number: int
-    place: int
-    cause: str
-
-
-def classify(
-    loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Tensor], world_size: int, decimals: int
-) -> dict[str, Any]:
+def classify(loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Tensor], decimals: int) -> dict[str, Any]:
     """Accuracy of the class with the highest score, JSON-ready; the same on any number of processes.
 
     `scores` gives `(B, C)` of a batch, which is rounded to `decimals`; of equal ones the first class is first.
     `skipped`: keys by reason, in no average. Raises UserError if no sample is left.
     """
-    rows: dict[int, _Row] = {}
+    places: dict[int, tuple[int, int]] = {}  # of a sample: the number of its class, and the place of that among all
+    skipped: dict[int, tuple[str, str]] = {}  # its key, and why
     for batch in loader:
-        rows |= zip(batch.indices, _rows(batch, classes, scores, decimals), strict=True)
-    every = list(gathered(rows, world_size).values())
-    used = [row for row in every if not row.cause]
-    causes = (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
-    skipped = {cause: [row.key for row in every if row.cause == cause] for cause in causes}
-    if not used:
-        counts = ", ".join(f"{len(keys)} with {cause}" for cause, keys in skipped.items() if keys)
-        raise UserError(f"none of {len(every)} samples can be classified ({counts}); check the labels and the classes")
-    places_M, classes_M = torch.tensor([row.place for row in used]), torch.tensor([row.number for row in used])
-    return {
-        **accuracy(places_M, len(classes.names)),
-        **per_class(places_M, classes_M, classes.shown),
-        "n_test": len(used),
-        "n_classes": len(classes.names),
-        "skipped": skipped,
-    }
-
-
-def _rows(batch: Batch, classes: Classes, scores: Callable[[Batch], Tensor], decimals: int) -> Iterator[_Row]:
-    numbers = [classes.number.get(label, -1) for label in batch.groups]
-    places, finite = [-1] * len(numbers), [False] * len(numbers)
-    if max(numbers) >= 0:  # otherwise there is nothing to score
         scores_BC = scores(batch).double().cpu().round(decimals=decimals)
         finite = scores_BC.isfinite().all(dim=1).tolist()
-        places = ranks(scores_BC, torch.tensor(numbers).clamp(min=0)).tolist()
-    for key, label, number, place, fine in zip(batch.keys, batch.groups, numbers, places, finite, strict=True):
-        unknown = UNKNOWN_CLASS if label else NO_LABEL
-        yield _Row(key, number, place, unknown if number < 0 else "" if fine else NOT_FINITE)
+        numbers = [classes.number.get(label, -1) for label in batch.groups]
+        ranked = ranks(scores_BC, torch.tensor(numbers).clamp(min=0)).tolist()
+        for row, index in enumerate(batch.indices):
+            if numbers[row] < 0:
+                skipped[index] = batch.keys[row], UNKNOWN_CLASS if batch.groups[row] else NO_LABEL
+            elif not finite[row]:
+                skipped[index] = batch.keys[row], NOT_FINITE
+            else:
+                places[index] = numbers[row], ranked[row]
+    used, left_out = gathered(places), gathered(skipped).values()
+    causes = (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
+    keys = {cause: [key for key, why in left_out if why == cause] for cause in causes}
+    if not used:
+        counts = ", ".join(f"{len(found)} with {cause}" for cause, found in keys.items() if found)
+        raise UserError(
+            f"none of {len(left_out)} samples can be classified ({counts}); check the labels and the classes"
+        )
+    classes_M, places_M = torch.tensor(list(used.values())).unbind(dim=1)
+    return {**class_scores(places_M, classes_M, classes.shown), "skipped": keys}

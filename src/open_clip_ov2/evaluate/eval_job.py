@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +20,8 @@ from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import rows_of
 from open_clip_ov2.evaluate.eval_model import EvalModel
-from open_clip_ov2.evaluate.extraction import Cache, Features, Kind, extract, stamp
-from open_clip_ov2.evaluate.gathering import gathered, gathered_keys
+from open_clip_ov2.evaluate.extraction import Features, Kind, cache_file, extract, stamp
+from open_clip_ov2.evaluate.gathering import gathered, gathered_keys, place
 from open_clip_ov2.evaluate.options import EvalOptions, source_of
 
 WEIGHTS = (".pt", ".bin", ".safetensors")
@@ -36,31 +36,16 @@ class Captioned(NamedTuple):
     generated: str
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process among all of torch.distributed."""
-
-    rank: int = 0
-    world_size: int = 1
-
-
 class EvalJob:
-    def __init__(self, model: EvalModel, options: EvalOptions, place: Place | None = None) -> None:
+    def __init__(self, model: EvalModel, options: EvalOptions) -> None:
         """Raises UserError if the options do not fit the model."""
-        if options.keep_ratio is not None:
-            if "dropping" not in model.abilities:
-                raise UserError(f"--keep-ratio: {model.name} drops no tokens; leave the flag out")
-            model = model.with_keep_ratio(options.keep_ratio)
-        self.model, self.options, self.place = model, options, place or Place()
+        self.model = model if options.keep_ratio is None else model.with_keep_ratio(options.keep_ratio)
+        self.options = options
         self._features: dict[tuple[str, Kind], Features] = {}
 
-    def of(self, model: EvalModel) -> EvalJob:
-        """The same evaluation of another model."""
-        return EvalJob(model, self.options, self.place)
-
-    def captioned(self) -> EvalLoader:
+    def captioned(self, workers: int | None = None) -> EvalLoader:
         """Images with their captions, and what `group_by` finds as `Batch.groups`."""
-        return self._loader(self.options.data, self.options.caption_keys, self.options.group_by)
+        return self._loader(self.options.data, self.options.caption_keys, self.options.group_by, workers)
 
     def labelled(self, data: str | None = None) -> EvalLoader:
         """Images with their class as `Batch.groups`; of the evaluation's own data by default."""
@@ -69,6 +54,7 @@ class EvalJob:
     def _loader(
         self, data: str, caption_keys: tuple[CaptionKey, ...], group_by: CaptionKey | None, workers: int | None = None
     ) -> EvalLoader:
+        rank, world_size = place()
         return EvalLoader(
             source_of(data),
             self.model.preprocess,
@@ -77,31 +63,29 @@ class EvalJob:
             num_workers=self.options.workers if workers is None else workers,
             caption_keys=caption_keys,
             group_by=group_by,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=rank,
+            world_size=world_size,
         )
-
-    def with_skips(self, loader: EvalLoader, found: dict[str, Any]) -> dict[str, Any]:
-        """A result with the keys of samples that its loader could not use, of all processes."""
-        return {**found, "skipped_samples": gathered_keys(loader.skipped_keys, self.place.world_size)}
 
     def features(self, data: str, kind: Kind) -> Features:
         if (data, kind) not in self._features:
-            cache, disk = self._cache(data), self.options.feature_disk
-            loader, world_size = self.labelled(data), self.place.world_size
-            self._features[data, kind] = extract(self.model, loader, world_size, kind, cache=cache, disk=disk)
+            loader = self.labelled(data)
+            cache = self._cache(data, kind, loader) if self.options.cache else None
+            self._features[data, kind] = extract(self.model, loader, kind, cache=cache, disk=self.options.feature_disk)
         return self._features[data, kind]
 
-    def _cache(self, data: str) -> Cache | None:
-        if self.options.cache is None:
-            return None
+    def _cache(self, data: str, kind: Kind, loader: EvalLoader) -> Path:
+        """A file of its own for each model, preprocessing, and state of the files of both checkpoint and data."""
         checkpoint = self.model.checkpoint
+        assert self.options.cache is not None
         if checkpoint is None:
             raise UserError("--cache: the features of a model in training are not kept; leave the flag out")
-        weights = sorted(path for path in checkpoint.rglob("*") if path.suffix in WEIGHTS)
-        files = stamp([*(weights if checkpoint.is_dir() else [checkpoint]), *_files(data)])
-        identity = {"model": self.model.name, "files": files, "preprocess": repr(self.model.preprocess)}
-        return Cache(self.options.cache, identity)
+        weights = [path for path in checkpoint.rglob("*") if path.suffix in WEIGHTS] if checkpoint.is_dir() else []
+        images = [path for path in Path(data).rglob("*") if path.is_file()] if os.path.isdir(data) else []
+        files = stamp([*(sorted(weights) or [checkpoint]), *(sorted(images) or expand_shards(data)[0])])
+        return cache_file(
+            self.options.cache, kind, self.model.name, repr(self.model.preprocess), files, loader.fingerprint()
+        )
 
     @cached_property
     def references(self) -> dict[int, tuple[str, ...]]:
@@ -117,8 +101,8 @@ class EvalJob:
             texts = self.model.generate(batch.images_BCHW, batch.keys, **self.options.generation)
             found = zip(batch.keys, batch.groups, batch.captions, texts, strict=True)
             rows |= {index: Captioned(*row) for index, row in zip(batch.indices, found, strict=True)}
-        self.caption_skips = gathered_keys(loader.skipped_keys, self.place.world_size)
-        return gathered(rows, self.place.world_size)
+        self.caption_skips = gathered_keys(loader.skipped_keys)
+        return gathered(rows)
 
     def with_shuffled_images(self) -> Iterator[Batch]:
         """Each caption with the image of the sample before it in file order, the first with that of the last.
@@ -126,25 +110,15 @@ class EvalJob:
         This process's share of batches; every process decodes all images, because workers would bring them in another
         order. Raises UserError for a single sample.
         """
-        loader = self._loader(self.options.data, self.options.caption_keys, self.options.group_by, workers=0)
-        first = last = None
-        for number, batch in enumerate(loader.full()):
-            images_BCHW = batch.images_BCHW
-            if last is None:
-                first, rest = rows_of(batch, [0]), rows_of(batch, range(1, len(batch.keys)))
-                shifted = images_BCHW[:-1]
-            else:
-                rest, shifted = batch, torch.cat([last, images_BCHW[:-1]])
-            last = images_BCHW[-1:]
-            if len(rest.keys) and number % self.place.world_size == self.place.rank:
-                yield rest._replace(images_BCHW=shifted)
-        if first is None or last is None or (number == 0 and len(batch.keys) == 1):
+        rank, world_size = place()
+        whole = self.captioned(workers=0).full()
+        begin = next(whole)
+        first, rest, count = rows_of(begin, [0]), rows_of(begin, range(1, len(begin.keys))), 0
+        before = first.images_BCHW
+        for number, batch in enumerate(chain([rest], whole, [first])):
+            images_BCHW = torch.cat([before, batch.images_BCHW])
+            before, count = images_BCHW[-1:], count + len(batch.keys)
+            if len(batch.keys) and number % world_size == rank:
+                yield batch._replace(images_BCHW=images_BCHW[:-1])
+        if count < 2:
             raise UserError(f"{self.options.data}: shuffling the images needs at least two samples")
-        if self.place.rank == 0:
-            yield first._replace(images_BCHW=last)
-
-
-def _files(data: str) -> list[str | Path]:
-    if os.path.isdir(data):
-        return sorted(path for path in Path(data).rglob("*") if path.is_file())
-    return list(expand_shards(data)[0])

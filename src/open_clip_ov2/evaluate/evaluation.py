@@ -11,6 +11,7 @@ from typing import Any
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
+from open_clip_ov2.evaluate.gathering import place
 from open_clip_ov2.evaluate.tasks import TASKS, check_tasks
 from open_clip_ov2.files import write_json
 
@@ -30,7 +31,7 @@ def run_tasks(
     them. Of all tasks, `say` gets a line for each one that is left out. Raises UserError if a task that was named
     cannot be done, before the first task as far as that can be known.
     """
-    model, options, first = job.model, job.options, job.place.rank == 0
+    model, options, first = job.model, job.options, place()[0] == 0
     check_tasks(options, model.name, model.abilities)
     results: dict[str, Any] = {}
     for name in options.tasks or [name for name, task in TASKS.items() if not task.named_only]:

@@ -5,6 +5,7 @@ Shapes: M samples of the set, B batch, N image tokens, D width (evaluate/__init_
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,8 +13,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +23,16 @@ from torch import Tensor
 
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError, first_line
-from open_clip_ov2.evaluate.eval_model import EvalModel, lacking
-from open_clip_ov2.evaluate.gathering import all_gathered, gathered, gathered_keys
+from open_clip_ov2.evaluate.eval_model import EvalModel
+from open_clip_ov2.evaluate.gathering import all_gathered, gathered, gathered_keys, place
 from open_clip_ov2.files import written_whole
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["pooled", "tokens"]
-VERSION = 2  # of the cache file
+VERSION = 3  # of the cache file
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+SHARED_ROWS = 1 << 10  # summed over processes at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Features:
     not be used, by cause, over all processes.
     """
 
-    kind: Kind
     keys: tuple[str, ...]
     labels: tuple[str, ...]
     values: Tensor
@@ -52,18 +52,10 @@ class Features:
         return len(self.keys)
 
 
-@dataclass(frozen=True)
-class Cache:
-    """A folder of features. `identity` is what they depend on beside the loader's own fingerprint, JSON-ready: model,
-    preprocessing, and `stamp` of the files of both checkpoint and data. Another identity is another file.
-    """
-
-    folder: Path
-    identity: Mapping[str, Any]
-
-    def file(self, kind: Kind, data: Mapping[str, Any]) -> Path:
-        text = json.dumps([VERSION, kind, str(torch.float32), data, self.identity], sort_keys=True)
-        return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+def cache_file(folder: Path, kind: Kind, *depends_on: Any) -> Path:
+    """Where features are kept that depend on this, JSON-ready: other values, another file."""
+    text = json.dumps([VERSION, kind, *depends_on], sort_keys=True)
+    return folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
 
 def stamp(paths: Sequence[str | Path]) -> str:
@@ -78,102 +70,30 @@ def stamp(paths: Sequence[str | Path]) -> str:
 
 @torch.no_grad()
 def extract(
-    model: EvalModel,
-    loader: EvalLoader,
-    world_size: int = 1,
-    kind: Kind = "pooled",
-    *,
-    cache: Cache | None = None,
-    disk: Path | None = None,
+    model: EvalModel, loader: EvalLoader, kind: Kind = "pooled", *, cache: Path | None = None, disk: Path | None = None
 ) -> Features:
     """Features of the loader's set; the same on any number of processes, each of which gets all of them.
 
-    `disk`: a folder in which the features are memory-mapped instead of held in RAM; each process has a file of its own
-    there. Raises UserError: a model without features, or more memory needed than there is.
+    `cache`: a file that they are read from if it is there, and written to otherwise. `disk`: a folder in which they are
+    memory-mapped instead of held in RAM. Raises UserError if they need more memory than there is.
     """
-    lacks = lacking(model.name, model.abilities, ["features"])
-    if lacks:
-        raise UserError(f"{lacks}, so it cannot be probed")
-    file = cache.file(kind, loader.fingerprint()) if cache else None
-    if file and all(all_gathered(file.is_file(), world_size)):
-        logger.info("%s: features read", file)
-        return _read(file)
-    parts = _Parts(kind, model.device, world_size, loader.num_samples, disk)
+    if cache and all(all_gathered(cache.is_file())):
+        logger.info("%s: features read", cache)
+        return _read(cache)
     encode = model.pooled if kind == "pooled" else model.tokens
+    store = _Store(kind, loader.num_samples, disk)
+    rows: dict[int, tuple[str, str]] = {}
     for batch in loader:
-        rows = list(zip(batch.keys, batch.groups, strict=True))
-        parts.add(batch.indices, rows, encode(batch.images_BCHW.to(model.device)).float().cpu())
-    features = parts.assembled(loader.skipped_keys)
-    if file and parts.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(file) as out:
-            torch.save({**vars(features), "keys": list(features.keys), "labels": list(features.labels)}, out)
+        store.put(batch.indices, encode(batch.images_BCHW.to(model.device)).float().cpu())
+        rows.update(zip(batch.indices, zip(batch.keys, batch.groups, strict=True), strict=True))
+    rows = gathered(rows)
+    keys, labels = zip(*rows.values(), strict=True)
+    features = Features(keys, labels, store.gathered(list(rows), model.device), gathered_keys(loader.skipped_keys))
+    if cache and place()[0] == 0:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(cache) as out:
+            torch.save({**vars(features), "keys": list(keys), "labels": list(labels)}, out)
     return features
-
-
-class _Parts:
-    """This process's batches, until those of all processes are put together."""
-
-    def __init__(self, kind: Kind, device: torch.device, world_size: int, expected: int, disk: Path | None) -> None:
-        """`expected`: samples of the whole set; 0 where nobody has counted them."""
-        self._kind, self._device, self._world_size = kind, device, world_size
-        self._expected, self._disk = expected, disk
-        self._rows: dict[int, tuple[str, str]] = {}
-        self._batches: deque[tuple[tuple[int, ...], Tensor]] = deque()
-        self.rank = torch.distributed.get_rank() if world_size > 1 else 0
-
-    def add(self, indices: tuple[int, ...], rows: list[tuple[str, str]], values: Tensor) -> None:
-        if self._disk is None:
-            self._check_memory(len(self._rows), len(rows), values[0])
-        self._rows.update(zip(indices, rows, strict=True))
-        self._batches.append((indices, self._empty(values.shape).copy_(values)))
-
-    def _check_memory(self, there: int, new: int, row: Tensor) -> None:
-        """At the first batch, for the whole set; where its size is not known, at each doubling."""
-        first, doubled = there == 0, (there + new).bit_length() > there.bit_length()
-        if not (first or (doubled and not self._expected)):
-            return
-        # Every process ends with all features and, while they are filled in, still has its own; one machine's processes
-        # share its memory.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size))
-        samples = self._expected or 2 * (there + new)
-        needed, free = samples * row.numel() * row.element_size() * (local + (local > 1)), available_bytes()
-        shape = " x ".join(map(str, (samples, *row.shape)))
-        if first and self._expected:
-            logger.info("%s features of %s: %.2f GB of memory", self._kind, shape, needed / 1e9)
-        if free is not None and needed > free:
-            raise UserError(
-                f"{self._kind} features of {shape} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-                "free; keep them on disk (--feature-disk), evaluate fewer samples, or use pooled features"
-            )
-
-    def assembled(self, skips: Mapping[str, list[str]]) -> Features:
-        """Batch by batch, sent by the process that has it; what is copied is let go, so nothing is held twice."""
-        rows = gathered(self._rows, self._world_size)
-        row_of = {index: row for row, index in enumerate(rows)}
-        mine = (
-            [indices for indices, _ in self._batches],
-            tuple(self._batches[0][1].shape[1:]) if self._batches else (),
-        )
-        everyone = all_gathered(mine, self._world_size)
-        shape = next(shape for _, shape in everyone if shape)
-        values = self._empty((len(rows), *shape))
-        for source, (batches, _) in enumerate(everyone):
-            for indices in batches:
-                part = self._batches.popleft()[1] if source == self.rank else torch.empty(len(indices), *shape)
-                values[[row_of[index] for index in indices]] = self._sent(part, source)
-        keys, labels = zip(*rows.values(), strict=True)
-        return Features(self._kind, keys, labels, values, gathered_keys(skips, self._world_size))
-
-    def _empty(self, shape: Sequence[int]) -> Tensor:
-        return own_pages(shape) if self._disk is None else on_disk(shape, self._disk)
-
-    def _sent(self, part: Tensor, source: int) -> Tensor:
-        if self._world_size == 1:
-            return part
-        part = part.to(self._device).contiguous()  # NCCL sends from the device alone
-        torch.distributed.broadcast(part, src=source)
-        return part.cpu()
 
 
 def _read(file: Path) -> Features:
@@ -185,54 +105,90 @@ def _read(file: Path) -> Features:
         raise UserError(f"{file}: features that cannot be read ({first_line(error)}); delete the file") from error
 
 
-# --- memory: how much is free, and tensors outside the allocator, in pages of their own or in a file ----------
+class _Store:
+    """This process's features, each row at its sample's place in file order; zeros where another process has it."""
+
+    def __init__(self, kind: Kind, expected: int, disk: Path | None) -> None:
+        """`expected`: samples of the whole set; 0 where nobody has counted them."""
+        self._kind, self._expected, self._disk = kind, expected, disk
+        self._values_MD = torch.empty(0)
+
+    def put(self, indices: Sequence[int], values_BD: Tensor) -> None:
+        least = max(indices) + 1
+        if least > len(self._values_MD):
+            self._grow(self._expected if least <= self._expected else 2 * least, values_BD.shape[1:])
+        self._values_MD[list(indices)] = values_BD
+
+    def _grow(self, samples: int, shape: Sequence[int]) -> None:
+        if self._disk is None:
+            self._check_memory(samples, shape)
+        self._pages = pages(4 * samples * math.prod(shape), self._disk)
+        before, self._values_MD = self._values_MD, self._view(samples, shape)
+        if len(before):
+            self._values_MD[: len(before)] = before
+
+    def _view(self, samples: int, shape: Sequence[int]) -> Tensor:
+        count = samples * math.prod(shape)
+        return torch.frombuffer(self._pages, dtype=torch.float32, count=count).view(samples, *shape)
+
+    def _check_memory(self, samples: int, shape: Sequence[int]) -> None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1]))  # every process of a machine ends with all features
+        needed, free = 4 * samples * math.prod(shape) * local, available_bytes()
+        size = " x ".join(map(str, (samples, *shape)))
+        if self._expected:
+            logger.info("%s features of %s: %.2f GB of memory", self._kind, size, needed / 1e9)
+        if free is not None and needed > free:
+            raise UserError(
+                f"{self._kind} features of {size} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+                "free; keep them on disk (--feature-disk), evaluate fewer samples, or use pooled features"
+            )
+
+    def gathered(self, used: Sequence[int], device: torch.device) -> Tensor:
+        """`(M, ...)`: the rows at `used`, ascending, of all processes; what was not usable gives way in place."""
+        if place()[1] > 1:
+            shape = max(all_gathered(tuple(self._values_MD.shape)), key=len)[1:]
+            if len(self._values_MD) <= used[-1]:
+                self._grow(used[-1] + 1, shape)
+            for block in self._values_MD[: used[-1] + 1].split(SHARED_ROWS):
+                shared = block.to(device, copy=True)  # NCCL sends from the device alone
+                torch.distributed.all_reduce(shared)
+                block.copy_(shared)
+        for row, index in enumerate(used):
+            if row != index:
+                self._values_MD[row] = self._values_MD[index]
+        return self._view(len(used), self._values_MD.shape[1:])
+
+
+# --- memory: how much is free, and pages of one's own ---------------------------------------------------------
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
     """The kernel's MemAvailable, or what a container's limit (cgroup v2) leaves if that is less; None if not known."""
-    found = [number for number in (_machine(meminfo), _container(cgroup)) if number is not None]
-    return min(found, default=None)
-
-
-def _machine(meminfo: Path) -> int | None:
-    try:
+    known: list[int] = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
         rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _container(cgroup: Path) -> int | None:
-    """Cached pages of files count as used there, but can be given back: they are free too."""
-    try:
-        limit = int((cgroup / "memory.max").read_text())  # "max" where there is none
-        used = int((cgroup / "memory.current").read_text())
+        known.append(int(rows["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))  # "max": no limit
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, limit - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):
-        return None
+        known.append(max(0, limit - used + int(stat["inactive_file"])))  # cached files can be given back
+    return min(known, default=None)
 
 
-def own_pages(shape: Sequence[int]) -> Tensor:
-    """An uninitialized float32 tensor that gives its memory back to the system when it goes: the allocator keeps what
-    is freed below something that is still held (measured: a set collected in batches took twice its size).
+def pages(size: int, folder: Path | None = None) -> mmap.mmap:
+    """So many zero bytes outside the allocator, which go when nothing refers to them: in RAM, or in a file without a
+    name in `folder`. Raises UserError if there is no room: the file's blocks are reserved now, or writing to it could
+    kill the process.
     """
-    pages = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.float32, count=math.prod(shape)).view(*shape)
-
-
-def on_disk(shape: Sequence[int], folder: Path) -> Tensor:
-    """An uninitialized float32 tensor whose memory is a file in `folder` that has no name any more: it goes with the
-    tensor. Raises UserError if there is no room: the file's blocks are reserved now, or writing to it could kill the
-    process.
-    """
-    size = 4 * math.prod(shape)
+    if folder is None:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="features-") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-            return torch.from_file(file.name, shared=True, size=size // 4, dtype=torch.float32).view(*shape)
+            return mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise UserError(
             f"{folder}: no room for {size / 1e9:.1f} GB of features ({error.strerror}); name another folder"

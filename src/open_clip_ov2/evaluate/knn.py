@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import accuracy, match_labels, ranks
 
@@ -51,44 +50,32 @@ def _largest(similar_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def votes(weights_MK: Tensor, classes_MK: Tensor, num_classes: int) -> Tensor:
     """`(M, C)`; -inf for a class that none of the neighbours has."""
-    sums_MC = torch.zeros(len(weights_MK), num_classes, dtype=weights_MK.dtype).scatter_add(1, classes_MK, weights_MK)
-    counts_MC = torch.zeros_like(sums_MC).scatter_add(1, classes_MK, torch.ones_like(weights_MK))
-    return sums_MC.masked_fill(counts_MC == 0, -torch.inf)
+    sums_MC = torch.full((len(weights_MK), num_classes), -torch.inf, dtype=weights_MK.dtype)
+    return sums_MC.scatter_reduce(1, classes_MK, weights_MK, "sum", include_self=False)
 
 
 def knn(
-    train: Features, test: Features, *, neighbours: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    train: Features, test: Features, *, neighbours: Sequence[int] = NEIGHBOURS, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy on pooled features, JSON-ready. The headline is the weighted vote of 20, or of the most that there are.
 
-    By default DINO's k as far as the training set has so many samples. Equally near training samples come in the order
-    of their keys, so the order of the set does not matter. A class without a vote is never among the first five.
-    Raises UserError: a k out of range; see `match_labels`.
+    k goes as far as the training set has so many samples. Equally near training samples come in the order of their
+    keys, so the order of the set does not matter. A class without a vote is never among the first five.
+    Raises UserError, see `match_labels`.
     """
-    labels = match_labels(train, test, "pooled")
-    counts, classes = _neighbours(neighbours, len(labels.train)), len(labels.names)
+    labels = match_labels(train, test)
+    counts = [k for k in neighbours if k <= len(labels.train)] or [len(labels.train)]
+    headline = HEADLINE if HEADLINE in counts else max(counts)
     by_key = torch.tensor(sorted(range(len(labels.train)), key=labels.train.keys.__getitem__))
     reference = labels.train.part(by_key)
     train_TD, test_MD = train.values[reference.rows], test.values[labels.test.rows]
     similar_MK, rows_MK = nearest(train_TD, test_MD, max(counts), device=device)
     classes_MK = reference.classes_M[rows_MK]
-    weights = {"weighted": (similar_MK / TEMPERATURE).exp(), "plain": torch.ones_like(similar_MK)}
-    places = {
-        k: {
-            how: ranks(votes(weight_MK[:, :k], classes_MK[:, :k], classes), labels.test.classes_M)
-            for how, weight_MK in weights.items()
-        }
-        for k in counts
-    }
-    headline = HEADLINE if HEADLINE in counts else max(counts)
-    by_k = {str(k): {how: accuracy(place_M, classes) for how, place_M in rows.items()} for k, rows in places.items()}
-    return {**labels.result(places[headline]["weighted"]), "k": headline, "temperature": TEMPERATURE, "by_k": by_k}
+    weightings = {"weighted": (similar_MK / TEMPERATURE).exp(), "plain": torch.ones_like(similar_MK)}
 
+    def places(k: int, how: str) -> Tensor:
+        scores_MC = votes(weightings[how][:, :k], classes_MK[:, :k], len(labels.names))
+        return ranks(scores_MC, labels.test.classes_M)
 
-def _neighbours(asked: Sequence[int] | None, samples: int) -> list[int]:
-    if asked is None:
-        return [k for k in NEIGHBOURS if k <= samples] or [samples]
-    wrong = [k for k in asked if not 1 <= k <= samples]
-    if wrong or not asked:
-        raise UserError(f"k-NN: k = {wrong[0] if wrong else 'none'}; expected 1 to the {samples} training samples")
-    return sorted(set(asked))
+    by_k = {str(k): {how: accuracy(places(k, how), len(labels.names)) for how in weightings} for k in counts}
+    return {**labels.result(places(headline, "weighted")), "k": headline, "temperature": TEMPERATURE, "by_k": by_k}

@@ -6,6 +6,7 @@ Shapes: M samples, C classes (evaluate/__init__.py).
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.extraction import Features, Kind
+from open_clip_ov2.evaluate.extraction import Features
 
 CHECKED_ROWS = 1 << 12  # checked at a time: token features of all are too many
 
@@ -45,22 +46,12 @@ class Labels:
 
     def result(self, places_M: Tensor) -> dict[str, Any]:
         """What every probe reports, JSON-ready, from the place of each test sample's class (`ranks`)."""
-        return {
-            **accuracy(places_M, len(self.names)),
-            **per_class(places_M, self.test.classes_M, self.names),
-            "n_train": len(self.train),
-            "n_test": len(self.test),
-            "n_classes": len(self.names),
-            "skipped": self.skipped,
-        }
+        scores = class_scores(places_M, self.test.classes_M, self.names)
+        return {**scores, "n_train": len(self.train), "skipped": self.skipped}
 
 
-def match_labels(train: Features, test: Features, kind: Kind) -> Labels:
-    """The labels of both sets as class numbers. Raises UserError: fewer than two classes, no test sample with a
-    known class; ValueError: features of another kind or of unequal shapes."""
-    if not train.kind == test.kind == kind or train.values.shape[1:] != test.values.shape[1:]:
-        found = f"{train.kind} {tuple(train.values.shape)} and {test.kind} {tuple(test.values.shape)}"
-        raise ValueError(f"expected {kind} features of one shape, got {found}")
+def match_labels(train: Features, test: Features) -> Labels:
+    """The labels of both sets as class numbers. Raises UserError: fewer than two classes, no usable sample."""
     names = tuple(sorted(set(train.labels) - {""}))
     if len(names) < 2:
         raise UserError(
@@ -82,8 +73,9 @@ def match_labels(train: Features, test: Features, kind: Kind) -> Labels:
 
 def _split(features: Features, number: dict[str, int], which: str, skipped: dict[str, list[str]]) -> Split:
     """The samples with a known label and finite features; the keys of the others go into `skipped`."""
-    rows = [part.flatten(1).isfinite().all(dim=1) for part in features.values.split(CHECKED_ROWS)]
-    finite = torch.cat(rows).tolist() if rows else []
+    finite = [
+        fine for part in features.values.split(CHECKED_ROWS) for fine in part.flatten(1).isfinite().all(1).tolist()
+    ]
     samples = list(zip(features.keys, features.labels, finite, strict=True))
     skipped[f"{which} sample with features that are not finite"] = [key for key, _, fine in samples if not fine]
     skipped[f"{which} sample without a label"] = [key for key, label, _ in samples if not label]
@@ -94,21 +86,19 @@ def _split(features: Features, number: dict[str, int], which: str, skipped: dict
     return Split(torch.tensor(known), torch.tensor(classes), tuple(features.keys[row] for row in known))
 
 
-def hold_out(split: Split, share: float, seed: int = 0) -> tuple[Split, Split]:
+def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """(to fit, held out): `share` of each class, one sample at least but never its last; chosen by key alone, so that
     neither the order of the samples nor other classes matter. Raises UserError if no class has two samples.
     """
     by_class: dict[int, list[int]] = {}
     for row, number in enumerate(split.classes_M.tolist()):
         by_class.setdefault(number, []).append(row)
-    held: list[int] = []
-    for rows in by_class.values():
-        rows.sort(key=lambda row: (zlib.crc32(f"{seed}/{split.keys[row]}".encode("utf-8", "replace")), split.keys[row]))
-        held += rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]
-    if not held:
-        raise UserError("no class has two training samples, so none can be held out to choose the regulariser")
     is_held = torch.zeros(len(split), dtype=torch.bool)
-    is_held[held] = True
+    for rows in by_class.values():
+        rows.sort(key=lambda row: (zlib.crc32(f"0/{split.keys[row]}".encode("utf-8", "replace")), split.keys[row]))
+        is_held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+    if not is_held.any():
+        raise UserError("no class has two training samples, so none can be held out to choose the regulariser")
     return split.part((~is_held).nonzero().flatten()), split.part(is_held.nonzero().flatten())
 
 
@@ -129,10 +119,16 @@ def accuracy(places_M: Tensor, num_classes: int) -> dict[str, float | None]:
     return {"top1": (places_M == 0).double().mean().item(), "top5": top5}
 
 
-def per_class(places_M: Tensor, classes_M: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    """Right and all test samples of each class, and the mean of the classes' shares (classes without any left out)."""
+def class_scores(places_M: Tensor, classes_M: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, right and all test samples of each class, and the mean of the classes' shares (classes without any left
+    out), JSON-ready."""
     count = torch.bincount(classes_M, minlength=len(names)).tolist()
     right = torch.bincount(classes_M[places_M == 0], minlength=len(names)).tolist()
     rows = {name: {"right": r, "n": n} for name, r, n in zip(names, right, count, strict=True) if n}
-    mean = sum(row["right"] / row["n"] for row in rows.values()) / len(rows)
-    return {"mean_per_class": mean, "per_class": rows}
+    return {
+        **accuracy(places_M, len(names)),
+        "mean_per_class": sum(row["right"] / row["n"] for row in rows.values()) / len(rows),
+        "per_class": rows,
+        "n_test": len(places_M),
+        "n_classes": len(names),
+    }

@@ -5,33 +5,27 @@ The same names are the keyword arguments of `open_clip_ov2.evaluate`, and stand 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from open_clip_ov2.argv import Parser, add_flags, flag, switch_flag
 from open_clip_ov2.core.generate import GENERATION_TYPES
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
-from open_clip_ov2.data.shards import WebDatasetSource, check_shards_exist, expand_shards
+from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.sources import ImageFolderSource, Source
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import PLACE
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.files import read_json
-from open_clip_ov2.tables import Reader, each, from_table, kebab, one_of, real, switch, text, whole
+from open_clip_ov2.tables import Reader, each, from_table, one_of, real, text, whole
 
 Options = TypeVar("Options")
 ALL = "all"
-
-
-def flag(read: Reader, help: str, default: Any = None, metavar: str | None = None, group: str = "") -> Any:
-    """A field that is a flag, a keyword argument and a key: its reader, its help text, and where `--help` shows it."""
-    metadata = {"read": read, "name": None, "example": "", "help": help, "metavar": metavar, "group": group}
-    return field(default=default, metadata=metadata)
 
 
 def _list(read: Reader) -> Reader:
@@ -52,24 +46,21 @@ def _folder(value: Any) -> Path:
     return folder
 
 
+def _caption_keys(value: Any) -> tuple[CaptionKey, ...]:
+    return value if isinstance(value, tuple) else parse_caption_keys(text(value))
+
+
 def _key(value: Any) -> CaptionKey:
     """The one place of a label or group."""
-    keys = _caption_keys(value)
+    keys = (value,) if isinstance(value, CaptionKey) else _caption_keys(value)
     if len(keys) > 1:
         raise UserError(f"{value!r} names {len(keys)} places; expected one")
     return keys[0]
 
 
-def _caption_keys(value: Any) -> tuple[CaptionKey, ...]:
-    try:
-        return parse_caption_keys(text(value))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--caption-keys: ")) from None
-
-
 def _guess(value: Any) -> dict[str, float]:
     table = value if isinstance(value, Mapping) else read_json(_path(value), dict, "an object of numbers in (0, 1]")
-    return {str(kind): real(0, 1, above=True)(chance) for kind, chance in table.items()}
+    return {str(kind): SHARE(chance) for kind, chance in table.items()}
 
 
 def _templates(value: Any) -> tuple[str, ...]:
@@ -81,6 +72,8 @@ def _templates(value: Any) -> tuple[str, ...]:
 
 
 def _classes(value: Any) -> Classes:
+    if isinstance(value, Classes):
+        return value
     return Classes.of(value) if isinstance(value, (list, tuple, dict)) else Classes.read(_path(value))
 
 
@@ -96,87 +89,79 @@ GENERATION, PROBES, QUESTIONS, ROBUSTNESS = "generation", "classes and probes", 
 class GenerationOptions:
     """How captions are generated; `seq_len` counts tokens."""
 
-    keep_ratio: float | None = flag(SHARE, "share of image tokens kept (default: the model's in evaluation)", None, "R")
-    generation_type: str = flag(one_of(*GENERATION_TYPES), "how tokens are chosen", "greedy", group=GENERATION)
-    num_beams: int = flag(whole(1), "beams of beam_search", 4, "N", GENERATION)
-    top_k: int = flag(whole(1), "tokens that top_k chooses among", 50, "N", GENERATION)
-    top_p: float = flag(SHARE, "probability that top_p chooses among", 0.9, "P", GENERATION)
-    temperature: float = flag(real(0, above=True), "for top_k and top_p", 1.0, "T", GENERATION)
+    keep_ratio: float | None = flag("R", SHARE, "share of image tokens kept (default: the model's in evaluation)")
+    generation_type: str = flag(
+        "NAME", one_of(*GENERATION_TYPES), "how tokens are chosen (default: greedy)", default="greedy", group=GENERATION
+    )
+    num_beams: int = flag("N", whole(1), "beams of beam_search (default: 4)", default=4, group=GENERATION)
+    top_k: int = flag("N", whole(1), "tokens that top_k chooses among (default: 50)", default=50, group=GENERATION)
+    top_p: float = flag(
+        "P", SHARE, "probability that top_p chooses among (default: 0.9)", default=0.9, group=GENERATION
+    )
+    temperature: float = flag(
+        "T", real(0, above=True), "for top_k and top_p (default: 1.0)", default=1.0, group=GENERATION
+    )
     seq_len: int | None = flag(
-        whole(2), "longest caption in tokens (default: the context length)", None, "N", GENERATION
+        "N", whole(2), "longest caption in tokens (default: the context length)", group=GENERATION
     )
 
     @property
     def generation(self) -> dict[str, Any]:
         """Options of CaptionModel.generate."""
-        return {name: getattr(self, name) for name in _GENERATE}
-
-
-_GENERATE = ("generation_type", "num_beams", "top_k", "top_p", "temperature", "seq_len")
+        names = [one.name for one in fields(GenerationOptions) if one.name != "keep_ratio"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(GenerationOptions):
     """`guess`: the chance of a right guess by kind of image. No `tasks` means all that can be done."""
 
-    data: str = flag(text, "tars, as for ov2 train --val-data, or a folder CLASS/image.jpg", MISSING, "DATA")
-    tasks: tuple[str, ...] = flag(_tasks, "what to evaluate (default: all that model and data allow)", (), "A,B,...")
-    caption_keys: tuple[CaptionKey, ...] = flag(_caption_keys, "default: txt", (CaptionKey("txt"),), "KEYS")
-    label_key: CaptionKey | None = flag(_key, "class of an image: cls, json:label", None, "ENTRY[:FIELD]")
-    group_by: CaptionKey | None = flag(_key, "report by the value of this, json:kind", None, "ENTRY[:FIELD]")
-    guess: Mapping[str, float] | None = flag(_guess, "chance of a right guess by group", None, "FILE.json")
-    batch_size: int = flag(whole(1), "images at a time", 64, "N")
-    workers: int = flag(whole(0), "data workers", 0, "N")
-    train_data: str | None = flag(text, "labelled data for linear-probe, knn, attentive-probe", None, "DATA", PROBES)
-    cache: Path | None = flag(_folder, "keep features in this folder, and read them from it", None, "FOLDER", PROBES)
+    data: str = flag("DATA", text, "tars, as for ov2 train --val-data, or a folder CLASS/image.jpg", default=MISSING)
+    tasks: tuple[str, ...] = flag(
+        "A,B,...", _tasks, "what to evaluate (default: all that model and data allow)", default=()
+    )
+    caption_keys: tuple[CaptionKey, ...] = flag("KEYS", _caption_keys, "default: txt", default=(CaptionKey("txt"),))
+    label_key: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "class of an image: cls, json:label")
+    group_by: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "report by the value of this, json:kind")
+    guess: Mapping[str, float] | None = flag("FILE.json", _guess, "chance of a right guess by group")
+    batch_size: int = flag("N", whole(1), "images at a time (default: 64)", default=64)
+    workers: int = flag("N", whole(0), "data workers (default: 0)", default=0)
+    train_data: str | None = flag("DATA", text, "labelled data for linear-probe, knn, attentive-probe", group=PROBES)
+    cache: Path | None = flag("FOLDER", _folder, "keep features in this folder, and read them from it", group=PROBES)
     feature_disk: Path | None = flag(
-        _folder, "memory-map features in this folder instead of RAM", None, "FOLDER", PROBES
+        "FOLDER", _folder, "memory-map features in this folder instead of RAM", group=PROBES
     )
     classes: Classes | None = flag(
-        _classes, "[names] or {label: name} (default: the labels of --data)", None, "FILE.json", PROBES
+        "FILE.json", _classes, "[names] or {label: name} (default: the labels of --data)", group=PROBES
     )
-    templates: tuple[str, ...] = flag(_templates, 'texts (default: "a photo of a {}.")', TEMPLATES, "FILE.json", PROBES)
-    length_normalise: bool = flag(switch, "likelihood per token, not per caption", False, group=PROBES)
+    templates: tuple[str, ...] = flag(
+        "FILE.json", _templates, 'texts (default: "a photo of a {}.")', default=TEMPLATES, group=PROBES
+    )
+    length_normalise: bool = switch_flag("likelihood per token, not per caption", group=PROBES)
     questions: Path | None = flag(
-        _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", None, "FILE", QUESTIONS
+        "FILE", _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", group=QUESTIONS
     )
-    question_images: Path | None = flag(_path, "default: the folder of FILE", None, "FOLDER", QUESTIONS)
-    question_rule: str = flag(one_of(*RULES), "rule where FILE names none", "exact", group=QUESTIONS)
-    prompt: str = flag(text, "text before the answer", PLACE, "TEXT", QUESTIONS)
-    keep_ratios: tuple[float, ...] = flag(_list(SHARE), "default: 1,0.5,0.35,0.25,0.1", (), "R,R,...", ROBUSTNESS)
-    image_sizes: tuple[int, ...] = flag(_list(whole(1)), "resolutions of image-sizes", (), "PX,PX,...", ROBUSTNESS)
-
-
-def add_flags(parser: argparse.ArgumentParser, kind: type, leave_out: Sequence[str] = ()) -> None:
-    """The fields of EvalOptions or GenerationOptions as flags; what is not given is not in the namespace."""
-    groups: dict[str, Any] = {"": parser}
-    for one in fields(kind):
-        about, name = one.metadata, f"--{kebab(one.name)}"
-        group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
-        groups[about["group"]] = group
-        shown = one.default not in (None, (), False, MISSING) and "default" not in about["help"]
-        help_text = (about["help"] + (f" (default: {one.default})" if shown else "")).replace("%", "%%")
-        more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text, "required": one.default is MISSING}
-        if one.default is False:
-            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=help_text)
-        else:
-            group.add_argument(name, metavar=about["metavar"] or "NAME", **more)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{self.prog}: {message} (`ov2 eval --help` lists the flags)")
+    question_images: Path | None = flag("FOLDER", _path, "default: the folder of FILE", group=QUESTIONS)
+    question_rule: str = flag(
+        "NAME", one_of(*RULES), "rule where FILE names none (default: exact)", default="exact", group=QUESTIONS
+    )
+    prompt: str = flag("TEXT", text, "text before the answer (default: {question})", default=PLACE, group=QUESTIONS)
+    keep_ratios: tuple[float, ...] = flag(
+        "R,R,...", _list(SHARE), "default: 1,0.5,0.35,0.25,0.1", default=(), group=ROBUSTNESS
+    )
+    image_sizes: tuple[int, ...] = flag(
+        "PX,PX,...", _list(whole(1)), "resolutions of image-sizes", default=(), group=ROBUSTNESS
+    )
 
 
 def options_of(flags: str, what: str) -> EvalOptions:
     """From a text of `ov2 eval`'s flags, as `ov2 train --eval` has it. Raises UserError that begins with `what`."""
-    parser = _Parser(prog=what, add_help=False, allow_abbrev=False)
+    parser = Parser(prog="ov2 eval", add_help=False)
     add_flags(parser, EvalOptions)
     try:
-        argv = shlex.split(flags)
-    except ValueError as error:
-        raise UserError(f"{what}: {error} in {flags!r}") from None
-    return read_options(EvalOptions, what, vars(parser.parse_args(argv)))
+        return EvalOptions(**vars(parser.parse_args(shlex.split(flags))))
+    except (UserError, ValueError) as error:  # ValueError: a quote that is not closed
+        raise UserError(f"{what} {flags!r}: {error}") from None
 
 
 def read_options(kind: type[Options], what: str, given: Mapping[str, Any]) -> Options:
@@ -188,9 +173,7 @@ def source_of(data: str) -> Source:
     """A folder of classes, or tars. Raises UserError."""
     if os.path.isdir(data):  # which no name is too long for
         return ImageFolderSource(Path(data))
-    urls, _ = expand_shards(data)
-    check_shards_exist(urls)
-    return WebDatasetSource(urls=urls, weights=None, resampled=False)
+    return WebDatasetSource(expand_shards(data)[0])
 
 
 def check_files(options: EvalOptions) -> None:

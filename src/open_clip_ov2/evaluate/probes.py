@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import Labels, hold_out, match_labels, ranks
+from open_clip_ov2.evaluate.labels import Split, hold_out, match_labels, ranks
 
 # CLIP, appendix A.3: from 1e-6 to 1e6 every two decades, then halved around the best down to 8 steps a decade.
 FIRST_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
@@ -137,13 +137,24 @@ def linear_probe(
     loss to LOSS_DIGITS; of equals in that too, the strongest. Nothing is drawn at random.
     Raises UserError, see `match_labels` and `hold_out`.
     """
-    labels = match_labels(train, test, "pooled")
-    classes = len(labels.names)
+    labels = match_labels(train, test)
+
+    def fitted(split: Split, regulariser: float, max_iterations: int) -> LinearModel:
+        x_MD, classes = train.values[split.rows], len(labels.names)
+        return fit(x_MD, split.classes_M, classes, regulariser, device=device, max_iterations=max_iterations)
+
     sweep: dict[float, tuple[float, float]] = {}
     if regulariser is None:
-        best, sweep = search(_held_out_score(train, labels, device))
+        to_fit, held = hold_out(labels.train, HELD_OUT)
+
+        def score(exponent: float) -> tuple[float, float]:
+            logits_MC = fitted(to_fit, 10**exponent, SEARCH_ITERATIONS).logits(train.values[held.rows])
+            top1 = (ranks(logits_MC, held.classes_M) == 0).double().mean().item()
+            return top1, -round(F.cross_entropy(logits_MC, held.classes_M).item(), LOSS_DIGITS)
+
+        best, sweep = search(score)
         regulariser = 10**best
-    model = fit(train.values[labels.train.rows], labels.train.classes_M, classes, regulariser, device=device)
+    model = fitted(labels.train, regulariser, MAX_ITERATIONS)
     places_M = ranks(model.logits(test.values[labels.test.rows]), labels.test.classes_M)
     return {
         **labels.result(places_M),
@@ -152,21 +163,3 @@ def linear_probe(
         "converged": model.converged,
         "sweep": [{"regulariser": 10**exponent, "held_out_top1": top1} for exponent, (top1, _) in sweep.items()],
     }
-
-
-def _held_out_score(
-    train: Features, labels: Labels, device: torch.device | str
-) -> Callable[[float], tuple[float, float]]:
-    """From an exponent to (share right, minus mean cross-entropy) of the held-out part."""
-    to_fit, held = hold_out(labels.train, HELD_OUT)
-    x_MD, held_MD = train.values[to_fit.rows], train.values[held.rows]
-
-    def score(exponent: float) -> tuple[float, float]:
-        found = fit(
-            x_MD, to_fit.classes_M, len(labels.names), 10**exponent, device=device, max_iterations=SEARCH_ITERATIONS
-        )
-        logits_MC = found.logits(held_MD)
-        top1 = (ranks(logits_MC, held.classes_M) == 0).double().mean().item()
-        return top1, -round(F.cross_entropy(logits_MC, held.classes_M).item(), LOSS_DIGITS)
-
-    return score

@@ -9,24 +9,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError, unknown_key
-from open_clip_ov2.evaluate import zero_shot
 from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe
 from open_clip_ov2.evaluate.caption_loss import caption_loss
 from open_clip_ov2.evaluate.eval_job import EvalJob
-from open_clip_ov2.evaluate.eval_model import Ability, lacking
+from open_clip_ov2.evaluate.eval_model import Ability, EvalModel, lacking
 from open_clip_ov2.evaluate.extraction import Kind
+from open_clip_ov2.evaluate.gathering import gathered_keys
 from open_clip_ov2.evaluate.knn import knn
 from open_clip_ov2.evaluate.options import ALL, EvalOptions
 from open_clip_ov2.evaluate.probes import linear_probe
 from open_clip_ov2.evaluate.text.captioning import caption_scores
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.evaluate.text.reading import reading_scores
+from open_clip_ov2.evaluate.zero_shot import (
+    RECALL_AT,
+    contrastive_retrieval,
+    likelihood_retrieval,
+    zero_shot_contrastive,
+    zero_shot_likelihood,
+)
 
 Result = Mapping[str, Any]
 KEEP_RATIOS = (1.0, 0.5, 0.35, 0.25, 0.1)  # 0.35 and 0.25 are the paper's
@@ -63,9 +71,21 @@ class Task:
         return None
 
 
-def _caption_loss(job: EvalJob) -> dict[str, Any]:
-    loader = job.captioned()
-    return job.with_skips(loader, caption_loss(job.model, loader, job.place.world_size))
+def _on(
+    samples: Callable[[EvalJob], EvalLoader], measure: Callable[[EvalModel, EvalLoader, EvalOptions], dict[str, Any]]
+) -> Callable[[EvalJob], dict[str, Any]]:
+    """A task that measures something on a job's captioned or labelled samples, with the keys of unusable ones."""
+
+    def compute(job: EvalJob) -> dict[str, Any]:
+        loader = samples(job)
+        found = measure(job.model, loader, job.options)
+        return {**found, "skipped_samples": gathered_keys(loader.skipped_keys)}
+
+    return compute
+
+
+def _caption_loss(model: EvalModel, loader: EvalLoader, options: EvalOptions) -> dict[str, Any]:
+    return caption_loss(model, loader)
 
 
 def _loss_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -73,7 +93,7 @@ def _loss_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 def _shuffled_loss(job: EvalJob) -> dict[str, Any]:
-    return caption_loss(job.model, job.with_shuffled_images(), job.place.world_size)
+    return caption_loss(job.model, job.with_shuffled_images())
 
 
 def _shuffled_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -98,8 +118,7 @@ def _caption_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 def _read_text(job: EvalJob) -> dict[str, Any]:
-    generated, true, kinds, keys = ({index: row[at] for index, row in job.generated.items()} for at in (3, 2, 1, 0))
-    scores = reading_scores(generated, true, kinds, keys).as_json()
+    scores = reading_scores(job.generated.values())
     for kind, found in scores["by_kind"].items():
         guess = (job.options.guess or {}).get(kind)
         found["times_guessing"] = found["exact_match"] / guess if guess else None
@@ -132,17 +151,14 @@ def _questions(job: EvalJob) -> dict[str, Any]:
     options, model = job.options, job.model
     assert options.questions is not None
     longest = options.seq_len or model.tokenize([""]).shape[1]
-    scores = answer_questions(
+    return answer_questions(
         read_questions(options.questions, options.question_images, options.question_rule),
         lambda images_BCHW, keys, prompts: model.generate(images_BCHW, keys, prompts, **options.generation),
         model.preprocess,
         batch_size=options.batch_size,
         prompt=options.prompt,
         room=lambda prompt: longest - int(model.num_targets(model.tokenize([prompt]))),
-        rank=job.place.rank,
-        world_size=job.place.world_size,
     )
-    return scores.as_json()
 
 
 def _questions_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -160,44 +176,14 @@ def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Task:
     return Task(compute=compute, line=_top1_line, needs=("features",), flags=("train_data",))
 
 
-def _likelihood(job: EvalJob) -> dict[str, Any]:
-    options, loader = job.options, job.labelled()
-    found = zero_shot.zero_shot_likelihood(
-        job.model, loader, options.classes, options.templates,
-        length_normalise=options.length_normalise, world_size=job.place.world_size,
-    )  # fmt: skip
-    return job.with_skips(loader, found)
-
-
-def _zero_shot(job: EvalJob) -> dict[str, Any]:
-    options, loader, world_size = job.options, job.labelled(), job.place.world_size
-    found = zero_shot.zero_shot_contrastive(
-        job.model, loader, options.classes, options.templates, world_size=world_size
-    )
-    return job.with_skips(loader, found)
-
-
 def _top1_line(found: Result, results: Mapping[str, Result]) -> str:
     top5 = "" if found["top5"] is None else f", top-5 {found['top5']:.1%}"
     return f"top-1 {found['top1']:.1%}{top5} of {found['n_test']:,} images, {found['n_classes']} classes"
 
 
-def _likelihood_retrieval(job: EvalJob) -> dict[str, Any]:
-    loader, normalise = job.captioned(), job.options.length_normalise
-    world_size = job.place.world_size
-    found = zero_shot.likelihood_retrieval(job.model, loader, length_normalise=normalise, world_size=world_size)
-    return job.with_skips(loader, found)
-
-
-def _retrieval(job: EvalJob) -> dict[str, Any]:
-    loader = job.captioned()
-    found = zero_shot.contrastive_retrieval(job.model, loader, world_size=job.place.world_size)
-    return job.with_skips(loader, found)
-
-
 def _recall_line(found: Result, results: Mapping[str, Result]) -> str:
     def recalls(name: str) -> str:
-        shares = {k: found[f"{name}_recall_at_{k}"] for k in (1, 5, 10)}
+        shares = {k: found[f"{name}_recall_at_{k}"] for k in RECALL_AT}
         return ", ".join(f"R@{k} {share:.1%}" for k, share in shares.items() if share is not None)
 
     return f"image to text {recalls('image_to_text')}; text to image {recalls('text_to_image')}"
@@ -208,13 +194,12 @@ def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for ratio in sorted(set(job.options.keep_ratios or KEEP_RATIOS)):
         try:
-            model = job.model.with_keep_ratio(ratio)
+            at = EvalJob(job.model, replace(job.options, keep_ratio=ratio))
         except UserError:
             if job.options.keep_ratios:
                 raise
             continue
-        loader = job.captioned()
-        rows[f"{ratio:g}"] = job.with_skips(loader, caption_loss(model, loader, job.place.world_size))
+        rows[f"{ratio:g}"] = TASKS["caption-loss"].compute(at)
     return {"by_keep_ratio": rows}
 
 
@@ -227,7 +212,7 @@ def _image_sizes(job: EvalJob) -> dict[str, Any]:
     """By resolution: caption loss where the model captions, k-NN where there is labelled training data."""
     rows: dict[str, Any] = {}
     for size in sorted(set(job.options.image_sizes)):  # one model at a time in memory
-        at, found, errors = job.of(job.model.with_image_size(size)), {}, []
+        at, found, errors = EvalJob(job.model.with_image_size(size), job.options), {}, []
         for name in ("caption-loss", "knn"):
             if TASKS[name].obstacle(at.model.name, at.model.abilities, at.options) is None:
                 try:
@@ -250,16 +235,20 @@ def _image_sizes_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 TASKS: Mapping[str, Task] = {
-    "caption-loss": Task(compute=_caption_loss, line=_loss_line, needs=("caption",)),
+    "caption-loss": Task(compute=_on(EvalJob.captioned, _caption_loss), line=_loss_line, needs=("caption",)),
     "shuffled-loss": Task(compute=_shuffled_loss, line=_shuffled_line, needs=("caption",)),
     "caption": Task(compute=_caption, line=_caption_line, needs=("caption",), module="pycocoevalcap"),
     "read-text": Task(compute=_read_text, line=_reading_line, needs=("caption",), table=_reading_table),
-    "likelihood": Task(compute=_likelihood, line=_top1_line, needs=("caption",), labels=True),
-    "likelihood-retrieval": Task(
-        compute=_likelihood_retrieval, line=_recall_line, needs=("caption",), named_only=True
+    "likelihood": Task(
+        compute=_on(EvalJob.labelled, zero_shot_likelihood), line=_top1_line, needs=("caption",), labels=True
     ),
-    "zero-shot": Task(compute=_zero_shot, line=_top1_line, needs=("contrast",), labels=True),
-    "retrieval": Task(compute=_retrieval, line=_recall_line, needs=("contrast",)),
+    "likelihood-retrieval": Task(
+        compute=_on(EvalJob.captioned, likelihood_retrieval), line=_recall_line, needs=("caption",), named_only=True
+    ),
+    "zero-shot": Task(
+        compute=_on(EvalJob.labelled, zero_shot_contrastive), line=_top1_line, needs=("contrast",), labels=True
+    ),
+    "retrieval": Task(compute=_on(EvalJob.captioned, contrastive_retrieval), line=_recall_line, needs=("contrast",)),
     "questions": Task(compute=_questions, line=_questions_line, needs=("caption",), flags=("questions",)),
     "linear-probe": _probe(linear_probe, "pooled"),
     "knn": _probe(knn, "pooled"),
@@ -268,7 +257,7 @@ TASKS: Mapping[str, Task] = {
     "image-sizes": Task(
         compute=_image_sizes, line=_image_sizes_line, needs=("features", "resizing"), flags=("image_sizes",)
     ),
-}  # fmt: skip
+}
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from functools import reduce
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from open_clip_ov2.data.skips import EMPTY_CAPTION, Skipped, summary
@@ -20,132 +18,85 @@ from open_clip_ov2.evaluate.text.normalise import NUMBER_WORDS, detokenized, edi
 from open_clip_ov2.evaluate.text.question_answering import RELAXED_TOLERANCE
 
 COUNT = "count"  # the name of numbers that are written as words
+TEXT_AFTER = "the word"  # what rendered text follows in a caption
+# Rates, and the counts whose quotients they are.
+RATES = {
+    "exact_match": ("exact", "pictures"),
+    "character_error_rate": ("letter_edits", "letters"),
+    "word_error_rate": ("word_edits", "words"),
+    "text_exact_match": ("texts_exact", "texts"),  # of pictures of a rendered word
+    "text_character_error_rate": ("text_edits", "text_letters"),
+    "number_accuracy": ("numbers_exact", "numbers"),
+    "number_relaxed_accuracy": ("numbers_relaxed", "numbers"),  # within 5%
+    "all_numbers_exact": ("all_numbers_exact", "with_numbers"),  # of pictures with numbers: none too many or too few
+}
 _NUMBER_OR_WORD = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?%?|[^\W\d_]+")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Counts over pictures; a kind's rates are quotients of them."""
+def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
+    """Rates of all pictures and `by_kind`, JSON-ready; each row is a picture's key, kind, true and generated caption.
 
-    pictures: int = 0
-    exact: int = 0
-    letters: int = 0
-    letter_edits: int = 0
-    words: int = 0
-    word_edits: int = 0
-    texts: int = 0  # pictures of a rendered word
-    texts_exact: int = 0
-    text_letters: int = 0
-    text_edits: int = 0
-    numbers: int = 0
-    numbers_exact: int = 0
-    numbers_relaxed: int = 0  # within 5%
-    with_numbers: int = 0  # pictures that have numbers
-    all_numbers_exact: int = 0  # of those, without a number too many or too few
-
-    def __add__(self, other: Reading) -> Reading:
-        return Reading(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
-
-    def rates(self) -> dict[str, Any]:
-        """JSON-ready; a rate of nothing is None. Error rates can exceed 1."""
-
-        def share(part: int, whole: int) -> float | None:
-            return part / whole if whole else None
-
-        return {
-            "pictures": self.pictures,
-            "exact_match": share(self.exact, self.pictures),
-            "character_error_rate": share(self.letter_edits, self.letters),
-            "word_error_rate": share(self.word_edits, self.words),
-            "texts": self.texts,
-            "text_exact_match": share(self.texts_exact, self.texts),
-            "text_character_error_rate": share(self.text_edits, self.text_letters),
-            "numbers": self.numbers,
-            "number_accuracy": share(self.numbers_exact, self.numbers),
-            "number_relaxed_accuracy": share(self.numbers_relaxed, self.numbers),
-            "all_numbers_exact": share(self.all_numbers_exact, self.with_numbers),
-        }
-
-
-@dataclass(frozen=True)
-class ReadingScores:
-    by_kind: dict[str, Reading]
-    overall: Reading
-    skipped: tuple[Skipped, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        rows = {kind: reading.rates() for kind, reading in self.by_kind.items()}
-        skipped = [{"key": one.key, "cause": one.cause} for one in self.skipped]
-        return {**self.overall.rates(), "by_kind": rows, "skipped": skipped}
-
-
-def reading_scores(
-    generated: Mapping[int, str],
-    true: Mapping[int, str],
-    kinds: Mapping[int, str] | None = None,
-    keys: Mapping[int, str] | None = None,
-    text_after: str = "the word",
-) -> ReadingScores:
-    """Generated against true captions, by the picture's index. `text_after` is what rendered text follows in a caption.
-
-    A picture whose true caption is empty is skipped under its key (`keys`, else its index).
-    Raises UserError if all are; ValueError if the indices of the two differ.
+    A picture whose true caption is empty is skipped under its key. Raises UserError if all are.
     """
-    if generated.keys() != true.keys():
-        raise ValueError(f"generated and true captions differ in {sorted(generated.keys() ^ true.keys())[:5]}")
-    skipped = tuple(
-        Skipped(keys[index] if keys else str(index), EMPTY_CAPTION) for index in sorted(true) if not true[index].strip()
-    )
-    read = {index: read_one(generated[index], true[index], text_after) for index in sorted(true) if true[index].strip()}
-    if not read:
+    overall: Counter[str] = Counter()
+    by_kind: dict[str, Counter[str]] = {}
+    skipped: list[Skipped] = []
+    for key, kind, true, generated in rows:
+        if not true.strip():
+            skipped.append(Skipped(key, EMPTY_CAPTION))
+            continue
+        counts = read_one(generated, true)
+        overall.update(counts)
+        if kind:
+            by_kind.setdefault(kind, Counter()).update(counts)
+    if not overall:
         raise UserError(f"no picture has a caption to be read ({summary(skipped) or 'no picture at all'})")
-    by_kind: dict[str, Reading] = {}
-    for index, reading in read.items():
-        if kinds and kinds[index]:
-            by_kind[kinds[index]] = by_kind.get(kinds[index], Reading()) + reading
-    return ReadingScores(dict(sorted(by_kind.items())), reduce(Reading.__add__, read.values()), skipped)
+    return {
+        **rates(overall),
+        "by_kind": {kind: rates(counts) for kind, counts in sorted(by_kind.items())},
+        "skipped": [{"key": one.key, "cause": one.cause} for one in skipped],
+    }
 
 
-def read_one(generated: str, true: str, text_after: str) -> Reading:
+def rates(counts: Mapping[str, int]) -> dict[str, Any]:
+    """JSON-ready; a rate of nothing is None. Error rates can exceed 1."""
+    totals = {name: counts[name] for name in ("pictures", "texts", "numbers")}
+    return totals | {
+        name: counts[part] / counts[whole] if counts[whole] else None for name, (part, whole) in RATES.items()
+    }
+
+
+def read_one(generated: str, true: str) -> Counter[str]:
     """One picture's counts."""
     letters, given = (plain(text).replace(" ", "") for text in (true, generated))
     words, given_words = plain(true).split(), plain(detokenized(generated)).split()
-    return Reading(
+    counts = Counter(
         pictures=1,
         exact=int(letters == given),
         letters=len(letters),
         letter_edits=edit_distance(letters, given),
         words=len(words),
         word_edits=edit_distance(words, given_words),
-        **_text_counts(rendered_text(generated, text_after), rendered_text(true, text_after)),
-        **_number_counts(numbers(generated), numbers(true)),
     )
+    if text := rendered_text(true):
+        edits = edit_distance(text, rendered_text(generated) or "")  # a caption that tells of no text has read none
+        counts.update(texts=1, texts_exact=int(not edits), text_letters=len(text), text_edits=edits)
+    if wanted := numbers(true):
+        found = numbers(generated)
+        pairs = [(found[name], value) for name, value in wanted.items() if name in found]
+        counts.update(
+            numbers=len(wanted),
+            numbers_exact=sum(given == value for given, value in pairs),
+            numbers_relaxed=sum(abs(given - value) <= RELAXED_TOLERANCE * abs(value) for given, value in pairs),
+            with_numbers=1,
+            all_numbers_exact=int(found == wanted),
+        )
+    return counts
 
 
-def _text_counts(generated: str | None, true: str | None) -> dict[str, int]:
-    if not true:
-        return {}
-    given = generated or ""  # a caption that tells of no text has read none
-    edits = edit_distance(true, given)
-    return {"texts": 1, "texts_exact": int(not edits), "text_letters": len(true), "text_edits": edits}
-
-
-def _number_counts(generated: Mapping[Any, float], true: Mapping[Any, float]) -> dict[str, int]:
-    if not true:
-        return {}
-    pairs = [(generated[name], value) for name, value in true.items() if name in generated]
-    return {
-        "numbers": len(true),
-        "numbers_exact": sum(given == value for given, value in pairs),
-        "numbers_relaxed": sum(abs(given - value) <= RELAXED_TOLERANCE * abs(value) for given, value in pairs),
-        "with_numbers": 1,
-        "all_numbers_exact": int(generated == true),
-    }
-
-
-def rendered_text(caption: str, after: str) -> str | None:
-    """What follows `after`, its letters joined (the demo spells: "the word c a t" is cat); None without `after`."""
-    _, found, text = f"{plain(caption)} ".partition(f"{plain(after)} ")
+def rendered_text(caption: str) -> str | None:
+    """What follows TEXT_AFTER, its letters joined (the demo spells: "the word c a t" is cat); None without that."""
+    _, found, text = f"{plain(caption)} ".partition(f"{TEXT_AFTER} ")
     return text.replace(" ", "") if found else None
 
 

@@ -151,7 +151,7 @@ class FeatureModel:
         raise self._cannot("compare pictures and texts")
 
     def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
-        raise self._cannot("drop tokens")
+        raise self._cannot("drop tokens (--keep-ratio)")
 
     def with_image_size(self, image_size: int) -> EvalModel:
         if self.reopen is None:

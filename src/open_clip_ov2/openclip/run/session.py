@@ -77,7 +77,7 @@ class Session:
                 resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
             ),
             self.console,
-            gather=self._gathered,
+            gather=gathered_counts,
         )
         if state:
             self.monitor.restore(state["monitor"])
@@ -122,9 +122,6 @@ class Session:
     def check_saved(self, what: str) -> None:
         """Wait for rank 0's file. Raises RunFailed on every rank if the newest checkpoint was not written."""
         self.on_rank_0(self.writer.check_saved if self.writer else str, what)
-
-    def _gathered(self, counts: dict[str, int]) -> dict[str, int]:
-        return gathered_counts(counts, self.world_size)
 
     def _shared(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

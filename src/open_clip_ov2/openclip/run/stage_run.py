@@ -175,7 +175,7 @@ class StageRun:
                 stock_args = (model, loss, epoch, optimizer, scaler, scheduler, dist_model)
                 steps_done = progress.steps_in_epoch
                 baselines.stock_epoch(original, feed, *stock_args, steps_done=steps_done, run_args=args)
-            monitor.end_epoch(gathered_counts(monitor.epoch_skips, args.world_size))
+            monitor.end_epoch(gathered_counts(monitor.epoch_skips))
             if not any(split in data for split in VALIDATIONS):  # otherwise `main` calls `evaluate` next
                 self._end_epoch(args)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss
-from open_clip_ov2.evaluate.eval_job import EvalJob, Place
+from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.evaluation import headlines, run_tasks
 from open_clip_ov2.evaluate.options import options_of
 from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
@@ -43,7 +43,7 @@ class Validation:
         metrics: dict[str, float] = {}
         with self._eager():
             if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
-                metrics = caption_loss(as_eval_model(model, self.built.tokenizer, compute), loader, compute.world_size)
+                metrics = caption_loss(as_eval_model(model, self.built.tokenizer, compute), loader)
                 if self.session.agreement.now(loader.stopped):
                     logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                     return {}
@@ -77,7 +77,7 @@ class Validation:
         options = options_of(self.session.plan.options.eval, "--eval")
         with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
             try:
-                job = EvalJob(evaluated, options, Place(self.session.rank, compute.world_size))
+                job = EvalJob(evaluated, options)
                 return headlines(run_tasks(job, say=logger.info))
             except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
                 logger.error("--eval: %s; training continues without these figures", error)
