@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from open_clip_ov2.cli import main
+from open_clip_ov2.tracking.status import Status, write_status
 
 NANO = ["--model", "ov2-vit-nano-8", "--force-image-size", "24", "--train-num-samples", "32"]
 SLIPS = {  # before `--`, after it, what the line says
@@ -87,10 +89,33 @@ def test_a_dry_run_of_a_sweep_shows_one_array(
 def test_jobs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["jobs"]) == 0
-    assert "no submitted runs here" in capsys.readouterr().out
+    assert "no runs in logs" in capsys.readouterr().out
+    for words in (["jobs", "nowhere"], ["jobs", "--logs", "nowhere"], ["jobs", "cancle"]):
+        assert main(words) == 2
+        assert f"{words[-1]}: no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["jobs", "empty"]) == 0
+    assert "no runs in empty" in capsys.readouterr().out
     assert main(["jobs", "logs", "x"]) == 2
     assert "x: no submitted run" in capsys.readouterr().err
     assert main(["jobs", "cancel"]) == 2
     assert "RUN is missing" in capsys.readouterr().err
     assert main(["sweep", "nowhere.toml"]) == 2
     assert "nowhere.toml: cannot be read" in capsys.readouterr().err
+
+
+def test_jobs_of_a_folder_shows_runs_that_nobody_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run, of a folder of runs, and of one above it, as a sweep has them. Oracle: what the runs have recorded."""
+    for name, told in (("one", Status("finished", 1, 1, 48, 48, loss=1.25)), ("two", Status("failed", reason="NaN"))):
+        write_status(tmp_path / "logs" / name, told)
+    assert main(["jobs", str(tmp_path / "logs" / "one")]) == 0
+    out = capsys.readouterr().out
+    assert "48 / 48" in out
+    assert "1.250" in out
+    for folder in (tmp_path / "logs", tmp_path):
+        assert main(["jobs", str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert "finished" in out
+        assert "two: failed: NaN" in out
+    assert main(["jobs", str(tmp_path), "--json"]) == 0
+    assert [one["status"]["state"] for one in json.loads(capsys.readouterr().out)] == ["finished", "failed"]

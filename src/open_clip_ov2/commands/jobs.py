@@ -1,4 +1,4 @@
-"""`ov2 jobs`: the state of submitted runs; their logs; cancel and resubmit them."""
+"""`ov2 jobs`: the state of runs; logs of submitted ones; cancel and resubmit them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,21 +14,25 @@ from rich.console import Console
 from rich.table import Table
 
 from open_clip_ov2.argv import Parser
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, nearest
 from open_clip_ov2.launch import state
 from open_clip_ov2.launch.queue import cancel
 from open_clip_ov2.launch.state import RunState
+from open_clip_ov2.tracking import status as run_status
+from open_clip_ov2.tracking.status import Status, read_status
 
 DESCRIPTION = """\
-ov2 jobs                 list the submitted runs: state, stage, samples, loss, images/s, restarts, why one failed
+ov2 jobs [FOLDER]        list runs: state, stage, samples, loss, images/s, restarts, why one failed
 ov2 jobs logs RUN        print the log of a rank
 ov2 jobs cancel RUN      end the run; its checkpoints stay
 ov2 jobs resubmit RUN    submit the same run again; it continues from its last checkpoint
 
-RUN is a run's folder or name."""
+FOLDER is that of a run, of a sweep or of many runs (default: logs), RUN a run's folder or name."""
+_ACTIONS = ("logs", "cancel", "resubmit")
 _STYLES = {
     state.RUNNING: "green", state.STARTING: "green", state.FINISHED: "bold green", state.QUEUED: "cyan",
     state.FAILED: "bold red", state.DIED: "bold red", state.CANCELLED: "yellow", state.STOPPED: "yellow",
+    run_status.INTERRUPTED: "yellow",
 }  # fmt: skip
 _SILENT_S = 600  # ours: a healthy run updates its status more often, so a longer silence may be a hang
 
@@ -36,8 +40,11 @@ _SILENT_S = 600  # ours: a healthy run updates its status more often, so a longe
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     logs = args.logs or [Path("logs")]
-    if args.action is None:
-        show(state.find(logs), args.json)
+    if args.action not in _ACTIONS:
+        folders = [Path(args.action)] if args.action else logs
+        _check_folders(folders if args.action or args.logs else [], args.action)
+        submitted = state.find(folders)
+        show(submitted, _started_by_hand(folders, submitted), folders, args.json)
         return
     if args.run is None:
         raise UserError(f"ov2 jobs {args.action}: RUN is missing: a run's folder or name (`ov2 jobs` lists them)")
@@ -55,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 jobs", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("action", nargs="?", choices=("logs", "cancel", "resubmit"), help="default: list the runs")
+    parser.add_argument(
+        "action", nargs="?", metavar="ACTION|FOLDER", help=f"{', '.join(_ACTIONS)}; default: list the runs of FOLDER"
+    )
     parser.add_argument("run", nargs="?", metavar="RUN")
     parser.add_argument(
         "--logs", type=Path, action="append", metavar="FOLDER", help="folder of the runs (default: logs)"
@@ -66,35 +75,63 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(runs: list[RunState], as_json: bool) -> None:
+def _check_folders(folders: Sequence[Path], action: str | None) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            hint = f", and no action of this name{nearest(action, _ACTIONS)}" if action else ""
+            raise UserError(f"{folder}: no such folder{hint} (actions: {', '.join(_ACTIONS)})")
+
+
+def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> dict[Path, Status]:
+    """Runs of `ov2 train` in the same places that nobody submitted."""
+    known = {run.run_dir.absolute() for run in submitted}
+    found = {}
+    for folder in folders:
+        for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
+            status = read_status(path)
+            if status is not None and path.absolute() not in known:
+                found[path] = status
+    return found
+
+
+def show(submitted: Sequence[RunState], by_hand: Mapping[Path, Status], folders: Sequence[Path], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([_record(run) for run in runs], indent=1))
+        others = [
+            {"name": path.name, "run_dir": str(path), "status": asdict(status)} for path, status in by_hand.items()
+        ]
+        print(json.dumps([*(_record(run) for run in submitted), *others], indent=1))
         return
-    if not runs:
-        print("no submitted runs here (`ov2 submit` makes one; --logs FOLDER looks elsewhere)")
+    if not submitted and not by_hand:
+        where = ", ".join(map(str, folders))
+        print(f"no runs in {where} (`ov2 train` and `ov2 submit` make them; `ov2 jobs FOLDER` looks elsewhere)")
         return
     console = Console()
     table = Table("run", "job", "state", "stage", "samples", "loss", "images/s", "restarts", box=None, pad_edge=False)
-    for run in runs:
-        table.add_row(*_row(run))
+    for run in submitted:
+        spec = run.spec
+        table.add_row(spec.name, run.job_id, *_row(run.state, run.status, spec.stages, spec.total_samples, run.alive))
+    for path, status in by_hand.items():
+        alive = status.state == run_status.RUNNING
+        table.add_row(path.name, "by hand", *_row(status.state, status, status.stages, status.total_samples, alive))
     console.print(table)
-    for run in runs:
-        if run.reason:
-            console.print(f"{run.spec.name}: {run.state}: {run.reason}", markup=False, highlight=False, soft_wrap=True)
+    reasons = [(run.spec.name, run.state, run.reason) for run in submitted]
+    reasons += [(path.name, status.state, status.reason) for path, status in by_hand.items()]
+    for name, now, reason in reasons:
+        if reason:
+            console.print(f"{name}: {now}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(run: RunState) -> tuple[str, ...]:
-    status, total = run.status, f"{run.spec.total_samples:,}"
-    name, shown = run.spec.name, f"[{_STYLES[run.state]}]{run.state}[/]"
+def _row(now: str, status: Status | None, stages: int, total: int, alive: bool) -> tuple[str, ...]:
+    shown = f"[{_STYLES[now]}]{now}[/]"
     if status is None:
-        return name, run.job_id, shown, "", f"0 / {total}", "", "", ""
+        return shown, "", f"0 / {total:,}", "", "", ""
     loss = "" if status.loss is None else f"{status.loss:.3f}"
-    speed = "" if status.images_per_second is None or not run.alive else f"{status.images_per_second:,.0f}"
+    speed = "" if status.images_per_second is None or not alive else f"{status.images_per_second:,.0f}"
     silent_s = time.time() - status.updated
-    if run.state == state.RUNNING and silent_s > _SILENT_S:
+    if now == state.RUNNING and silent_s > _SILENT_S:
         shown += f" (silent for {silent_s / 60:.0f} min)"
-    stage, samples = f"{status.stage} of {run.spec.stages}", f"{status.samples_seen:,} / {total}"
-    return name, run.job_id, shown, stage, samples, loss, speed, str(status.restarts)
+    samples = f"{status.samples_seen:,} / {total:,}"
+    return shown, f"{status.stage} of {stages}", samples, loss, speed, str(status.restarts)
 
 
 def _record(run: RunState) -> dict[str, object]:
