@@ -39,15 +39,15 @@ def images(size: int = 56, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
-def make_run(folder: Path, patch_size: int = 14, mean: float | None = None) -> Run:
+def make_run(folder: Path, patch_size: int = 14, mean: float | None = None, sides: list[int] | None = None) -> Run:
     """Word pieces and a prefix decoder, so that every target takes all of it. MLP ratio as So400m's. With `mean`, that
-    of all channels in place of ImageNet's."""
+    of all channels in place of ImageNet's; `sides`: height and width of an image."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     model_cfg = {
         "embed_dim": 64,
         "vision_cfg": {
-            "image_size": 4 * patch_size, "layers": 3, "width": 64, "head_width": 16, "mlp_ratio": 3.7362,
+            "image_size": sides or 4 * patch_size, "layers": 3, "width": 64, "head_width": 16, "mlp_ratio": 3.7362,
             "patch_size": patch_size,
         },
         "text_cfg": {

@@ -76,11 +76,10 @@ class Encoder:
         return self.state["proj"].shape[1]
 
     @property
-    def square_size(self) -> int:
-        """The side, for formats that support square images only. Raises UserError."""
-        if self.image_size[0] != self.image_size[1]:
-            raise UserError(f"this format supports square images only, and the encoder's are {self.image_size}")
-        return self.image_size[0]
+    def config_size(self) -> int | list[int]:
+        """As configs have it: the side of a square, or height and width."""
+        height, width = self.image_size
+        return height if height == width else [height, width]
 
     def renamed(self, blocks: str, parts: Mapping[str, str | tuple[str, str, str]]) -> dict[str, Tensor]:
         """Tensors of all blocks under another library's names.

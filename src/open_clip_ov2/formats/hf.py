@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import EPS, Encoder
 from open_clip_ov2.formats.model_files import write_tensors
@@ -50,7 +51,7 @@ def config(encoder: Encoder) -> dict[str, Any]:
         "num_attention_heads": encoder.heads,
         "intermediate_size": encoder.mlp_width,
         "layer_norm_eps": EPS,
-        "image_size": encoder.square_size,
+        "image_size": encoder.config_size,
         "patch_size": encoder.patch_size,
         "pooler_act": "linear",
         "torch_dtype": "float32",
@@ -58,15 +59,22 @@ def config(encoder: Encoder) -> dict[str, Any]:
 
 
 def image_processor(encoder: Encoder) -> dict[str, Any]:
-    """CLIP's processor resizes the short side and crops the center; its name does not refer to the model."""
-    side, pre = encoder.square_size, encoder.preprocessing
+    """CLIP's processor resizes the short side and crops the center; its name does not refer to the model. Raises
+    UserError for images that are not square: there the sides' ratio says which side is resized, and the processor
+    does not know that."""
+    (height, width), pre = encoder.image_size, encoder.preprocessing
     squash = pre.resize_mode == "squash"
+    if height != width and not squash:
+        raise UserError(
+            f"transformers' image processor cannot prepare images of {height} x {width}: it resizes the short side, "
+            "whatever their ratio; --to timm, onnx, open-clip or ov2 can, or give a square --image-size"
+        )
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
         "resample": _RESAMPLE[pre.interpolation],
         "do_center_crop": not squash,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": {"height": height, "width": width},
         "image_mean": list(pre.mean),
         "image_std": list(pre.std),
     }

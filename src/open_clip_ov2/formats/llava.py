@@ -38,6 +38,7 @@ def write(
         raise UserError("--to llava needs --language-model DIR, the folder of a causal language model")
     if not -encoder.layers <= feature_layer <= -1:
         raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
+    image_processor = hf.image_processor(encoder)
     transformers = _transformers()
     text_model, tokenizer = _language_model(transformers, language_model)
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
@@ -54,7 +55,7 @@ def write(
     model = transformers.LlavaForConditionalGeneration(config)
     _take_weights(transformers, model, encoder, text_model)
     model.save_pretrained(folder)
-    _write_processor(transformers, encoder, tokenizer, folder)
+    _write_processor(transformers, image_processor, encoder.patch_size, tokenizer, folder)
     dtype = str(model.dtype).removeprefix("torch.")
     return [
         f"the projector is new; it sees {encoder.num_tokens} image tokens of vision_feature_layer {feature_layer}; all "
@@ -106,12 +107,14 @@ def _take_weights(transformers: Any, model: Any, encoder: Encoder, text_model: A
         model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
 
 
-def _write_processor(transformers: Any, encoder: Encoder, tokenizer: Any, folder: Path) -> None:
-    settings = {key: value for key, value in hf.image_processor(encoder).items() if key != "image_processor_type"}
+def _write_processor(
+    transformers: Any, settings: dict[str, Any], patch_size: int, tokenizer: Any, folder: Path
+) -> None:
+    settings = {key: value for key, value in settings.items() if key != "image_processor_type"}
     processor = transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(**settings),
         tokenizer=tokenizer,
-        patch_size=encoder.patch_size,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which the strategy then drops
     )

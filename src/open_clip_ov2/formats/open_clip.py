@@ -40,7 +40,7 @@ def write_whole(source: ExportSource, folder: Path) -> None:
 def vision_cfg(encoder: Encoder) -> dict[str, Any]:
     """The `vision_cfg` of this encoder in every OpenCLIP config."""
     return {
-        "image_size": encoder.square_size,
+        "image_size": encoder.config_size,
         "layers": encoder.layers,
         "width": encoder.width,
         "head_width": encoder.width // encoder.heads,

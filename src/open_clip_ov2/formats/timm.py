@@ -42,14 +42,14 @@ def write(source: ExportSource, folder: Path) -> None:
 
 
 def config(encoder: Encoder) -> dict[str, Any]:
-    side, pre = encoder.square_size, encoder.preprocessing
+    pre = encoder.preprocessing
     return {
         "architecture": _ENTRIES.get((encoder.width, encoder.patch_size), _NEAREST),
         "num_classes": encoder.output_width,
         "num_features": encoder.width,
         "global_pool": "avg",
         "model_args": {
-            "img_size": side,
+            "img_size": encoder.config_size,
             "patch_size": encoder.patch_size,
             "embed_dim": encoder.width,
             "depth": encoder.layers,
@@ -60,7 +60,7 @@ def config(encoder: Encoder) -> dict[str, Any]:
             "fc_norm": True,
         },
         "pretrained_cfg": {
-            "input_size": [3, side, side],
+            "input_size": [3, *encoder.image_size],
             "fixed_input_size": True,
             "crop_pct": 1.0,
             "crop_mode": "squash" if pre.resize_mode == "squash" else "center",
