@@ -163,7 +163,7 @@ ATTENTION = "img_encoder/Transformer/encoderblock_0/MultiHeadDotProductAttention
         (lambda flat: flat, [], "--heads is missing"),
         (lambda flat: flat, ["--heads", "3", "--decoder-heads", "2"], "--heads 3: does not divide"),
         (lambda flat: flat, [*HEADS, "--fusion", "cross_attn"], "has no cross-attention blocks"),
-        (lambda flat: flat, [*HEADS, "--image-size", "50"], "not a multiple of the patch size, 14"),
+        (lambda flat: flat, [*HEADS, "--image-size", "50"], "image size 50 is not a multiple of the patch size 14"),
         (lambda flat: {"params/x": np.zeros(1)}, HEADS, "no parameters of the reference"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from export_fixtures import Run, images, make_run
 from huggingface_hub import constants
+from open_clip import factory
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +20,7 @@ import open_clip_ov2
 from open_clip_ov2.cli import main
 from open_clip_ov2.openclip.models import shipped
 
-NAME, TAG = "ov2-vit-nano-8", "tiny_words"
+NAME, TAG = "ov2-tiny-14", "words"
 TEXT = "word3 word7"
 
 
@@ -29,8 +32,13 @@ class Package:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
-    """A model of other sizes than NAME's, with mean 0.5 and word pieces, in float16."""
+    """NAME's sizes with another fusion than NAME's, mean 0.5 and word pieces, in float16."""
     run = make_run(tmp_path / "run", mean=0.5)
+    config = json.loads((run.folder / "open_clip_config.json").read_text())["model_cfg"]
+    text = {"context_length": 12, "vocab_size": 49408, "bos_id": 49406, "eos_id": 49407}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f"{NAME}.json").write_text(json.dumps({**config, "text_cfg": text, "fusion": "causal"}))
+    open_clip.add_model_config(tmp_path / "models")
     folder = run.export("ov2", tmp_path / "pretrained" / TAG)
     tensors = load_file(folder / "open_clip_model.safetensors")
     (folder / "open_clip_model.safetensors").unlink()
@@ -44,9 +52,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
 
 
 @pytest.fixture(autouse=True)
-def _registered_again():
+def _registered_again(tmp_path: Path) -> Iterator[None]:
     """After the tables are put back."""
     yield
+    factory._MODEL_CONFIG_PATHS[:] = [path for path in factory._MODEL_CONFIG_PATHS if path != tmp_path / "models"]
+    factory._MODEL_CONFIGS.pop(NAME, None)
     open_clip_ov2.unregister()
     open_clip_ov2.register()
 
@@ -63,12 +73,15 @@ def assert_is_the_run(model: torch.nn.Module, run: Run) -> None:
     torch.testing.assert_close(ours, expected, atol=5e-3, rtol=5e-3)
 
 
-def test_it_is_a_pretrained_tag_with_the_config_of_its_folder(package: Package) -> None:
+def test_it_is_a_pretrained_tag_with_the_config_of_its_folder(package: Package, caplog) -> None:
     assert (NAME, TAG) in open_clip.list_pretrained()
     assert "not_there" not in open_clip.list_pretrained_tags_by_model(NAME)
     model, _, preprocess = open_clip.create_model_and_transforms(NAME, pretrained=TAG)
     assert_is_the_run(model, package.run)
-    assert "mean=(0.5, 0.5, 0.5)" in str(preprocess) or "mean=[0.5, 0.5, 0.5]" in str(preprocess)
+    assert "mean=[0.5, 0.5, 0.5]" in str(preprocess)
+    (told,) = [record.getMessage() for record in caplog.records if "its own configuration is used" in record.message]
+    for part in (f"fusion prefix ({NAME}: causal)", f"tokenizer word pieces ({NAME}: OpenCLIP's)", "mean 0.5 0.5 0.5"):
+        assert part in told
     path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(NAME, TAG))
     assert Path(path) == package.folder / shipped.WEIGHTS
     open_clip_ov2.unregister()

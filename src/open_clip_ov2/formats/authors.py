@@ -6,13 +6,12 @@ loader reads that; the decoder is safetensors.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from open_clip_ov2.files import write_json
+from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import write_tensors
 from open_clip_ov2.formats.open_clip import CONFIG, vision_cfg
@@ -41,7 +40,7 @@ def write(source: ExportSource, folder: Path) -> list[str]:
     }
     write_json(folder / DECODER_CONFIG, about)
     write_tensors(folder / DECODER_FILE, decoder.state)
-    shutil.copyfile(decoder.vocab_file, folder / VOCAB_FILE)
+    write_text(folder / VOCAB_FILE, decoder.vocabulary)
     return []
 
 

@@ -16,11 +16,12 @@ from open_clip_ov2.formats.encoder import Encoder
 
 @dataclass(frozen=True)
 class CaptionDecoder:
-    """A prefix-LM decoder trained with word pieces; `config` has the keys of the authors' text_decoder_config.json."""
+    """A prefix-LM decoder trained with word pieces; `config` has the keys of the authors' text_decoder_config.json, and
+    `vocabulary` is the text of their file of words."""
 
     config: Mapping[str, Any]
     state: Mapping[str, Tensor]
-    vocab_file: Path
+    vocabulary: str
 
 
 @dataclass(frozen=True)

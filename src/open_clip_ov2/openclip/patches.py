@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from open_clip_ov2.openclip.models import baseline_configs, factory, preprocess, released, shipped, tokenizer, weights
+from open_clip_ov2.openclip.models import (
+    baseline_configs,
+    factory,
+    named_model,
+    preprocess,
+    released,
+    shipped,
+    tokenizer,
+    weights,
+)
 from open_clip_ov2.openclip.models.version import missing_name
 from open_clip_ov2.openclip.private_names import check_private_names
 
@@ -73,15 +82,20 @@ REGISTRATION: tuple[Patch, ...] = (
         weights.load_strictly,
         "checkpoints of ov2 models must fit, and nothing is unpickled; OpenCLIP takes a bare encoder for a text tower",
     ),
-    Patch("open_clip", "load_checkpoint", weights.load_strictly, "the same function under its public name"),
+    Patch(
+        "open_clip",
+        "load_checkpoint",
+        named_model.load_and_tell,
+        "the same function under its public name; what the model has otherwise than the checkpoint is logged",
+    ),
     Patch(
         "open_clip.factory",
         "create_model",
-        weights.load_image_weights_strictly,
-        "weights that the package holds bring their config; pretrained_image_path of ov2 models must fit, and OpenCLIP "
-        "loads it with strict=False and only logs its errors",
+        named_model.create_with_own_config,
+        "a checkpoint brings its own config, a run's folder its newest weights; pretrained_image_path must fit an ov2 "
+        "model, and OpenCLIP loads it with strict=False and only logs its errors",
     ),
-    Patch("open_clip", "create_model", weights.load_image_weights_strictly, "the same function under its public name"),
+    Patch("open_clip", "create_model", named_model.create_with_own_config, "the same function under its public name"),
     Patch(
         "open_clip.factory",
         "parse_model_name",

@@ -1,7 +1,8 @@
 """Checkpoints on disk, written in the background. The newest few, the best one and that of each stage's end are kept.
 
 A file is a plain OpenCLIP checkpoint (`epoch`, `name`, `state_dict`, `optimizer`, `scaler`) with the training state to
-resume from under RESUME_KEY. `stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end.
+resume from under RESUME_KEY, and under CONFIG_KEY the model's configuration, preprocessing and vocabulary.
+`stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
-RESUME_KEY = "open_clip_ov2"
+RESUME_KEY, CONFIG_KEY = "open_clip_ov2", "open_clip_config"
 BEST_FILE = "best.json"
 LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_clip.factory import get_model_config
 
+from open_clip_ov2.argv import is_given
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
+from open_clip_ov2.openclip.models.named_model import STATED, unstated
 from open_clip_ov2.recipe.stage import SCHEDULES
 from open_clip_ov2.tables import one_of, real, whole
 from open_clip_ov2.tracking.sinks import tracker_names
@@ -122,6 +124,19 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
             raise UserError("--cache: features of a model in training cannot be cached; leave the flag out")
     except UserError as error:
         raise UserError(f"--eval: {error}") from None
+
+
+def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argparse.Namespace) -> None:
+    """Check that the flags say what --pretrained was trained with, as far as its weights' shapes do not, and that a
+    run's folder has weights. Raises UserError."""
+    family = is_given(argv, "--augmentation")  # states the pixels of ov2 models
+    stated = [flag for flag in STATED if is_given(argv, flag) or (family and flag.startswith("--image"))]
+    if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer):
+        raise UserError(
+            f"--pretrained {theirs.pretrained}: trained with {' '.join(missing)}, and --model {theirs.model} has it "
+            "otherwise; add these flags, or state other values to change them (--model local-dir:FOLDER or NAME:TAG "
+            "takes all from the checkpoint's own folder)"
+        )
 
 
 def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:

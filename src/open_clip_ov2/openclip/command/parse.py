@@ -14,7 +14,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.argv import is_given, to_argv, without
 from open_clip_ov2.errors import UserError, first_line, nearest
-from open_clip_ov2.openclip.command.flag_checks import check_eval, check_stage
+from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
@@ -44,6 +44,8 @@ def parse(
     if run.until_stage and run.until_stage > len(stages):
         raise UserError(f"--until-stage {run.until_stage}: the run has {len(stages)} stages")
     name = _name(first, recipe, signature(config))
+    if not (Path(first.logs) / name / "run.json").is_file():  # a run that exists has its own weights
+        check_pretrained(given[0][0], stages[0].options.tokenizer, first)
     return RunPlan(
         name=name,
         folder=Path(first.logs) / name,
@@ -159,8 +161,7 @@ def _check_model_name(name: str, was_given: bool) -> None:
     elif name not in factory.known_models():
         if Path(name).is_dir():
             raise UserError(
-                f"--model {name}: a folder; --model local-dir:{name} takes its architecture, and --pretrained with a "
-                f"file of {name}/checkpoints its weights too"
+                f"--model {name}: a folder; --model local-dir:{name} takes its model and weights, of a run the newest"
             )
         hint = nearest(name, factory.known_models(), count=3)
         raise UserError(f"--model {name}: no such model{hint} (open_clip.list_models() lists them)")

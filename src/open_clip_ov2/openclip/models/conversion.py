@@ -82,9 +82,6 @@ def model_from_flax(
     cross = cfg["fusion"] == "cross_attn"
     if fusion is not None and (fusion == "cross_attn") != cross:
         raise UserError(f"--fusion {fusion}: the decoder {'has' if cross else 'has no'} cross-attention blocks")
-    if image_size % cfg["vision_cfg"]["patch_size"]:
-        patch_size = cfg["vision_cfg"]["patch_size"]
-        raise UserError(f"--image-size {image_size}: not a multiple of the patch size, {patch_size}")
     cfg["fusion"] = fusion or cfg["fusion"]
     cfg["vision_cfg"]["image_size"] = image_size
     cfg["text_cfg"] |= {"context_length": context_length, "bos_id": BOS_ID, "eos_id": EOS_ID, "pad_id": PAD_ID}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
@@ -81,6 +81,15 @@ def as_eval_model(
     raise UserError(f"{type(model).__name__}: cannot be evaluated; ov2 models, CoCa and CLIP can")
 
 
+def _cannot(what: str) -> Any:
+    """A method of a model that lacks this ability."""
+
+    def refuse(self: FeatureModel, *_: Any, **__: Any) -> NoReturn:
+        raise UserError(f"{self.name}: a {type(self.model).__name__} cannot {what}")
+
+    return refuse
+
+
 @dataclass(frozen=True)
 class FeatureModel:
     """An encoder. What it cannot do (`abilities`) raises UserError.
@@ -124,42 +133,20 @@ class FeatureModel:
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         if "caption" not in self.abilities and "contrast" not in self.abilities:
-            raise self._cannot("read text")
+            _cannot("read text")(self)
         return self.tokenizer(list(texts))
 
     def num_targets(self, texts_CL: Tensor) -> Tensor:
         return (caption_targets(texts_CL, self.compute.eos_id) != IGNORE_INDEX).sum(dim=1)
 
-    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
-        raise self._cannot("caption")
-
-    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Any:
-        raise self._cannot("caption")
-
-    def nll(self, prefix: Any, texts_CL: Tensor) -> Tensor:
-        raise self._cannot("caption")
-
-    def generate(
-        self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
-    ) -> list[str]:
-        raise self._cannot("caption")
-
-    def contrast_images(self, images_BCHW: Tensor) -> Tensor:
-        raise self._cannot("compare pictures and texts")
-
-    def contrast_texts(self, texts_CL: Tensor) -> Tensor:
-        raise self._cannot("compare pictures and texts")
-
-    def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
-        raise self._cannot("drop tokens (--keep-ratio)")
+    loss_sums = prefix = nll = generate = _cannot("caption")
+    contrast_images = contrast_texts = _cannot("compare pictures and texts")
+    with_keep_ratio = _cannot("drop tokens (--keep-ratio)")
 
     def with_image_size(self, image_size: int) -> EvalModel:
         if self.reopen is None:
             raise UserError(f"{self.name}: a model in training keeps its resolution; evaluate its checkpoint")
         return self.reopen(image_size)
-
-    def _cannot(self, what: str) -> UserError:
-        return UserError(f"{self.name}: a {type(self.model).__name__} cannot {what}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from torch import nn
 from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.core.vit_fast import stock_patches
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import write_json
+from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.card import card, run_facts
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.hub import upload
@@ -27,7 +26,7 @@ from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
 from open_clip_ov2.openclip.models.shipped import shipped_folder
-from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer, find_vocab
+from open_clip_ov2.openclip.models.tokenizer import MODE, VOCAB, WordPieceTokenizer
 from open_clip_ov2.train.checkpoint import CheckpointName
 
 
@@ -130,7 +129,7 @@ def released_decoder(model: Any, tokenizer: Any) -> CaptionDecoder | str:
         "width": config.width, "depth": config.layers, "num_heads": config.heads, "mlp_dim": config.mlp_width,
         "vocab_size": text.vocab_size, "pad_id": text.pad_id, "bos_id": text.bos_id, "eos_id": text.eos_id,
     }  # fmt: skip
-    return CaptionDecoder(about, model.text_decoder.state_dict(), find_vocab(tokenizer.source))
+    return CaptionDecoder(about, model.text_decoder.state_dict(), tokenizer.vocabulary)
 
 
 def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str) -> None:
@@ -141,7 +140,7 @@ def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, fo
     cfg = model_cfg(model, encoder)
     if isinstance(tokenizer, WordPieceTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_mode": MODE}
-        shutil.copyfile(find_vocab(tokenizer.source), folder / "vocab.txt")
+        write_text(folder / VOCAB, tokenizer.vocabulary)
     elif isinstance(tokenizer, HFTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name}
         tokenizer.save_pretrained(str(folder))

@@ -17,17 +17,25 @@ from torch import nn
 from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FILE
-from open_clip_ov2.formats.open_clip import CONFIG as CONFIG  # for run_folder.py
+from open_clip_ov2.formats.open_clip import CONFIG
 from open_clip_ov2.openclip.models.factory import check_named_size
+from open_clip_ov2.openclip.models.named_model import check_same_model
+from open_clip_ov2.openclip.models.own_config import (
+    LOCAL,
+    OwnConfig,
+    as_folder,
+    config_of,
+    has_weights,
+    newest_of_run,
+)
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
 from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
-from open_clip_ov2.quiet import quiet
-from open_clip_ov2.train.checkpoint import list_checkpoints
+from open_clip_ov2.openclip.models.weights import why_unreadable
 
 logger = logging.getLogger(__name__)
 
-LOCAL, HUB = "local-dir:", "hf-hub:"
+HUB = "hf-hub:"
 
 
 @dataclass
@@ -46,13 +54,20 @@ class LoadedModel:
 class Where:
     """Where a model is. `name` is its name for OpenCLIP; `pretrained` belongs to a model of OpenCLIP's registry.
 
-    With neither `checkpoint` nor `pretrained`, the folder's own weights are meant.
+    With neither `checkpoint` nor `pretrained`, the folder's own weights are meant. `config` is the checkpoint's.
     """
 
     name: str
-    folder: Path | None
-    checkpoint: Path | None
+    folder: Path | None = None
+    checkpoint: Path | None = None
     pretrained: str | None = None
+    config: OwnConfig | None = None
+
+    def opened(self) -> contextlib.AbstractContextManager[str]:
+        """The name by which OpenCLIP gives model, weights, preprocessing and tokenizer."""
+        if self.checkpoint is None or self.config is None:
+            return contextlib.nullcontext(self.name)
+        return as_folder(self.checkpoint, self.config)
 
 
 def open_model(
@@ -68,33 +83,33 @@ def open_model(
     where = locate(str(source))
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
     try:
-        check_named_size(where.name, image_size)
-        # OpenCLIP warns of random weights, which would be wrong where a checkpoint is read next.
-        with quiet() if where.checkpoint is not None else contextlib.nullcontext():
+        with where.opened() as name:
+            check_named_size(name, image_size)
             model, _, preprocess = open_clip.create_model_and_transforms(
-                where.name,
-                where.pretrained,
-                load_weights=where.checkpoint is None,
-                require_pretrained=where.checkpoint is None,
-                force_image_size=image_size,
-                **options,
+                name, where.pretrained, require_pretrained=True, force_image_size=image_size, **options
             )
-        if where.checkpoint is not None:
-            open_clip_factory.load_checkpoint(model, str(where.checkpoint), weights_only=True)
-        tokenizer = open_clip.get_tokenizer(where.name)
+            tokenizer = open_clip.get_tokenizer(name)
         if isinstance(model, VisionModel):
             model, tokenizer = _with_decoder(model, tokenizer, where)
         model.to(torch.device(device)).eval()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where.checkpoint or source}: cannot be loaded ({first_line(error)})") from error
+        raise _cannot_be_loaded(where.checkpoint or source, error) from error
     folder, checkpoint = where.folder, where.checkpoint
     if where.pretrained is not None:
         folder, checkpoint = Path(), Path(where.pretrained)
     elif folder is None:
         folder = Path(_hub_file(where.name, CONFIG)).parent
     return LoadedModel(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
+
+
+def _cannot_be_loaded(what: str | Path, error: Exception) -> UserError:
+    line = first_line(error)
+    if line.startswith(str(what)):
+        return UserError(line)
+    why = why_unreadable(what, error) if isinstance(what, Path) else line  # torch's own, for a model of OpenCLIP's
+    return UserError(f"{what}: cannot be loaded ({why})")
 
 
 def create_caption_model(source: str, **options: Any) -> tuple[CaptionModel, Callable[..., Any], Any]:
@@ -118,36 +133,36 @@ def caption_model(run: LoadedModel) -> CaptionModel:
 def locate(source: str) -> Where:
     """Where the model of this source is. Raises UserError."""
     if source.startswith(HUB):
-        return Where(source, None, None)
+        return Where(source)
     if (folder := shipped_folder(source)) is not None:
-        return Where(source, folder, None)
+        return Where(source, folder)
     path = Path(source.removeprefix(LOCAL))
     name, _, pretrained = source.partition(":")
     if not path.exists() and name in open_clip.list_models():
         if not pretrained:
             raise UserError(f"{source}: a model without weights; name them, {name}:TAG or {name}:FILE")
-        return Where(name, None, None, pretrained)
-    if path.is_dir() and (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
-        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise UserError(f"{path}: neither checkpoints nor weights in it")
-        return Where(LOCAL + str(path), path, None)
-    folder, checkpoint = find_checkpoint(path)
-    return Where(LOCAL + str(folder), folder, checkpoint)
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint file) of a run's folder or of a checkpoint in it. Raises UserError."""
+        return _named_file(name, pretrained)
     if path.is_file():
-        for folder in (path.parent, path.parent.parent):
-            if (folder / CONFIG).is_file():
-                return folder, path
-        raise UserError(f"{path}: no {CONFIG} beside it or one folder up, so its model is not known")
+        if (config := config_of(path)) is None:
+            raise UserError(f"{path}: no {CONFIG} in it, beside it or one folder up, so its model is not known")
+        return Where(LOCAL + str(config.folder), config.folder or path.parent, path, config=config)
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
-        raise UserError(f"{path}: no checkpoint in {path / 'checkpoints'} yet")
-    return path, found[-1]
+    if (checkpoint := newest_of_run(path)) is not None:
+        return Where(LOCAL + str(path), path, checkpoint, config=config_of(checkpoint))
+    if not has_weights(path):
+        raise UserError(f"{path}: neither checkpoints nor weights in it")
+    return Where(LOCAL + str(path), path)
+
+
+def _named_file(name: str, pretrained: str) -> Where:
+    """NAME:FILE or NAME:TAG. A file that says what it is must be of that name, and brings its own configuration."""
+    file = Path(pretrained)
+    config = config_of(file) if file.is_file() else None
+    if config is None:
+        return Where(name, pretrained=pretrained)
+    check_same_model(name, OwnConfig(open_clip_factory.get_model_config(name), {}), file, config)
+    return Where(name, config.folder or file.parent, file, config=config)
 
 
 def _hub_file(name: str, file: str) -> str:

@@ -19,6 +19,7 @@ from open_clip_ov2.formats.open_clip import CONFIG
 from open_clip_ov2.openclip.models.factory import check_keys
 from open_clip_ov2.openclip.models.weights import TABLE_TOLERANCE, check_fit, read_tensors
 
+LINK = ".checkpoint"  # a link to the weights, in a folder that own_config.py makes
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # NAME or ORGANIZATION/NAME
 _REQUIRED_KEYS = {
     "fusion_style", "width", "depth", "num_heads", "mlp_dim", "vocab_size", "vision_width", "bos_id", "eos_id",
@@ -100,9 +101,9 @@ def check_local_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """OpenCLIP calls this after it has read a folder's config, and turns a ValueError into its own."""
 
     def find_checkpoint_in_dir(dir_path: Path) -> Any:
-        file = Path(dir_path) / CONFIG
+        file, link = Path(dir_path) / CONFIG, Path(dir_path) / LINK
         check_config(read_json(file), str(file))
-        return original(dir_path)
+        return str(link.readlink()) if link.is_symlink() else original(dir_path)
 
     return find_checkpoint_in_dir
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.released import check_tokenizer_folder
 
+VOCAB = "vocab.txt"
 MODE = "ov2"  # text_cfg.tokenizer_mode that asks for WordPieceTokenizer
 MOST_WORDS = 1 << 18  # of a CachingTokenizer's cache, about 50 MB; web captions never run out of new words
 LONGEST_WORD = 32  # characters; text without spaces, such as Chinese, would fill the cache and never be used again
@@ -29,15 +31,16 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2  # docs/reference.md: [PAD] and the first two u
 class WordPieceTokenizer:
     """The reference's ids: BERT's uncased word pieces, [PAD] = 0, bos = 1, eos = 2.
 
-    `source` is a local folder with vocab.txt, that file itself, or a hub name (`bert-base-uncased`). Texts are
-    not cleaned and never parsed for special tokens, as in the reference's TensorFlow op; a truncated caption
-    keeps eos as its last id. The reference's `labels` have one more slot, a [CLS] that its decoder never reads.
+    `source` is a local folder with vocab.txt, that file itself, or a hub name (`bert-base-uncased`); `vocabulary` is
+    the file's text. Texts are not cleaned and never parsed for special tokens, as in the reference's TensorFlow op; a
+    truncated caption keeps eos as its last id. The reference's `labels` have one more slot, a [CLS] that its decoder
+    never reads.
     """
 
     def __init__(self, source: str | Path, context_length: int = 128, cache_dir: str | None = None) -> None:
         self.source = str(source)
         self.context_length = context_length
-        self._vocab_file = find_vocab(self.source, cache_dir)
+        self.vocabulary = find_vocab(self.source, cache_dir).read_text(encoding="utf-8")  # the folder may go away
         self.all_special_ids = [PAD_ID, BOS_ID, EOS_ID]
 
     def __getstate__(self) -> dict[str, Any]:  # the Rust object is rebuilt in each data worker
@@ -47,7 +50,7 @@ class WordPieceTokenizer:
     def _pieces(self) -> Any:
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        vocab = models.WordPiece.read_file(str(self._vocab_file))
+        vocab = {line.rstrip(): index for index, line in enumerate(StringIO(self.vocabulary))}
         pieces = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
         pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
         pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -140,15 +143,15 @@ def find_vocab(source: str, cache_dir: str | None = None) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "vocab.txt").is_file():
-            return path / "vocab.txt"
+        if (path / VOCAB).is_file():
+            return path / VOCAB
         raise UserError(f"--tokenizer {source}: no vocab.txt in this folder")
     if source.startswith((".", "/", "~")):
         raise UserError(f"--tokenizer {source}: no such folder")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(source, "vocab.txt", cache_dir=cache_dir))
+        return Path(hf_hub_download(source, VOCAB, cache_dir=cache_dir))
     except Exception as error:
         raise UserError(
             f"--tokenizer {source}: not a local folder, and vocab.txt of the hub's {source!r} could not be downloaded "

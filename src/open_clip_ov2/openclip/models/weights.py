@@ -7,8 +7,10 @@ prefix), or an encoder beside a text tower (OpenVision 1, other CLIPs).
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,8 +19,6 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import CaptionModel, VisionModel, sincos_2d
 from open_clip_ov2.errors import first_line
-from open_clip_ov2.openclip.models.factory import is_ov2_config, is_vision_only
-from open_clip_ov2.openclip.models.shipped import shipped_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
-        raise ValueError(f"{path}: cannot be read as a file of tensors only ({first_line(error)})") from error
+        why = why_unreadable(Path(path), error)
+        raise ValueError(f"{path}: cannot be read as a file of tensors only ({why})") from error
     strange = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if strange:
         raise ValueError(f"{path}: not a state dict ({listed(strange)}: not a tensor)")
     return dict(state)
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why a file of weights cannot be read, and what to do; torch's own words if the file itself looks whole."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        return "it is empty; write or copy it again, or give another checkpoint"
+    if head == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        return f"it ends too early, after {path.stat().st_size:,} bytes; copy it again, or give another checkpoint"
+    if path.suffix != ".safetensors" and head[:1] != b"\x80" and not zipfile.is_zipfile(path):
+        return "it is not a file that torch.save wrote; give a checkpoint"
+    return "it holds more than tensors" if isinstance(error, UnpicklingError) else first_line(error)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -148,24 +162,6 @@ def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
         return nn.Module().load_state_dict({})  # torch's report, which says that no key is missing or unexpected
 
     return load_checkpoint
-
-
-def load_image_weights_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`pretrained` that the package holds, and `pretrained_image_path` for models of ours; any other is OpenCLIP's."""
-
-    def create_model(model_name: str, pretrained: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if pretrained and shipped_folder(f"{model_name}:{pretrained}") is not None:
-            logger.info("the tokenizer of these weights: open_clip.get_tokenizer('%s:%s')", model_name, pretrained)
-            model_name, pretrained = f"{model_name}:{pretrained}", None
-        path = kwargs.get("pretrained_image_path")
-        config = open_clip_factory.get_model_config(model_name) if path else None
-        if config is None or not (is_ov2_config(config) or is_vision_only(config)):
-            return original(model_name, pretrained, *args, **kwargs)
-        model = original(model_name, pretrained, *args, **{**kwargs, "pretrained_image_path": None})
-        load_weights(model, str(path), encoder_only=True)
-        return model
-
-    return create_model
 
 
 def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:

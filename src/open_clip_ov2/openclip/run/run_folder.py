@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from copy import deepcopy
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip import factory as open_clip_factory
@@ -14,8 +13,8 @@ from open_clip import factory as open_clip_factory
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text
 from open_clip_ov2.openclip.command.run_config import differences
-from open_clip_ov2.openclip.models.open_model import CONFIG
-from open_clip_ov2.openclip.models.tokenizer import MODE, find_vocab
+from open_clip_ov2.openclip.models.own_config import OwnConfig
+from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
@@ -64,8 +63,10 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
     return existed
 
 
-def resolved_config(args: argparse.Namespace, model_options: dict[str, Any]) -> dict[str, Any]:
-    """The model config with every flag that changed it folded in."""
+def own_config(
+    args: argparse.Namespace, model_options: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: Any
+) -> OwnConfig:
+    """The configuration of the model in training, with every flag that changed it folded in."""
     cfg = deepcopy(open_clip_factory.get_model_config(args.model))
     if cfg is None:
         raise UserError(f"--model {args.model}: OpenCLIP has no config of this name")
@@ -75,13 +76,6 @@ def resolved_config(args: argparse.Namespace, model_options: dict[str, Any]) -> 
         cfg["vision_cfg"]["image_size"] = size[0] if isinstance(size, list) and len(size) == 1 else size
     if args.force_context_length is not None:
         cfg["text_cfg"]["context_length"] = args.force_context_length
-    return cfg
-
-
-def write_config(run_dir: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
-    """RUN/open_clip_config.json, and vocab.txt where the model was trained with word pieces."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text_cfg = model_cfg["text_cfg"]
-    if text_cfg.get("tokenizer_mode") == MODE:
-        shutil.copyfile(find_vocab(text_cfg["hf_tokenizer_name"]), run_dir / "vocab.txt")
-    write_json(run_dir / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))
+    vocabulary = tokenizer.vocabulary if isinstance(tokenizer, WordPieceTokenizer) else None
+    return OwnConfig(plain["model"], plain["preprocess"], vocabulary)

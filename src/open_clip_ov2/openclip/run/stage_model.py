@@ -13,6 +13,7 @@ from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.models.own_config import brings_weights
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
@@ -31,6 +32,18 @@ def model_options(options: TrainOptions, name: str, context_length: int | None) 
         words = text_cfg_for(options.tokenizer, context_length or config["text_cfg"].get("context_length", 77))
         extra |= text_options(name, config, words)
     return extra
+
+
+def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and ratios of NAME, given explicitly: a checkpoint does not bring its own to a run, whose flags say all.
+
+    `kwargs` of `create_model` are completed; the options beyond them are returned.
+    """
+    config = open_clip_factory.get_model_config(name) or {}
+    for key, section, size in (("image_size", "vision_cfg", 224), ("context_length", "text_cfg", 77)):
+        if kwargs.get(f"force_{key}") is None:
+            kwargs[f"force_{key}"] = config[section].get(key, size)
+    return {"keep_ratio": config.get("keep_ratio", 0.35), "eval_keep_ratio": config.get("eval_keep_ratio")}
 
 
 def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
@@ -63,8 +76,11 @@ class StageModel:
 
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
             extra = model_options(self.options, name, kwargs.get("force_context_length"))
-            if self.session.previous_stage is not None or self._checkpoint:
-                pretrained, kwargs["pretrained_image"] = None, False
+            weights_are_here = self.session.previous_stage is not None or bool(self._checkpoint)
+            if weights_are_here:
+                pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
+            elif self.is_ov2 and (pretrained or brings_weights(name)):
+                extra = stated_options(name, kwargs) | extra
             if self.options.augmentation == FAMILY and not self.is_ov2:
                 kwargs |= {**ov2_preprocess_options(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
             if self.options.color_jitter:
@@ -75,7 +91,7 @@ class StageModel:
                 raise UserError(f"--model {name}: {first_line(error)}") from error
             if self.session.previous_stage is not None:
                 self._load_previous_stage(model, self.session.previous_stage["state_dict"])
-            elif not pretrained and not self._checkpoint:
+            elif not pretrained and not self._checkpoint and not brings_weights(name):
                 baselines.init_coca_head(model)
             if self.compile_blocks:
                 model.compile_blocks(memory_budget=self.options.activation_memory_budget)

@@ -11,7 +11,7 @@ import torch
 
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.openclip.run.session import SAVE, STOP, Session
-from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointName
+from open_clip_ov2.train.checkpoint import CONFIG_KEY, RESUME_KEY, CheckpointName
 from open_clip_ov2.train.guard import StepGuard
 from open_clip_ov2.train.random_state import get_random_state
 from open_clip_ov2.train.signals import StopSignals
@@ -20,12 +20,13 @@ from open_clip_ov2.train.step import StepReport
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a checkpoint is made of."""
+    """What a checkpoint is made of. `config`: see CONFIG_KEY."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: Any
     loader: Any
+    config: dict[str, Any]
 
 
 class UntilSignal:
@@ -186,6 +187,7 @@ class StageProgress:
             "name": session.plan.name,
             "state_dict": parts.model.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
+            CONFIG_KEY: parts.config,
             RESUME_KEY: {
                 "format": 1,
                 "stage": self.stage_number,

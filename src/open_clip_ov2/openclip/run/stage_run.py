@@ -29,7 +29,7 @@ from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.tokenizer import eos_id_of
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.loaders import LoaderInfo, make_data
-from open_clip_ov2.openclip.run.run_folder import resolved_config, write_config
+from open_clip_ov2.openclip.run.run_folder import own_config
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_costs import stage_meter
 from open_clip_ov2.openclip.run.stage_model import StageModel
@@ -126,9 +126,11 @@ class StageRun:
                 from open_clip_train.data import get_imagenet
 
                 data[f"imagenet-{split}"] = get_imagenet(args, transforms, split)
+        options, preprocess_cfg = self.built.model_options(args), self.built.preprocess_cfg
+        self._config = own_config(args, options, preprocess_cfg, self.built.tokenizer)
         if self.session.rank == 0:
-            model_options = self.built.model_options(args)
-            write_config(self.session.plan.folder, resolved_config(args, model_options), self.built.preprocess_cfg)
+            self.session.plan.folder.mkdir(parents=True, exist_ok=True)
+            self._config.write(self.session.plan.folder)
         return data
 
     def create_loss(self, original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -157,7 +159,7 @@ class StageRun:
             args.save_logs = False  # `main` would write checkpoints of its own
             loader, monitor = data["train"].dataloader, self.session.monitor
             progress = self._progress or self._begin(args, loader, optimizer)
-            self._parts = parts = StageParts(self.built.model, optimizer, scaler, loader)
+            self._parts = parts = StageParts(self.built.model, optimizer, scaler, loader, self._config.carried())
             if "val" in data:
                 progress.validate = lambda: self._validate(model, data, epoch, args)
             resumed = progress.steps_in_epoch > 0
