@@ -59,6 +59,15 @@ def read_json(path: Path, kind: type | tuple[type, ...] = (dict, list), what: st
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one in each line; what a killed process left incomplete is skipped. Raises OSError."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def _sync_folder(folder: Path) -> None:
     """A rename is on disk only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -18,9 +18,9 @@ from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.tracking.peak import Peak, data_sheet, measured_peak
-from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, DeviceMemory, Meter, Window, bottleneck
+from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, Meter, Window, bottleneck
 
-BATCH, GPU = 4, DeviceMemory(peak=70e9, total=80e9)
+BATCH, GPU = 4, 70 / 80  # of its memory used
 
 
 def captions(model: Any, lengths: list[int]) -> Tensor:
@@ -72,21 +72,22 @@ def test_a_window_by_hand() -> None:
     window = Window()
     window.add(8, torch.tensor(80.0), wait_s=0.5, step_s=1.0)
     window.add(8, 40.0, wait_s=0.0, step_s=0.5)
-    window.add_seconds(0.5)  # what the device still had to do
-    taken = window.take(Meter(lambda mean: 10.0 * (mean or 0.0), peak_flops=2400.0))
+    window.step_s += 0.5  # what the device still had to do
+    taken = window.rates(Meter(lambda mean: 10.0 * (mean or 0.0), peak_flops=2400.0))
     assert taken == {
         "images_per_second": 8.0,
         "data_wait_share": 0.25,
         "tokens_per_second": 60.0,
         "mfu": 16 * 10 * 7.5 / (2.0 * 2400),
     }
+    window = Window()
     window.add(4, None, wait_s=0.0, step_s=1.0)
-    assert window.take() == {"images_per_second": 4.0, "data_wait_share": 0.0}
+    assert window.rates() == {"images_per_second": 4.0, "data_wait_share": 0.0}
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 80e9))
 def test_a_bottleneck_is_named_only_where_there_is_one(wait: float, used: float, peak: float) -> None:
-    found = bottleneck(wait, used, DeviceMemory(peak, 80e9), 4)
+    found = bottleneck(wait, used, peak / 80e9, 4)
     if wait > 0.2:
         assert found is not None
         assert found[0] == "data"
@@ -98,13 +99,12 @@ def test_a_bottleneck_is_named_only_where_there_is_one(wait: float, used: float,
         assert "--batch-size" in found[1]
     else:
         assert found is None
-    assert bottleneck(min(wait, 0.2), used, DeviceMemory(), 4) is None  # a CPU has no memory of its own to fill
+    assert bottleneck(min(wait, 0.2), used, 1.0, 4) is None  # a CPU has no memory of its own to fill
 
 
 def test_each_bottleneck_is_said_once_a_stage() -> None:
-    watch = BottleneckWatch()
     for _ in range(2):
-        watch.begin(workers=2)
+        watch = BottleneckWatch(workers=2)
         waiting = {"data_wait_share": 0.9, "mfu": 0.5}
         assert watch.note(waiting, 10 * JUDGED_S, GPU) is None  # workers were starting
         lines = [watch.note(waiting, JUDGED_S / 2, GPU) for _ in range(8)]
@@ -114,8 +114,7 @@ def test_each_bottleneck_is_said_once_a_stage() -> None:
 
 
 def test_one_slow_batch_is_no_bottleneck() -> None:
-    watch = BottleneckWatch()
-    watch.begin(workers=0)
+    watch = BottleneckWatch(workers=0)
     speeds = [1.0, 1.0, *[0.0] * 20]  # the first window is not looked at
     assert [watch.note({"data_wait_share": wait}, JUDGED_S / 10, GPU) for wait in speeds] == [None] * 22
 

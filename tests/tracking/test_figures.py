@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.tracking.figures import (
     COLORS,
     PANELS,
@@ -76,14 +77,12 @@ def test_curves_are_the_records() -> None:
     assert [text.get_text() for text in legend.get_texts()] == list(lines)
 
 
-def test_smoothing_is_the_weighted_mean() -> None:
-    """Oracle: the weighted mean of all values so far, weights 0.8 ** age; a constant stays what it is."""
-    values = [4.0, 2.0, 1.0, 7.0]
-    for end, got in enumerate(smoothed(values), 1):
-        weights = [0.8**age for age in reversed(range(end))]
-        expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
-        assert got == pytest.approx(expected)
-    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+def test_smoothing_follows_a_falling_loss_and_drops_outliers() -> None:
+    """Oracle: a curve that falls stays as it is, from its first value on; medians, written out."""
+    falling = [10.8, 4.0, 1.5, 1.4, 1.3, 1.3, 1.2, 1.2, 1.2, 1.1, 1.0, 1.0, 0.9, 0.9]
+    assert smoothed(falling) == falling
+    assert smoothed([1.0, 2.0, 9.0, 3.0, 1.0]) == [1.0, 2.0, 2.0, 3.0, 1.0]
+    assert smoothed([]) == []
 
 
 def test_records_without_the_metric_are_left_out() -> None:
@@ -97,6 +96,12 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     with open(run / "results.jsonl", "a") as file:
         file.write('{"kind": "tra')
     assert read_results(run) == RUN
+
+
+def test_a_file_without_a_record_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    with pytest.raises(UserError, match=r"results.jsonl: no record in it"):
+        read_results(run)
 
 
 def test_a_metric_by_its_former_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import resource
@@ -19,6 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, Tracker, tracker_names
+from open_clip_ov2.tracking.status import read_status
 
 
 class Memory(Tracker):
@@ -52,7 +54,7 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
     """Oracle: the calls, written out."""
     monkeypatch.setitem(TRACKERS, "memory", Memory)
     config = MonitorConfig(tmp_path, 0, 1, tracker_names("memory,memory"), "model", resumed_at=8)
-    with RunMonitor(config, Console(file=io.StringIO())) as monitor:
+    with contextlib.closing(RunMonitor(config, Console(file=io.StringIO()))) as monitor:
         monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 2, 8, 8))
         monitor.step(
             16, losses={"loss": torch.tensor(2.0)}, lr=0.1, grad_norm=None, num_images=8, num_tokens=None, wait_s=0.0,
@@ -71,6 +73,30 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
         ("hparams", {"lr": 0.1}, 1.5),
         ("close",),
     ]
+
+
+def test_slow_steps_are_logged_after_half_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps of 20 s, of which every hundredth is recorded. Oracle: the lines and records, by hand."""
+    clock = [0.0]
+    monkeypatch.setattr("open_clip_ov2.tracking.monitor.time.monotonic", lambda: clock[0])
+    config = MonitorConfig(tmp_path, 0, 100, (), "model")
+    with caplog.at_level("INFO"), contextlib.closing(RunMonitor(config, Console(file=io.StringIO()))) as monitor:
+        monitor.begin_stage(StageInfo(1, 1, "", 0, 200, 0, 8))
+        for number in range(1, 7):
+            clock[0] += 20.0
+            monitor.step(
+                8 * number, losses={"loss": 7.0 - number}, lr=0.1, grad_norm=None, num_images=8, num_tokens=None,
+                wait_s=0.0, step_s=20.0, skipped={},
+            )  # fmt: skip
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" of")[0] for line in lines] == ["samples 8", "samples 24", "samples 40"]
+    assert "loss 2 lr 0.1 0.4 images/s" in lines[-1]
+    assert read(tmp_path) == [(8, 6.0)]
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.samples_seen, status.loss) == (40, 2.0)
 
 
 def test_an_unknown_tracker_is_named() -> None:

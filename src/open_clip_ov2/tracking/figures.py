@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import read_json
+from open_clip_ov2.files import read_json, read_json_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that draw: no other package imports matplotlib
@@ -25,7 +26,7 @@ MARKERS = "osD^vPX*"
 _STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
 _UNITS = {"caption_loss": "nats per token", "images_per_second": "images/s"}
 _FORMER_NAMES = {"utilisation": "mfu"}  # metrics of results.jsonl files that an earlier version wrote
-_SMOOTHING = 0.8  # weight of the past in the moving average of a training curve
+REACH = 5  # values on each side in the window that smooths a training curve
 
 
 @contextlib.contextmanager
@@ -59,21 +60,10 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "results.jsonl"
     if not path.is_file():
         raise UserError(f"{run_dir}: not the folder of a run (it has no results.jsonl)")
-    records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: not JSON") from None
-        records.append({_FORMER_NAMES.get(name, name): value for name, value in record.items()})
+    records = read_json_lines(path)
     if not records:
-        raise UserError(f"{path}: empty")
-    return records
+        raise UserError(f"{path}: no record in it")
+    return [{_FORMER_NAMES.get(name, name): value for name, value in record.items()} for record in records]
 
 
 def plot_curves(run_dirs: Sequence[Path], out: Path, metric: str = "caption_loss") -> None:
@@ -112,13 +102,13 @@ def _series(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> tup
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, divided by the sum of its weights so that the first values do not dominate it."""
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        out.append(total / weight)
-    return out
+    """The median of a window around each value, which shrinks towards both ends.
+
+    A value stands in the middle of its window, so a curve that only falls stays as it is: a mean of past values would
+    show the first, high losses long after the loss has fallen.
+    """
+    reaches = [min(REACH, index, len(values) - 1 - index) for index in range(len(values))]
+    return [statistics.median(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,12 @@ class Panel:
 
     def points(self, result: Mapping[str, Any]) -> list[tuple[float, float]]:
         rows = result.get(self.task, {}).get(self.table, {})
-        return [(float(x), self.scale * y) for x, row in rows.items() if (y := _number(row, self.path)) is not None]
+        numbers = {x: functools.reduce(_at, self.path, row) for x, row in rows.items()}
+        return [(float(x), self.scale * y) for x, y in numbers.items() if isinstance(y, (int, float))]
+
+
+def _at(row: Any, key: str) -> Any:
+    return row.get(key) if isinstance(row, Mapping) else None
 
 
 _LOSS, _PIXELS = "caption loss (nats per token)", "resolution (px)"
@@ -144,12 +139,6 @@ PANELS = (
     Panel("image-sizes", "by_image_size", ("caption-loss", "caption_loss"), _PIXELS, _LOSS),
     Panel("image-sizes", "by_image_size", ("knn", "top1"), _PIXELS, "k-NN top-1 (%)", 100.0),
 )
-
-
-def _number(row: Any, path: Sequence[str]) -> float | None:
-    for key in path:
-        row = row.get(key, {}) if isinstance(row, Mapping) else {}
-    return float(row) if isinstance(row, (int, float)) else None
 
 
 def read_evaluation(path: Path) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        self.addFilter(_matters)
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
@@ -32,47 +33,36 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.name.split(".")[0] == PACKAGE or record.levelno >= logging.WARNING
 
 
-class RunLog:
-    """The handlers of one run, in place of those that the root logger had; `close` restores them."""
+def setup_logging(run_dir: Path | None, rank: int, console: Console | None, debug: bool = False) -> ExitStack:
+    """Rank 0 logs to RUN/out.log and the console; other ranks print warnings to stderr after their rank.
 
-    def __init__(self, handlers: list[logging.Handler], level: int) -> None:
-        self._handlers = handlers
-        self._root = logging.getLogger()
-        self._level_before = self._root.level
-        self._others = self._root.handlers[:]
-        for handler in self._others:  # of some basicConfig, which would print every line twice
-            self._root.removeHandler(handler)
-        self._root.setLevel(level)
-        for handler in handlers:
-            self._root.addHandler(handler)
-        logging.captureWarnings(True)
+    The root logger's own handlers (of some basicConfig, which would print every line twice) come back with `close`.
+    """
+    root, handlers = logging.getLogger(), []
+    before, level = root.handlers[:], root.level
 
-    def close(self) -> None:
-        for handler in self._handlers:
-            self._root.removeHandler(handler)
-            handler.close()
-        for handler in self._others:
-            self._root.addHandler(handler)
-        self._root.setLevel(self._level_before)
-        logging.captureWarnings(False)
+    def add(handler: logging.Handler, line: str, date: str | None = None, least: int = logging.NOTSET) -> None:
+        handler.setFormatter(logging.Formatter(line, date))
+        handler.setLevel(least)
+        handlers.append(handler)
 
-
-def setup_logging(run_dir: Path | None, rank: int, console: Console | None, debug: bool = False) -> RunLog:
-    """Rank 0 logs to RUN/out.log and the console; other ranks print warnings to stderr after their rank."""
-    level = logging.DEBUG if debug else logging.INFO
-    handlers: list[logging.Handler] = []
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(run_dir / "out.log")
-        to_file.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"))
-        handlers.append(to_file)
+        add(to_file, "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
     if console is not None:
-        to_console = _ConsoleHandler(console)
-        to_console.addFilter(_matters)
-        handlers.append(to_console)
+        add(_ConsoleHandler(console), "%(asctime)s %(message)s", "%H:%M:%S")
     if rank != 0:
-        to_stderr = logging.StreamHandler(sys.stderr)
-        to_stderr.setLevel(logging.WARNING)
-        to_stderr.setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        handlers.append(to_stderr)
-    return RunLog(handlers, level)
+        add(logging.StreamHandler(sys.stderr), f"rank {rank}: %(message)s", least=logging.WARNING)
+
+    def use(handlers: list[logging.Handler], level: int, warnings: bool) -> None:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(warnings)
+
+    use(handlers, logging.DEBUG if debug else logging.INFO, True)
+    undo = ExitStack()
+    undo.callback(use, before, level, False)
+    for handler in handlers:
+        undo.callback(handler.close)
+    return undo

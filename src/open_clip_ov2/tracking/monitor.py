@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from open_clip_ov2.tracking.log import FILE_ONLY
 from open_clip_ov2.tracking.sheet import Captioned, contact_sheet
 from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, ProgressLine, Tracker
 from open_clip_ov2.tracking.status import StatusFile
-from open_clip_ov2.tracking.throughput import BottleneckWatch, Meter, Window, device_memory, peak_memory_mb
+from open_clip_ov2.tracking.throughput import BottleneckWatch, Meter, Window, peak_memory
 
 logger = logging.getLogger("open_clip_ov2")
 
 Gather = Callable[[dict[str, int]], dict[str, int]]
+SILENCE_S = 30.0  # ours: a person begins to worry about a run that prints nothing for longer
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,19 @@ class StageInfo:
 class RunMonitor:
     """Reports one run, over all its stages. Ranks other than 0 count skipped samples and do nothing else.
 
-    `gather` sums counts over all processes, which call it together at the steps that are logged.
+    `gather` sums counts over all processes, which call it together at every `log_every_n_steps`th step.
     """
 
     def __init__(
         self, config: MonitorConfig, console: Console | None = None, gather: Gather = lambda counts: counts
     ) -> None:
-        self._gather = gather
-        self._config = config
-        self._active = config.rank == 0
+        self._config, self._gather, self._active = config, gather, config.rank == 0
         self._stage = StageInfo(1, 1, "", 0, 0, 0, 1)
-        self._steps = 0
-        self._epoch = 0
-        self._epoch_images = 0
+        self._steps = self._epoch = self._epoch_images = 0
         self._epoch_skips: Counter[str] = Counter()
         self._past_skips: Counter[str] = Counter()  # of all processes, in earlier epochs
-        self._window = Window()
-        self._watch = BottleneckWatch()
+        self._window, self._watch = Window(), BottleneckWatch(None)
+        self._last_line = time.monotonic()
         self._trackers: list[Tracker] = []
         self._progress: ProgressLine | None = None
         self.last: dict[str, float] = {}
@@ -96,8 +93,7 @@ class RunMonitor:
 
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
         """`state`: `state()` in the checkpoint that the stage continues from."""
-        self._stage, self._steps = stage, stage.first_step
-        self._watch.begin(stage.workers)
+        self._stage, self._steps, self._watch = stage, stage.first_step, BottleneckWatch(stage.workers)
         if state is not None:
             self.restore(state)
         if not self._active:
@@ -108,10 +104,8 @@ class RunMonitor:
             tracker.begin_stage(stage.number, stage.title, stage.samples_before)
         self._end_progress()
         if self._console.is_terminal and stage.steps:
-            where = f"stage {stage.number}/{stage.of} {stage.title}" if stage.of > 1 else ""
-            self._progress = ProgressLine(
-                f"{self._config.model_name} {where}".strip(), stage.last_sample, self._console
-            )
+            where = f" stage {stage.number}/{stage.of} {stage.title}" if stage.of > 1 else ""
+            self._progress = ProgressLine(f"{self._config.model_name}{where}", stage.last_sample, self._console)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint. The skipped samples of this epoch are in the state of the data."""
@@ -122,18 +116,11 @@ class RunMonitor:
         self._past_skips = Counter(state["total_skips"])
         self._epoch_images = state["epoch_images"]
 
-    def __enter__(self) -> RunMonitor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def start_epoch(self, epoch: int, resumed: bool = False, skips: Mapping[str, int] | None = None) -> None:
         """`resumed`: the epoch continues where an earlier process left it, with the `skips` that it had counted."""
-        self._epoch = epoch
+        self._epoch, self._epoch_skips = epoch, Counter(skips or {})
         if not resumed:
             self._epoch_images = 0
-        self._epoch_skips = Counter(skips or {})
 
     def step(
         self,
@@ -148,57 +135,58 @@ class RunMonitor:
         step_s: float,
         skipped: Mapping[str, int],
     ) -> None:
-        """After every optimizer step. Tensors are read, and so waited for, only at steps that are logged."""
+        """After every optimizer step. Records are written at every Nth step; a line is logged then, and where none was
+        logged for SILENCE_S. Only there are tensors read, and so waited for."""
         self._epoch_skips.update(skipped)
         self._steps += 1
-        logs = self._steps in (1, self._stage.steps) or self._steps % self._config.log_every_n_steps == 0
-        skips = self._past_skips + Counter(self._gather(dict(self._epoch_skips))) if logs else Counter()
+        records = self._steps in (1, self._stage.steps) or self._steps % self._config.log_every_n_steps == 0
+        skips = self._past_skips + Counter(self._gather(dict(self._epoch_skips))) if records else Counter()
         if not self._active:
             return
         self._epoch_images += num_images
         self._window.add(num_images, num_tokens, wait_s, step_s)
-        if logs:
+        if records or time.monotonic() - self._last_line >= SILENCE_S:
             start = time.perf_counter()
-            values = {name: float(value) for name, value in losses.items()} | {"lr": lr}
-            if grad_norm is not None:
-                values["grad_norm"] = float(grad_norm)
-            self._window.add_seconds(time.perf_counter() - start)
-            self._log_step(samples_seen, values, losses, skips)
+            read = losses if grad_norm is None else {**losses, "grad_norm": grad_norm}
+            values = {"lr": lr} | {name: float(value) for name, value in read.items()}
+            self._window.step_s += time.perf_counter() - start  # until the device had finished
+            speed = self._window.rates(self._stage.meter)
+            self.last = {**values, **speed}
+            self._log_line(samples_seen, [*losses, "lr", "grad_norm"])
+            if records:
+                self._write_records(samples_seen, values, speed, skips)
         if self._progress is not None:
             self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
 
-    def _log_step(
-        self, samples_seen: int, values: Mapping[str, float], losses: Iterable[str], skips: Mapping[str, int]
+    def _log_line(self, samples_seen: int, names: list[str]) -> None:
+        last, total = self.last, self._stage.last_sample
+        self.status.update(
+            samples_seen=samples_seen, loss=last.get("loss"), images_per_second=last["images_per_second"]
+        )
+        shown = " ".join(f"{name} {last[name]:.4g}" for name in names if name in last)
+        mfu = f", MFU {100 * last['mfu']:.1f}%" if "mfu" in last else ""
+        logger.info(
+            f"samples {samples_seen:,} of {total:,} ({100 * samples_seen / max(total, 1):.0f}%) {shown} "
+            f"{last['images_per_second']:.1f} images/s, waiting for data {100 * last['data_wait_share']:.0f}%{mfu}",
+            extra={FILE_ONLY: self._progress is not None},
+        )
+        self._last_line = time.monotonic()
+
+    def _write_records(
+        self, samples_seen: int, values: Mapping[str, float], speed: Mapping[str, float], skips: Mapping[str, int]
     ) -> None:
-        seconds = self._window.seconds
-        speed = self._window.take(self._stage.meter)
-        memory_mb = peak_memory_mb(self._config.device_type)
-        self.last = {**values, **speed}
+        """Of the steps since the last records; the next window begins."""
+        memory = peak_memory(self._config.device_type)
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"throughput/{name}": value for name, value in speed.items()}
-        scalars |= {"memory/peak_mb": memory_mb, "run/stage": float(self._stage.number)}
+        scalars |= {"memory/peak_mb": memory.peak_mb, "run/stage": float(self._stage.number)}
         scalars |= {f"data/skipped/{cause}": float(count) for cause, count in skips.items()}
-        row = {"step": self._steps, "epoch": self._epoch, **values, **speed, "memory_mb": memory_mb}
+        row = {"step": self._steps, "epoch": self._epoch, **values, **speed, "memory_mb": memory.peak_mb}
         for tracker in self._trackers:
             tracker.write("train", samples_seen, scalars, row)
-        self.status.update(
-            samples_seen=samples_seen, loss=values.get("loss"), images_per_second=speed["images_per_second"]
-        )
-        logger.info(self._line(samples_seen, values, speed, losses), extra={FILE_ONLY: self._progress is not None})
-        warning = self._watch.note(speed, seconds, device_memory(self._config.device_type))
-        if warning is not None:
+        if (warning := self._watch.note(speed, self._window.step_s, memory.share)) is not None:
             logger.warning("%s", warning)
-
-    def _line(
-        self, samples_seen: int, values: Mapping[str, float], speed: Mapping[str, float], losses: Iterable[str]
-    ) -> str:
-        total = self._stage.last_sample
-        shown = " ".join(f"{name} {values[name]:.4g}" for name in [*losses, "lr", "grad_norm"] if name in values)
-        mfu = f", MFU {100 * speed['mfu']:.1f}%" if "mfu" in speed else ""
-        return (
-            f"samples {samples_seen:,} of {total:,} ({100 * samples_seen / max(total, 1):.0f}%) {shown} "
-            f"{speed['images_per_second']:.1f} images/s, waiting for data {100 * speed['data_wait_share']:.0f}%{mfu}"
-        )
+        self._window = Window()
 
     @property
     def epoch_skips(self) -> dict[str, int]:
@@ -211,9 +199,8 @@ class RunMonitor:
         self._epoch_skips.clear()
         if not self._active:
             return
-        counts = sorted(skips.items(), key=lambda item: -item[1])
-        causes = ", ".join(f"{count} {cause}" for cause, count in counts)
-        skipped = f"skipped {sum(skips.values())} samples: {causes}" if counts else "no sample skipped"
+        causes = ", ".join(f"{count} {cause}" for cause, count in Counter(skips).most_common())
+        skipped = f"skipped {sum(skips.values())} samples: {causes}" if skips else "no sample skipped"
         logger.info("epoch %d done (%s samples), %s", self._epoch + 1, f"{self._epoch_images:,}", skipped)
 
     def evaluation(self, samples_seen: int, epoch: int, metrics: Mapping[str, float]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 # (device name, TFLOP/s in bf16 and fp16, TFLOP/s in fp32 with TF32, which OpenCLIP's `main` enables), dense, from the
 # vendors' data sheets (figures "with sparsity" halved). The first name that the device's own name contains counts.
@@ -60,17 +59,6 @@ def measured_peak(device: torch.device, precision: str) -> Peak:
     half = torch.float16 if precision in ("amp", "fp16", "pure_fp16") else torch.bfloat16
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     own = torch.Generator(device).manual_seed(0)  # leave the global generator as it is: a resumed run depends on it
-    dtype = half if precision in HALF else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    calls = 10 if device.type == "cuda" else 1
-    best, begin = float("inf"), time.perf_counter()
-    with torch.no_grad():
-        while time.perf_counter() - begin < MEASURE_S or best == float("inf"):
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                a @ a
-            wait()
-            best = min(best, (time.perf_counter() - start) / calls)
-    return Peak(2.0 * size**3 / best, "measured")
+    matrix = torch.randn(size, size, device=device, dtype=half if precision in HALF else torch.float32, generator=own)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return Peak(2.0 * size**3 / min(timer.blocked_autorange(min_run_time=MEASURE_S).times), "measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,19 +25,12 @@ class Captioned:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width_px:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-        while font.getlength(line) > width_px and len(line) > 1:  # a word wider than the cell
-            cut = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width_px)
-            lines.append(line[:cut])
-            line = line[cut:]
-    return [*lines, line] if line else lines or ["(nothing)"]
+    """Lines of equally many characters at most, as many as fit."""
+    for characters in range(width_px // 4, 0, -1):
+        lines = textwrap.wrap(text, characters)
+        if all(font.getlength(line) <= width_px for line in lines):
+            break
+    return lines or ["(nothing)"]
 
 
 def contact_sheet(cells: Sequence[Captioned], columns: int = 8, cell_px: int = 200) -> Image.Image:

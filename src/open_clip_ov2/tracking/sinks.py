@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from open_clip_ov2.errors import UserError, unknown_key
-from open_clip_ov2.files import write_text
+from open_clip_ov2.files import read_json_lines, write_text
 from open_clip_ov2.tracking.status import finite
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class JsonLines(Tracker):
     def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
         path = run_dir / "results.jsonl"
         if resumed_at is not None and path.is_file():
-            _drop_later_records(path, resumed_at)
+            earlier = (record for record in read_json_lines(path) if record["samples_seen"] <= resumed_at)
+            write_text(path, "".join(f"{json.dumps(record)}\n" for record in earlier))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._unwritten = b""
         self._stage = 1
@@ -85,19 +87,6 @@ class JsonLines(Tracker):
 
     def close(self) -> None:
         self._file.close()
-
-
-def _drop_later_records(path: Path, samples_seen: int) -> None:
-    """Rewrite the file without the records of later samples, and without a torn last line."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n") and record["samples_seen"] <= samples_seen:
-            kept.append(line)
-    write_text(path, "".join(kept))
 
 
 class TensorBoard(Tracker):
@@ -131,9 +120,7 @@ class TensorBoard(Tracker):
         """In this run's own event file; SummaryWriter.add_hparams would show it as a second run."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {
-            key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()
-        }
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}
         named = {f"hparam/{name}": value for name, value in metrics.items()}
         for summary in hparams(plain, named):
             self._writer._get_file_writer().add_summary(summary)
@@ -150,10 +137,9 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard}  # by their na
 def tracker_names(report_to: str) -> tuple[str, ...]:
     """The trackers of `--report-to NAME,NAME`. Raises UserError."""
     names = tuple(dict.fromkeys(name for name in report_to.split(",") if name))
-    for name in names:
-        if name not in TRACKERS:
-            error = unknown_key("--report-to", name, TRACKERS, "tracker")
-            raise UserError(f"{error}; results.jsonl is always written")
+    for name in set(names) - set(TRACKERS):
+        error = unknown_key("--report-to", name, TRACKERS, "tracker")
+        raise UserError(f"{error}; results.jsonl is always written")
     return names
 
 
@@ -161,23 +147,15 @@ class ProgressLine:
     """On a terminal: model and stage, a bar over samples, images/s, loss, time left."""
 
     def __init__(self, title: str, total_samples: int, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]} images/s  loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(title, total=total_samples, speed="-", loss="-")
+        rate = TextColumn("{task.fields[speed]:.0f} images/s  loss {task.fields[loss]:.3f}")
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), rate)
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console)
+        self._task = self._progress.add_task(title, total=total_samples, speed=math.nan, loss=math.nan)
         self._progress.start()
 
     def update(self, samples_seen: int, images_per_second: float | None, loss: float | None) -> None:
-        fields: dict[str, Any] = {
-            "speed": "-" if images_per_second is None else f"{images_per_second:.0f}",
-            "loss": "-" if loss is None else f"{loss:.3f}",
-        }
+        known = {"speed": images_per_second, "loss": loss}
+        fields: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
         self._progress.update(self._task, completed=samples_seen, **fields)
 
     def close(self) -> None:
