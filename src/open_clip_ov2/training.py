@@ -7,8 +7,7 @@ run = ov2.train({"model": "ov2-vit-nano-8", "train_data": "shards/{000..099}.tar
 model = ov2.open_model(run).model
 ```
 
-Flags are those of the `ov2` commands: a list as on the command line, or a mapping from names to values. Nothing heavy
-is imported before it is needed.
+Flags are those of the `ov2` commands: a list as on the command line, or a mapping from names to values.
 """
 
 from __future__ import annotations
@@ -20,14 +19,30 @@ from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.eval_job import EvalJob
+from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
+from open_clip_ov2.evaluate.options import EvalOptions, GenerationOptions, check_files, read_options
+from open_clip_ov2.evaluate.pictures import Picture, captions_of
+from open_clip_ov2.evaluate.tasks import check_names as check_tasks
+from open_clip_ov2.openclip.command.parse import help_text as train_help
+from open_clip_ov2.openclip.command.parse import parse
+from open_clip_ov2.openclip.eval_processes import default_device, processes
+from open_clip_ov2.openclip.models import conversion, exports
+from open_clip_ov2.openclip.models import open_model as opening
+from open_clip_ov2.openclip.models.eval_models import open_eval_model
+from open_clip_ov2.openclip.models.factory import is_ov2_model
+from open_clip_ov2.openclip.run.data_parts import data_parts
+from open_clip_ov2.openclip.run.dry_run import check_run
+from open_clip_ov2.openclip.run.stage_costs import plan_costs, stage_flops
 from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
-    from open_clip_ov2.evaluate.pictures import Picture
-    from open_clip_ov2.openclip.models.open_model import LoadedModel
     from open_clip_ov2.openclip.run.bench_model import BenchModel
-    from open_clip_ov2.openclip.run.data_parts import DataParts
 
+__all__ = [
+    "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "data_parts", "evaluate", "export",
+    "is_lost_peer", "is_ov2_model", "load", "open_model", "plan", "planned_run", "push", "train", "train_help",
+]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
 
 
@@ -56,7 +71,7 @@ def train(flags: Flags) -> Path:
     return run(as_argv(flags))
 
 
-def open_model(source: str | Path, device: str = "cpu", **options: Any) -> LoadedModel:
+def open_model(source: str | Path, device: str = "cpu", **options: Any) -> opening.LoadedModel:
     """A trained or released model in evaluation mode, with its `preprocess` and `tokenizer`. Raises UserError.
 
     ```python
@@ -66,9 +81,7 @@ def open_model(source: str | Path, device: str = "cpu", **options: Any) -> Loade
     `source` is a run's folder, a checkpoint, an exported folder, `hf-hub:NAME`, or `NAME:PRETRAINED` of OpenCLIP's
     registry; `options` are `image_size` and `position_table`.
     """
-    from open_clip_ov2.openclip.models.open_model import open_model as opened
-
-    return opened(source, device, **options)
+    return opening.open_model(source, device, **options)
 
 
 def evaluate(
@@ -92,15 +105,8 @@ def evaluate(
     `model` as `source` of `open_model`; `flags` are those of `ov2 eval` by name; `out`, `say` and `done` are those of
     `run_tasks`. Call it on every process of a distributed evaluation. Raises UserError.
     """
-    from open_clip_ov2.evaluate.eval_job import EvalJob
-    from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
-    from open_clip_ov2.evaluate.options import EvalOptions, check_files, read_options
-    from open_clip_ov2.evaluate.tasks import check_names
-    from open_clip_ov2.openclip.eval_processes import processes
-    from open_clip_ov2.openclip.models.eval_models import open_eval_model
-
     options = read_options(EvalOptions, "evaluation", {"data": data, "tasks": tasks, **flags})
-    check_names(options.tasks)
+    check_tasks(options.tasks)
     if out is not None:
         check_writable(Path(out))
     with processes(device) as place:
@@ -126,11 +132,6 @@ def caption(
     `images` are image files, folders, tars, or `Picture`s; `flags` are the generation flags of `ov2 caption` by name.
     Raises UserError.
     """
-    from open_clip_ov2.evaluate.options import GenerationOptions, read_options
-    from open_clip_ov2.evaluate.pictures import captions_of
-    from open_clip_ov2.openclip.eval_processes import default_device
-    from open_clip_ov2.openclip.models.eval_models import open_eval_model
-
     options = read_options(GenerationOptions, "captions", flags)
     opened = open_eval_model(str(model), default_device(device))
     return captions_of(opened, images, options)
@@ -147,9 +148,6 @@ def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = Non
     `mean_caption_tokens` are real tokens of a caption, end of text included (default: the context length); `machine`
     takes `tflops`, `memory_gb` and `images_per_second` of one GPU, and `mfu`.
     """
-    from open_clip_ov2.openclip.command.parse import parse
-    from open_clip_ov2.openclip.run.stage_costs import plan_costs
-
     parsed = parse(as_argv(flags), world_size=gpus, gpu=True, needs_data=False)
     return plan_costs(parsed, Machine(gpus, **machine), mean_caption_tokens)
 
@@ -162,8 +160,6 @@ def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: f
     check({"recipe": "run.toml", "train_data": "shards/{000..099}.tar"}, world_size=64, gpu_memory_gb=80).parameters
     ```
     """
-    from open_clip_ov2.openclip.run.dry_run import check_run
-
     argv = as_argv(flags)
     if set(argv) & {"-h", "--help"}:
         raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
@@ -179,35 +175,22 @@ def export(source: str | Path, to: str, out: str | Path | None = None, **options
 
     `source` as for `open_model`; `options` are the other flags of `ov2 export`, such as `image_size`.
     """
-    from open_clip_ov2.openclip.models.exports import export as write
-
-    return write(str(source), to, None if out is None else Path(out), **options)
+    return exports.export(str(source), to, None if out is None else Path(out), **options)
 
 
 def push(source: str | Path, repository: str, to: str = "ov2", **options: Any) -> list[str]:
     """Upload a model to ORG/NAME on the Hugging Face hub, as `ov2 push` does. Returns notes. Raises UserError."""
-    from open_clip_ov2.openclip.models.exports import push as upload
-
-    return upload(str(source), repository, to, **options)
+    return exports.push(str(source), repository, to, **options)
 
 
 def convert(source: str | Path, to: Path, **options: Any) -> list[str]:
     """Convert checkpoints of the authors and back, as `ov2 convert` does. Returns notes. Raises UserError."""
-    from open_clip_ov2.openclip.models.conversion import convert as write
-
-    return write(str(source), to, **options)
+    return conversion.convert(str(source), to, **options)
 
 
 def load() -> None:
     """Import what training needs (seconds), so that `train` is at its own signal handlers at once."""
     import open_clip_ov2.openclip.run.runner  # noqa: F401
-
-
-def train_help() -> str:
-    """The text of `ov2 train --help`: our flags, then OpenCLIP's."""
-    from open_clip_ov2.openclip.command.parse import help_text
-
-    return help_text()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -220,9 +203,8 @@ def is_lost_peer(error: BaseException) -> bool:
         "Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe", "Connection refused",
         "Timed out waiting", "Gloo connectFullMesh failed", "Read timeout",
     )  # fmt: skip
-    return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
-    )
+    is_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
+    return is_gloo or isinstance(error, kinds)
 
 
 # --- what `compare` measures ---------------------------------------------------------------------------
@@ -243,25 +225,8 @@ class PlannedRun:
 
 def planned_run(flags: Flags) -> PlannedRun:
     """Parse and check flags of `ov2 train` for one process, without looking at the data. Raises UserError."""
-    from open_clip_ov2.openclip.command.parse import parse
-    from open_clip_ov2.openclip.run.stage_costs import stage_flops
-
     plan = parse(as_argv(flags), world_size=1)
     return PlannedRun(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)
-
-
-def is_ov2_model(name: str) -> bool:
-    """Whether OpenCLIP's registry has an ov2 model of this name."""
-    from open_clip_ov2.openclip.models.factory import is_ov2_model as is_ov2
-
-    return is_ov2(name)
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises UserError for a task that `ov2 eval` does not have."""
-    from open_clip_ov2.evaluate.tasks import check_names
-
-    check_names(tasks)
 
 
 def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], models: Path) -> BenchModel:
@@ -273,10 +238,3 @@ def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], m
 
     bench.add_models(models)
     return bench.BenchModel(argv, device, flags_of_ov2)
-
-
-def data_parts(flags: Flags) -> DataParts:
-    """The data pipeline of a run's first stage, taken apart. Raises UserError."""
-    from open_clip_ov2.openclip.run.data_parts import data_parts as parts
-
-    return parts(as_argv(flags))

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor, StageInfo
+from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, Tracker, tracker_names
 from open_clip_ov2.tracking.status import read_status
 
@@ -50,11 +50,16 @@ class Memory(Tracker):
         self.calls.append(("close",))
 
 
+def silent() -> Console:
+    return Console(file=io.StringIO())
+
+
 def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the calls, written out."""
     monkeypatch.setitem(TRACKERS, "memory", Memory)
-    config = MonitorConfig(tmp_path, 0, 1, tracker_names("memory,memory"), "model", resumed_at=8)
-    with contextlib.closing(RunMonitor(config, Console(file=io.StringIO()))) as monitor:
+    trackers = tracker_names("memory,memory")
+    monitor = RunMonitor(tmp_path, 0, log_every_n_steps=1, trackers=trackers, resumed_at=8, console=silent())
+    with contextlib.closing(monitor):
         monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 2, 8, 8))
         monitor.step(
             16, losses={"loss": torch.tensor(2.0)}, lr=0.1, grad_norm=None, num_images=8, num_tokens=None, wait_s=0.0,
@@ -81,8 +86,8 @@ def test_slow_steps_are_logged_after_half_a_minute(
     """Steps of 20 s, of which every hundredth is recorded. Oracle: the lines and records, by hand."""
     clock = [0.0]
     monkeypatch.setattr("open_clip_ov2.tracking.monitor.time.monotonic", lambda: clock[0])
-    config = MonitorConfig(tmp_path, 0, 100, (), "model")
-    with caplog.at_level("INFO"), contextlib.closing(RunMonitor(config, Console(file=io.StringIO()))) as monitor:
+    monitor = RunMonitor(tmp_path, 0, log_every_n_steps=100, console=silent())
+    with caplog.at_level("INFO"), contextlib.closing(monitor):
         monitor.begin_stage(StageInfo(1, 1, "", 0, 200, 0, 8))
         for number in range(1, 7):
             clock[0] += 20.0

@@ -8,13 +8,15 @@ from pathlib import Path
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor, StageInfo
+from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 
 
 def monitor_of(run: Path, resumed_at: int | None = None) -> RunMonitor:
     """Of two processes that skip alike."""
-    config = MonitorConfig(run, 0, 1, ("tensorboard",), "model", resumed_at=resumed_at)
-    return RunMonitor(config, Console(file=io.StringIO()), lambda counts: {k: 2 * v for k, v in counts.items()})
+    return RunMonitor(
+        run, 0, log_every_n_steps=1, trackers=("tensorboard",), resumed_at=resumed_at,
+        console=Console(file=io.StringIO()), gather=lambda counts: {k: 2 * v for k, v in counts.items()},
+    )  # fmt: skip
 
 
 def step(monitor: RunMonitor, samples: int, skipped: dict[str, int]) -> None:

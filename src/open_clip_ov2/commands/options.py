@@ -16,15 +16,6 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def values_checked() -> Iterator[None]:
-    """The model's own ValueErrors (a flag out of range) as one-line errors."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-@contextlib.contextmanager
 def paths_checked() -> Iterator[None]:
     """What the system says of a path that the user gave (no such folder, not to be written) as a one-line error."""
     try:
@@ -33,9 +24,3 @@ def paths_checked() -> Iterator[None]:
         if error.filename is None:
             raise
         raise UserError(f"{error.filename}: {error.strerror or error}") from error
-
-
-def existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    return path

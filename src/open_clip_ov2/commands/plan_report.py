@@ -14,43 +14,52 @@ from open_clip_ov2.recipe.costs import Plan, StageCost
 GB, GFLOP = 1e9, 1e9
 
 
-def show(plan: Plan, console: Console | None = None) -> None:
-    console = console or Console(highlight=False)
-    total = sum(plan.parameters.values())
-    parts = ", ".join(f"{name} {_millions(count)}" for name, count in plan.parameters.items())
-    console.print(f"{plan.model}: {_millions(total)} parameters ({parts})")
-    console.print(_stages(plan))
+def show(plan: Plan) -> None:
+    console = Console(highlight=False)
+    parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
+    console.print(f"{plan.model}: {sum(plan.parameters.values()) / 1e6:,.1f} M parameters ({parts})")
+    sizes = [f"{cost.resolution} px" for cost in plan.stages]
+    titles = (
+        size if cost.title == size else f"{cost.title}: {size}" for cost, size in zip(plan.stages, sizes, strict=True)
+    )
+    cells = [_cells(cost) for cost in plan.stages]
+    console.print(_table(["", *titles], [[name, *(stage[name] for stage in cells)] for name in cells[0]]))
     console.print(_whole_run(plan))
     for line in filter(None, (cost.memory_advice() for cost in plan.stages)):
         console.print(line)
     if plan.baselines:
-        console.print(_comparison(plan))
+        console.print(_table(["GFLOP per image", *sizes, "whole run", "relative"], _comparison(plan)))
         console.print(
             "CoCa and CLIP: the same encoder, text towers as wide and deep as the decoder, captions as long for CoCa, "
             "77 tokens for CLIP."
         )
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M"
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.0f} minutes"
-    return f"{hours:,.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
 
-def _rows(cost: StageCost) -> dict[str, str]:
+def _cells(cost: StageCost) -> dict[str, str]:
     """The cells of a stage by the name of their row."""
-    machine, gpu_hours = cost.machine, cost.gpu_hours
+    machine, gpu_hours, each = cost.machine, cost.gpu_hours, f"{cost.batch_size * cost.accum_freq:,}"
     parts = {f"  of it {name}": f"{part.total / cost.flops_per_image:.0%}" for name, part in cost.parts.items()}
     return {
         "samples": short_count(cost.samples),
         "tokens: encoder / kept / text": f"{cost.tokens.encoder} / {cost.tokens.kept or '-'} / {cost.tokens.text}",
         "tokens to the head": f"{cost.tokens.targets:g}",
         "global batch": f"{cost.global_batch:,}",
-        f"per GPU ({machine.gpus:,})": _per_gpu(cost),
+        f"per GPU ({machine.gpus:,})": each
+        if cost.accum_freq == 1
+        else f"{each} = {cost.accum_freq} x {cost.batch_size:,}",
         "steps": f"{cost.steps:,}",
         "warm-up steps": f"{cost.warmup_steps:,}",
         "learning rate": f"{cost.lr:.2e}",
@@ -67,30 +76,6 @@ def _rows(cost: StageCost) -> dict[str, str]:
     }
 
 
-def _table(*columns: str) -> Table:
-    table = Table(*columns)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
-def _stages(plan: Plan) -> Table:
-    table, columns = _table("", *map(_title, plan.stages)), [_rows(cost) for cost in plan.stages]
-    for name in columns[0]:
-        table.add_row(name, *(cells[name] for cells in columns))
-    return table
-
-
-def _title(cost: StageCost) -> str:
-    size = f"{cost.resolution} px"
-    return size if cost.title == size else f"{cost.title}: {size}"
-
-
-def _per_gpu(cost: StageCost) -> str:
-    each = f"{cost.batch_size * cost.accum_freq:,}"
-    return each if cost.accum_freq == 1 else f"{each} = {cost.accum_freq} x {cost.batch_size:,}"
-
-
 def _whole_run(plan: Plan) -> str:
     machine, hours = plan.machine, plan.hours
     how = f"from FLOPs at {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU (an H100 reaches 790 in dense bf16)"
@@ -101,15 +86,13 @@ def _whole_run(plan: Plan) -> str:
     return f"whole run: {plan.total_flops:.2e} FLOP, {_duration(hours)} on {gpus}, {spent}, {how}"
 
 
-def _comparison(plan: Plan) -> Table:
-    table = _table("GFLOP per image", *(f"{cost.resolution} px" for cost in plan.stages), "whole run", "relative")
-    ours = tuple(cost.flops_per_image for cost in plan.stages)
-    rows = {plan.model: (ours, plan.total_flops)}
+def _comparison(plan: Plan) -> list[list[str]]:
+    rows = {plan.model: (tuple(cost.flops_per_image for cost in plan.stages), plan.total_flops)}
     rows |= {name: (each, plan.baseline_total(name)) for name, each in plan.baselines.items()}
-    for name, (each, total) in rows.items():
-        numbers = (f"{value / GFLOP:,.4g}" for value in each)
-        table.add_row(name, *numbers, f"{total:.2e} FLOP", f"{total / plan.total_flops:.2f} x")
-    return table
+    return [
+        [name, *(f"{value / GFLOP:,.4g}" for value in each), f"{total:.2e} FLOP", f"{total / plan.total_flops:.2f} x"]
+        for name, (each, total) in rows.items()
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -138,16 +121,13 @@ def _stage_json(cost: StageCost) -> dict[str, Any]:
         "resolution", "samples", "global_batch", "batch_size", "accum_freq", "steps", "warmup_steps", "lr", "precision",
         "grad_checkpointing", "images_per_second", "hours", "gpu_hours",
     )  # fmt: skip
+    memory = cost.memory
     return {
         **{name: getattr(cost, name) for name in plain},
         "tokens": asdict(cost.tokens),
         "flop_per_image": cost.flops_per_image,
         "flop_per_image_by_part": {name: part.total for name, part in cost.parts.items()},
         "flop": cost.total_flops,
-        "memory_bytes": {
-            "fixed": cost.memory.fixed,
-            "activations": cost.batch_size * cost.memory.per_image,
-            "per_image": cost.memory.per_image,
-        },
+        "memory_bytes": {**asdict(memory), "activations": cost.batch_size * memory.per_image},
         "utilisation": cost.mfu,
     }

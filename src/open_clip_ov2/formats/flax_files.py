@@ -5,8 +5,9 @@ Nothing is unpickled. Orbax folders are read with tensorstore, which wrote them;
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ def read_flax(path: Path) -> dict[str, np.ndarray]:
     """Parameters by path, `img_encoder/...` and `txt_decoder/...`, without optimizer state. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    flat = _read_orbax(path) if path.is_dir() else _read_npz(path)
+    flat: dict[str, np.ndarray] = {}
+    for name, value in _read_orbax(path) if path.is_dir() else _read_npz(path):
+        if name in flat:
+            raise UserError(f"{path}: two sets of parameters in it (two {name}); keep one")
+        if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # bfloat16, widened exactly
+            value = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        flat[name] = value
     if not any(name.startswith(f"{ENCODER}/") for name in flat):
         raise UserError(f"{path}: no parameters of the reference in it (names begin with params/{ENCODER}/)")
     return flat
@@ -35,60 +42,38 @@ def read_flax(path: Path) -> dict[str, np.ndarray]:
 
 def _parameter(name: str) -> str | None:
     """`params/img_encoder/...` at any depth -> `img_encoder/...`; None for gradients, optimizer state and the rest."""
-    for tower in (ENCODER, DECODER):
-        before, found, after = name.partition(f"{tower}/")
-        if found and (not before or before.endswith("params/")) and "opt" not in before:
-            return tower + "/" + after
-    return None
+    found = re.fullmatch(rf"(|.*?params/)((?:{ENCODER}|{DECODER})/.*)", name)
+    return found[2] if found and "opt" not in found[1] else None
 
 
-def _add(out: dict[str, np.ndarray], name: str, value: np.ndarray, path: Path) -> None:
-    if name in out:
-        raise UserError(f"{path}: two sets of parameters in it (two {name}); keep one")
-    if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # bfloat16, widened exactly
-        value = (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    out[name] = value
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    out: dict[str, np.ndarray] = {}
+def _read_npz(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
-                if (ours := _parameter(name)) is not None:
-                    _add(out, ours, file[name], path)
-        return out
+                if ours := _parameter(name):
+                    yield ours, file[name]
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a readable .npz of plain arrays ({first_line(error)})") from error
 
 
-def _read_orbax(folder: Path) -> dict[str, np.ndarray]:
-    root = _orbax_root(folder)
+def _read_orbax(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    # The folder itself, or the one item of a step (`default`, `params`, `state`) in it.
+    found = [folder] if (folder / _METADATA).is_file() else [file.parent for file in folder.glob(f"*/{_METADATA}")]
+    if len(found) != 1:
+        where = f"{len(found)} of its folders have one" if found else "nor in a folder of it"
+        raise UserError(f"{folder}: not an Orbax checkpoint (no {_METADATA} in it, {where}); name the item's folder")
+    (root,) = found
     metadata = read_json(root / _METADATA, dict, "Orbax's metadata")
     try:
         paths = [tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{root / _METADATA}: not Orbax's metadata ({error!r})") from error
-    out: dict[str, np.ndarray] = {}
     for keys in paths:
-        name = _parameter("/".join(keys))
-        if name is not None:
-            _add(out, name, _read_array(root, keys, metadata), root)
-    return out
+        if ours := _parameter("/".join(keys)):
+            yield ours, _read_array(root, keys, "zarr3" if metadata.get("use_zarr3") else "zarr")
 
 
-def _orbax_root(folder: Path) -> Path:
-    """The folder itself, or the one item of a step (`default`, `params`, `state`) in it."""
-    if (folder / _METADATA).is_file():
-        return folder
-    items = sorted(item.parent for item in folder.glob(f"*/{_METADATA}"))
-    if len(items) != 1:
-        found = f"{len(items)} of its folders have one" if items else "nor in a folder of it"
-        raise UserError(f"{folder}: not an Orbax checkpoint (no {_METADATA} in it, {found}); name the item's folder")
-    return items[0]
-
-
-def _read_array(root: Path, keys: tuple[str, ...], metadata: dict[str, Any]) -> np.ndarray:
+def _read_array(root: Path, keys: tuple[str, ...], driver: str) -> np.ndarray:
     try:
         import tensorstore
     except ImportError:
@@ -97,11 +82,9 @@ def _read_array(root: Path, keys: tuple[str, ...], metadata: dict[str, Any]) -> 
         raise UserError(f"{root}: {keys!r} is not the name of a parameter")
     # Orbax stores all arrays in one database, or each in a folder.
     name, files = ".".join(keys), {"driver": "file", "path": f"{root.resolve()}/"}
+    store: dict[str, Any] = {**files, "path": f"{files['path']}{name}/"}
     if (root / "manifest.ocdbt").is_file():
-        store: dict[str, Any] = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-    else:
-        store = {**files, "path": f"{files['path']}{name}/"}
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
     try:
         array = tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
         return np.asarray(array.read().result())

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from open_clip_ov2.errors import UserError
 
+PARTS = ("encoder", "pooler", "text encoder", "decoder", "head")  # in the order in which data passes through them
 LOSS_ROWS = 4096  # of logits at once in an ov2 loss on a GPU (core/linear_loss.py)
 LOGIT_BYTES = 12  # held at once for one logit, when backward begins: log-probability and two gradients, in fp32
 
@@ -160,48 +162,43 @@ def stacks(sizes: ModelSizes, tokens: Tokens) -> list[Stack]:
     return [*found, Stack("decoder", tower, pairs, text, tokens.kept, text * tokens.kept, cross=True)]
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Of one image. `blocks` is the part of `forward` that gradient checkpointing computes again."""
+class Flops(NamedTuple):
+    """Of one image, forward and backward. `blocks` is the part of its forward pass that gradient checkpointing computes
+    again."""
 
-    forward: float = 0.0
-    backward: float = 0.0
-    blocks: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.forward + self.backward
-
-    def plus(self, forward: float, backward_factor: int = 2, block: bool = False) -> Flops:
-        return Flops(
-            self.forward + forward, self.backward + backward_factor * forward, self.blocks + (forward if block else 0.0)
-        )
-
-
-def _linear(rows: float, inputs: int, outputs: int) -> float:
-    return 2.0 * rows * inputs * outputs
+    total: float
+    blocks: float
 
 
 def flops(sizes: ModelSizes, resolution: int, tokens: Tokens) -> dict[str, Flops]:
     """Of one image, by part of the model."""
-    encoder, parts = sizes.encoder, {}
+    encoder, found = sizes.encoder, stacks(sizes, tokens)
     image_width = encoder.tower.width
-    embedding = _linear(encoder.patches(resolution), 3 * encoder.patch_size**2, image_width)
-    head = _linear(1, encoder.pooled_width, encoder.embed_dim)
-    parts["encoder"] = Flops().plus(embedding, 1).plus(head, 2 if encoder.trained_head else 0)
+    # (part, FLOPs of the forward pass, those of the backward pass in multiples of it)
+    others = [
+        ("encoder", _linear(encoder.patches(resolution), 3 * encoder.patch_size**2, image_width), 1),
+        ("encoder", _linear(1, encoder.pooled_width, encoder.embed_dim), 2 if encoder.trained_head else 0),
+    ]
     if sizes.queries:  # attention of learned queries, of the embedding's width, to all encoder tokens
         width, queries = encoder.embed_dim, sizes.queries
         pooler = 2 * _linear(queries, width, width) + 2 * _linear(tokens.encoder, image_width, width)
-        parts["pooler"] = Flops().plus(pooler + 4.0 * queries * tokens.encoder * width)
-    for stack in stacks(sizes, tokens):
-        parts[stack.part] = parts.get(stack.part, Flops()).plus(stack.flops(), block=True)
+        others.append(("pooler", pooler + 4.0 * queries * tokens.encoder * width, 2))
     if sizes.text is not None:
-        parts["text encoder"] = parts["text encoder"].plus(_linear(1, sizes.text.width, encoder.embed_dim))
+        others.append(("text encoder", _linear(1, sizes.text.width, encoder.embed_dim), 2))
     if sizes.decoder is not None:
         if sizes.is_ov2:
-            parts["decoder"] = parts["decoder"].plus(_linear(tokens.kept, image_width, sizes.decoder.width))
-        parts["head"] = Flops().plus(_linear(tokens.targets, sizes.decoder.width, sizes.vocab))
+            others.append(("decoder", _linear(tokens.kept, image_width, sizes.decoder.width), 2))
+        others.append(("head", _linear(tokens.targets, sizes.decoder.width, sizes.vocab), 2))
+    parts = {}
+    for part in sorted({stack.part for stack in found} | {part for part, *_ in others}, key=PARTS.index):
+        blocks = sum(stack.flops() for stack in found if stack.part == part)
+        rest = sum((1 + backward) * forward for name, forward, backward in others if name == part)
+        parts[part] = Flops(3 * blocks + rest, blocks)
     return parts
+
+
+def _linear(rows: float, inputs: int, outputs: int) -> float:
+    return 2.0 * rows * inputs * outputs
 
 
 def total_flops(sizes: ModelSizes, resolution: int, tokens: Tokens) -> float:

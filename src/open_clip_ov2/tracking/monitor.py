@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,7 @@ from open_clip_ov2.tracking.throughput import BottleneckWatch, Meter, Window, pe
 
 logger = logging.getLogger("open_clip_ov2")
 
-Gather = Callable[[dict[str, int]], dict[str, int]]
 SILENCE_S = 30.0  # ours: a person begins to worry about a run that prints nothing for longer
-
-
-@dataclass(frozen=True)
-class MonitorConfig:
-    """`trackers`: names in TRACKERS. `resumed_at`: samples seen at the checkpoint that the run continues from (records
-    after it are dropped); None for a new run."""
-
-    run_dir: Path
-    rank: int
-    log_every_n_steps: int
-    trackers: tuple[str, ...]
-    model_name: str
-    device_type: str = "cpu"
-    resumed_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +53,26 @@ class StageInfo:
 class RunMonitor:
     """Reports one run, over all its stages. Ranks other than 0 count skipped samples and do nothing else.
 
-    `gather` sums counts over all processes, which call it together at every `log_every_n_steps`th step.
+    `trackers`: names in TRACKERS. `resumed_at`: samples seen at the checkpoint that the run continues from (records
+    after it are dropped); None for a new run. `gather` sums counts over all processes, which call it together at every
+    `log_every_n_steps`th step.
     """
 
     def __init__(
-        self, config: MonitorConfig, console: Console | None = None, gather: Gather = lambda counts: counts
+        self,
+        run_dir: Path,
+        rank: int,
+        *,
+        log_every_n_steps: int,
+        trackers: Sequence[str] = (),
+        model_name: str = "",
+        device_type: str = "cpu",
+        resumed_at: int | None = None,
+        console: Console | None = None,
+        gather: Callable[[dict[str, int]], dict[str, int]] = lambda counts: counts,
     ) -> None:
-        self._config, self._gather, self._active = config, gather, config.rank == 0
+        self._active, self._log_every, self._gather = rank == 0, log_every_n_steps, gather
+        self._model_name, self._device_type = model_name, device_type
         self._stage = StageInfo(1, 1, "", 0, 0, 0, 1)
         self._steps = self._epoch = self._epoch_images = 0
         self._epoch_skips: Counter[str] = Counter()
@@ -84,11 +82,11 @@ class RunMonitor:
         self._trackers: list[Tracker] = []
         self._progress: ProgressLine | None = None
         self.last: dict[str, float] = {}
-        self.status = StatusFile(config.run_dir, self._active)
+        self.status = StatusFile(run_dir, self._active)
         if self._active:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            classes: list[type[Tracker]] = [JsonLines, *(TRACKERS[name] for name in config.trackers)]
-            self._trackers = [tracker(config.run_dir, config.resumed_at) for tracker in classes]
+            run_dir.mkdir(parents=True, exist_ok=True)
+            classes: list[type[Tracker]] = [JsonLines, *(TRACKERS[name] for name in trackers)]
+            self._trackers = [tracker(run_dir, resumed_at) for tracker in classes]
             self._console = console or Console()
 
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
@@ -105,7 +103,7 @@ class RunMonitor:
         self._end_progress()
         if self._console.is_terminal and stage.steps:
             where = f" stage {stage.number}/{stage.of} {stage.title}" if stage.of > 1 else ""
-            self._progress = ProgressLine(f"{self._config.model_name}{where}", stage.last_sample, self._console)
+            self._progress = ProgressLine(f"{self._model_name}{where}", stage.last_sample, self._console)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint. The skipped samples of this epoch are in the state of the data."""
@@ -139,7 +137,7 @@ class RunMonitor:
         logged for SILENCE_S. Only there are tensors read, and so waited for."""
         self._epoch_skips.update(skipped)
         self._steps += 1
-        records = self._steps in (1, self._stage.steps) or self._steps % self._config.log_every_n_steps == 0
+        records = self._steps in (1, self._stage.steps) or self._steps % self._log_every == 0
         skips = self._past_skips + Counter(self._gather(dict(self._epoch_skips))) if records else Counter()
         if not self._active:
             return
@@ -176,7 +174,7 @@ class RunMonitor:
         self, samples_seen: int, values: Mapping[str, float], speed: Mapping[str, float], skips: Mapping[str, int]
     ) -> None:
         """Of the steps since the last records; the next window begins."""
-        memory = peak_memory(self._config.device_type)
+        memory = peak_memory(self._device_type)
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"throughput/{name}": value for name, value in speed.items()}
         scalars |= {"memory/peak_mb": memory.peak_mb, "run/stage": float(self._stage.number)}
@@ -216,7 +214,7 @@ class RunMonitor:
 
     def captions(self, samples_seen: int, images: Tensor, true: list[str], generated: list[str]) -> None:
         """A contact sheet of images, uint8 `(B, 3, H, W)`, with the generated and the true caption of each."""
-        if not self._active or not self._config.trackers:  # results.jsonl shows no images
+        if len(self._trackers) <= 1:  # results.jsonl shows no images
             return
         from PIL import Image
 

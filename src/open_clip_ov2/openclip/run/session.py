@@ -16,7 +16,7 @@ from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
-from open_clip_ov2.tracking.monitor import MonitorConfig, RunMonitor
+from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import tracker_names
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint
 from open_clip_ov2.train.signals import Agreement, StopSignals
@@ -67,16 +67,14 @@ class Session:
             self._find_checkpoint()
         state = self.state
         self.monitor = RunMonitor(
-            MonitorConfig(
-                run_dir=folder,
-                rank=self.rank,
-                log_every_n_steps=plan.stages[0].args.log_every_n_steps,
-                trackers=tracker_names(plan.stages[0].args.report_to),
-                model_name=plan.model,
-                device_type=self.device.type,
-                resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
-            ),
-            self.console,
+            folder,
+            self.rank,
+            log_every_n_steps=plan.stages[0].args.log_every_n_steps,
+            trackers=tracker_names(plan.stages[0].args.report_to),
+            model_name=plan.model,
+            device_type=self.device.type,
+            resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
+            console=self.console,
             gather=gathered_counts,
         )
         if state:
