@@ -121,16 +121,12 @@ def pairs(where: str, text: str) -> list[tuple[str, str]]:
 
 def whole(least: int) -> Reader:
     """An integer >= `least`."""
+    wanted = f"expected an integer >= {least}"
 
     def read(value: Any) -> int:
-        try:
-            if isinstance(value, bool) or not isinstance(value, (int, str)):
-                raise ValueError
-            number = int(value)
-        except ValueError:
-            raise UserError(f"{value!r}: expected an integer >= {least}") from None
+        number: int = _number(int, value, wanted)
         if number < least:
-            raise UserError(f"{number}: expected an integer >= {least}")
+            raise UserError(f"{number}: {wanted}")
         return number
 
     return read
@@ -142,17 +138,21 @@ def real(low: float, high: float = math.inf, *, above: bool = False) -> Reader:
     wanted = f"expected a number {limits}" + ("" if math.isinf(high) else f" and <= {high:g}")
 
     def read(value: Any) -> float:
-        try:
-            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-                raise ValueError
-            number = float(value)
-        except (ValueError, OverflowError):
-            raise UserError(f"{value!r}: {wanted}") from None
+        number: float = _number(float, value, wanted)
         if not math.isfinite(number) or number < low or (above and number == low) or number > high:
             raise UserError(f"{value}: {wanted}")
         return number
 
     return read
+
+
+def _number(kind: type, value: Any, wanted: str) -> Any:
+    try:
+        if isinstance(value, bool) or not isinstance(value, (kind, int, str)):
+            raise ValueError
+        return kind(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{value!r}: {wanted}") from None
 
 
 def text(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from open_clip_ov2.compare.bench.settings import default_device
 from open_clip_ov2.errors import UserError

@@ -60,16 +60,6 @@ class Attention(nn.Module):
         return torch.cat([seen_BKD.flatten(0, 1), attended_tD])
 
 
-def _mlp(width: int, mlp_width: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            c_fc=nn.Linear(width, mlp_width),
-            gelu=nn.GELU(approximate="tanh"),  # the encoder's is exact, the decoder's is not (docs/reference.md)
-            c_proj=nn.Linear(mlp_width, width),
-        )
-    )
-
-
 class _Block(nn.Module):
     """What both kinds of block share. Only what works token by token is compiled; attention depends on the rows."""
 
@@ -78,7 +68,10 @@ class _Block(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
-        self.mlp = _mlp(width, mlp_width)
+        gelu = nn.GELU(approximate="tanh")  # the encoder's is exact, the decoder's is not (docs/reference.md)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=gelu, c_proj=nn.Linear(mlp_width, width))
+        )
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -137,9 +130,6 @@ class CrossBlock(_Block):
         super().__init__(width, heads, mlp_width)
         self.ln_context = LayerNorm(width)
 
-    def project_context(self, context_BKD: Tensor) -> KeyValue:
-        return key_value(self.context(context_BKD), self.attn.heads)
-
     def context(self, context_BKD: Tensor) -> Tensor:
         """Keys and values of the image tokens, `(B, K, 2 D)`."""
         return self.attn.project(self.ln_context(context_BKD), 1, 3)
@@ -153,6 +143,9 @@ class CrossBlock(_Block):
         q_tD, kv_BK2D = self._run("before", x_tD), self._run("context", context_BKD)
         return self._run("after", x_tD, rows.across(q_tD, kv_BK2D, self.attn.heads))
 
-    def forward(self, x_BSD: Tensor, kv: KeyValue) -> Tensor:
-        """For generation; `kv` from `project_context`."""
-        return self.after(x_BSD, attend(self.before(x_BSD), kv, self.attn.heads))
+    def forward(self, x_BSD: Tensor, mask: Tensor | None, past: KeyValue) -> tuple[Tensor, KeyValue]:
+        """For generation; `past` from `project`, of which all is seen."""
+        return self.after(x_BSD, attend(self.before(x_BSD), past, self.attn.heads)), past
+
+    def project(self, context_BKD: Tensor) -> KeyValue:
+        return key_value(self.context(context_BKD), self.attn.heads)

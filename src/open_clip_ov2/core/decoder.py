@@ -8,7 +8,7 @@ Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +79,15 @@ class TextDecoder(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=width**-0.5)
         for module in self.blocks:
             block = cast(SelfBlock, module)
+            out_proj, c_fc, c_proj = (
+                block.attn.out_proj,
+                cast(nn.Linear, block.mlp.c_fc),
+                cast(nn.Linear, block.mlp.c_proj),
+            )
             nn.init.normal_(block.attn.in_proj_weight, std=attn_std)
-            nn.init.normal_(block.attn.out_proj.weight, std=proj_std)
-            nn.init.zeros_(block.attn.out_proj.bias)
-            c_fc, c_proj = cast(nn.Linear, block.mlp.c_fc), cast(nn.Linear, block.mlp.c_proj)
-            nn.init.normal_(c_fc.weight, std=fc_std)
-            nn.init.normal_(c_proj.weight, std=proj_std)
-            nn.init.zeros_(c_fc.bias)
-            nn.init.zeros_(c_proj.bias)
+            for linear, std in ((out_proj, proj_std), (c_fc, fc_std), (c_proj, proj_std)):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> Tensor:
         """`(B, K, image width)`, `(B, L)` int64 -> hidden states of the caption positions `(B, L, D)`, normed."""
@@ -117,14 +118,15 @@ class TextDecoder(nn.Module):
     def image_cache(self, image_tokens_BKD: Tensor) -> DecoderCache:
         """Keys and values of the image, `(B, K, image width)`, for `after_image`; captions do not change them."""
         x_BKD = image_BKD = self.image_projection(image_tokens_BKD)
-        crosses, cache = self.config.fusion == "cross_attn", []
-        for index, block in enumerate(self.blocks):
-            if isinstance(block, CrossBlock):
-                kv = block.project_context(image_BKD)
-            elif crosses or index == len(self.blocks) - 1:  # text among itself; or nobody reads the image's outputs
-                kv = cast(SelfBlock, block).project(x_BKD[:, :0] if crosses else x_BKD)
+        blocks: list[Any] = list(self.blocks)
+        cache, crosses = [], self.config.fusion == "cross_attn"
+        for block in blocks:
+            if crosses:  # text has the self-attention for itself
+                kv = block.project(image_BKD if isinstance(block, CrossBlock) else image_BKD[:, :0])
+            elif block is blocks[-1]:  # nobody reads the image's outputs
+                kv = block.project(x_BKD)
             else:
-                x_BKD, kv = block(x_BKD, None, self.config.fusion == "causal")
+                x_BKD, kv = block(x_BKD, causal=self.config.fusion == "causal")
             cache.append(kv)
         return cache
 
@@ -150,10 +152,7 @@ class TextDecoder(nn.Module):
         the keys and values of both."""
         extended = []
         for block, entry in zip(self.blocks, cache, strict=True):
-            if isinstance(block, CrossBlock):
-                x_BTD, kv = block(x_BTD, entry), entry
-            else:
-                mask_TS = None if sees_TT is None else F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
-                x_BTD, kv = block(x_BTD, mask_TS, past=entry)
+            mask_TS = None if sees_TT is None else F.pad(sees_TT, (entry.key.shape[2], 0), value=True)
+            x_BTD, kv = block(x_BTD, mask_TS, past=entry)
             extended.append(kv)
         return self.ln_final(x_BTD), extended
