@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, flag_type
-from open_clip_ov2.recipe import costs
+from open_clip_ov2.recipe import costs, short_count
+from open_clip_ov2.recipe.costs import Plan, StageCost
 from open_clip_ov2.tables import real, whole
 
+GB, GFLOP = 1e9, 1e9
 DESCRIPTION = (
     "What `ov2 train` with these flags will do and cost: tokens, steps, FLOPs, memory, hours. It takes a recipe file "
     "and all flags of `ov2 train` (--model, --stage, --batch-size, ...); no data is needed."
@@ -34,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
         memory_gb=args.gpu_memory_gb,
         images_per_second=args.images_per_second,
     )
-    from open_clip_ov2.commands.plan_report import as_json, show
-
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
     else:
@@ -72,3 +76,122 @@ def _parser() -> Parser:
 
 def _each(read: Callable[[Any], float]) -> Callable[[str], tuple[float, ...]]:
     return lambda text: tuple(read(part) for part in text.split(","))
+
+
+def show(plan: Plan) -> None:
+    console = Console(highlight=False)
+    parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
+    console.print(f"{plan.model}: {sum(plan.parameters.values()) / 1e6:,.1f} M parameters ({parts})")
+    sizes = [f"{cost.resolution} px" for cost in plan.stages]
+    titles = (
+        size if cost.title == size else f"{cost.title}: {size}" for cost, size in zip(plan.stages, sizes, strict=True)
+    )
+    cells = [_cells(cost) for cost in plan.stages]
+    console.print(_table(["", *titles], [[name, *(stage[name] for stage in cells)] for name in cells[0]]))
+    console.print(_whole_run(plan))
+    for line in filter(None, (cost.memory_advice() for cost in plan.stages)):
+        console.print(line)
+    if plan.baselines:
+        console.print(_table(["GFLOP per image", *sizes, "whole run", "relative"], _comparison(plan)))
+        console.print(
+            "CoCa and CLIP: the same encoder, text towers as wide and deep as the decoder, captions as long for CoCa, "
+            "77 tokens for CLIP."
+        )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _duration(hours: float) -> str:
+    return f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
+
+
+def _cells(cost: StageCost) -> dict[str, str]:
+    """The cells of a stage by the name of their row."""
+    machine, gpu_hours, each = cost.machine, cost.gpu_hours, f"{cost.batch_size * cost.accum_freq:,}"
+    parts = {f"  of it {name}": f"{part.total / cost.flops_per_image:.0%}" for name, part in cost.parts.items()}
+    return {
+        "samples": short_count(cost.samples),
+        "tokens: encoder / kept / text": f"{cost.tokens.encoder} / {cost.tokens.kept or '-'} / {cost.tokens.text}",
+        "tokens to the head": f"{cost.tokens.targets:g}",
+        "global batch": f"{cost.global_batch:,}",
+        f"per GPU ({machine.gpus:,})": each
+        if cost.accum_freq == 1
+        else f"{each} = {cost.accum_freq} x {cost.batch_size:,}",
+        "steps": f"{cost.steps:,}",
+        "warm-up steps": f"{cost.warmup_steps:,}",
+        "learning rate": f"{cost.lr:.2e}",
+        "precision": cost.precision + (", recomputed" if cost.grad_checkpointing else ""),
+        "GFLOP per image": f"{cost.flops_per_image / GFLOP:,.4g}",
+        **parts,
+        "FLOP": f"{cost.total_flops:.2e}",
+        "memory: weights and optimizer": f"{cost.memory.fixed / GB:.1f} GB",
+        "memory: activations": f"{cost.batch_size * cost.memory.per_image / GB:,.1f} GB",
+        "images/s of all GPUs": f"{cost.images_per_second:,.0f}",
+        f"MFU, of {machine.tflops:g} TFLOP/s per GPU": f"{cost.mfu:.0%}",
+        "time": _duration(cost.hours),
+        "GPU-hours": f"{gpu_hours:,.3g}" if gpu_hours < 100 else f"{gpu_hours:,.0f}",
+    }
+
+
+def _whole_run(plan: Plan) -> str:
+    machine, hours = plan.machine, plan.hours
+    how = f"from FLOPs at {machine.mfu:.0%} of {machine.tflops:g} TFLOP/s per GPU (an H100 reaches 790 in dense bf16)"
+    if machine.images_per_second:
+        how = "from the images per second given"
+    gpus = "1 GPU" if machine.gpus == 1 else f"{machine.gpus:,} GPUs"
+    spent = f"{hours * machine.gpus:,.4g} GPU-hours"
+    return f"whole run: {plan.total_flops:.2e} FLOP, {_duration(hours)} on {gpus}, {spent}, {how}"
+
+
+def _comparison(plan: Plan) -> list[list[str]]:
+    rows = {plan.model: (tuple(cost.flops_per_image for cost in plan.stages), plan.total_flops)}
+    rows |= {name: (each, plan.baseline_total(name)) for name, each in plan.baselines.items()}
+    return [
+        [name, *(f"{value / GFLOP:,.4g}" for value in each), f"{total:.2e} FLOP", f"{total / plan.total_flops:.2f} x"]
+        for name, (each, total) in rows.items()
+    ]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain numbers: FLOP, bytes, hours."""
+    machine = plan.machine
+    return {
+        "model": plan.model,
+        "parameters": {**plan.parameters, "total": sum(plan.parameters.values())},
+        "machine": {
+            "gpus": machine.gpus,
+            "tflops_per_gpu": machine.tflops,
+            "utilisation_assumed": None if machine.images_per_second else machine.mfu,
+            "memory_gb_per_gpu": machine.memory_gb,
+        },
+        "stages": [_stage_json(cost) for cost in plan.stages],
+        "total": {"flop": plan.total_flops, "hours": plan.hours, "gpu_hours": plan.hours * machine.gpus},
+        "baselines": {
+            name: {"flop_per_image": list(each), "total_flop": plan.baseline_total(name)}
+            for name, each in plan.baselines.items()
+        },
+    }
+
+
+def _stage_json(cost: StageCost) -> dict[str, Any]:
+    plain = (
+        "resolution", "samples", "global_batch", "batch_size", "accum_freq", "steps", "warmup_steps", "lr", "precision",
+        "grad_checkpointing", "images_per_second", "hours", "gpu_hours",
+    )  # fmt: skip
+    memory = cost.memory
+    return {
+        **{name: getattr(cost, name) for name in plain},
+        "tokens": asdict(cost.tokens),
+        "flop_per_image": cost.flops_per_image,
+        "flop_per_image_by_part": {name: part.total for name, part in cost.parts.items()},
+        "flop": cost.total_flops,
+        "memory_bytes": {**asdict(memory), "activations": cost.batch_size * memory.per_image},
+        "utilisation": cost.mfu,
+    }

@@ -6,7 +6,6 @@ Shapes in comments: D width, H heads, F MLP width, V vocabulary.
 """
 
 from open_clip_ov2.formats.encoder import Encoder, Preprocessing
-from open_clip_ov2.formats.flax import from_flax, to_flax
-from open_clip_ov2.formats.flax_files import flax_model_cfg, read_flax
+from open_clip_ov2.formats.flax import flax_model_cfg, from_flax, read_flax, to_flax
 
 __all__ = ["Encoder", "Preprocessing", "flax_model_cfg", "from_flax", "read_flax", "to_flax"]

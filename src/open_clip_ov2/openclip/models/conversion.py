@@ -13,8 +13,7 @@ from open_clip.transform import PreprocessCfg
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
-from open_clip_ov2.formats.flax import NOT_IN_FLAX
-from open_clip_ov2.formats.flax_files import write_npz
+from open_clip_ov2.formats.flax import NOT_IN_FLAX, write_npz
 from open_clip_ov2.formats.model_files import new_folder
 from open_clip_ov2.formats.open_clip import CONFIG
 from open_clip_ov2.openclip.models.exports import encoder_of, write_model_folder

@@ -19,8 +19,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.card import card, run_facts
 from open_clip_ov2.formats.encoder import Encoder
-from open_clip_ov2.formats.hub import upload
-from open_clip_ov2.formats.model_files import new_folder, write_tensors
+from open_clip_ov2.formats.model_files import new_folder, upload, write_tensors
 from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
