@@ -37,17 +37,16 @@ class GenerationConfig:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            f"generation_type is one of {', '.join(GENERATION_TYPES)}": self.generation_type in GENERATION_TYPES,
-            "temperature must be > 0": self.temperature > 0,
-            "top_k must be at least 1": self.top_k >= 1,
-            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
-            "num_beams must be at least 1": self.num_beams >= 1,
-            "seq_len must be at least 2": self.seq_len >= 2,
-            "min_seq_len must not exceed seq_len": self.min_seq_len <= self.seq_len,
-            "repetition_penalty must be > 0": self.repetition_penalty > 0,
-        }
-        for message, fine in checks.items():
+        for message, fine in (
+            (f"generation_type is one of {', '.join(GENERATION_TYPES)}", self.generation_type in GENERATION_TYPES),
+            ("temperature must be > 0", self.temperature > 0),
+            ("top_k must be at least 1", self.top_k >= 1),
+            ("top_p must lie in (0, 1]", 0 < self.top_p <= 1),
+            ("num_beams must be at least 1", self.num_beams >= 1),
+            ("seq_len must be at least 2", self.seq_len >= 2),
+            ("min_seq_len must not exceed seq_len", self.min_seq_len <= self.seq_len),
+            ("repetition_penalty must be > 0", self.repetition_penalty > 0),
+        ):
             if not fine:
                 raise ValueError(f"{message}; got {self}")
 
@@ -56,12 +55,12 @@ class CaptionStream:
     """The decoder on one batch while it generates: the last logits, and its cache."""
 
     def __init__(self, decoder: TextDecoder, image_tokens_BKD: Tensor, ids_BT: Tensor) -> None:
-        self._decoder = decoder
-        hidden_BD, self._cache = decoder.extend(ids_BT, decoder.image_cache(image_tokens_BKD))
-        self.logits_BV = decoder.lm_head(hidden_BD).float()
+        self._decoder, self._cache = decoder, decoder.image_cache(image_tokens_BKD)
+        self.advance(ids_BT)
 
-    def advance(self, ids_B: Tensor) -> None:
-        hidden_BD, self._cache = self._decoder.extend(ids_B[:, None], self._cache)
+    def advance(self, ids_BT: Tensor) -> None:
+        """More tokens of each row, int64."""
+        hidden_BD, self._cache = self._decoder.extend(ids_BT, self._cache)
         self.logits_BV = self._decoder.lm_head(hidden_BD).float()
 
     def select(self, rows: Tensor) -> None:
@@ -82,7 +81,7 @@ def generate(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) ->
         finished_B = finished_B | (next_B == config.eos_id)
         if ids_BT.shape[1] == config.seq_len or bool(finished_B.all()):
             break
-        stream.advance(next_B)
+        stream.advance(next_B[:, None])
     return ids_BT
 
 
@@ -139,7 +138,7 @@ def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig
         if last or bool((finished_BW.min(dim=1).values >= alive_BW.max(dim=1).values / divisor).all()):
             break
         stream.select((rows_B1 * width + beams.gather(1, keep_BW)).flatten())
-        stream.advance(ids_BWT[:, :, length].flatten())
+        stream.advance(ids_BWT[:, :, length].reshape(-1, 1))
     best_BT = finished_ids[:, 0]
     is_eos = best_BT == config.eos_id
     lengths = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, config.seq_len)

@@ -83,16 +83,14 @@ class StatusFile:
 
     def __init__(self, run_dir: Path, active: bool = True) -> None:
         self._run_dir, self._active = run_dir, active
-        if not active:
-            return
-        before = read_status(run_dir)
+        before = read_status(run_dir) or Status(FINISHED)
         # A run that stopped after a stage, as asked, and now continues was not restarted.
-        restarted = before is not None and before.state != FINISHED
+        restarts = before.restarts + (before.state != FINISHED)
         self._status = replace(
-            before or Status(RUNNING),
+            before,
             state=RUNNING,
             reason="",
-            restarts=(before.restarts if before else 0) + restarted,
+            restarts=restarts,
             images_per_second=None,
             started=time.time(),
             host=socket.gethostname(),
