@@ -95,9 +95,13 @@ def test_slow_steps_are_logged_after_half_a_minute(
                 8 * number, losses={"loss": 7.0 - number}, lr=0.1, grad_norm=None, num_images=8, num_tokens=None,
                 wait_s=0.0, step_s=20.0, skipped={},
             )  # fmt: skip
+        for batches in (1, 2, 3):
+            clock[0] += 10.0
+            monitor.still(f"validation: {batches} batches")
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(" of")[0] for line in lines] == ["samples 8", "samples 24", "samples 40"]
-    assert "loss 2 lr 0.1 0.4 images/s" in lines[-1]
+    said = ["samples 8", "samples 24", "samples 40", "validation: 1 batches"]
+    assert [line.split(" of")[0] for line in lines] == said
+    assert "loss 2 lr 0.1 0.4 images/s" in lines[2]
     assert read(tmp_path) == [(8, 6.0)]
     status = read_status(tmp_path)
     assert status is not None

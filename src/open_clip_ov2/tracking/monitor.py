@@ -143,7 +143,7 @@ class RunMonitor:
             return
         self._epoch_images += num_images
         self._window.add(num_images, num_tokens, wait_s, step_s)
-        if records or time.monotonic() - self._last_line >= SILENCE_S:
+        if records or self._is_silent:
             start = time.perf_counter()
             read = losses if grad_norm is None else {**losses, "grad_norm": grad_norm}
             values = {"lr": lr} | {name: float(value) for name, value in read.items()}
@@ -155,6 +155,16 @@ class RunMonitor:
                 self._write_records(samples_seen, values, speed, skips)
         if self._progress is not None:
             self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
+
+    @property
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_line >= SILENCE_S
+
+    def still(self, doing: str) -> None:
+        """Log what the run is doing between two steps, if it has logged nothing for SILENCE_S."""
+        if self._active and self._is_silent:
+            logger.info(doing)
+            self._last_line = time.monotonic()
 
     def _log_line(self, samples_seen: int, names: list[str]) -> None:
         last, total = self.last, self._stage.last_sample

@@ -33,15 +33,17 @@ class UntilSignal:
     """The batches of a validation. After a signal to this process the present batch is the last: `stopped` is true.
 
     Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation.
+    `note` is called with the number of batches after each of them.
     """
 
-    def __init__(self, loader: Any, signals: StopSignals) -> None:
-        self._loader, self._signals = loader, signals
+    def __init__(self, loader: Any, signals: StopSignals, note: Callable[[int], None] = lambda batches: None) -> None:
+        self._loader, self._signals, self._note = loader, signals, note
         self.stopped = False
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
+        for number, batch in enumerate(self._loader, start=1):
             yield batch
+            self._note(number)
             if self._signals.name is not None:
                 self.stopped = True
                 return

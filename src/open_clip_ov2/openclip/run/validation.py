@@ -39,7 +39,10 @@ class Validation:
         samples_seen: int, tasks: bool,
     ) -> dict[str, float]:  # fmt: skip
         """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too."""
-        loader: Any = UntilSignal(data["val"].dataloader, self.session.signals) if "val" in data else None
+        loader: Any = None
+        if "val" in data:
+            note = lambda batches: self.session.monitor.still(f"validation: {batches:,} batches so far")  # noqa: E731
+            loader = UntilSignal(data["val"].dataloader, self.session.signals, note)
         metrics: dict[str, float] = {}
         with self._eager():
             if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
