@@ -19,7 +19,7 @@ _RECIPE = {
     "force_image_size": "resolution", "samples": "samples", "global_batch": "global batch", "lr": "peak lr",
     "wd": "weight decay", "keep_ratio": "keep ratio", "precision": "precision",
 }  # fmt: skip
-_TEMPLATE = Path(__file__).with_name("card.md")
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ def card(
         title=title,
         encoder=encoder,
         parameters=sum(tensor.numel() for tensor in encoder.state.values()),
-        pre=encoder.preprocessing,
         example=target.example_for(location),
         facts=facts,
         data=dataset or _shard_names(facts.stages),
