@@ -32,17 +32,14 @@ class CocaStream(CaptionStream):
     """OpenCLIP's CoCa generating one batch: it has no cache, so each token takes a whole forward pass."""
 
     def __init__(self, model: Any, images: CocaImages, ids_BT: Tensor) -> None:
-        self._model, self._images, self._ids_BT = model, images, ids_BT
-        self._forward()
+        self._model, self._images, self._ids_BT = model, images, ids_BT[:, :0]
+        self.advance(ids_BT)
 
-    def _forward(self) -> None:
+    def advance(self, ids_BT: Tensor) -> None:
+        self._ids_BT = torch.cat([self._ids_BT, ids_BT], dim=1)
         latent, tokens = self._images
         out = self._model(None, self._ids_BT, image_latent=latent, image_embs=tokens, output_labels=False)
         self.logits_BV = out["logits"][:, -1].float()
-
-    def advance(self, ids_B: Tensor) -> None:
-        self._ids_BT = torch.cat([self._ids_BT, ids_B[:, None]], dim=1)
-        self._forward()
 
     def select(self, rows: Tensor) -> None:
         self._images, self._ids_BT = self._images.rows(rows), self._ids_BT.index_select(0, rows)
