@@ -24,11 +24,12 @@ class Layer(NamedTuple):
     what: str
 
 
-BASE = "errors files argv tables quiet"
+BASE = "errors files locks argv tables quiet"
 # From the bottom up: a package may import only those above it in this list, so there can be no circle.
 MAY_IMPORT: dict[str, Layer] = {
-    "errors": Layer("", "", "`UserError`, `RunFailed`, `Interrupted`, and the wording of an error"),
+    "errors": Layer("", "", "`UserError`, `RunFailed`, `InUse`, `Interrupted`, and the wording of an error"),
     "files": Layer("errors", "", "files written whole or not at all; JSON read with a one-line error"),
+    "locks": Layer("errors files", "", "one process at a time in a folder, on several machines too"),
     "tables": Layer("errors", "tomli", "frozen dataclasses from TOML tables or KEY=VALUE text"),
     "argv": Layer("errors tables", "", "the one parser, reader and writer of a list of flags"),
     "quiet": Layer("", "", "the one way to silence a library that reports what is meant"),

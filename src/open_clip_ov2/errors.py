@@ -20,6 +20,10 @@ class RunFailed(UserError):
     """A run that cannot continue for a reason of its own, and would fail again: do not requeue it. Exit status 2."""
 
 
+class InUse(UserError):
+    """Another process works in the folder. Exit status 2; nothing was written."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; all ranks saved together. The same command resumes it. Exit status 75."""
 

@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
 def read_json(path: Path, kind: type | tuple[type, ...] = (dict, list), what: str = "JSON") -> Any:
     """The content of a JSON file, of type `kind`. Raises UserError, which says that `what` was expected."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # -sig: Windows writes a mark
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -31,17 +31,18 @@ from open_clip_ov2.openclip.models import conversion, exports
 from open_clip_ov2.openclip.models import open_model as opening
 from open_clip_ov2.openclip.models.eval_models import open_eval_model
 from open_clip_ov2.openclip.models.factory import is_ov2_model
-from open_clip_ov2.openclip.run.data_parts import data_parts
+from open_clip_ov2.openclip.run.data_parts import train_loaders
 from open_clip_ov2.openclip.run.dry_run import check_run
-from open_clip_ov2.openclip.run.stage_costs import plan_costs, stage_flops
+from open_clip_ov2.openclip.run.stage_costs import plan_costs
 from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
     from open_clip_ov2.openclip.run.bench_model import BenchModel
 
 __all__ = [
-    "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "data_parts", "evaluate", "export",
+    "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "evaluate", "export",
     "is_lost_peer", "is_ov2_model", "load", "open_model", "plan", "planned_run", "push", "train", "train_help",
+    "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -226,7 +227,8 @@ class PlannedRun:
 def planned_run(flags: Flags) -> PlannedRun:
     """Parse and check flags of `ov2 train` for one process, without looking at the data. Raises UserError."""
     plan = parse(as_argv(flags), world_size=1)
-    return PlannedRun(plan.name, plan.folder, tuple(stage_flops(stage) for stage in plan.stages), plan.config)
+    flops = tuple(cost.flops_per_image for cost in plan_costs(plan, Machine()).stages)
+    return PlannedRun(plan.name, plan.folder, flops, plan.config)
 
 
 def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], models: Path) -> BenchModel:

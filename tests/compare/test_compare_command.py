@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from open_clip_ov2.compare.measuring import Cache, job_of, measure_cost
 from open_clip_ov2.compare.plan import Study
 from open_clip_ov2.compare.study import unlike
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.locks import LOCK, FolderLock
 
 FILE = """
 title = "Squares"
@@ -56,6 +58,10 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest
     file.write_text(FILE.format(vocabulary=vocabulary))
     line = ["compare", str(file), "--train-data", f"{squares}/train/{{00000..00003}}.tar", "--out", str(out)]
     line += ["--val-data", f"{squares}/val/00000.tar"]
+    with FolderLock(out):  # as a second `ov2 compare` finds it
+        assert ov2(line) == 2
+        assert f"{out}: process {os.getpid()} on " in capsys.readouterr().err
+        assert os.listdir(out) == [LOCK]
     assert ov2(line) == 0, capsys.readouterr().err
     (results,) = out.glob("runs/*/results.jsonl")
     records = [json.loads(text) for text in results.read_text().splitlines()]

@@ -114,6 +114,13 @@ def test_paths_lists_and_json_without_a_path() -> None:
         all_captions(sample, parse_caption_keys("json"))
 
 
+def test_the_mark_that_windows_writes_is_no_part_of_a_caption() -> None:
+    """In text, in JSON, in groups. Oracle: the same bytes without U+FEFF."""
+    sample = {"txt": "\ufeffa cat".encode(), "json": '\ufeff{"a": "a dog"}'.encode()}
+    assert all_captions(sample, parse_caption_keys("txt,json:a")) == ["a cat", "a dog"]
+    assert group_text(sample, parse_caption_keys("txt")[0]) == "a cat"
+
+
 def test_group_text() -> None:
     """Oracle: the values as text; "" where there is none."""
     sample = {"json": b'{"kind": "cat", "label": 3, "none": null}', "txt": b" t "}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.data.captions import parse_caption_keys
-from open_clip_ov2.data.csv_rows import rows
+from open_clip_ov2.data.csv_rows import read_lines, rows
 from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.skips import BAD_ROW
@@ -83,6 +83,17 @@ def test_bad_rows_are_counted_by_the_loader(tmp_path: Path) -> None:
     (batch,) = list(loader)
     assert (batch.keys, batch.captions) == (["row 1", "row 4"], ["first", "last"])
     assert loader.skips == {BAD_ROW: 2}
+
+
+def test_encodings_that_excel_saves(tmp_path: Path) -> None:
+    """Oracle: Python's codecs. UTF-8 with a mark is read, UTF-16 is named with what to do."""
+    table, text = tmp_path / "table.csv", "filepath,title\na.png,caf\u00e9\n"
+    table.write_text(text, encoding="utf-8-sig")
+    assert "".join(read_lines(table)) == text
+    for encoding in ("utf-16", "utf-16-be"):
+        table.write_bytes(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + text.encode(encoding))
+        with pytest.raises(UserError, match=r"table\.csv: text in UTF-16 .*; save it in UTF-8"):
+            read_lines(table)
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv"])

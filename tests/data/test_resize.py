@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from open_clip_ov2.cli import main
 from open_clip_ov2.data.resize import LEDGER, SIZES, Resize, target_names
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.data.shrink import Shrink
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import InUse, UserError
 
 SIDE = 32
 SHRINK = Shrink(SIDE, 90, 10**6)
@@ -165,8 +166,9 @@ def test_killed_in_the_middle_of_a_shard_the_same_command_goes_on(tmp_path: Path
     urls, out = [str(tars[0]), pipe, str(tars[2])], tmp_path / "out"
     assert in_a_child(resized, urls, out) == -9
     left = sorted(path.name for path in out.iterdir())
-    assert left[0].startswith(".tmp-001.tar.")
-    assert left[1:] == ["000.tar", LEDGER]
+    assert left[0] == ".lock"
+    assert left[1].startswith(".tmp-001.tar.")
+    assert left[2:] == ["000.tar", LEDGER]
     first = (out / "000.tar").stat()
     with open(out / LEDGER, "a") as ledger:
         ledger.write('{"name": "001.tar", "sour')  # killed while a line was written
@@ -235,7 +237,7 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([f"{tars[0]}::{tars[0]}", str(tmp_path / "x")], "the same name"),
         ([str(tmp_path / "nowhere.tar"), str(out)], "do not exist"),
         ([braces, str(tmp_path / "x"), "--quality", "0"], "--quality 0"),
-        ([braces, str(tmp_path / "file")], "cannot be made"),
+        ([braces, str(tmp_path / "file")], "cannot be used"),
         ([str(empty), str(tmp_path / "x")], "nothing in it can be read"),
         ([braces], "ov2 shards resize:"),
     ]
@@ -244,7 +246,7 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         error = capsys.readouterr().err.strip()
         assert message in error
         assert "\n" not in error
-    with Resize([str(tars[0])], out, SHRINK), pytest.raises(UserError, match="another process"):
+    with Resize([str(tars[0])], out, SHRINK), pytest.raises(InUse, match=f"process {os.getpid()} on "):
         Resize([str(tars[0])], out, SHRINK).__enter__()
 
 

@@ -381,6 +381,21 @@ def test_a_recipes_train_table_reaches_the_runs_own_options(squares: Path, vocab
     assert found["caption_loss"] == best["caption_loss"]
 
 
+@pytest.mark.parametrize("opt", ["adamw", "timm/adamw"])
+def test_override_of_the_optimizers_flags_is_obeyed(squares: Path, vocabulary: Path, tmp_path: Path, opt: str) -> None:
+    """Oracle: the optimizer's own groups in the next checkpoint; those of one weight decay keep none."""
+    flags = [*common(squares, vocabulary, tmp_path), "--force-image-size", "16", "--opt", opt, "--val-frequency", "0"]
+    flags += ["--save-every-steps", "1", "--keep-checkpoints", "9", "--beta1", "0.9", "--beta2", "0.95"]
+    assert ov2(["train", *flags]) == 0
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "stage_1.pt").unlink()
+    changed = {"--wd": "0.5", "--beta1": "0.8", "--eps": "1e-5"}
+    assert ov2(["train", *flags, *(word for pair in changed.items() for word in pair), "--override"]) == 0
+    groups = torch.load(folder / "stage_1.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {(tuple(group["betas"]), group["eps"]) for group in groups} == {((0.8, 0.95), 1e-5)}
+
+
 def test_override_of_the_model_is_one_line(
     squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

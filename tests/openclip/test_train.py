@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from square_shards import write_square_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import NANO, TINY, data_flags, finish, results, start
+from training import NANO, TINY, TINY_MODEL, data_flags, finish, results, start
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
@@ -315,6 +315,7 @@ SLIPS = {
     "negative warm-up": (["--warmup", "-5"], "--warmup: -5: expected an integer >= 0"),
     "no such folder of a model": (["--model", "local-dir:/nowhere"], "local-dir:/nowhere"),
     "resume from a file": (["--resume", "x.pt"], "--pretrained"),
+    "weights beside a folder": (["--model", TINY_MODEL, "--pretrained", "x.pt"], "OpenCLIP ignores it beside --model"),
     "most recent": (["--save-most-recent"], "--keep-checkpoints"),
     "a name that leads out": (["--name", "../run"], "--name ../run: leads out of --logs"),
     "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),

@@ -20,15 +20,15 @@ def main(argv: Sequence[str]) -> None:
     from open_clip_ov2.compare.bench.pipeline import loader_speed, pipeline_table, stages
 
     size = ["--force-image-size", str(args.resolution), "--train-num-samples", PLENTY, "--workers", "0"]
-    parts = training.data_parts(["--model", args.model, "--train-data", args.train_data, *size, *rest])
+    loader_of = training.train_loaders(["--model", args.model, "--train-data", args.train_data, *size, *rest])
     torch.set_num_threads(1)  # as data workers have it
-    found = stages(parts.source, parts.decoder, parts.tokenizer, args.samples, parts.batch_size)
-    loaders = []
+    stream = loader_of(0).stream
+    found, loaders = stages(stream, args.samples), []
     for workers in dict.fromkeys((0, args.workers)):
-        loader = parts.loader(workers)
+        loader = loader_of(workers)
         loaders.append((workers, loader_speed(loader, workers, args.samples)))
         loader.close()
-    print(f"{parts.resolution} px, batches of {parts.batch_size}, at most {args.samples} samples, {args.model}\n")
+    print(f"{args.resolution} px, batches of {stream.batch_size}, at most {args.samples} samples, {args.model}\n")
     print(pipeline_table(found, loaders))
 
 

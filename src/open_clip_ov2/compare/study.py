@@ -17,6 +17,7 @@ from open_clip_ov2.compare.results import Found, VariantResult
 from open_clip_ov2.compare.subprocesses import Command, run_all
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.files import read_json, write_json, write_text
+from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.tracking.figures import read_results
 from open_clip_ov2.tracking.status import FINISHED, read_status
 
@@ -42,19 +43,20 @@ class PlannedRun:
 
 
 def carry_out(study: Study, log: Log) -> list[Found]:
-    """Measure, train, evaluate and write the page. Results that exist are read, not made again. Raises UserError,
-    RunFailed."""
+    """Measure, train, evaluate and write the page, alone in the study's folder. Results that exist are read, not made
+    again. Raises UserError, RunFailed."""
     flops = [_check(study, one) for one in study.comparisons]
-    costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
-    speeds = [measure_speeds(study, one, log) for one in study.comparisons]
-    planned = [_plan(study, *of_one) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
-    _train(study, [run for group in planned for run in group], log)
-    _evaluate(study, [run for group in planned for run in group], log)
-    found = [_gather(*of_one) for of_one in zip(study.comparisons, planned, costs, speeds, flops, strict=True)]
-    write_text(study.folder / "index.html", page.page(study.title, found, study.command))
-    write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
-    write_text(study.folder / "results.csv", results.as_csv(found))
-    write_json(study.folder / "results.json", results.as_json(found))
+    with FolderLock(study.folder):
+        costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
+        speeds = [measure_speeds(study, one, log) for one in study.comparisons]
+        planned = [_plan(study, *of_one) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
+        _train(study, [run for group in planned for run in group], log)
+        _evaluate(study, [run for group in planned for run in group], log)
+        found = [_gather(*of_one) for of_one in zip(study.comparisons, planned, costs, speeds, flops, strict=True)]
+        write_text(study.folder / "index.html", page.page(study.title, found, study.command))
+        write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
+        write_text(study.folder / "results.csv", results.as_csv(found))
+        write_json(study.folder / "results.json", results.as_json(found))
     return found
 
 

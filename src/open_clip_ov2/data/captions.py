@@ -142,7 +142,7 @@ def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
         return _follow(parsed[entry], key.path)
     value = sample[entry]
     try:
-        text = value.decode("utf-8") if isinstance(value, bytes) else value
+        text = value.decode("utf-8-sig") if isinstance(value, bytes) else value  # -sig: Windows writes a mark
     except UnicodeDecodeError as error:
         raise SkipSample(BAD_UTF8, f"{key}: {error}") from None
     if not is_json:

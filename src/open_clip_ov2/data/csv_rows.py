@@ -7,9 +7,12 @@ reading starts again at the next line; a caption in quotes may still contain lin
 from __future__ import annotations
 
 import csv
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from open_clip_ov2.errors import UserError
 
 
 class Row(NamedTuple):
@@ -21,7 +24,13 @@ class Row(NamedTuple):
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines with their ends. Bytes that are not UTF-8 come through as surrogates, so that they cost their row alone."""
+    """Lines with their ends. Bytes that are not UTF-8 come through as surrogates, so that they cost their row alone.
+
+    Raises UserError for a file in UTF-16.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+            raise UserError(f"{path}: text in UTF-16 (Excel's 'Unicode Text'); save it in UTF-8 (Excel's 'CSV UTF-8')")
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: Excel writes a mark
         return file.readlines()
 

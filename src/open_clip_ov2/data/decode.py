@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
 
@@ -183,6 +183,8 @@ def pil_errors_skip(max_image_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise SkipSample(TOO_MANY_PIXELS, str(error)) from None
+    except UnidentifiedImageError:  # its own text shows an address in memory
+        raise SkipSample(UNDECODABLE_IMAGE, "not in an image format that PIL reads") from None
     except Exception as error:  # PIL's plugins raise almost anything on a corrupt file
         raise SkipSample(UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
     finally:

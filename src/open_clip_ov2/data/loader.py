@@ -64,19 +64,19 @@ class TrainLoader(Receiver):
         self.num_samples = self.num_batches * self._global_batch
         self._stall_warning_s = stall_warning_s
         decoder = Decoder(transform, caption_keys, max_image_pixels)
-        self._stream = TrainStream(
+        self.stream = TrainStream(
             source, decoder, tokenizer, batch_size, self.num_batches, seed, rank, world_size, shuffle_buffer,
             reading=multiprocessing.RawArray("q", [-1] * self._workers),
         )  # fmt: skip
         self._make_loader = partial(torch_loader, num_workers=num_workers, pin_memory=pin_memory, persistent=True)
-        self._loader = self._make_loader(self._stream)
+        self._loader = self._make_loader(self.stream)
         self._progress, self._resumed = self._progress_at(Start()), False
 
     def _batches_for(self, num_samples: int) -> int:
         return math.ceil(num_samples / (self._global_batch * self._accum_freq)) * self._accum_freq
 
     def _progress_at(self, start: Start, samples_done: int = 0) -> Progress:
-        return Progress(start, self._stream.rank, self._workers, samples_done)
+        return Progress(start, self.stream.rank, self._workers, samples_done)
 
     @property
     def batches_done(self) -> int:
@@ -85,8 +85,8 @@ class TrainLoader(Receiver):
 
     def set_epoch(self, epoch: int) -> None:
         """Order, captions and crops of the next iteration depend on it; persistent workers see it too."""
-        if epoch != self._stream.epoch.value:
-            self._stream.epoch.value, self._resumed = epoch, False
+        if epoch != self.stream.epoch.value:
+            self.stream.epoch.value, self._resumed = epoch, False
             self._progress = self._progress_at(Start())
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class TrainLoader(Receiver):
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the current epoch; the first time after `resume()`, those that are left of it."""
         if not self._resumed:
-            self._stream.resuming.value = 0
+            self.stream.resuming.value = 0
             self._progress = self._progress_at(Start())
             self.reset_skips()
         self._resumed = False
@@ -116,8 +116,8 @@ class TrainLoader(Receiver):
     def _reading(self, progress: Progress, first: int) -> str:
         """What the worker reads whose turn it is, in an iteration that began after `first` batches."""
         worker = (progress.batches_done - first) % self._workers
-        index = self._stream.reading[worker]
-        place = "has read nothing yet" if index < 0 else f"reads {self._stream.source.place(index)}"
+        index = self.stream.reading[worker]
+        place = "has read nothing yet" if index < 0 else f"reads {self.stream.source.place(index)}"
         return f"data worker {worker} {place}"
 
     def state(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class TrainLoader(Receiver):
 
         To resume, the states of all processes are needed. Batches that workers have ready but nobody took do not count.
         """
-        done, stream = self._progress, self._stream
+        done, stream = self._progress, self.stream
         return {
             **self._identity(),
             "version": VERSION,
@@ -144,9 +144,9 @@ class TrainLoader(Receiver):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "seed": self._stream.seed,
-            "shuffle_buffer": self._stream.shuffle_buffer,
-            "data": self._stream.source.fingerprint(),
+            "seed": self.stream.seed,
+            "shuffle_buffer": self.stream.shuffle_buffer,
+            "data": self.stream.source.fingerprint(),
         }
 
     def resume(self, states: Sequence[dict[str, Any]], moved: bool = False) -> bool:
@@ -158,7 +158,7 @@ class TrainLoader(Receiver):
         Raises UserError: other data, seed or shuffle buffer, or states missing.
         """
         check_states(states, self._identity(), moved)
-        stream, old = self._stream, states[0]
+        stream, old = self.stream, states[0]
         now = (stream.world_size, self._workers, stream.batch_size)
         same = now == (old["world_size"], old["workers"], old["batch_size"])
         left = self._batches_for(max(0, self._asked - old["samples_done"]))
@@ -172,7 +172,7 @@ class TrainLoader(Receiver):
         return same
 
     def _resume_at(self, start: Start, old: dict[str, Any]) -> None:
-        stream = self._stream
+        stream = self.stream
         stream.start = start
         stream.epoch.value, stream.resuming.value = old["epoch"], 1
         self._progress, self._resumed = self._progress_at(start, old["samples_done"]), True

@@ -6,9 +6,8 @@ made again. sizes.json is written last, so a folder that has it is complete.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -23,8 +22,7 @@ from typing import Any
 from open_clip_ov2.data.shrink import ShardReport, Shrink, shrink_shard
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, write_json
-
-logger = logging.getLogger(__name__)
+from open_clip_ov2.locks import LOCK, FolderLock
 
 LEDGER, SIZES = "resize.jsonl", "sizes.json"
 
@@ -59,37 +57,22 @@ class Resize:
 
     def __enter__(self) -> Resize:
         self._names = target_names(self.urls)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error.strerror}); name another folder") from error
-        self._refuse_other_files()
-        self._ledger = open(self.folder / LEDGER, "a+", encoding="utf-8")
-        try:
-            self._lock()
+        if self.folder.is_dir():
+            self._refuse_other_files()
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(FolderLock(self.folder))
+            self._ledger = opened.enter_context(open(self.folder / LEDGER, "a+", encoding="utf-8"))
             for name in filter(_is_unfinished, os.listdir(self.folder)):
                 (self.folder / name).unlink()
             self._read_ledger()
-        except BaseException:
-            self._ledger.close()
-            raise
+            self._opened = opened.pop_all()
         return self
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._ledger, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is resizing into it; wait for it") from None
-        except OSError as error:  # Lustre without -o flock, some NFS
-            logger.warning(
-                "%s: file locks do not work there (%s); run only one resize at a time", self.folder, error.strerror
-            )
-
     def __exit__(self, *_: object) -> None:
-        self._ledger.close()
+        self._opened.close()
 
     def _refuse_other_files(self) -> None:
-        present = sorted(path.name for path in self.folder.iterdir())
+        present = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(LOCK))
         if LEDGER in present:
             known = {LEDGER, SIZES, *self._names, *(entry.get("name", "") for entry in self._entries())}
             present = [name for name in present if name not in known and not _is_unfinished(name)]

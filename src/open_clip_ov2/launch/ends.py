@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.launch.folder import Submission
-from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, job_id, read_status, write_status
+from open_clip_ov2.locks import job_id, restart_count
+from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, read_status, write_status
 
-# The kinds of exit: an error of the rank itself, which would happen again; or only the loss of another rank.
-OWN, PEER = "own", "peer"
+# The kinds of exit: an error of the rank itself, which would happen again; only the loss of another rank; or another
+# process works in the run's folder.
+OWN, PEER, IN_USE = "own", "peer", "in use"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,6 @@ class ExitRecord:
     kind: str
     reason: str
     when: float
-
-
-def restart_count(environment: Mapping[str, str] = os.environ) -> int:
-    """How often SLURM has restarted this job."""
-    return int(environment.get("SLURM_RESTART_COUNT", 0))
 
 
 def write_exit(folder: Path, record: ExitRecord) -> None:
@@ -100,12 +96,15 @@ def main(folder: Path, status: int) -> int:
     if status == INTERRUPTED_STATUS:  # the run has saved, but rank 0 could not ask for the requeue itself
         return status
     submission = Submission(folder)
+    exits = read_exits(submission.exits, job_id(), restart_count())
+    if any(record.kind == IN_USE for record in exits):  # the run's status.json is the other's
+        print(f"ov2: {exits[0].reason}", flush=True)
+        return status
     request = submission.request()
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     run_dir = Path(request.members[index].run_dir)
     newest = last_written_checkpoint(run_dir)
     earlier = record_loss(submission.exits, index, newest)
-    exits = read_exits(submission.exits, job_id(), restart_count())
     decision = decide_requeue(exits, status, earlier, newest, request.clusters[0].max_deaths)
     before = read_status(run_dir) or Status(FAILED, job_id=job_id())
     state = INTERRUPTED if decision.requeue else FAILED

@@ -22,12 +22,12 @@ import submitit
 from submitit.core.utils import JobPaths
 
 from open_clip_ov2 import training
-from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, UserError, first_line
+from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, InUse, UserError, first_line
 from open_clip_ov2.files import read_json, write_json
-from open_clip_ov2.launch.ends import OWN, PEER, ExitRecord, restart_count, write_exit
+from open_clip_ov2.launch.ends import IN_USE, OWN, PEER, ExitRecord, write_exit
 from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.launch.queue import may_requeue
-from open_clip_ov2.tracking.status import job_id
+from open_clip_ov2.locks import job_id, restart_count
 
 _RENDEZVOUS_TIMEOUT_S = 300  # ours: the ranks of a healthy job start within minutes of each other
 _REQUEUE_TRIES = 3
@@ -58,7 +58,7 @@ def run_member(folder: str, member: int, stage: int) -> None:
         _leave_for_requeue(any_rank=early.name is not None)
     except UserError as error:
         print(f"ov2: error: {error}", flush=True)
-        _exit(submission, rank, OWN, str(error), status=2)
+        _exit(submission, rank, IN_USE if isinstance(error, InUse) else OWN, str(error), status=2)
     except Exception as error:
         traceback.print_exc()
         kind = PEER if training.is_lost_peer(error) else OWN

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.errors import Interrupted, UserError, first_line
+from open_clip_ov2.errors import Interrupted, InUse, UserError, first_line
 from open_clip_ov2.files import read_json, write_json
+from open_clip_ov2.locks import job_id
 
 STATUS_FILE = "status.json"
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
@@ -66,15 +67,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def job_id(environment: Mapping[str, str] = os.environ) -> str:
-    """Id of the job that this process is in, as SLURM and submitit name it: 17, 17_3 (array), a process id (local), or
-    empty."""
-    array, index = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    if array and index:
-        return f"{array}_{index}"
-    return environment.get("SLURM_JOB_ID") or environment.get("SUBMITIT_LOCAL_JOB_ID", "")
-
-
 class StatusFile:
     """Written by rank 0 of a run. With `active=False` (other ranks) it does nothing.
 
@@ -112,6 +104,8 @@ class StatusFile:
         """Record how the block ended: finished, interrupted or failed."""
         try:
             yield
+        except InUse:  # another process has the folder now, and this file
+            raise
         except (Interrupted, KeyboardInterrupt) as stop:
             self.update(state=INTERRUPTED, reason=first_line(stop))
             raise

@@ -59,7 +59,7 @@ class Agreement:
         """Give this rank's flags; get what all ranks gave at the call before (alone: at this one)."""
         if self._world_size == 1:
             return flags
-        agreed = self._take()
+        agreed = self.close()
         value = torch.tensor(flags, dtype=torch.int32, device=self._device)
         work = torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, async_op=True)
         self._pending = (value, work)
@@ -73,15 +73,11 @@ class Agreement:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         return bool(value.item())
 
-    def _take(self) -> list[int]:
+    def close(self) -> list[int]:
+        """Wait for the exchange that has begun, and get what all ranks gave. Every rank must call it."""
         if self._pending is None:
             return [0] * self._flags
         value, work = self._pending
         work.wait()
         self._pending = None
         return [int(flag) for flag in value.tolist()]
-
-    def close(self) -> None:
-        """Wait for the exchange that has begun. Every rank must call it."""
-        if self._pending is not None:
-            self._take()

@@ -16,17 +16,16 @@ import torch
 
 from open_clip_ov2.data.captions import choose_caption
 from open_clip_ov2.data.loader import TrainLoader
-from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.skips import SkipSample
-from open_clip_ov2.data.sources import Source
-from open_clip_ov2.data.streams import Tokenizer
+from open_clip_ov2.data.streams import TrainStream
 from open_clip_ov2.errors import UserError
 
 
-def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, samples: int, batch_size: int) -> dict[str, float]:
+def stages(stream: TrainStream, samples: int) -> dict[str, float]:
     """Processor seconds of an image in each stage alone, over the same samples. Raises UserError if none is usable."""
+    decoder, batch_size = stream.decoder, stream.batch_size
     begin = time.process_time()
-    raws = list(itertools.islice(source.in_order(), samples))
+    raws = list(itertools.islice(stream.source.in_order(), samples))
     reading = time.process_time() - begin
     captions, captioning = _timed(raws, lambda raw: choose_caption(raw, decoder.caption_keys, random.Random(0)))
     made, decoding = _timed(raws, lambda raw: decoder.train(raw, seed=0))
@@ -34,7 +33,7 @@ def stages(source: Source, decoder: Decoder, tokenizer: Tokenizer, samples: int,
         raise UserError("--train-data: none of its samples can be used; `ov2 train` counts why")
     batches = [made[first : first + batch_size] for first in range(0, len(made), batch_size)]
     texts = [captions[first : first + batch_size] for first in range(0, len(captions), batch_size)]
-    _, tokenizing = _timed(texts, tokenizer)
+    _, tokenizing = _timed(texts, stream.tokenizer)
     _, collating = _timed(batches, lambda batch: torch.stack([image_CHW for image_CHW, _ in batch]))
     return {
         "read": reading / len(raws),

@@ -64,6 +64,11 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, ne
         _check_data(theirs)
     if theirs.resume not in (None, "latest"):
         raise UserError("--resume: the same command resumes by itself; to load weights alone use --pretrained FILE")
+    if theirs.pretrained and ":" in theirs.model:
+        raise UserError(
+            f"--pretrained: OpenCLIP ignores it beside --model {theirs.model}, which brings weights of its own; leave "
+            "it out, or give --model the name of an architecture"
+        )
     if theirs.opt.lower() != "adamw" and not theirs.opt.lower().startswith("timm/"):
         raise UserError(f"--opt {theirs.opt}: expected adamw or timm/NAME")
     if theirs.lr_scheduler == "const-cooldown" and theirs.epochs_cooldown is None:

@@ -62,8 +62,8 @@ class BenchModel:
             argv += ["--keep-ratio", str(ratio.high)] if ratio else []  # the worst case of a range
             plan = parse(argv, world_size=1, gpu=device != "cpu")
         self.device, self.stage = torch.device(device), plan.stages[-1]
-        session: Any = SimpleNamespace(plan=plan, previous_stage=None, world_size=1)
-        self._built = StageModel(session, self.stage, None)
+        session: Any = SimpleNamespace(plan=plan, checkpoint=None, world_size=1)
+        self._built = StageModel(session, self.stage)
         with tempfile.TemporaryDirectory() as logs, quiet(), patches.run_patches(self._replacements()):
             result = open_clip_main.main([*self._argv(plan.is_ov2), "--logs", logs, "--name", "bench"])
         if result == -1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,12 +15,15 @@ from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+OF_FLAGS = ("weight_decay", "betas", "eps", "momentum")  # keys of a parameter group; lr is the schedule's
 # Matrices that do not map one hidden layer to another, which Muon's authors leave to AdamW.
 NOT_HIDDEN = ("*embedding*", "*lm_head*", "*text_projection*", "*conv1*", "*logit_scale*")
 
 
-def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]) -> Any:
-    """In the place of `torch.optim`: AdamW in one fused kernel, without weight decay where the reference has none.
+def adamw_for(
+    parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]],
+) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW in one fused kernel, without weight decay where the reference has none.
 
     `parameters()` gives the model's parameters by name, and the names of those without weight decay.
     """
@@ -35,7 +37,7 @@ def optim_for(parameters: Callable[[], tuple[dict[str, nn.Parameter], set[str]]]
         groups = [{**plain, "params": plain["params"] + moved}, {**decayed, "params": stay}]
         return torch.optim.AdamW(groups, fused=True, **kwargs)
 
-    return SimpleNamespace(AdamW=adamw)
+    return adamw
 
 
 def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +55,24 @@ def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]
         return original(model, opt, **kwargs)
 
     return create
+
+
+def with_hyperparameters(create: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer that loads its moments from a checkpoint, but no hyperparameters: those are of the flags, which may
+    have changed (--override)."""
+
+    def created(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = create(*args, **kwargs)
+        made = [{key: group[key] for key in OF_FLAGS if key in group} for group in optimizer.param_groups]
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            for group, values in zip(optimizer.param_groups, made, strict=True):
+                group.update(values)
+
+        optimizer.register_load_state_dict_post_hook(restore)
+        return optimizer
+
+    return created
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:

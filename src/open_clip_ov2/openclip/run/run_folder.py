@@ -12,6 +12,7 @@ from open_clip import factory as open_clip_factory
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text
+from open_clip_ov2.locks import LOCK
 from open_clip_ov2.openclip.command.run_config import differences
 from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from open_clip_ov2.openclip.command.run_plan import RunPlan
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
-OF_THE_LAUNCHER = ("submit", "status.json")  # there before the run itself
+EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
 
 
 def check_same_run(plan: RunPlan) -> bool:
@@ -41,7 +42,7 @@ def check_same_run(plan: RunPlan) -> bool:
 
 
 def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
-    """Make the run's folder, or find it again. Returns whether the run existed. Raises UserError.
+    """Begin the run in its folder, which is locked, or find it again. Returns whether it existed. Raises UserError.
 
     A run that exists continues if its configuration is the same, or with --override.
     """
@@ -51,10 +52,9 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
         raise UserError(
             f"{plan.folder}: this is a training run; give its validation another --name (or use `ov2 eval`)"
         )
-    others = [path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, *OF_THE_LAUNCHER))]
+    others = [path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, LOCK, *EARLIER))]
     if others and not existed:
         raise UserError(f"{plan.folder}: exists, but is not a run of ov2 (it has no {RUN_FILE}); choose another --name")
-    plan.folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
     about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
     write_json(file, about)

@@ -32,8 +32,7 @@ def train(argv: Sequence[str]) -> Path:
 
 
 def _run_stages(plan: RunPlan, session: Session) -> None:
-    state, checkpoint = session.state, session.checkpoint
-    session.checkpoint = None  # as large as the model: whoever gets it below drops it
+    state = session.state
     first = 0 if state is None else state["stage"] - 1 + bool(state["stage_done"])
     stop = plan.options.until_stage or len(plan.stages)
     if first >= stop:
@@ -42,17 +41,11 @@ def _run_stages(plan: RunPlan, session: Session) -> None:
         session.monitor.status.update(stage=first, stages=len(plan.stages))
         return
     if state is not None:
-        session.samples_before = state["samples_seen"]
-        if state["stage_done"]:
-            session.previous_stage, checkpoint = checkpoint, None
-        else:
-            session.samples_before -= state["stage_samples"]
+        session.samples_before = state["samples_seen"] - (0 if state["stage_done"] else state["stage_samples"])
     for stage in plan.stages[first:stop]:
         if len(plan.stages) > 1:
             logger.info("stage %d of %d: %s", stage.number, len(plan.stages), stage.summary)
-        run, checkpoint = StageRun(session, stage, checkpoint), None
-        run.run()
-        session.samples_before = run.samples_seen
+        StageRun(session, stage).run()
         if stage.args.torchcompile:
             torch.compiler.reset()  # what was compiled for the model of this stage
     session.check_saved(f"training is over after {session.samples_before:,} samples")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.evaluate.gathering import gathered_counts
+from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
@@ -29,8 +32,8 @@ STOP, SAVE = 0, 1  # the flags that ranks agree on at each step
 class Session:
     """Entered once in a run, by every rank alike.
 
-    `checkpoint` is what the run resumes from; None for a new run. `previous_stage` has the weights, and with
-    --carry-optimizer the optimizer state, that a finished stage hands to the next.
+    `checkpoint` is what the next stage begins from, until it has begun: what the run resumes from, or the weights, and
+    with --carry-optimizer the optimizer state, of the stage before; None for the first stage of a new run.
     """
 
     def __init__(self, plan: RunPlan, signals: StopSignals) -> None:
@@ -38,7 +41,7 @@ class Session:
         self.signals = signals
         self.console = Console()
         self.checkpoint: dict[str, Any] | None = None
-        self.previous_stage: dict[str, Any] | None = None
+        self._lock: FolderLock | None = None  # of rank 0
         self.samples_before = 0  # samples seen in the stages before the present one
         self.trains = bool(plan.stages[0].args.train_data) or plan.stages[0].args.dataset_type == "synthetic"
 
@@ -46,50 +49,72 @@ class Session:
         self._ranks = argparse.Namespace(**vars(self.plan.stages[0].args))
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
+        self._opened = contextlib.ExitStack()
         try:
             self._open()
         except BaseException:
-            self._leave()
+            self._opened.close()
             raise
         return self
 
     def _open(self) -> None:
-        plan, folder = self.plan, self.plan.folder
-        existed = self.on_rank_0(enter_run_folder, plan, self.trains)
-        self._log = setup_logging(
-            folder if self.rank == 0 else None, self.rank, self.console if self.rank == 0 else None,
-            debug=plan.stages[0].args.debug,
-        )  # fmt: skip
-        self.writer = (
-            CheckpointWriter(folder / "checkpoints", plan.options.keep_checkpoints) if self.rank == 0 else None
-        )
+        plan, args = self.plan, self.plan.stages[0].args
+        existed = self.on_rank_0(self._enter_folder)
+        first = self.rank == 0
+        log = setup_logging(plan.folder if first else None, self.rank, self.console if first else None, args.debug)
+        self._opened.callback(log.close)
+        checkpoints = plan.folder / "checkpoints"
+        self.writer = CheckpointWriter(checkpoints, plan.options.keep_checkpoints) if first else None
+        if self.writer is not None:
+            self._opened.callback(self.writer.wait)
         if existed and self.trains:
-            self._find_checkpoint()
+            self._find_checkpoint(checkpoints)
         state = self.state
         self.monitor = RunMonitor(
-            folder,
+            plan.folder,
             self.rank,
-            log_every_n_steps=plan.stages[0].args.log_every_n_steps,
-            trackers=tracker_names(plan.stages[0].args.report_to),
+            log_every_n_steps=args.log_every_n_steps,
+            trackers=tracker_names(args.report_to),
             model_name=plan.model,
             device_type=self.device.type,
             resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
             console=self.console,
             gather=gathered_counts,
         )
+        self._opened.callback(self.monitor.close)
         if state:
             self.monitor.restore(state["monitor"])
         self.agreement = Agreement(self.world_size, self.device, flags=2)
         logger.info("command: ov2 train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
 
+    def _enter_folder(self) -> bool:
+        """Of rank 0: lock the run's folder, then enter it. Raises UserError."""
+        self._lock = self._opened.enter_context(FolderLock(self.plan.folder))
+        return enter_run_folder(self.plan, self.trains)
+
+    def check_lock(self) -> None:
+        """Raises InUse on rank 0 if another process has taken the folder over."""
+        if self._lock is not None:
+            self._lock.check()
+
     @property
     def state(self) -> dict[str, Any] | None:
         """The training state in the checkpoint that the run resumes from."""
-        return self.checkpoint and self.checkpoint[RESUME_KEY]
+        return self.checkpoint and self.checkpoint.get(RESUME_KEY)
 
-    def _find_checkpoint(self) -> None:
+    @property
+    def state_within(self) -> dict[str, Any] | None:
+        """The same if the checkpoint is from within the stage, and not from the end of the one before."""
+        return self.state if self.state and not self.state["stage_done"] else None
+
+    def _find_checkpoint(self, folder: Path) -> None:
         """Rank 0 looks for the newest checkpoint, and all ranks load it."""
-        path = self.on_rank_0(self._newest)
+
+        def newest() -> Path | None:
+            path, self.checkpoint = newest_checkpoint(folder) or (None, None)
+            return path
+
+        path = self.on_rank_0(newest)
         if path is None:
             logger.info("no checkpoint in %s yet: training starts from the beginning", self.plan.folder)
             return
@@ -97,22 +122,17 @@ class Session:
             self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         logger.info("resuming from %s: %s samples seen", path, f"{self.checkpoint[RESUME_KEY]['samples_seen']:,}")
 
-    def _newest(self) -> str | None:
-        found = newest_checkpoint(self.plan.folder / "checkpoints")
-        if found is None:
-            return None
-        self.checkpoint = found[1]
-        return str(found[0])
-
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call the function on rank 0. Its result is returned, or its exception raised, on every rank."""
-        result: tuple[Any, Exception | None] = (None, None)
+        box: list[Any] = [(None, None)]
         if self.rank == 0:
             try:
-                result = (function(*arguments), None)
+                box = [(function(*arguments), None)]
             except Exception as error:
-                result = (None, error)
-        value, problem = self._shared(result)
+                box = [(None, error)]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        value, problem = box[0]
         if problem is not None:
             raise problem
         return value
@@ -120,14 +140,6 @@ class Session:
     def check_saved(self, what: str) -> None:
         """Wait for rank 0's file. Raises RunFailed on every rank if the newest checkpoint was not written."""
         self.on_rank_0(self.writer.check_saved if self.writer else str, what)
-
-    def _shared(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
 
     def enter_main(self, args: argparse.Namespace) -> torch.device:
         """In the place of OpenCLIP's init_distributed_device: the process group is made once for all stages."""
@@ -137,14 +149,7 @@ class Session:
         return self.device
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.wait()
-        self.monitor.close()
-        self._leave(others_are_there=kind is None or issubclass(kind, Interrupted))
-
-    def _leave(self, others_are_there: bool = False) -> None:
-        if hasattr(self, "_log"):
-            self._log.close()
+        self._opened.close()
         # After an error the other ranks may be gone, and destroying the group would wait for them.
-        if others_are_there and torch.distributed.is_initialized():
+        if (kind is None or issubclass(kind, Interrupted)) and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -3,7 +3,6 @@ equal FLOPs, and the MFU of a run that trains."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,11 +57,6 @@ def stage_facts(stage: StagePlan) -> ModelFacts:
     )
 
 
-def stage_flops(stage: StagePlan) -> float:
-    """Forward and backward of one image with a caption of full length. Raises UserError."""
-    return stage_cost(stage, stage_facts(stage), Machine()).flops_per_image
-
-
 def stage_cost(
     stage: StagePlan,
     facts: ModelFacts,
@@ -115,9 +109,10 @@ def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
     return of
 
 
-def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
+def stage_meter(model: Any, stage: StagePlan, device: torch.device, world_size: int) -> Meter | None:
     """What MFU is computed with. None, and a line in the log, where FLOPs are not known: towers that are not plain
     transformers, or are frozen."""
+    args = stage.args
     if args.lock_image or args.lock_text:
         logger.info("MFU is not measured: a part of the model is frozen")
         return None
@@ -126,9 +121,9 @@ def stage_meter(model: Any, args: argparse.Namespace) -> Meter | None:
     except (UserError, AttributeError) as error:
         logger.info("MFU is not measured: %s", error)
         return None
-    peak = peak_of(torch.device(args.device), args.precision)
+    peak = peak_of(device, args.precision)
     logger.info(
         "MFU is relative to %.4g TFLOP/s per device (%s, dense matrix products, %s)",
         peak.flops / 1e12, peak.source, args.precision,
     )  # fmt: skip
-    return Meter(image_flops(facts), peak.flops * args.world_size)
+    return Meter(image_flops(facts), peak.flops * world_size)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from open_clip import factory as open_clip_factory
 from torch import nn
 
+from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.own_config import brings_weights
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
-from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, text_cfg_for, text_options
+from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.session import Session
@@ -57,10 +60,10 @@ def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
 class StageModel:
     """`model`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
-    Weights come from `checkpoint` (from within the stage), or the previous stage, or --pretrained, or are new.
+    Weights come from the session's checkpoint, or --pretrained, or are new.
     """
 
-    def __init__(self, session: Session, stage: StagePlan, checkpoint: dict[str, Any] | None) -> None:
+    def __init__(self, session: Session, stage: StagePlan) -> None:
         self.session = session
         self.options = stage.options
         self.is_ov2 = session.plan.is_ov2
@@ -69,15 +72,14 @@ class StageModel:
         self.tokenizer: Any = None
         self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
-        self._checkpoint = checkpoint
 
     def create_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In the place of OpenCLIP's `create_model_and_transforms`."""
 
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
             extra = model_options(self.options, name, kwargs.get("force_context_length"))
-            weights_are_here = self.session.previous_stage is not None or bool(self._checkpoint)
-            if weights_are_here:
+            checkpoint = self.session.checkpoint
+            if checkpoint is not None:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
             elif self.is_ov2 and (pretrained or brings_weights(name)):
                 extra = stated_options(name, kwargs) | extra
@@ -89,9 +91,9 @@ class StageModel:
                 model, train_tf, val_tf = original(name, pretrained, **kwargs, **extra)
             except (ValueError, RuntimeError, AssertionError, OSError) as error:
                 raise UserError(f"--model {name}: {first_line(error)}") from error
-            if self.session.previous_stage is not None:
-                self._load_previous_stage(model, self.session.previous_stage["state_dict"])
-            elif not pretrained and not self._checkpoint and not brings_weights(name):
+            if checkpoint is not None and not self.session.state_within:
+                self._load_previous_stage(model, checkpoint["state_dict"])
+            elif not pretrained and checkpoint is None and not brings_weights(name):
                 baselines.init_coca_head(model)
             if self.compile_blocks:
                 model.compile_blocks(memory_budget=self.options.activation_memory_budget)
@@ -124,9 +126,8 @@ class StageModel:
 
     def load_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
         """In the place of OpenCLIP's `pt_load`: the checkpoint to resume from, with the names of a model in DDP."""
-        assert self._checkpoint is not None
-        content = {key: value for key, value in self._checkpoint.items() if key != RESUME_KEY}
-        self._checkpoint = None  # as large as the model
+        assert self.session.checkpoint is not None
+        content = {key: value for key, value in self.session.checkpoint.items() if key != RESUME_KEY}
         _check_model("the checkpoint to resume from", content["state_dict"], self.model)
         if self.session.world_size > 1:
             content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
@@ -147,8 +148,19 @@ class StageModel:
 
         return get_tokenizer
 
-    def optim(self, original: Any) -> Any:
-        return optimizers.optim_for(self._model_parameters) if self.is_ov2 else original
+    def compute(self, args: argparse.Namespace) -> Compute:
+        return Compute(
+            device=torch.device(args.device),
+            precision=args.precision,
+            world_size=args.world_size,
+            eos_id=self.model.text_config.eos_id if self.is_ov2 else eos_id_of(self.tokenizer),
+            mean=tuple(self.preprocess_cfg["mean"]),
+            std=tuple(self.preprocess_cfg["std"]),
+        )
 
-    def _model_parameters(self) -> tuple[dict[str, nn.Parameter], set[str]]:
-        return dict(self.model.named_parameters()), self.model.no_weight_decay()
+    def optim(self, original: Any) -> Any:
+        """In the place of `torch.optim`, of which `main` takes AdamW."""
+        adamw = original.AdamW
+        if self.is_ov2:
+            adamw = optimizers.adamw_for(lambda: (dict(self.model.named_parameters()), self.model.no_weight_decay()))
+        return SimpleNamespace(AdamW=optimizers.with_hyperparameters(adamw))

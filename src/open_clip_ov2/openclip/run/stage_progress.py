@@ -2,120 +2,111 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from open_clip_ov2.errors import Interrupted
+from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.run.session import SAVE, STOP, Session
+from open_clip_ov2.openclip.run.stage_costs import stage_meter
+from open_clip_ov2.tracking.monitor import StageInfo
 from open_clip_ov2.train.checkpoint import CONFIG_KEY, RESUME_KEY, CheckpointName
 from open_clip_ov2.train.guard import StepGuard
-from open_clip_ov2.train.random_state import get_random_state
-from open_clip_ov2.train.signals import StopSignals
+from open_clip_ov2.train.random_state import get_random_state, set_random_state
 from open_clip_ov2.train.step import StepReport
 
-
-@dataclass(frozen=True)
-class StageParts:
-    """What a checkpoint is made of. `config`: see CONFIG_KEY."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: Any
-    loader: Any
-    config: dict[str, Any]
-
-
-class UntilSignal:
-    """The batches of a validation. After a signal to this process the present batch is the last: `stopped` is true.
-
-    Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation.
-    `note` is called with the number of batches after each of them.
-    """
-
-    def __init__(self, loader: Any, signals: StopSignals, note: Callable[[int], None] = lambda batches: None) -> None:
-        self._loader, self._signals, self._note = loader, signals, note
-        self.stopped = False
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._loader, start=1):
-            yield batch
-            self._note(number)
-            if self._signals.name is not None:
-                self.stopped = True
-                return
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+logger = logging.getLogger("open_clip_ov2")
 
 
 class StageProgress:
-    """How far a stage has come. Steps are counted within the stage, samples over the whole run."""
+    """How far a stage has come. Steps are counted within the stage, samples over the whole run.
+
+    `state` is the training state in the checkpoint that the stage resumes from; data and random states go back to it.
+    `config`: see CONFIG_KEY.
+    """
 
     def __init__(
         self,
         session: Session,
-        stage_number: int,
+        stage: StagePlan,
+        state: dict[str, Any] | None,
         *,
-        steps_per_epoch: int,
-        epochs: int,
-        global_batch: int,
-        steps_done: int,
-        bad_in_a_row: int = 0,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        loader: Any,
+        config: dict[str, Any],
     ) -> None:
-        self._session = session
-        self._options = session.plan.options
-        self.stage_number = stage_number
-        self.steps_per_epoch, self.epochs, self.global_batch = steps_per_epoch, epochs, global_batch
-        self.steps_done = steps_done
+        self._session, self._options, self._stage = session, session.plan.options, stage
+        self._model, self.optimizer, self._scaler, self._loader = model, optimizer, scaler, loader
+        self._config = config
+        self.global_batch = stage.args.batch_size * stage.args.accum_freq * session.world_size
+        self._steps_per_epoch = loader.num_batches // stage.args.accum_freq
+        self._steps = self._steps_per_epoch * stage.args.epochs
+        self.steps_done = state["stage_samples"] // self.global_batch if state else 0
         last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
-        self._guard = StepGuard(self._options.max_bad_steps, last_good, bad_in_a_row)
+        self._guard = StepGuard(self._options.max_bad_steps, last_good, state["bad_in_a_row"] if state else 0)
         self.validate: Callable[[], Any] | None = None
         self.validated: tuple[int, float] | None = None  # samples seen at the last validation, and its caption loss
+        session.monitor.begin_stage(
+            StageInfo(
+                number=stage.number,
+                of=len(session.plan.stages),
+                title=stage.title,
+                first_step=self.steps_done,
+                steps=self._steps,
+                samples_before=session.samples_before,
+                batch_images=self.global_batch,
+                meter=stage_meter(model, stage, session.device, session.world_size) if session.rank == 0 else None,
+                workers=stage.args.workers,
+            ),
+            state["monitor"] if state else None,
+        )
+        if state is not None:
+            self._restore(state["ranks"])
+
+    def _restore(self, ranks: list[Any]) -> None:
+        positions, moved = [rank["data"] for rank in ranks], self._options.override
+        if self.steps_in_epoch and not self._loader.resume(positions, moved=moved):
+            logger.warning(
+                "another number of processes or data workers than before: every sample of this epoch is still seen "
+                "once, but their order differs from the uninterrupted run's"
+            )
+        if len(ranks) == self._session.world_size:
+            set_random_state(ranks[self._session.rank]["random"], self._session.device)
 
     @property
     def samples_seen(self) -> int:
         return self._session.samples_before + self.steps_done * self.global_batch
 
     @property
-    def epochs_done(self) -> int:
-        return self.steps_done // self.steps_per_epoch
-
-    @property
     def steps_in_epoch(self) -> int:
-        return self.steps_done % self.steps_per_epoch
+        return self.steps_done % self._steps_per_epoch
 
     @property
     def finished(self) -> bool:
-        return self.steps_done >= self.steps_per_epoch * self.epochs
+        return self.steps_done >= self._steps
 
-    def after_step(self, report: StepReport, parts: StageParts) -> None:
-        """Called on every rank. Raises Interrupted (after saving) and RunFailed (too many bad steps, or not saved)."""
+    def after_step(self, report: StepReport) -> None:
+        """On every rank. Raises Interrupted (after saving), RunFailed (too many bad steps, or not saved) and InUse."""
         self.steps_done += 1
-        self._session.monitor.step(
-            self.samples_seen,
-            losses=report.losses,
-            lr=report.lr,
-            grad_norm=report.grad_norm,
-            num_images=self.global_batch,
-            num_tokens=report.num_tokens,
-            wait_s=report.wait_s,
-            step_s=report.step_s,
-            skipped=report.skipped,
-        )
+        self._session.check_lock()
+        measured = {name: value for name, value in vars(report).items() if name not in ("bad", "keys")}
+        self._session.monitor.step(self.samples_seen, num_images=self.global_batch, **measured)
         self._guard.note(report.bad, report.keys, self.samples_seen)
         if self.steps_in_epoch == 0:
             return  # `end_epoch` validates and saves
-        validated = self._validate_if_due()
-        flags = self._session.agreement.exchange(
-            [int(self._session.signals.name is not None), int(self._save_time_is_up())]
-        )
-        every = self._options.save_every_steps
-        if flags[STOP] or flags[SAVE] or validated or (every and self.steps_done % every == 0):
-            self.save(parts)
+        validated = self.validate is not None and self.validation_due
+        if self.validate is not None and validated:
+            self.validate()
+        signalled = int(self._session.signals.name is not None)
+        flags = self._session.agreement.exchange([signalled, int(self._save_time_is_up())])
+        if flags[STOP] or flags[SAVE] or validated or self._save_step:
+            self._save()
         if flags[STOP]:
             self._stop()
 
@@ -143,11 +134,10 @@ class StageProgress:
         ends = self.finished and options.eval_every_samples is not None
         return ends or self._passed(options.val_every_samples) or self._passed(options.eval_every_samples)
 
-    def _validate_if_due(self) -> bool:
-        if self.validate is None or not self.validation_due:
-            return False
-        self.validate()
-        return True
+    @property
+    def _save_step(self) -> bool:
+        every = self._options.save_every_steps
+        return every is not None and self.steps_done % every == 0
 
     def _save_time_is_up(self) -> bool:
         """--save-every-minutes, by the clock of rank 0."""
@@ -157,42 +147,45 @@ class StageProgress:
         writer.last_saved = time.monotonic()  # ranks agree a step later, and must not be asked again until then
         return True
 
-    def end_epoch(self, parts: StageParts, save_frequency: int) -> None:
+    def end_epoch(self) -> None:
         """After the epoch's validation: save if it is time to, as it always is at the stage's end."""
-        self._session.agreement.close()
+        agreement = self._session.agreement
+        agreement.close()
         self._guard.check()
         # In epochs of one or two steps this is the only place where ranks agree on a signal.
-        stop = not self.finished and self._session.agreement.now(self._session.signals.name is not None)
-        every = self._options.save_every_steps
-        due = (save_frequency > 0 and self.epochs_done % save_frequency == 0) or (
-            every and self.steps_done % every == 0
-        )
-        if stop or self.finished or due or self._session.agreement.now(self._save_time_is_up()):
-            self.save(parts)
+        stop = not self.finished and agreement.now(self._session.signals.name is not None)
+        every = self._stage.args.save_frequency
+        due = every > 0 and self._epochs_done % every == 0
+        if stop or self.finished or due or self._save_step or agreement.now(self._save_time_is_up()):
+            self._save()
         if stop:
             self._stop()
 
-    def save(self, parts: StageParts) -> None:
+    @property
+    def _epochs_done(self) -> int:
+        return self.steps_done // self._steps_per_epoch
+
+    def _save(self) -> None:
         """Rank 0 gathers the random state and data position of every rank, and writes."""
         self._guard.check()
         session = self._session
-        own = {"random": get_random_state(session.device), "data": parts.loader.state()}
+        own = {"random": get_random_state(session.device), "data": self._loader.state()}
         ranks: list[Any] = [own]
         if session.world_size > 1:
             ranks = [None] * session.world_size
             torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
         if session.writer is None:
             return
-        name = CheckpointName(self.stage_number, self.finished, 0 if self.finished else self.samples_seen)
+        session.check_lock()
         content = {
-            "epoch": self.epochs_done,
+            "epoch": self._epochs_done,
             "name": session.plan.name,
-            "state_dict": parts.model.state_dict(),
-            "optimizer": parts.optimizer.state_dict(),
-            CONFIG_KEY: parts.config,
+            "state_dict": self._model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            CONFIG_KEY: self._config,
             RESUME_KEY: {
                 "format": 1,
-                "stage": self.stage_number,
+                "stage": self._stage.number,
                 "stage_done": self.finished,
                 "samples_seen": self.samples_seen,
                 "stage_samples": self.steps_done * self.global_batch,
@@ -202,7 +195,8 @@ class StageProgress:
                 "ranks": ranks,
             },
         }
-        if parts.scaler is not None:
-            content["scaler"] = parts.scaler.state_dict()
+        if self._scaler is not None:
+            content["scaler"] = self._scaler.state_dict()
         at, loss = self.validated or (-1, None)
+        name = CheckpointName(self._stage.number, self.finished, 0 if self.finished else self.samples_seen)
         session.writer.save(name, content, loss if at == self.samples_seen else None)

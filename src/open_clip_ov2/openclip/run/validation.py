@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from open_clip import CoCa
 from torch import Tensor, nn
 
 from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss
 from open_clip_ov2.evaluate.eval_job import EvalJob
@@ -22,9 +23,23 @@ from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
-from open_clip_ov2.openclip.run.stage_progress import UntilSignal
+from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
+
+
+def until_signal(
+    batches: Iterable[Batch], signals: StopSignals, note: Callable[[int], None] = lambda count: None
+) -> Iterator[Batch]:
+    """After a signal to this process the present batch is the last. `note` is called with their number after each.
+
+    Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation.
+    """
+    for count, batch in enumerate(batches, start=1):
+        yield batch
+        note(count)
+        if signals.name is not None:
+            return
 
 
 class Validation:
@@ -35,41 +50,34 @@ class Validation:
         self.stock_evaluate = stock_evaluate
 
     def run(
-        self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute,
-        samples_seen: int, tasks: bool,
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        model: nn.Module,
+        data: dict[str, Any],
+        epoch: int,
+        args: argparse.Namespace,
+        samples_seen: int,
+        tasks: bool,
+    ) -> dict[str, float]:
         """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too."""
-        loader: Any = None
-        if "val" in data:
-            note = lambda batches: self.session.monitor.still(f"validation: {batches:,} batches so far")  # noqa: E731
-            loader = UntilSignal(data["val"].dataloader, self.session.signals, note)
+        loader = data["val"].dataloader if "val" in data else None
+        compute, signals = self.built.compute(args), self.session.signals
         metrics: dict[str, float] = {}
-        with self._eager():
+        # torch.compile would compile each length of a growing caption anew.
+        with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
             if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
-                metrics = caption_loss(as_eval_model(model, self.built.tokenizer, compute), loader)
-                if self.session.agreement.now(loader.stopped):
+                evaluated = as_eval_model(model, self.built.tokenizer, compute)
+                note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
+                metrics = caption_loss(evaluated, until_signal(loader, signals, note))
+                if self.session.agreement.now(signals.name is not None):
                     logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                     return {}
             if not self.is_ov2 and args.rank == 0:
-                metrics |= baselines.stock_metrics(
-                    self.stock_evaluate, model, loader, data, epoch, args, self.built.tokenizer
-                )
+                metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
             metrics |= self._tasks(model, args, compute) if tasks else {}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
             if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions:
                 self._show_captions(model, loader, samples_seen, compute)
         return metrics
-
-    @contextlib.contextmanager
-    def _eager(self) -> Iterator[None]:
-        """Without torch.compile, which would compile each length of a growing caption anew."""
-        if self.built.compile_blocks:
-            torch.compiler.set_stance("force_eager")
-        try:
-            yield
-        finally:
-            if self.built.compile_blocks:
-                torch.compiler.set_stance("default")
 
     def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
         """The main figures of the tasks of --eval. Training draws the same random numbers as without them."""
