@@ -104,16 +104,19 @@ def test_jobs_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "nowhere.toml: cannot be read" in capsys.readouterr().err
 
 
-def test_jobs_of_a_folder_shows_runs_that_nobody_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_of_a_folder_shows_runs_that_nobody_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a run, of a folder of runs, and of one above it, as a sweep has them. Oracle: what the runs have recorded."""
+    monkeypatch.chdir(tmp_path)
     for name, told in (("one", Status("finished", 1, 1, 48, 48, loss=1.25)), ("two", Status("failed", reason="NaN"))):
         write_status(tmp_path / "logs" / name, told)
     assert main(["jobs", str(tmp_path / "logs" / "one")]) == 0
     out = capsys.readouterr().out
     assert "48 / 48" in out
     assert "1.250" in out
-    for folder in (tmp_path / "logs", tmp_path):
-        assert main(["jobs", str(folder)]) == 0
+    for words in ([], ["logs"], [str(tmp_path)]):
+        assert main(["jobs", *words]) == 0
         out = capsys.readouterr().out
         assert "finished" in out
         assert "two: failed: NaN" in out

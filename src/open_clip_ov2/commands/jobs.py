@@ -40,7 +40,8 @@ _SILENT_S = 600  # ours: a healthy run updates its status more often, so a longe
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     logs = args.logs or [Path("logs")]
-    if args.action not in _ACTIONS:
+    a_folder = args.run is None and args.action is not None and Path(args.action).is_dir()  # also one called "logs"
+    if a_folder or args.action not in _ACTIONS:
         folders = [Path(args.action)] if args.action else logs
         _check_folders(folders if args.action or args.logs else [], args.action)
         submitted = state.find(folders)
