@@ -17,8 +17,16 @@ from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.run.stage_costs import image_flops
-from open_clip_ov2.tracking.peak import Peak, data_sheet, measured_peak
-from open_clip_ov2.tracking.throughput import JUDGED_S, BottleneckWatch, Meter, Window, bottleneck
+from open_clip_ov2.tracking.throughput import (
+    JUDGED_S,
+    BottleneckWatch,
+    Meter,
+    Peak,
+    Window,
+    bottleneck,
+    data_sheet,
+    measured_peak,
+)
 
 BATCH, GPU = 4, 70 / 80  # of its memory used
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip_ov2.core.decoder import TextDecoder
+from open_clip_ov2.core.rows import KeyValue
 
 GenerationType = Literal["greedy", "top_k", "top_p", "beam_search"]
 GENERATION_TYPES: tuple[str, ...] = get_args(GenerationType)
@@ -65,7 +66,7 @@ class CaptionStream:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, `(B',)` int64, of the batch."""
-        self._cache = [entry.reorder(rows) for entry in self._cache]
+        self._cache = [KeyValue(*(part.index_select(0, rows) for part in entry)) for entry in self._cache]
         self.logits_BV = self.logits_BV.index_select(0, rows)
 
 

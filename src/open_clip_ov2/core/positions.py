@@ -8,9 +8,7 @@ from torch import Tensor
 TEMPERATURE = 10_000.0  # reference: vit.py:146
 
 
-def sincos_2d(
-    grid: tuple[int, int], width: int, *, class_token: bool = True, device: torch.device | str | None = None
-) -> Tensor:
+def sincos_2d(grid: tuple[int, int], width: int, *, device: torch.device | str | None = None) -> Tensor:
     """Fixed 2-D sine-cosine position table of the absolute patch index, `(1 + N, D)` float32.
 
     `grid` is (rows, columns), N = rows x columns in row-major order. The four quarters of the width are
@@ -23,17 +21,10 @@ def sincos_2d(
     """
     if width % 4 or width < 8:
         raise ValueError(f"the 2-D sine-cosine table needs a width divisible by 4 and at least 8, got {width}")
-    rows, columns = grid
     quarter = width // 4
     # float64, so that the table does not depend on the device's float32 pow.
     omega = TEMPERATURE ** -(torch.arange(quarter, dtype=torch.float64, device=device) / (quarter - 1))
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64, device=device),
-        torch.arange(columns, dtype=torch.float64, device=device),
-        indexing="ij",
-    )
-    x_angles, y_angles = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
+    sides = (torch.arange(side, dtype=torch.float64, device=device) for side in grid)
+    y_angles, x_angles = (places.flatten()[:, None] * omega for places in torch.meshgrid(*sides, indexing="ij"))
     table_ND = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=1).float()
-    if not class_token:
-        return table_ND
     return torch.cat([table_ND.new_zeros(1, width), table_ND])

@@ -28,10 +28,6 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def reorder(self, rows: Tensor) -> KeyValue:
-        """Those of the given rows of the batch, `(B',)` int64."""
-        return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
-
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
     """`(B, S, D)` -> `(B, H, S, d)`."""

@@ -122,6 +122,3 @@ class TokenDrop(nn.Module):
             keep_ratio = self.keep_ratio.draw() if self.training else self.eval_keep_ratio
         kept = num_kept(num_tokens, keep_ratio)
         return None if kept == num_tokens else sample_kept_indices(batch_size, num_tokens, kept, device=device)
-
-    def extra_repr(self) -> str:
-        return f"keep_ratio={self.keep_ratio}, eval_keep_ratio={self.eval_keep_ratio:g}"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from open_clip_ov2.errors import UserError
 from open_clip_ov2.formats.encoder import Encoder
 
 
@@ -59,12 +57,6 @@ class Target:
     write: Callable[..., Sequence[str] | None]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
-
-    def check_installed(self) -> None:
-        """Raises UserError that names the packages which are missing."""
-        missing = [name for name in self.modules if find_spec(name) is None]
-        if missing:
-            raise UserError(f"--to {self.name} needs {', '.join(missing)}: pip install 'open_clip_ov2[export]'")
 
     def example_for(self, location: str) -> str:
         """The sample of use for a folder, or for ORG/NAME on the hub."""

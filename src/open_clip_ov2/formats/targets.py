@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from open_clip_ov2.errors import unknown_key
+from importlib.util import find_spec
+
+from open_clip_ov2.errors import UserError, unknown_key
 from open_clip_ov2.formats import authors, hf, llava, onnx, open_clip, timm
 from open_clip_ov2.formats.target import Target
 
@@ -26,5 +28,7 @@ def target_of(name: str) -> Target:
     """Raises UserError for an unknown name, and for packages that the format needs and that are not installed."""
     if name not in TARGETS:
         raise unknown_key("--to", name, TARGETS, "target")
-    TARGETS[name].check_installed()
+    missing = [module for module in TARGETS[name].modules if find_spec(module) is None]
+    if missing:
+        raise UserError(f"--to {name} needs {', '.join(missing)}: pip install 'open_clip_ov2[export]'")
     return TARGETS[name]

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from open_clip_ov2 import training
 from open_clip_ov2.compare.bench.settings import BENCH_MODELS, CaptionLengths, Job, machine_facts
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tracking.peak import measured_peak
+from open_clip_ov2.tracking.throughput import measured_peak
 
 CONCENTRATION = 4.0  # of the Beta distribution of lengths, ours: most captions near the mean, all lengths occur
 POOL = 4  # different batches, used in turns: caption lengths vary from step to step

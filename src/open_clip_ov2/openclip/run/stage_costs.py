@@ -23,8 +23,7 @@ from open_clip_ov2.recipe.model_costs import (
     loss_bytes,
     total_flops,
 )
-from open_clip_ov2.tracking.peak import peak_of
-from open_clip_ov2.tracking.throughput import Meter
+from open_clip_ov2.tracking.throughput import Meter, peak_of
 
 logger = logging.getLogger("open_clip_ov2")
 
