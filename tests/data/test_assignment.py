@@ -11,8 +11,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from open_clip_ov2.data import order
-from open_clip_ov2.data.order.assignment import Assignment, ShardRange, shuffler, unread
-from open_clip_ov2.data.order.position import Position
+from open_clip_ov2.data.order.assignment import Assignment, Position, ShardRange, shuffler, unread
 
 
 @st.composite

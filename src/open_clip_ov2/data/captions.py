@@ -36,7 +36,7 @@ def parse_caption_keys(text: str) -> tuple[CaptionKey, ...]:
     names = [str(key) for key in keys]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--caption-keys: {name!r} is named twice in {text!r}; once each, {EXAMPLE}")
+            raise UserError(f"{name!r} is named twice in {text!r}; once each, {EXAMPLE}")
     return keys
 
 
@@ -45,13 +45,13 @@ def _parse_one(part: str) -> CaptionKey:
     entry, colon, path = name.strip().partition(":")
     entry, steps = entry.strip(), tuple(step.strip() for step in path.split(".")) if colon else ()
     if not entry or any(not step or ":" in step for step in steps):
-        raise UserError(f"--caption-keys: {part!r} is not ENTRY[:dotted.path][=weight], {EXAMPLE}")
+        raise UserError(f"{part!r} is not ENTRY[:dotted.path][=weight], {EXAMPLE}")
     try:
         weight = float(weight_text) if equals else 1.0
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError
     except ValueError:
-        raise UserError(f"--caption-keys: the weight of {part!r}: expected a finite number > 0, {EXAMPLE}") from None
+        raise UserError(f"the weight of {part!r}: expected a finite number > 0, {EXAMPLE}") from None
     return CaptionKey(entry, steps, weight)
 
 

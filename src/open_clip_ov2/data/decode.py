@@ -15,6 +15,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +58,6 @@ class EncodedImage:
 
     def __init__(self, data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, *, fast: bool = False) -> None:
         self._data, self._max_pixels = data, max_image_pixels
-        self._pil: Image.Image | None = None
-        self._upright: Image.Image | None = None
         size = jpeg_size(data) if fast else None
         self._jpeg_size = size if size is not None and size[0] * size[1] <= max_image_pixels else None
 
@@ -66,18 +65,18 @@ class EncodedImage:
     def size(self) -> tuple[int, int]:
         """Width and height of the upright image, in px."""
         if self._jpeg_size is None:
-            return self._decoded().size
+            return self._upright.size
         width, height = self._jpeg_size
-        return (height, width) if self._jpeg_orientation() >= 5 else (width, height)
+        return (height, width) if self._jpeg_orientation >= 5 else (width, height)
 
     @property
     def format(self) -> str:
         """PIL's name of the format."""
-        return self._opened().format or ""
+        return self._opened.format or ""
 
     def rgb(self) -> Image.Image:
         """The whole upright image in RGB."""
-        return self._decoded().convert("RGB")
+        return self._upright.convert("RGB")
 
     def rgb_reduced(self, reduction: int) -> npt.NDArray[np.uint8] | None:
         """The upright image at 1 / `reduction` of its size, each side rounded up, uint8 `(H, W, 3)`, if it is a plain
@@ -92,7 +91,7 @@ class EncodedImage:
             )
         except ValueError:
             return None
-        turn = TURNS.get(self._jpeg_orientation())
+        turn = TURNS.get(self._jpeg_orientation)
         return pixels_HWC if turn is None else np.array(Image.fromarray(pixels_HWC).transpose(turn))
 
     def shrunk(self, short_side: int) -> Image.Image | None:
@@ -101,46 +100,45 @@ class EncodedImage:
         None if it is upright and small enough already.
         """
         with pil_errors_skip(self._max_pixels):
-            stored, scale = self._opened().size, short_side / min(self._opened().size)
+            stored, scale = self._opened.size, short_side / min(self._opened.size)
             if scale < 1:
                 width, height = (round(side * scale * REDUCING_GAP) for side in stored)
-                self._opened().draft(None, (width, height))
-        image = self._decoded()
+                self._opened.draft(None, (width, height))
+        image = self._upright
         if scale >= 1:
-            return None if orientation_of(self._opened()) == 1 else image
+            return None if orientation_of(self._opened) == 1 else image
         width, height = (max(1, round(side * scale)) for side in stored)
         if (image.width > image.height) != (width > height):
             width, height = height, width
         return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
 
-    def _decoded(self) -> Image.Image:
+    @cached_property
+    def _upright(self) -> Image.Image:
         """The upright image in mode L or RGB."""
-        if self._upright is None:
-            image = self._opened()
-            with pil_errors_skip(self._max_pixels):
-                image.load()
-                turn = TURNS.get(orientation_of(image))  # now: PIL turns a TIFF by itself as it loads
-                opaque = _opaque(image)
-                self._upright = opaque if turn is None else opaque.transpose(turn)
-        return self._upright
+        image = self._opened
+        with pil_errors_skip(self._max_pixels):
+            image.load()
+            turn = TURNS.get(orientation_of(image))  # now: PIL turns a TIFF by itself as it loads
+            opaque = _opaque(image)
+            return opaque if turn is None else opaque.transpose(turn)
 
+    @cached_property
     def _jpeg_orientation(self) -> int:
         """Of a plain JPEG, from 1 to 8."""
         if not any(mark in self._data for mark in ORIENTATION_MARKS):
             return 1
-        return orientation_of(self._opened())
+        return orientation_of(self._opened)
 
+    @cached_property
     def _opened(self) -> Image.Image:
         """PIL's image, its pixels not yet read."""
-        if self._pil is None:
-            with pil_errors_skip(self._max_pixels):
-                image = Image.open(io.BytesIO(self._data))
-                width, height = image.size
-                if width * height > self._max_pixels:
-                    limit = f"{width} x {height}, at most {self._max_pixels} (--max-image-pixels)"
-                    raise SkipSample(TOO_MANY_PIXELS, limit)
-                self._pil = image
-        return self._pil
+        with pil_errors_skip(self._max_pixels):
+            image = Image.open(io.BytesIO(self._data))
+            width, height = image.size
+            if width * height > self._max_pixels:
+                limit = f"{width} x {height}, at most {self._max_pixels} (--max-image-pixels)"
+                raise SkipSample(TOO_MANY_PIXELS, limit)
+            return image
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -80,23 +80,24 @@ class EvalLoader(Receiver):
     def __iter__(self) -> Iterator[Batch]:
         return self._batches(self._stream)
 
-    def full(self) -> Iterator[Batch]:
-        return self._batches(replace(self._stream, rank=0, world_size=1))
-
     def check(self) -> None:
         """Raises UserError if there is no usable sample; reads as far as the first, in this process."""
         self.reset_skips()
-        if next(self.receive(iter(self._one_by_one())), None) is None:
+        if next(self.receive(self._one_by_one()), None) is None:
             raise nothing_usable("validation", "--val-data", self.skips)
+
+    def full(self) -> Iterator[Batch]:
+        return self._batches(replace(self._stream, rank=0, world_size=1))
 
     def _batches(self, stream: EvalStream) -> Iterator[Batch]:
         self.reset_skips()
         used = False
-        for batch in self.receive(iter(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False))):
+        for batch in self.receive(torch_loader(stream, self._num_workers, self._pin_memory, persistent=False)):
             used = True
             yield batch
-        # Where this process has nothing usable, another one may.
-        if not used and not (stream.world_size > 1 and any(isinstance(item, Batch) for item in self._one_by_one())):
+        if not used and stream.world_size > 1:  # where this process has nothing usable, another one may
+            used = any(isinstance(item, Batch) and item.keys for item in self._one_by_one())
+        if not used:
             raise nothing_usable("validation", "--val-data", self.skips)
 
     def _one_by_one(self) -> EvalStream:

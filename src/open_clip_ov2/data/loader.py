@@ -163,17 +163,12 @@ class TrainLoader(Receiver):
         same = now == (old["world_size"], old["workers"], old["batch_size"])
         left = self._batches_for(max(0, self._asked - old["samples_done"]))
         batches_done = min(self.num_batches, old["batches_done"]) if same else max(0, self.num_batches - left)
-        start = start_from(states, stream.world_size * self._workers, stream.source.resampled, batches_done)
-        self._resume_at(start, old)
+        stream.start = start_from(states, stream.world_size * self._workers, stream.source.resampled, batches_done)
+        stream.epoch.value, stream.resuming.value = old["epoch"], 1
+        self._progress, self._resumed = self._progress_at(stream.start, old["samples_done"]), True
+        self._loader = self._make_loader(stream)  # running workers have the old start
         if same:
             self.skips = dict(states[stream.rank]["skips"])
         else:  # process 0 counts what no process can be given
             self.skips = merge_counts(state["skips"] for state in states) if stream.rank == 0 else {}
         return same
-
-    def _resume_at(self, start: Start, old: dict[str, Any]) -> None:
-        stream = self.stream
-        stream.start = start
-        stream.epoch.value, stream.resuming.value = old["epoch"], 1
-        self._progress, self._resumed = self._progress_at(start, old["samples_done"]), True
-        self._loader = self._make_loader(stream)  # running workers have the old start

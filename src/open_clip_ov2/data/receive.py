@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from open_clip_ov2.data.skips import merge_counts
-from open_clip_ov2.data.streams import Batch, Failure
+from open_clip_ov2.data.streams import Batch
 from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,29 +29,26 @@ DEATH = re.compile(r"DataLoader worker \((pid[^)]*\)?[^)]*)\) (exited unexpected
 DEATH_S = 1.0  # torch hears of a death within milliseconds, if it has not already
 
 
-def worker_death(error: RuntimeError) -> UserError | None:
+def worker_death(error: BaseException) -> UserError | None:
     """The UserError for a data worker that died; None if `error` says something else.
 
     torch also raises from its SIGCHLD handler, at any place of the main thread: a training loop may ask here too.
     """
-    found = DEATH.search(str(error))
-    return None if found is None else _died(f"{found[1]} {found[2].strip()}")
-
-
-def _died(how: str) -> UserError:
+    how = ""
+    if isinstance(error, (EOFError, ConnectionError)):
+        how = f"the connection to it broke: {type(error).__name__}"
+        try:
+            time.sleep(DEATH_S)  # torch's message on how the worker died comes with SIGCHLD, a moment later
+        except RuntimeError as raised:
+            error, how = raised, str(raised)
+    if found := DEATH.search(str(error)):
+        how = f"{found[1]} {found[2].strip()}"
+    if not how:
+        return None
     return UserError(
         f"a data worker died ({how}): probably out of memory or of shared memory (/dev/shm); "
         "try fewer --workers or a smaller --shuffle-buffer, and look into the system's log"
     )
-
-
-def _awaited_death(error: Exception) -> UserError:
-    """torch's message on how the worker died comes with SIGCHLD, a moment later."""
-    try:
-        time.sleep(DEATH_S)
-    except RuntimeError as raised:
-        return worker_death(raised) or _died(str(raised))
-    return _died(f"the connection to it broke: {type(error).__name__}")
 
 
 class Receiver:
@@ -62,36 +59,31 @@ class Receiver:
     """
 
     def __init__(self, num_workers: int) -> None:
-        self.skips: dict[str, int] = {}
-        self.skipped_keys: dict[str, list[str]] = {}
         self._from_processes = num_workers > 0
+        self.reset_skips()
 
     def reset_skips(self) -> None:
-        self.skips, self.skipped_keys = {}, {}
+        self.skips: dict[str, int] = {}
+        self.skipped_keys: dict[str, list[str]] = {}
 
-    def receive(self, items: Iterator[Any]) -> Iterator[Batch]:
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise worker_death(error) or error from error
-            except (EOFError, ConnectionError) as error:
-                # An error raised in the worker says "Caught"; this one is of the connection to a worker that is dying.
-                if not self._from_processes or str(error).startswith("Caught"):
-                    raise
-                raise _awaited_death(error) from error
-            if isinstance(item, Failure):
-                raise UserError(item.message)
-            self.skips = merge_counts((self.skips, item.skipped))
-            for cause, keys in item.skipped_keys.items():
-                self.skipped_keys.setdefault(cause, []).extend(keys)
-            if isinstance(item, Batch):
-                yield item
+    def receive(self, items: Iterable[Any]) -> Iterator[Batch]:
+        try:
+            for item in items:
+                if isinstance(item, UserError):
+                    raise item
+                self.skips = merge_counts((self.skips, item.skipped))
+                for cause, keys in item.skipped_keys.items():
+                    self.skipped_keys.setdefault(cause, []).extend(keys)
+                if item.keys:
+                    yield item
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # An error raised in the worker says "Caught"; another may be of the connection to one that is dying.
+            if not self._from_processes or str(error).startswith("Caught"):
+                raise
+            raise worker_death(error) or error from error
 
 
-def watched(items: Iterator[Any], after_s: float, reading: Callable[[], str]) -> Iterator[Any]:
+def watched(items: Iterable[Any], after_s: float, reading: Callable[[], str]) -> Iterator[Any]:
     """The same items. While one is waited for longer than `after_s`, a warning names what is being read.
 
     The next warning comes after twice as long.
@@ -112,15 +104,12 @@ def watched(items: Iterator[Any], after_s: float, reading: Callable[[], str]) ->
             pause_s = max(0.0, due_s - waited_s)
 
     threading.Thread(target=watch, name="data-stall", daemon=True).start()
+    since = time.monotonic()
     try:
-        while True:
-            since = time.monotonic()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
+        for item in items:
             since = None
             yield item
+            since = time.monotonic()
     finally:
         stop.set()
 

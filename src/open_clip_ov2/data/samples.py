@@ -76,18 +76,14 @@ class Decoder:
     def pixels(self, raw: Mapping[str, Any], seed: int = 0) -> Tensor:
         """Image `(C, H, W)`; a transform that draws numbers draws them from `seed`. Raises SkipSample."""
         crop = self.transform
-        if isinstance(crop, RandomCrop) and isinstance(data := encoded_image(raw), bytes):
-            with torch_seeded(seed):
-                return self._guarded(lambda: crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast)))
-        image = self.image(raw)
-        check_resized_size(self.transform, image, self.max_image_pixels)
-        with seeded(seed):
-            return self._guarded(lambda: self.transform(image))
-
-    @staticmethod
-    def _guarded(make: Callable[[], Tensor]) -> Tensor:
         try:
-            return make()
+            if isinstance(crop, RandomCrop) and isinstance(data := encoded_image(raw), bytes):
+                with torch_seeded(seed):
+                    return crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast))
+            image = self.image(raw)
+            check_resized_size(self.transform, image, self.max_image_pixels)
+            with seeded(seed):
+                return self.transform(image)
         except SkipSample:
             raise
         except Exception as error:  # whatever a user's transform raises costs one sample, counted

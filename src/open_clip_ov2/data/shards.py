@@ -17,8 +17,7 @@ from urllib.parse import urlparse
 from braceexpand import braceexpand
 from webdataset.gopen import gopen_schemes, rewrite_url
 
-from open_clip_ov2.data.order.assignment import Assignment, ShardRange, assigned_shards
-from open_clip_ov2.data.order.position import Cursor
+from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, assigned_shards
 from open_clip_ov2.data.order.shuffled import ShuffledPass
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.sources import Source

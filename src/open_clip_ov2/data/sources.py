@@ -10,15 +10,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from open_clip_ov2.data import csv_rows
-from open_clip_ov2.data.order.assignment import Assignment, assigned_rows
-from open_clip_ov2.data.order.position import Cursor
+from open_clip_ov2.data.order.assignment import Assignment, Cursor, assigned_rows
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.skips import BAD_ROW, SkipCounter, SkipSample
 from open_clip_ov2.errors import UserError, unknown_key
@@ -107,7 +105,7 @@ class CsvSource(Source):
         ]
         if not self._rows:
             raise UserError(f"{path}: no rows below the header")
-        self._digest = _digest(path)
+        self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _places(self, columns: tuple[str | None, ...], separator: str, image_column: str) -> list[int]:
         """Where the image's and the captions' columns are."""
@@ -184,14 +182,6 @@ def _image_names(folder: Path) -> Iterator[str]:
 
 def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from open_clip_ov2.data.captions import CaptionKey, group_text
-from open_clip_ov2.data.order.assignment import Assignment
-from open_clip_ov2.data.order.position import Cursor, Position
+from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position
 from open_clip_ov2.data.order.resume import Start
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
 from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
@@ -32,7 +31,8 @@ EMPTY_PASSES = 32
 
 
 class Batch(NamedTuple):
-    """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause.
+    """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause. One
+    without keys comes last and tells what was skipped after the last samples.
 
     In training, `position` is where its consumer stands after it, with the sizes of shards since its last batch.
     In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped.
@@ -49,19 +49,6 @@ class Batch(NamedTuple):
     skipped_keys: Mapping[str, list[str]] = {}
 
 
-class Failure(NamedTuple):
-    """A UserError on its way out of a data worker, where torch would wrap it in a traceback."""
-
-    message: str
-
-
-class Tail(NamedTuple):
-    """Skips after a worker's last batch."""
-
-    skipped: dict[str, int]
-    skipped_keys: Mapping[str, list[str]]
-
-
 class _Row(NamedTuple):
     image_CHW: Tensor
     caption: str
@@ -76,7 +63,7 @@ class _Collector:
 
     def __init__(self, tokenizer: Tokenizer | None, skips: SkipCounter, group_by: CaptionKey | None = None) -> None:
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
-        self._rows: list[_Row] = []
+        self.rows: list[_Row] = []
 
     def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]], index: int = -1) -> None:
         """Add the sample, or count why not."""
@@ -86,19 +73,16 @@ class _Collector:
             self._skips.add(error.cause, error.detail, raw["__key__"], raw["__url__"])
             return
         group = group_text(raw, self._group_by)
-        self._rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group, index))
+        self.rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group, index))
         self._skips.used += 1
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def batch(self) -> Batch | None:
         """All rows as a batch; None if the tokenizer refused some, which are removed and counted."""
         texts_BL = self.tokenized()
         if texts_BL is None:
             return None
-        images, captions, keys, _, groups, indices = zip(*self._rows, strict=True)
-        self._rows = []
+        images, captions, keys, _, groups, indices = zip(*self.rows, strict=True)
+        self.rows = []
         return Batch(
             torch.stack(images), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
             indices=indices, skipped_keys=self._skips.take_keys(),
@@ -106,17 +90,17 @@ class _Collector:
 
     def tokenized(self) -> Tensor | None:
         """Token ids `(B, L)` of the rows in one call; None after removing the rows that the tokenizer refuses."""
-        if not self._rows:
+        if not self.rows:
             return None
         try:
-            return self._ids([row.caption for row in self._rows])
+            return self._ids([row.caption for row in self.rows])
         except UserError:
             raise
         except Exception:  # one caption must not end a run: look for it
-            before = len(self._rows)
-            self._rows = [row for row in self._rows if self._accepts(row)]
-            if len(self._rows) == before:
+            accepted = [row for row in self.rows if self._accepts(row)]
+            if len(accepted) == len(self.rows):
                 raise
+            self.rows = accepted
             return None
 
     def _accepts(self, row: _Row) -> bool:
@@ -136,15 +120,15 @@ class _Collector:
 
 
 class _Stream(IterableDataset[Any]):
-    """A UserError becomes an item, so that it reaches the main process as it is."""
+    """A UserError becomes an item, so that it reaches the main process as it is, not wrapped in a traceback."""
 
-    def __iter__(self) -> Iterator[Batch | Failure | Tail]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         try:
             yield from self._items()
         except UserError as error:
-            yield Failure(str(error))
+            yield UserError(str(error))
 
-    def _items(self) -> Iterator[Batch | Tail]:
+    def _items(self) -> Iterator[Batch]:
         raise NotImplementedError
 
 
@@ -176,41 +160,7 @@ class TrainStream(_Stream):
         self.skips.begin()
         start = self.start if self.resuming.value else Start()
         worker, workers = _worker()
-        batches = len(range(start.batches_done + worker, self.num_batches, workers))
-        first = self._first_assignment(start)
-        position = start.positions[first.consumer] if start.positions else Position()
-        return itertools.islice(self._endless(first, position, worker), batches)
-
-    def _endless(self, first: Assignment, position: Position, worker: int) -> Iterator[Batch]:
-        """Pass after pass. Raises UserError after too many without a usable sample."""
-        collector = _Collector(self.tokenizer, self.skips)
-        empty, most = 0, 1 if first.consumers == 1 and not self.source.resampled else EMPTY_PASSES
-        for pass_index in itertools.count(position.pass_index):
-            assignment = replace(first, pass_index=pass_index)
-            cursor = Cursor(on_open=partial(self.reading.__setitem__, worker))
-            if pass_index == position.pass_index:
-                cursor.taken, cursor.sizes = position.taken, list(position.sizes)
-            whole = not cursor.taken and assignment.before() is None
-            self.skips.used += cursor.taken > 0  # a batch had come of it, or nothing would have been taken
-            used_before = self.skips.used
-            yield from self._pass(collector, assignment, cursor)
-            collector.tokenized()  # removes what the tokenizer refuses, so that `used` says what this pass gave
-            empty = 0 if self.skips.used > used_before or not whole else empty + 1
-            if empty == most:
-                raise self.skips.nothing_usable()
-
-    def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor) -> Iterator[Batch]:
-        sent = len(cursor.sizes)
-        for raw in self.source.train_samples(assignment, self.skips, cursor):
-            seed = sample_seed(assignment.seed, assignment.epoch, assignment.pass_index, raw["__key__"])
-            collector.add(raw, partial(self.decoder.train, raw, seed))
-            if len(collector) == self.batch_size and (batch := collector.batch()) is not None:
-                yield batch._replace(position=Position(assignment.pass_index, cursor.taken, cursor.sizes[sent:]))
-                sent = len(cursor.sizes)
-
-    def _first_assignment(self, start: Start) -> Assignment:
-        worker, workers = _worker()
-        return Assignment(
+        first = Assignment(
             seed=self.seed,
             epoch=self.epoch.value,
             pass_index=0,
@@ -219,6 +169,36 @@ class TrainStream(_Stream):
             shuffle_buffer=self.shuffle_buffer,
             history=start.history,
         )
+        position = start.positions[first.consumer] if start.positions else Position()
+        batches = len(range(start.batches_done + worker, self.num_batches, workers))
+        return itertools.islice(self._endless(first, position, worker), batches)
+
+    def _endless(self, first: Assignment, position: Position, worker: int) -> Iterator[Batch]:
+        """Pass after pass. Raises UserError after too many without a usable sample."""
+        collector = _Collector(self.tokenizer, self.skips)
+        empty, most = 0, 1 if first.consumers == 1 and not self.source.resampled else EMPTY_PASSES
+        cursor = Cursor(position.taken, list(position.sizes))
+        for pass_index in itertools.count(position.pass_index):
+            assignment = replace(first, pass_index=pass_index)
+            cursor.on_open = partial(self.reading.__setitem__, worker)
+            whole = not cursor.taken and assignment.before() is None
+            self.skips.used += cursor.taken > 0  # a batch had come of it, or nothing would have been taken
+            used_before = self.skips.used
+            yield from self._pass(collector, assignment, cursor)
+            collector.tokenized()  # removes what the tokenizer refuses, so that `used` says what this pass gave
+            empty = 0 if self.skips.used > used_before or not whole else empty + 1
+            if empty == most:
+                raise self.skips.nothing_usable()
+            cursor = Cursor()
+
+    def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor) -> Iterator[Batch]:
+        sent = len(cursor.sizes)
+        for raw in self.source.train_samples(assignment, self.skips, cursor):
+            seed = sample_seed(assignment.seed, assignment.epoch, assignment.pass_index, raw["__key__"])
+            collector.add(raw, partial(self.decoder.train, raw, seed))
+            if len(collector.rows) == self.batch_size and (batch := collector.batch()) is not None:
+                yield batch._replace(position=Position(assignment.pass_index, cursor.taken, cursor.sizes[sent:]))
+                sent = len(cursor.sizes)
 
 
 def _worker() -> tuple[int, int]:
@@ -240,7 +220,7 @@ class EvalStream(_Stream):
     limit: int | None
     group_by: CaptionKey | None
 
-    def _items(self) -> Iterator[Batch | Tail]:
+    def _items(self) -> Iterator[Batch]:
         worker, workers = _worker()
         mine, consumers = self.rank * workers + worker, self.world_size * workers
         skips = SkipCounter(keep_keys=True)
@@ -249,9 +229,9 @@ class EvalStream(_Stream):
         samples = enumerate(self.source.in_order(reading))
         for index, raw in itertools.islice(samples, mine, self.limit, consumers):
             collector.add(raw, partial(self.decoder.evaluate, raw), index)
-            if len(collector) == self.batch_size and (batch := collector.batch()) is not None:
+            if len(collector.rows) == self.batch_size and (batch := collector.batch()) is not None:
                 yield batch
-        while len(collector):  # twice if the tokenizer refuses a row
+        while collector.rows:  # twice if the tokenizer refuses a row
             if (batch := collector.batch()) is not None:
                 yield batch
-        yield Tail(skips.take(), skips.take_keys())
+        yield Batch(torch.empty(0), torch.empty(0), [], [], [], skips.take(), skipped_keys=skips.take_keys())

@@ -5,8 +5,7 @@ consumers in turns; each consumer reads its shards one after the other and mixes
 of this follows from seed, epoch, pass, consumer and counts, never from what the samples contain, so it can be repeated
 without reading them. An example: two shards of three samples, two consumers, and a buffer of two samples.
 
->>> from open_clip_ov2.data.order.assignment import Assignment, assigned_shards
->>> from open_clip_ov2.data.order.position import Cursor, Position
+>>> from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position, assigned_shards
 >>> from open_clip_ov2.data.order.shuffled import ShuffledPass
 >>> shards = [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
 >>> order = [1, 0]  # as shuffled for this pass: b, then a

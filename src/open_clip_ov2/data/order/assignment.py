@@ -5,15 +5,42 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from webdataset.filters import shuffle as buffer_shuffle
 
-from open_clip_ov2.data.order.position import Position, Positions
-
 SHUFFLE_INITIAL = 1000  # samples in the buffer before the first comes out, as in OpenCLIP
 SampleIndex = tuple[int, int]  # which of a consumer's shard ranges, which sample of that shard
+
+
+class Position(NamedTuple):
+    """How far a consumer has come: `taken` raw samples of pass `pass_index`; `sizes`: numbers of samples of its first
+    shards, those read to the end. The shuffle buffer looks ahead: samples of such a shard may still wait in it.
+    """
+
+    pass_index: int = 0
+    taken: int = 0
+    sizes: Sequence[int] = ()
+
+
+Positions = tuple[Position, ...]  # of all consumers of one launch of the run, the workers of process 0 first
+
+
+def _ignore(shard: int) -> None:
+    pass
+
+
+@dataclass
+class Cursor:
+    """A position within a pass that a source continues from and keeps up to date.
+
+    `on_open` is called with the number of each shard (or row) before it is opened.
+    """
+
+    taken: int = 0
+    sizes: list[int] = field(default_factory=list)
+    on_open: Callable[[int], None] = _ignore
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip_ov2.data.order.position import Position, Positions
+from open_clip_ov2.data.order.assignment import Position, Positions
 from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger(__name__)

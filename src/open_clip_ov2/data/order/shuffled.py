@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from open_clip_ov2.data.order.assignment import Assignment, SampleIndex, ShardRange, shuffler
-from open_clip_ov2.data.order.position import Cursor
+from open_clip_ov2.data.order.assignment import Assignment, Cursor, SampleIndex, ShardRange, shuffler
 
 
 def _ignore(problem: str) -> None:
@@ -59,12 +58,11 @@ class ShuffledPass:
         # A shard that was read to its end before has been counted then, if it is broken.
         on_broken = partial(self.on_broken, part.shard) if part.start is not None else _ignore
         size = 0
-        with self._open(part, part.stop(), on_broken) as samples:
-            for size, sample in enumerate(samples, 1):
-                if part.includes(size - 1):
-                    self.loaded[place, size - 1] = sample
-                    yield place, size - 1
-        self._check_size(part, size, part.stop())
+        for index, sample in self._samples(part, part.stop(), on_broken):
+            size = index + 1
+            if part.includes(index):
+                self.loaded[place, index] = sample
+                yield place, index
         self.cursor.sizes.append(size)
 
     def _read_again(self) -> None:
@@ -74,21 +72,19 @@ class ShuffledPass:
             if sample is None:
                 wanted.setdefault(place, set()).add(index)
         for place, indices in wanted.items():
-            size, stop = 0, max(indices) + 1
-            with self._open(self.ranges[place], stop, _ignore) as samples:
-                for size, sample in enumerate(samples, 1):
-                    if size - 1 in indices:
-                        self.loaded[place, size - 1] = sample
-            self._check_size(self.ranges[place], size, stop)
+            for index, sample in self._samples(self.ranges[place], max(indices) + 1, _ignore):
+                if index in indices:
+                    self.loaded[place, index] = sample
 
-    @contextlib.contextmanager
-    def _open(
+    def _samples(
         self, part: ShardRange, stop: int | None, on_broken: Callable[[str], None]
-    ) -> Iterator[Iterator[dict[str, Any]]]:
+    ) -> Iterator[tuple[int, Any]]:
+        """A shard's first samples by number, up to `stop`; all of them without. One that has fewer now is counted."""
         self.cursor.on_open(part.shard)
+        size = 0
         with contextlib.closing(self.read(part.shard, on_broken)) as samples:
-            yield itertools.islice(samples, stop)
-
-    def _check_size(self, part: ShardRange, size: int, least: int | None) -> None:
-        if least is not None and size < least:
-            self.on_broken(part.shard, f"{size} samples, where there were at least {least} when it was read before")
+            for index, sample in enumerate(itertools.islice(samples, stop)):
+                size = index + 1
+                yield index, sample
+        if stop is not None and size < stop:
+            self.on_broken(part.shard, f"{size} samples, where there were at least {stop} when it was read before")
