@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_clip_ov2.openclip.patches import REGISTRATION, RUN
+from open_clip_ov2.openclip.patches import REGISTRATION, RUN, STEP
 from open_clip_ov2.openclip.private_names import PRIVATE_NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "openclip.md"
@@ -20,7 +20,7 @@ def tables() -> dict[str, str]:
         names.setdefault((private.owner, private.why), []).append(private.name)
     return {
         "registration": _table("name", [(f"`{patch.module}.{patch.name}`", patch.why) for patch in REGISTRATION]),
-        "run": _table("name", [(f"`{module}.{name}`", why) for (module, name), why in RUN.items()]),
+        "run": _table("name", [(f"`{module}.{name}`", why) for (module, name), why in (RUN | STEP).items()]),
         "private": _table(
             "name of",
             [(f"`{owner}`: " + ", ".join(f"`{name}`" for name in used), why) for (owner, why), used in names.items()],

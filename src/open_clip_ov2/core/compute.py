@@ -72,6 +72,13 @@ class Compute:
         return pixels if dtype is None else pixels.to(dtype)
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has units for products of bfloat16 matrices (AVX512-BF16 or AMX) and torch may use them
+    (ATEN_CPU_CAPABILITY). Any other CPU emulates them, several times slower than float32."""
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return units and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """`(C, 1, 1)` float32; cached, since making it waits for the device."""

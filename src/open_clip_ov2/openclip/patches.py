@@ -2,9 +2,9 @@
 
 REGISTRATION holds from `import open_clip_ov2` on, and acts on ov2 models and released encoders alone (the check of a
 folder's or the hub's config passes any other config unchanged). RUN holds while a stage of `ov2 train` is inside
-OpenCLIP's `main`. Checked with open_clip_torch 3.3.0 and torch 2.11 to 2.14. A name that is missing is a one-line
-ImportError when it is first needed, at import or when a run starts, and then nothing stays rebound. docs/openclip.md
-shows both lists.
+OpenCLIP's `main`, STEP while an optimizer takes a step. Checked with open_clip_torch 3.3.0 and torch 2.11 to 2.14. A
+name that is missing is a one-line ImportError when it is first needed, at import or when a run starts, and then nothing
+stays rebound. docs/openclip.md shows both lists.
 """
 
 from __future__ import annotations
@@ -157,6 +157,12 @@ RUN: dict[tuple[str, str], str] = {
     ),
 }
 
+# The same, while an optimizer takes a step: `while_stepping` has the replacement.
+STEP: dict[tuple[str, str], str] = {
+    ("timm.optim.muon", "zeropower_via_newtonschulz"): (
+        "--opt timm/muon on a CPU without bfloat16 units: float32, where timm has no option; emulation is slower"
+    ),
+}
 
 _MISSING = object()
 
@@ -192,6 +198,13 @@ def run_patches(replacements: dict[tuple[str, str], Callable[[Any], Any]]) -> It
         yield
     finally:
         undo()
+
+
+def while_stepping(optimizer: Any, where: tuple[str, str], replace: Callable[[Any], Any]) -> None:
+    """A name of STEP is rebound in each step of this optimizer."""
+    undo: list[Callable[[], None]] = []
+    optimizer.register_step_pre_hook(lambda *_: undo.append(apply([Patch(*where, replace, STEP[where])])))
+    optimizer.register_step_post_hook(lambda *_: undo.pop()())
 
 
 _undo_registration: list[Callable[[], None]] = []

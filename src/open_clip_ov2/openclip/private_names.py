@@ -79,6 +79,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName("torch", "_functorch", "core/compute.py", "its config has the memory budget, which has no public name"),
     PrivateName("torch", "_inductor", "core/compute.py", "`compile_fx`, the compiler that the budget applies to"),
+    *(
+        PrivateName("torch.cpu", name, "core/compute.py", "whether the CPU multiplies bfloat16 in hardware")
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ),
     PrivateName("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter", "data/loader.py", "see the next"),
     PrivateName(_LOADER, "_shutdown_workers", "data/loader.py", "ends data workers when an epoch is left early"),
     PrivateName("torch.utils.data.DataLoader", "_iterator", "data/loader.py", "the iterator that has the workers"),

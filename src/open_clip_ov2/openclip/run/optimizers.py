@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+from open_clip_ov2.core.compute import cpu_multiplies_bfloat16
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip import patches
 
 logger = logging.getLogger(__name__)
 
 OF_FLAGS = ("weight_decay", "betas", "eps", "momentum")  # keys of a parameter group; lr is the schedule's
+NEWTON_SCHULZ = ("timm.optim.muon", "zeropower_via_newtonschulz")
 # Matrices that do not map one hidden layer to another, which Muon's authors leave to AdamW.
 NOT_HIDDEN = ("*embedding*", "*lm_head*", "*text_projection*", "*conv1*", "*logit_scale*")
 
@@ -48,11 +52,14 @@ def muon_for_hidden_matrices(original: Callable[..., Any]) -> Callable[..., Any]
     """
 
     def create(model: nn.Module, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
-        if "muon" in opt:
-            if "fallback_list" not in inspect.signature(original).parameters:
-                raise UserError(f"--opt timm/{opt}: needs timm 1.0.20 or newer")
-            kwargs["fallback_list"] = NOT_HIDDEN
-        return original(model, opt, **kwargs)
+        if "muon" not in opt:
+            return original(model, opt, **kwargs)
+        if "fallback_list" not in inspect.signature(original).parameters:
+            raise UserError(f"--opt timm/{opt}: needs timm 1.0.20 or newer")
+        optimizer = original(model, opt, fallback_list=NOT_HIDDEN, **kwargs)
+        if next(model.parameters()).device.type == "cpu" and not cpu_multiplies_bfloat16():
+            patches.while_stepping(optimizer, NEWTON_SCHULZ, lambda timms: partial(timms, dtype=torch.float32))
+        return optimizer
 
     return create
 
