@@ -66,7 +66,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["caption", "x.png", "--checkpoint", "nowhere"], "nowhere: not the folder of a run"),
+        (["caption", __file__, "--checkpoint", "nowhere"], "nowhere: not the folder of a run"),
         (["eval", "nowhere", "--data", "x.tar"], "nowhere: not the folder of a run"),
         (["eval", ".", "--data", "x.tar", "--tasks", "spelling"], "--tasks: unknown task 'spelling'"),
         (["plot", "nowhere", "--out", "x.png"], "no results.jsonl"),

@@ -21,13 +21,13 @@ from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
-from open_clip_ov2.evaluate.options import EvalOptions, GenerationOptions, check_files, read_options
-from open_clip_ov2.evaluate.pictures import Picture, captions_of
+from open_clip_ov2.evaluate.options import CaptionOptions, EvalOptions, check_files, read_options
+from open_clip_ov2.evaluate.pictures import Picture, SkipCounter, captions_of
 from open_clip_ov2.evaluate.tasks import check_names as check_tasks
 from open_clip_ov2.openclip.command.parse import help_text as train_help
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.eval_processes import default_device, processes
-from open_clip_ov2.openclip.models import conversion, exports
+from open_clip_ov2.openclip.models import conversion, exports, shipped
 from open_clip_ov2.openclip.models import open_model as opening
 from open_clip_ov2.openclip.models.eval_models import open_eval_model
 from open_clip_ov2.openclip.models.factory import is_ov2_model
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "evaluate", "export",
-    "is_lost_peer", "is_ov2_model", "load", "open_model", "plan", "planned_run", "push", "train", "train_help",
-    "train_loaders",
+    "is_lost_peer", "is_ov2_model", "load", "open_model", "plan", "planned_run", "push", "shipped_model",
+    "train", "train_help", "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -121,7 +121,12 @@ def evaluate(
 
 
 def caption(
-    model: str | Path, images: Iterable[str | Path | Picture], *, device: str | None = None, **flags: Any
+    model: str | Path,
+    images: Iterable[str | Path | Picture],
+    *,
+    device: str | None = None,
+    skips: SkipCounter | None = None,
+    **flags: Any,
 ) -> Iterator[tuple[Picture, str]]:
     """Caption images as `ov2 caption` does, a batch at a time: each image with its generated caption.
 
@@ -130,12 +135,21 @@ def caption(
         print(picture.name, text)
     ```
 
-    `images` are image files, folders, tars, or `Picture`s; `flags` are the generation flags of `ov2 caption` by name.
-    Raises UserError.
+    `images` are paths as `ov2 caption` takes them, or `Picture`s; `flags` are its flags for generation by name, and
+    those that rank captions (`num_captions`, `draws`, `log_likelihood`) fill `picture.generated`. An image that cannot
+    be used is left out, logged and counted in `skips`. Raises UserError.
     """
-    options = read_options(GenerationOptions, "captions", flags)
+    options = read_options(CaptionOptions, "captions", flags)
     opened = open_eval_model(str(model), default_device(device))
-    return captions_of(opened, images, options)
+    return captions_of(opened, images, options, skips)
+
+
+def shipped_model() -> str:
+    """The name of the model that this package holds. Raises UserError if the weights are not in this installation."""
+    name = f"{shipped.SHIPPED[0].name}:{shipped.SHIPPED[0].tag}"
+    if shipped.shipped_folder(name) is None:
+        raise UserError(f"this installation lacks the weights of {name}: name another model, a run or a folder")
+    return name
 
 
 def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = None, **machine: Any) -> Plan:

@@ -140,3 +140,24 @@ def test_generate_leaves_the_mode_alone_and_checks_lengths() -> None:
         model.generate(image, generation_type="top_p", top_p=0.0)
     with pytest.raises(ValueError, match="generation_type is one of greedy"):
         model.generate(image, generation_type="best")
+
+
+def test_several_captions_of_an_image() -> None:
+    """Beams in the order of their score, computed by a full forward pass; samples among one token are greedy."""
+    model, images = tiny(), torch.randn(2, 3, 16, 16)
+    options = {"generation_type": "beam_search", "num_beams": 5, "seq_len": 6, "length_penalty": 0.0}
+    best, beams = model.generate(images, **options), model.generate(images, num_captions=4, **options)
+    assert torch.equal(beams[::4, : best.shape[1]], best)
+    log_p_BTV = model(images.repeat_interleave(4, 0), torch.cat([beams, beams[:, -1:]], 1))["logits"].log_softmax(-1)
+    log_p_BT = log_p_BTV.gather(2, beams[:, 1:, None])[..., 0][:, : beams.shape[1] - 1]
+    after_end = (beams[:, 1:] == EOS).cumsum(1) - (beams[:, 1:] == EOS).int() > 0
+    scores = log_p_BT.masked_fill(after_end, 0).sum(1).view(2, 4)
+    assert bool((scores.diff(dim=1) < 0).all())
+    assert len({tuple(row) for row in beams[:4].tolist()}) == 4
+    greedy = model.generate(images)
+    assert torch.equal(
+        model.generate(images, generation_type="top_k", top_k=1, num_captions=3), greedy[[0, 0, 0, 1, 1, 1]]
+    )
+    for wrong in ({"num_captions": 2}, {**options, "num_captions": 6}):
+        with pytest.raises(ValueError, match="num_captions"):
+            model.generate(images, **wrong)

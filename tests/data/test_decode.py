@@ -19,10 +19,9 @@ from open_clip_ov2.data.crop import Box, RandomCrop
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, decode_image
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.shrink import Shrink, shrunk_image
-from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipCounter, SkipSample
 from open_clip_ov2.evaluate.eval_model import EvalModel
-from open_clip_ov2.evaluate.options import GenerationOptions
+from open_clip_ov2.evaluate.options import CaptionOptions
 from open_clip_ov2.evaluate.pictures import Picture, captions_of
 
 Pixels = npt.NDArray[Any]
@@ -208,7 +207,7 @@ def test_a_resize_that_would_exceed_the_pixel_limit_is_a_counted_skip() -> None:
         assert error.value.cause == TOO_MANY_PIXELS
 
 
-def test_captioning_refuses_such_an_image_by_name() -> None:
+def test_captioning_skips_such_an_image_by_name(caplog: pytest.LogCaptureFixture) -> None:
     """Before the transform has made it. Oracle: the size by hand."""
     thin = Picture("line.png", Image.new("RGB", (8_000, 1)))
 
@@ -216,6 +215,7 @@ def test_captioning_refuses_such_an_image_by_name() -> None:
         name, abilities = "a captioner", frozenset({"caption"})
         preprocess = Compose([Resize(224), CenterCrop(224), ToTensor()])
 
-    captioned = captions_of(cast(EvalModel, Captioner()), [thin], GenerationOptions())
-    with pytest.raises(UserError, match=r"line.png: too many pixels \(8000 x 1 px would be resized to 1792000 x 224"):
-        next(captioned)
+    skips = SkipCounter()
+    assert list(captions_of(cast(EvalModel, Captioner()), [thin], CaptionOptions(), skips)) == []
+    assert skips.total == {TOO_MANY_PIXELS: 1}
+    assert "line.png: too many pixels (8000 x 1 px would be resized to 1792000 x 224" in caplog.text

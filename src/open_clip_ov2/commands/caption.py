@@ -1,8 +1,12 @@
-"""`ov2 caption`: captions of images, on the terminal and as a contact sheet."""
+"""`ov2 caption`: captions of images, on the terminal, as JSON lines, and as a contact sheet."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import math
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +14,11 @@ from pathlib import Path
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, add_flags
 from open_clip_ov2.commands.options import add_device, paths_checked
+from open_clip_ov2.data.skips import SkipCounter, describe
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.options import GenerationOptions
-from open_clip_ov2.evaluate.pictures import SUFFIXES, pictures
+from open_clip_ov2.evaluate.options import CaptionOptions
+from open_clip_ov2.evaluate.pictures import SUFFIXES, Picture, pictures
+from open_clip_ov2.tracking.sheet import CELL_PX, Captioned, contact_sheet, dropped_gray
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,42 +27,81 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {args.out}: not an image file ({', '.join(SUFFIXES)})")
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    if args.show_tokens and not args.out:
+        raise UserError("--show-tokens: the tokens are shown on the contact sheet; add --out SHEET.png")
     for flag, value in (("--every", args.every), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected an integer >= 1")
+    logging.basicConfig(format="ov2: %(message)s")
     with paths_checked():
         _caption_all(args)
 
 
 def _caption_all(args: argparse.Namespace) -> None:
-    from open_clip_ov2.tracking.sheet import Captioned, contact_sheet
-
-    names = ("images", "checkpoint", "out", "limit", "every", "caption_keys", "device")
+    names = ("images", "checkpoint", "out", "limit", "every", "caption_keys", "device", "json")
     generation = {name: value for name, value in vars(args).items() if name not in names}
-    images = islice(pictures(args.images, args.caption_keys, args.every), args.limit)
-    cells: list[Captioned] = []
-    for picture, text in training.caption(args.checkpoint, images, device=args.device, **generation):
-        print(f"{picture.name}\t{text}", flush=True)
-        if args.out:
-            true = text if text in picture.captions else next(iter(picture.captions), None)
-            cells.append(Captioned(picture.image, text, true))
-    if args.out and cells:
-        contact_sheet(cells).save(args.out)
-        print(f"contact sheet: {args.out}")
+    if args.json:
+        generation["log_likelihood"] = True
+    skips = SkipCounter(lines=math.inf)
+    images = islice(pictures(args.images, args.caption_keys, args.every, skips), args.limit)
+    model = args.checkpoint or training.shipped_model()
+    count, cells = 0, list[Captioned]()
+    try:
+        for picture, text in training.caption(model, images, device=args.device, skips=skips, **generation):
+            count += 1
+            print("\n".join([_as_json(picture)] if args.json else _as_text(picture, text)), flush=True)
+            if args.out:
+                cells.append(_cell(picture, text))
+    finally:  # also of what there is when something ends the command early
+        if cells:
+            contact_sheet(cells).save(args.out)
+            print(f"contact sheet: {args.out}", file=sys.stderr if args.json else sys.stdout)
+    if skips.total:
+        causes, left_out = describe(skips.total), skips.total.total()
+        raise UserError(f"{count} images were captioned and {left_out} left out, named above ({causes})")
+
+
+def _as_text(picture: Picture, text: str) -> list[str]:
+    name = picture.name.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
+    if not picture.generated:
+        return [f"{name}\t{_one_line(text)}"]
+    return [f"{name}\t{_one_line(one.text)}\t{one.log_likelihood:.4f}" for one in picture.generated]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _as_json(picture: Picture) -> str:
+    found = [vars(one) for one in picture.generated]
+    return json.dumps({"image": picture.name, "captions": found, "references": picture.captions})
+
+
+def _cell(picture: Picture, text: str) -> Captioned:
+    """Small at once, so that a long sheet fits into memory."""
+    picture.image.thumbnail((2 * CELL_PX, 2 * CELL_PX))
+    image = dropped_gray(picture.seen.pixels, picture.seen.kept) if picture.seen else picture.image
+    return Captioned(image, text, text if text in picture.captions else next(iter(picture.captions), None))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ov2 caption", description="Caption images with a trained model.")
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="an image, a folder of images, or a tar of a dataset"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="an image, a folder of images, tars as for ov2 train --val-data, a csv, or - for standard input",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG"
+        "--checkpoint",
+        metavar="MODEL",
+        help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG (default: the model that the package holds)",
     )
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each image, with log-likelihoods")
     parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a tar, every Nth image")
-    parser.add_argument("--caption-keys", default="txt", help="true captions of a tar, for the sheet (default: txt)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images that can be used")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
+    parser.add_argument("--caption-keys", default="txt", help="true captions, for the sheet and JSON (default: txt)")
     add_device(parser)
-    add_flags(parser, GenerationOptions)
+    add_flags(parser, CaptionOptions)
     return parser

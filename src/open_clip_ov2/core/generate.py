@@ -35,9 +35,11 @@ class GenerationConfig:
     length_penalty: float = 1.0  # a finished beam's log probability is divided by its length to this power
     min_seq_len: int = 0
     repetition_penalty: float = 1.0  # CTRL, arXiv 1909.05858, section 4.1
+    num_captions: int = 1  # for each image: as many samples of top_k and top_p, or the best beams
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        most_captions = {"greedy": 1, "beam_search": self.num_beams}.get(self.generation_type, self.num_captions)
         for message, fine in (
             (f"generation_type is one of {', '.join(GENERATION_TYPES)}", self.generation_type in GENERATION_TYPES),
             ("temperature must be > 0", self.temperature > 0),
@@ -47,6 +49,8 @@ class GenerationConfig:
             ("seq_len must be at least 2", self.seq_len >= 2),
             ("min_seq_len must not exceed seq_len", self.min_seq_len <= self.seq_len),
             ("repetition_penalty must be > 0", self.repetition_penalty > 0),
+            ("num_captions must be at least 1", self.num_captions >= 1),
+            ("num_captions must be 1 for greedy, and at most num_beams", self.num_captions <= most_captions),
         ):
             if not fine:
                 raise ValueError(f"{message}; got {self}")
@@ -71,9 +75,14 @@ class CaptionStream:
 
 
 def generate(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
-    """Continue `ids_BT` (int64, no padding) to at most `config.seq_len` tokens: `(B, T)`, pad after eos."""
+    """Continue `ids_BT` (int64, no padding) to at most `config.seq_len` tokens, pad after eos: `(B, T)`, or
+    `(B * num_captions, T)` with those of an image side by side, the best beam first."""
     if config.generation_type == "beam_search" and config.num_beams > 1:
         return _beam_search(stream, ids_BT, config)
+    if config.num_captions > 1:
+        rows = torch.arange(len(ids_BT), device=ids_BT.device).repeat_interleave(config.num_captions)
+        stream.select(rows)
+        ids_BT = ids_BT[rows]
     finished_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     while ids_BT.shape[1] < config.seq_len:
         next_B = _pick(_adjust(stream.logits_BV, ids_BT, config), config)
@@ -140,7 +149,7 @@ def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig
             break
         stream.select((rows_B1 * width + beams.gather(1, keep_BW)).flatten())
         stream.advance(ids_BWT[:, :, length].reshape(-1, 1))
-    best_BT = finished_ids[:, 0]
+    best_BT = finished_ids[:, : config.num_captions].flatten(0, 1)
     is_eos = best_BT == config.eos_id
     lengths = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, config.seq_len)
     return best_BT[:, : int(lengths.max())]

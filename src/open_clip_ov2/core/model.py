@@ -139,7 +139,7 @@ class CaptionModel(ImageModel):
         `text` is a prompt of ids `(B, T)` or `(T,)`, bos included, without padding. `seq_len` is the longest
         result, the context length by default and at most. Further options are GenerationConfig's:
         generation_type ("greedy", "top_k", "top_p", "beam_search"), temperature, top_k, top_p, num_beams,
-        length_penalty, min_seq_len, repetition_penalty, generator.
+        length_penalty, min_seq_len, repetition_penalty, generator, num_captions (then `(B * num_captions, T)`).
         Raises ValueError for a length beyond the context and for options out of range.
         """
         ids_BT = self._prompt(image, text)

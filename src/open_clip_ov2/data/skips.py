@@ -62,15 +62,17 @@ def summary(skipped: Sequence[Skipped]) -> str:
 class SkipCounter:
     """Counts by cause for one data worker over all its epochs; with `keep_keys` each sample's key too.
 
-    Logs the first of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is set by
-    whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
+    Logs the first `lines` of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is set
+    by whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
     """
 
-    def __init__(self, *, gives_up: bool = False, log: bool = True, keep_keys: bool = False) -> None:
+    def __init__(
+        self, *, gives_up: bool = False, log: bool = True, keep_keys: bool = False, lines: float = FIRST_LINES
+    ) -> None:
         self.total: Counter[str] = Counter()
         self.used = 0
         self.example = ""
-        self._gives_up, self._log = gives_up, log
+        self._gives_up, self._log, self._lines = gives_up, log, lines
         self._ever: Counter[str] = Counter()
         self._since_take: Counter[str] = Counter()
         self._keep_keys, self._keys = keep_keys, dict[str, list[str]]()
@@ -104,7 +106,7 @@ class SkipCounter:
 
     def _write(self, cause: str, detail: str) -> None:
         now = time.monotonic()
-        if self._ever[cause] <= FIRST_LINES:
+        if self._ever[cause] <= self._lines:
             logger.warning("skipped %s: %s (%s)", self.example, cause, detail)
         elif now - self._last_summary > SUMMARY_EVERY_S:
             self._last_summary = now

@@ -150,7 +150,7 @@ class ImageFolderSource(Source):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected a folder with one folder for each class")
         self.folder, self.name = folder, str(folder)
-        self.names = sorted(_image_names(folder))
+        self.names = sorted(name for name in image_names(folder) if "/" in name)  # one beside the folders has no class
         if not self.names:
             endings = ", ".join(IMAGE_SUFFIXES)
             raise UserError(f"{folder}: no image ({endings}) in its subfolders; expected one folder for each class")
@@ -171,13 +171,13 @@ class ImageFolderSource(Source):
         return {"__key__": name, "__url__": str(self.folder), "cls": name.split("/")[0], IMAGE_ENTRY: image}
 
 
-def _image_names(folder: Path) -> Iterator[str]:
+def image_names(folder: Path) -> Iterator[str]:
+    """Paths of images below a folder, as /-separated text; hidden files and folders left out, links followed."""
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(root).relative_to(folder)
-        if below.parts:  # an image beside the folders has no class
-            shown = (name for name in files if not name.startswith("."))
-            yield from ((below / name).as_posix() for name in shown if _suffix(name) in IMAGE_SUFFIXES)
+        shown = (name for name in files if not name.startswith("."))
+        yield from ((below / name).as_posix() for name in shown if _suffix(name) in IMAGE_SUFFIXES)
 
 
 def _suffix(name: str) -> str:

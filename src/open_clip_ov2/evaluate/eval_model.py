@@ -75,7 +75,8 @@ class EvalModel(Protocol):
     def generate(
         self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
-        """For "caption": generated captions, or the text after each prompt; options as for CaptionModel.generate."""
+        """For "caption": generated captions, or the text after each prompt; options as for CaptionModel.generate. With
+        `num_captions`, as many for each image, side by side."""
 
     def contrast_images(self, images_BCHW: Tensor) -> Tensor:
         """For "contrast": normalized, `(B, D)` float32."""
@@ -86,6 +87,9 @@ class EvalModel(Protocol):
     def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
         """For "dropping": the same model, which keeps this share of its image tokens. Raises UserError if that leaves
         none."""
+
+    def kept(self, keys: Sequence[str]) -> Tensor:
+        """For "dropping": which patches the decoder sees, `(B, rows, columns)` bool on the CPU."""
 
     def with_image_size(self, image_size: int) -> EvalModel:
         """For "resizing": the model opened anew at this resolution in px."""

@@ -113,6 +113,28 @@ class GenerationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionOptions(GenerationOptions):
+    """What else `ov2 caption` can be asked for."""
+
+    num_captions: int = flag(
+        "N", whole(1), "up to N different captions of an image, likeliest first (default: 1)", default=1
+    )
+    draws: int = flag(
+        "N",
+        whole(1),
+        "draw the kept tokens N times, and rank captions by their mean log-likelihood (default: 1)",
+        default=1,
+    )
+    log_likelihood: bool = switch_flag("print the log-likelihood of each caption, in nats")
+    show_tokens: bool = switch_flag("on the sheet, gray out the patches that the decoder does not see")
+
+    @property
+    def scored(self) -> bool:
+        """Whether captions are ranked by their log-likelihood."""
+        return self.log_likelihood or self.num_captions > 1 or self.draws > 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(GenerationOptions):
     """`guess`: the chance of a right guess by kind of image. No `tasks` means all that can be done."""
 

@@ -6,12 +6,16 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TEXT_PX = 14
 LINE_PX = 18
 GAP_PX = 6  # between an image and its text
 MARGIN_PX = 12
+CELL_PX = 200
+FAINT = 0.15  # what is left of a dropped patch
 BLACK, GREEN, RED, GRAY = (0, 0, 0), (20, 120, 50), (170, 40, 30), (105, 105, 105)
 
 
@@ -24,6 +28,14 @@ class Captioned:
     true: str | None = None
 
 
+def dropped_gray(pixels_HWC: npt.NDArray[np.uint8], kept: npt.NDArray[np.float32]) -> Image.Image:
+    """The image with each patch as gray as the share of draws that dropped it. `kept` `(rows, columns)` in [0, 1]."""
+    (height, width), (rows, columns) = pixels_HWC.shape[:2], kept.shape
+    here_HW = kept[np.ix_(np.arange(height) * rows // height, np.arange(width) * columns // width)]
+    share_HW1 = FAINT + (1 - FAINT) * here_HW[..., None]
+    return Image.fromarray(np.round(pixels_HWC * share_HW1 + np.array(GRAY) * (1 - share_HW1)).astype(np.uint8))
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
     """Lines of equally many characters at most, as many as fit."""
     for characters in range(width_px // 4, 0, -1):
@@ -33,7 +45,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_p
     return lines or ["(nothing)"]
 
 
-def contact_sheet(cells: Sequence[Captioned], columns: int = 8, cell_px: int = 200) -> Image.Image:
+def contact_sheet(cells: Sequence[Captioned], columns: int = 8, cell_px: int = CELL_PX) -> Image.Image:
     """A grid of images. Below each stands its generated caption: black without a true one, green if both are equal,
     else red with the true one below it in gray."""
     drawn = [_cell(cell, cell_px) for cell in cells]

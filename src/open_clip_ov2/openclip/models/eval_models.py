@@ -142,6 +142,7 @@ class FeatureModel:
     loss_sums = prefix = nll = generate = _cannot("caption")
     contrast_images = contrast_texts = _cannot("compare pictures and texts")
     with_keep_ratio = _cannot("drop tokens (--keep-ratio)")
+    kept = _cannot("drop tokens")
 
     def with_image_size(self, image_size: int) -> EvalModel:
         if self.reopen is None:
@@ -177,12 +178,14 @@ class _Captions:
     def generate(
         self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
-        """With prompts, the text that follows each. The tokenizer cuts a prompt that fills the context."""
+        """With prompts, the text that follows each. The tokenizer cuts a prompt that fills the context. With
+        `num_captions` as many texts for each image, side by side."""
         prompts = [""] * len(keys) if prompts is None else prompts
         if not len(images_BCHW) == len(keys) == len(prompts):
             raise ValueError(f"{len(images_BCHW)} images, {len(keys)} keys, {len(prompts)} prompts")
         ids = [self._prompt_ids(row) for row in self.tokenizer(list(prompts))]
-        texts = [""] * len(keys)
+        each = options.get("num_captions", 1)
+        texts = [""] * len(keys) * each
         for length in sorted({len(row) for row in ids}):
             rows = [row for row, given in enumerate(ids) if len(given) == length]
             prompt_BT = torch.stack([ids[row] for row in rows]).to(self.compute.device)
@@ -190,8 +193,9 @@ class _Captions:
             with self.compute.attention(), self.compute.autocast():
                 out_BT = self._continued(images, [keys[row] for row in rows], prompt_BT, **options)
             bos_id = int(prompt_BT[0, 0])
-            for row, out in zip(rows, out_BT[:, length:].cpu(), strict=True):
-                texts[row] = decode_caption(self.tokenizer, out, bos_id, self.compute.eos_id)
+            places = [row * each + number for row in rows for number in range(each)]
+            for place, out in zip(places, out_BT[:, length:].cpu(), strict=True):
+                texts[place] = decode_caption(self.tokenizer, out, bos_id, self.compute.eos_id)
         return texts
 
     def _prompt_ids(self, row_L: Tensor) -> Tensor:
@@ -216,6 +220,14 @@ class Ov2Model(_Captions, FeatureModel):
         except ValueError as error:
             raise UserError(f"keep ratio {keep_ratio:g}: {error}") from error
         return replace(self, keep_ratio=keep_ratio)
+
+    def kept(self, keys: Sequence[str]) -> Tensor:
+        rows, columns = self.model.visual.grid_size
+        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+        if kept_idx is None:
+            return torch.ones(len(keys), rows, columns, dtype=torch.bool)
+        kept_BN = torch.zeros(len(keys), rows * columns, dtype=torch.bool).scatter_(1, kept_idx.cpu(), True)
+        return kept_BN.view(-1, rows, columns)
 
     @torch.no_grad()
     def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
