@@ -12,6 +12,8 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 # bfloat16 is faster only on CPUs that multiply it in hardware.
 PRECISION=fp32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp_bf16; fi
+# OpenMP's threads sleep while they wait: spinning, two of them are slower than one where other processes run (dev/LOG.md).
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 mkdir -p "$DEMO"
 run python scripts/demo_data.py "$DATA"
