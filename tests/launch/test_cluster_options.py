@@ -52,7 +52,7 @@ exclusive = true
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "cluster.toml"
     file.write_text(FILE)
-    flags = {"nodes": (4,), "environment": {"NCCL_DEBUG": "INFO"}}
+    flags = {"nodes": "4", "environment": ["NCCL_DEBUG=INFO"]}
     (options,) = resolve(flags, file)
     assert options.partition == "train"
     assert (options.nodes, options.gpus_per_node, options.world_size) == (4, 8, 32)
@@ -64,12 +64,12 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 
 
 def test_a_value_for_each_stage() -> None:
-    one, two = resolve({"nodes": (8, 16), "time_min": (60,)}, None, jobs=2)
+    one, two = resolve({"nodes": "8,16", "time": "1h"}, None, jobs=2)
     assert (one.nodes, two.nodes, one.time_min, two.time_min) == (8, 16, 60, 60)
     with pytest.raises(UserError, match="--nodes: 3 values, but there are 2 stages"):
-        resolve({"nodes": (1, 2, 3)}, None, jobs=2)
+        resolve({"nodes": "1,2,3"}, None, jobs=2)
     with pytest.raises(UserError, match="--stage-jobs"):
-        resolve({"nodes": (1, 2)}, None)
+        resolve({"nodes": "1,2"}, None)
 
 
 @pytest.mark.parametrize(

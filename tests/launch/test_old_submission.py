@@ -10,8 +10,8 @@ import pytest
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.ends import IN_USE, ExitRecord, read_exits, record_loss, write_exit
 from open_clip_ov2.launch.ends import main as check_exit
+from open_clip_ov2.launch.ends import read_errors, record_error, record_loss
 from open_clip_ov2.launch.folder import submissions
 
 FILES = Path(__file__).parent / "old_submission"
@@ -47,16 +47,15 @@ def test_its_request_and_exits_are_read(run: Path) -> None:
     assert request.clusters == (ClusterOptions(nodes=2, setup=("module load cuda",), environment={"A": "1"}),)
     assert request.members[0].argv == ("--model", "ov2-vit-nano-8", "--name", "run")
     assert request.members[0].varied == {"lr": 0.1}
-    assert request.given_argv == ("--model", "ov2-vit-nano-8")
-    assert read_exits(submission.exits, "17", 1) == [ExitRecord("17", 1, 3, "own", REASON, 1764450500.0)]
+    assert [error["reason"] for error in read_errors(submission.exits, "17", 1)] == [REASON]
     assert record_loss(submission.exits, 0, "stage_1_samples_16.pt") == ["stage_1_samples_8.pt"]
 
 
 def test_a_job_that_found_the_folder_in_use_leaves_the_runs_state(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the run's files before and after."""
     (submission,) = submissions(run)
-    write_exit(submission.exits, ExitRecord("18", 0, 0, IN_USE, "process 7 on node07 ...", 1764450600.0))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     monkeypatch.setenv("SLURM_JOB_ID", "18")
+    record_error(submission.exits, 0, "process 7 on node07 ...", in_use=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert check_exit(submission.folder, 2) == 2
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

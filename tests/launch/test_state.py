@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from open_clip_ov2.launch import ends, state
-from open_clip_ov2.launch.ends import OWN, PEER, ExitRecord
 from open_clip_ov2.launch.folder import LOCAL, SLURM
 from open_clip_ov2.launch.queue import QueueJob, look_up
 from open_clip_ov2.tracking.status import Status
@@ -61,30 +60,28 @@ def test_a_cancelled_run_stays_cancelled() -> None:
     assert state.state_of(jobs("UNKNOWN"), status("finished", stage=2), 2, cancelled=True)[0] == "finished"
 
 
-def end(kind: str, rank: int, when: float) -> ExitRecord:
-    return ExitRecord("7", 0, rank, kind, f"{kind} of {rank}", when)
-
-
 def test_an_error_of_a_rank_itself_wins_over_lost_ranks() -> None:
-    """One rank is out of memory, the others only lose it."""
-    found = [end(PEER, 0, 1.0), end(OWN, 3, 2.0), end(OWN, 2, 3.0)]
-    assert ends.decide_requeue(found, 1, [], "", 3) == ends.RequeueDecision(False, "own of 3")
+    assert ends.decide_requeue("out of memory", 1, [], "", 3) == ends.RequeueDecision(False, "out of memory")
 
 
 def test_losses_without_progress_fail_the_run() -> None:
-    assert ends.decide_requeue([], 137, [], "", 3).requeue
-    assert ends.decide_requeue([end(PEER, 1, 1.0)], 137, ["a", "a"], "b", 3).requeue
-    assert ends.decide_requeue([], 137, ["b"], "b", 3).requeue
-    last = ends.decide_requeue([], 137, ["a", "b", "b"], "b", 3)
+    assert ends.decide_requeue(None, 137, [], "", 3).requeue
+    assert ends.decide_requeue(None, 137, ["a", "a"], "b", 3).requeue
+    assert ends.decide_requeue(None, 137, ["b"], "b", 3).requeue
+    last = ends.decide_requeue(None, 137, ["a", "b", "b"], "b", 3)
     assert not last.requeue
     assert "signal 9" in last.reason
     assert "3 times since b" in last.reason
 
 
-def test_exits_are_read_of_one_start_alone(tmp_path: Path) -> None:
-    for restart, rank in ((0, 1), (1, 0), (1, 11)):
-        ends.write_exit(tmp_path, ExitRecord("7_1", restart, rank, OWN, "x", float(-rank)))
-    assert [(found.restart, found.rank) for found in ends.read_exits(tmp_path, "7_1", 1)] == [(1, 11), (1, 0)]
+def test_errors_are_read_of_one_start_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand. In the order of time, as the first one is the reason."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restart, rank in ((0, 1), (1, 11), (1, 0)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        ends.record_error(tmp_path, rank, f"error of {rank}")
+    reasons = [[error["reason"] for error in ends.read_errors(tmp_path, "7", restart)] for restart in range(3)]
+    assert reasons == [["error of 1"], ["error of 11", "error of 0"], []]
     assert ends.record_loss(tmp_path, 0, "a") == []
     assert ends.record_loss(tmp_path, 0, "b") == ["a"]
 

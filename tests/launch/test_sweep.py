@@ -80,7 +80,7 @@ def test_grid_list_and_set(tmp_path: Path) -> None:
         ("[grid]\nlr = 1", "expected a list of values"),
         ("[grid]\nlr = []", "expected a list of values"),
         ("[grids]\nlr = [1]", "unknown key 'grids'"),
-        ("[base]\nname = 'x'\n[grid]\nlr = [1]", "the sweep sets this flag itself"),
+        ("[base]\nname = 'x'\n[grid]\nlr = [1]", "name: the sweep sets it"),
         ("name = '../x'\n[grid]\nlr = [1]", "expected letters, digits"),
         ("[run]\nlr = 1", "run: .* expected a list"),
         ("[[set]]\nlr = 1\n[grid]\nwd = [1]", "when"),
@@ -112,27 +112,21 @@ def test_the_shipped_sweep_is_accepted(squares: Path) -> None:
 
 def test_report_of_rows(tmp_path: Path) -> None:
     """Oracle: written out; the PNG is opened by a second library."""
-    made = [
-        Row(
-            f"{model}-{keep}",
-            {"model": model, "keep-ratio": keep},
-            "finished",
-            "",
-            8,
-            2.0 + keep,
-            1.0,
-            10.0,
-            0,
-        )
+
+    def made(name: str, varied: dict[str, object], last: float | None, state: str, reason: str) -> Row:
+        return Row(name, varied, last, {"state": state, "loss": last, "reason": reason})
+
+    rows = [
+        made(f"{model}-{keep}", {"model": model, "keep-ratio": keep}, 2.0 + keep, "finished", "")
         for model in ("a", "b")
         for keep in (0.25, 0.5)
     ]
-    made.append(Row("c", {"model": "c"}, "failed", "NaN | at once", 0, None, None, None, 2))
-    header, lines = table(made, "loss")
-    assert ",".join(header) == "run,model,keep-ratio,state,samples,loss,best loss,images/s,restarts,reason"
-    assert lines[0] == ["a-0.25", "a", "0.25", "finished", "8", "2.25", "1", "10", "0", ""]
-    assert lines[-1] == ["c", "c", "", "failed", "0", "", "", "", "2", "NaN | at once"]
-    files = write_report(made, "loss", tmp_path)
+    rows.append(made("c", {"model": "c"}, None, "failed", "NaN | at once"))
+    header, *lines = table(rows)
+    assert ",".join(header) == "run,model,keep-ratio,state,loss,reason"
+    assert lines[0] == ["a-0.25", "a", "0.25", "finished", "2.25", ""]
+    assert lines[-1] == ["c", "c", "", "failed", "", "NaN | at once"]
+    files = write_report(rows, "loss", tmp_path)
     assert [file.name for file in files] == ["report.csv", "report.md", "report.png"]
     assert "NaN \\| at once |" in files[1].read_text()
     assert len(files[0].read_text().splitlines()) == 6
@@ -140,7 +134,7 @@ def test_report_of_rows(tmp_path: Path) -> None:
 
 
 def row(name: str, last: float | None, **varied: object) -> Row:
-    return Row(name, varied, "finished", "", 8, last, last, 10.0, 0)
+    return Row(name, varied, last, {})
 
 
 def test_plot_of_rows() -> None:

@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> None:
         title=spec.name,
         executor=executor,
         command=("ov2", "submit", *argv),
-        given_argv=tuple(after),
         cluster_file=str(file) if file else None,
         clusters=clusters,
         members=(spec,),
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     )
     folder = Path(spec.run_dir)
     submit.show_plan(folder, request)
-    found = submit.submitted_before(folder).get(spec.run_dir)
+    found = next((run for run in state.find([folder]) if run.spec.run_dir == spec.run_dir), None)
     if found is not None and not submit.needs_submission(found, args.retry) and not args.dry_run:
         return
     if args.dry_run:
@@ -82,8 +81,8 @@ def _clusters(
     if executor == SLURM:
         if not args.stage_jobs:
             return cluster.resolve(flags, file)
-        first_stage = {name: value[:1] if name in cluster.OF_EACH_STAGE else value for name, value in flags.items()}
-        (first,) = cluster.resolve(first_stage, file)
+        of_first = {name: flags[name].split(",")[0] for name in cluster.OF_EACH_STAGE if name in flags}
+        (first,) = cluster.resolve({**flags, **of_first}, file)
         stages = len(training.check(argv, first.world_size, first.gpus_per_node > 0).stages)
         return cluster.resolve(flags, file, stages)
     if args.stage_jobs:

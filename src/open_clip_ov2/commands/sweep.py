@@ -11,7 +11,7 @@ from rich.table import Table
 
 from open_clip_ov2.argv import Parser, split, to_argv
 from open_clip_ov2.commands.submit import show_batch_scripts, wait
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.launch import cluster, report, state, submit
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import SLURM, Request, RunSpec
@@ -36,7 +36,6 @@ def main(argv: Sequence[str]) -> None:
         title=sweep.name,
         executor=SLURM,
         command=("ov2", "sweep", *argv),
-        given_argv=tuple(after),
         cluster_file=str(file) if file else None,
         clusters=clusters,
         members=tuple(specs),
@@ -74,16 +73,14 @@ def _planned(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[Cluste
     runs = []
     for run in expand(sweep):
         flags = [*to_argv(run.base), *more, *to_argv(run.own), "--logs", str(folder), "--name", run.name]
-        try:
+        with naming(run.name):
             runs.append(submit.plan_run(flags, clusters, run.own))
-        except UserError as error:
-            raise UserError(f"{run.name}: {error}") from error
     return runs
 
 
 def _without_submitted(folder: Path, specs: list[RunSpec], retry: bool) -> list[RunSpec]:
     """Without the runs that are queued, running or finished, or (unless --retry) failed; each of these is printed."""
-    before, left = submit.submitted_before(folder), []
+    before, left = {found.spec.run_dir: found for found in state.find([folder])}, []
     for spec in specs:
         found = before.get(spec.run_dir)
         over = found is not None and not found.alive and found.state != state.FINISHED
@@ -99,7 +96,7 @@ def show_report(folder: Path, metric: str) -> None:
     rows = [report.row_of(run, metric) for run in state.find([folder])]
     if not rows:
         raise UserError(f"{folder}: no run of this sweep was submitted yet")
-    header, lines = report.table(rows, metric)
+    header, *lines = report.table(rows)
     shown = Table(*header, box=None, pad_edge=False)
     for line in lines:
         shown.add_row(*line)

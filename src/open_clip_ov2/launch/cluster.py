@@ -6,17 +6,16 @@ import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.argv import flag_type
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.tables import each, key, keys_of, read_toml, read_values, real, table, text, whole
 
 LOCAL_FILE = Path("ov2-cluster.toml")
 USER_FILE = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
-OF_EACH_STAGE = ("nodes", "time_min")  # fields of which --stage-jobs takes one value for each stage
+OF_EACH_STAGE = ("nodes", "time")  # keys of which --stage-jobs takes one value for each stage
 
 
 def minutes(value: str | int) -> int:
@@ -34,8 +33,19 @@ def minutes(value: str | int) -> int:
     return total
 
 
+def _pairs(value: Any) -> dict[str, Any]:
+    """A table, or NAME=VALUE texts of the command line."""
+    if not isinstance(value, list):
+        return table(value)
+    pairs = [str(item).partition("=") for item in value]
+    for item, (name, equals, _) in zip(value, pairs, strict=True):
+        if not name or not equals:
+            raise UserError(f"{item!r}: expected NAME=VALUE")
+    return {name: item for name, _, item in pairs}
+
+
 def _texts(value: Any) -> dict[str, str]:
-    return {name: str(item) for name, item in table(value).items()}
+    return {name: str(item) for name, item in _pairs(value).items()}
 
 
 def _of_sbatch(name: str) -> Any:
@@ -89,13 +99,17 @@ class ClusterOptions:
         _texts, default=dict, metavar="NAME=VALUE", help="environment variable of the job; repeatable"
     )
     sbatch: Mapping[str, Any] = key(
-        table, default=dict, metavar="NAME=VALUE", help="any other flag of sbatch; repeatable"
+        _pairs, default=dict, metavar="NAME=VALUE", help="any other flag of sbatch; repeatable"
     )
 
     @property
     def tasks(self) -> int:
         """Processes on each node: one for each GPU."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def in_apptainer(self) -> bool:
+        return (self.container or "").endswith(".sif")
 
     @property
     def world_size(self) -> int:
@@ -115,69 +129,43 @@ def find_file(given: Path | None) -> Path | None:
     return next((path for path in (LOCAL_FILE, config / USER_FILE) if path.is_file()), None)
 
 
-def resolve(flags: Mapping[str, Any], file: Path | None, jobs: int = 1) -> tuple[ClusterOptions, ...]:
-    """The options of each of `jobs` jobs; `flags` (by field name) win over `file`.
+def add_cluster_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """A flag for each key of the cluster file; `resolve` reads their values as it reads those of the file."""
+    group = parser.add_argument_group("cluster (defaults: ./ov2-cluster.toml, then ~/.config/ov2/cluster.toml)")
+    group.add_argument("--cluster", type=Path, metavar="FILE.toml", help="another cluster file: these flags as keys")
+    for name, field in keys_of(ClusterOptions).items():
+        if name not in without:
+            repeatable = field.default == () or field.default_factory is dict
+            shown: dict[str, Any] = {"metavar": field.metadata["metavar"], "help": field.metadata["help"]}
+            group.add_argument(f"--{name}", action="append" if repeatable else "store", **shown)
 
-    A flag in OF_EACH_STAGE is a tuple of one value, or of one for each job. Raises UserError.
-    """
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The cluster flags that were given, by key, as text or a list of texts."""
+    values = {name: getattr(args, name.replace("-", "_"), None) for name in keys_of(ClusterOptions)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def resolve(flags: Mapping[str, Any], file: Path | None, jobs: int = 1) -> tuple[ClusterOptions, ...]:
+    """The options of each of `jobs` jobs; `flags` of `given_flags` win over `file`. Raises UserError."""
     base = read_values(ClusterOptions, str(file), read_toml(file)) if file is not None else {}
-    out = []
+    fields, out = keys_of(ClusterOptions), []
     for index in range(jobs):
-        own = {name: _of_job(name, value, index, jobs) for name, value in flags.items()}
-        for name in ("environment", "sbatch"):
-            if name in own:
-                own[name] = {**base.get(name, {}), **own[name]}
-        out.append(ClusterOptions(**{**base, **own}))
+        own = dict(base)
+        for name, value in flags.items():
+            field = fields[name]
+            with naming(f"--{name}"):
+                read = field.metadata["read"](_of_job(name, value, index, jobs))
+            own[field.name] = {**base.get(field.name, {}), **read} if isinstance(read, dict) else read
+        out.append(ClusterOptions(**own))
     return tuple(out)
 
 
 def _of_job(name: str, value: Any, index: int, jobs: int) -> Any:
     if name not in OF_EACH_STAGE:
         return value
-    if len(value) not in (1, jobs):
-        flag = "--time" if name == "time_min" else f"--{name}"
+    values = value.split(",")
+    if len(values) not in (1, jobs):
         count = "there is one job" if jobs == 1 else f"there are {jobs} stages"
-        raise UserError(f"{flag}: {len(value)} values, but {count}; give one, or with --stage-jobs one for each stage")
-    return value[index if len(value) > 1 else 0]
-
-
-_OPTIONS = keys_of(ClusterOptions)
-
-
-def add_cluster_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
-    """A flag for each key of the cluster file. None has a default: the file or ClusterOptions gives the value."""
-    group = parser.add_argument_group("cluster (defaults: ./ov2-cluster.toml, then ~/.config/ov2/cluster.toml)")
-    group.add_argument("--cluster", type=Path, metavar="FILE.toml", help="another cluster file: these flags as keys")
-    for name, field in _OPTIONS.items():
-        if name not in without:
-            shown: dict[str, Any] = {"metavar": field.metadata["metavar"], "help": field.metadata["help"]}
-            group.add_argument(f"--{name}", dest=field.name, **_reading(field), **shown)
-
-
-def _reading(field: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a flag."""
-    read = field.metadata["read"]
-    if field.name in OF_EACH_STAGE:
-        return {"type": flag_type(lambda text: tuple(read(part) for part in text.split(",")))}
-    if field.default_factory is dict:
-        return {"type": flag_type(_pair), "action": "append"}
-    return {"action": "append"} if field.default == () else {"type": flag_type(read)}
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"{text!r}: expected NAME=VALUE")
-    return name, value
-
-
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of ClusterOptions that were given as flags."""
-    values: dict[str, Any] = {}
-    for field in _OPTIONS.values():
-        value = getattr(args, field.name, None)
-        if isinstance(value, list):
-            value = dict(value) if field.default_factory is dict else tuple(value)
-        if value is not None:
-            values[field.name] = value
-    return values
+        raise UserError(f"{len(values)} values, but {count}; give one, or with --stage-jobs one for each stage")
+    return values[index if len(values) > 1 else 0]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.files import read_json, write_json
@@ -18,31 +20,18 @@ from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.locks import job_id, restart_count
 from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, read_status, write_status
 
-# The kinds of exit: an error of the rank itself, which would happen again; only the loss of another rank; or another
-# process works in the run's folder.
-OWN, PEER, IN_USE = "own", "peer", "in use"
+
+def record_error(folder: Path, rank: int, reason: str, in_use: bool = False) -> None:
+    """Note an error of this rank of this start of the job, which would happen again. `in_use`: another process works
+    in the run's folder."""
+    record = {"reason": reason, "when": time.time(), "in_use": in_use}
+    write_json(folder / f"{job_id()}.{restart_count()}.{rank}.json", record)
 
 
-@dataclass(frozen=True)
-class ExitRecord:
-    """Why a rank ended before the run did. `when` is a Unix time; `restart` counts SLURM's restarts of the job."""
-
-    job_id: str
-    restart: int
-    rank: int
-    kind: str
-    reason: str
-    when: float
-
-
-def write_exit(folder: Path, record: ExitRecord) -> None:
-    write_json(folder / f"{record.job_id}.{record.restart}.{record.rank}.json", asdict(record))
-
-
-def read_exits(folder: Path, job_id: str, restart: int) -> list[ExitRecord]:
-    """Exit records of one start of one job, in the order of time."""
-    found = [ExitRecord(**read_json(path, dict)) for path in folder.glob(f"{job_id}.{restart}.*.json")]
-    return sorted(found, key=lambda record: record.when)
+def read_errors(folder: Path, job_id: str, restart: int) -> list[dict[str, Any]]:
+    """What the ranks have recorded in one start of one job, in the order of time."""
+    found: list[dict[str, Any]] = [read_json(path, dict) for path in folder.glob(f"{job_id}.{restart}.*.json")]
+    return sorted(found, key=lambda record: float(record["when"]))
 
 
 @dataclass(frozen=True)
@@ -51,26 +40,16 @@ class RequeueDecision:
     reason: str
 
 
-def decide_requeue(
-    exits: list[ExitRecord], status: int, earlier: list[str], newest: str, limit: int
-) -> RequeueDecision:
+def decide_requeue(error: str | None, status: int, earlier: list[str], newest: str, limit: int) -> RequeueDecision:
     """Whether to requeue a job whose srun ended with `status`.
 
-    An error of a rank's own fails the run. A lost rank is worth a new start, but not `limit` times in a row without a
-    new checkpoint: `earlier` has the newest checkpoint at each earlier loss, `newest` is the one at this loss.
+    A rank's own `error` fails the run. A lost rank is worth a new start, but not `limit` times in a row without a new
+    checkpoint: `earlier` has the newest checkpoint at each earlier loss, `newest` is the one at this loss.
     """
-    own = [record for record in exits if record.kind == OWN]
-    if own:
-        return RequeueDecision(False, own[0].reason)
-    if status > 128:
-        loss = f"a rank was killed (signal {status - 128})"
-    else:
-        loss = f"a rank was lost (srun's status {status})"
-    count = 1
-    for checkpoint in reversed(earlier):
-        if checkpoint != newest:
-            break
-        count += 1
+    if error is not None:
+        return RequeueDecision(False, error)
+    loss = f"a rank was killed (signal {status - 128})" if status > 128 else f"a rank was lost (srun's status {status})"
+    count = 1 + sum(1 for _ in takewhile(lambda checkpoint: checkpoint == newest, reversed(earlier)))
     if count >= limit:
         where = f"since {newest}" if newest else "before the first checkpoint"
         return RequeueDecision(False, f"{loss}; this happened {count} times {where} (--max-deaths): see the run's logs")
@@ -96,16 +75,18 @@ def main(folder: Path, status: int) -> int:
     if status == INTERRUPTED_STATUS:  # the run has saved, but rank 0 could not ask for the requeue itself
         return status
     submission = Submission(folder)
-    exits = read_exits(submission.exits, job_id(), restart_count())
-    if any(record.kind == IN_USE for record in exits):  # the run's status.json is the other's
-        print(f"ov2: {exits[0].reason}", flush=True)
+    errors = read_errors(submission.exits, job_id(), restart_count())
+    if any(error.get("in_use") for error in errors):  # the run's status.json is the other's
+        print(f"ov2: {errors[0]['reason']}", flush=True)
         return status
     request = submission.request()
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     run_dir = Path(request.members[index].run_dir)
     newest = last_written_checkpoint(run_dir)
     earlier = record_loss(submission.exits, index, newest)
-    decision = decide_requeue(exits, status, earlier, newest, request.clusters[0].max_deaths)
+    decision = decide_requeue(
+        errors[0]["reason"] if errors else None, status, earlier, newest, request.clusters[0].max_deaths
+    )
     before = read_status(run_dir) or Status(FAILED, job_id=job_id())
     state = INTERRUPTED if decision.requeue else FAILED
     write_status(run_dir, replace(before, state=state, reason=decision.reason, updated=time.time(), job_id=job_id()))

@@ -88,7 +88,7 @@ def _srun_args(options: ClusterOptions) -> list[str]:
 
 
 def _pyxis_args(options: ClusterOptions) -> list[str]:
-    if not options.container or _is_apptainer(options.container):
+    if not options.container or options.in_apptainer:
         return []
     mounts = [f"--container-mounts={','.join(options.mounts)}"] if options.mounts else []
     return [f"--container-image={options.container}", *mounts]
@@ -96,18 +96,14 @@ def _pyxis_args(options: ClusterOptions) -> list[str]:
 
 def python_command(options: ClusterOptions) -> str:
     """How the job starts Python, as shell text."""
-    python = options.python or shlex.quote(sys.executable)
-    if options.container and _is_apptainer(options.container):
-        binds = "".join(f" --bind {shlex.quote(mount)}" for mount in options.mounts)
-        gpu = " --nv" if options.gpus_per_node else ""
-        return f"apptainer exec{gpu}{binds} {shlex.quote(options.container)} {options.python or 'python'}"
-    if options.container:
-        return options.python or "python"
-    return python
-
-
-def _is_apptainer(image: str) -> bool:
-    return image.endswith(".sif")
+    if not options.container:
+        return options.python or shlex.quote(sys.executable)
+    python = options.python or "python"
+    if not options.in_apptainer:
+        return python
+    binds = "".join(f" --bind {shlex.quote(mount)}" for mount in options.mounts)
+    gpu = " --nv" if options.gpus_per_node else ""
+    return f"apptainer exec{gpu}{binds} {shlex.quote(options.container)} {python}"
 
 
 def _ignoring_signals(python: str) -> str:
@@ -117,13 +113,10 @@ def _ignoring_signals(python: str) -> str:
 
 def setup_lines(submission: Submission, options: ClusterOptions) -> list[str]:
     """The user's lines come first, so that a module or environment of theirs cannot hide the snapshot of the code."""
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in options.environment.items()]
-    return [
-        *options.setup,
-        f"export OMP_NUM_THREADS={options.threads}",
-        *exports,
-        f"export PYTHONPATH={shlex.quote(str(submission.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-    ]
+    variables = {"OMP_NUM_THREADS": str(options.threads), **options.environment}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    path = f"export PYTHONPATH={shlex.quote(str(submission.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return [*options.setup, *exports, path]
 
 
 def _teardown_lines(submission: Submission, options: ClusterOptions) -> list[str]:
@@ -155,19 +148,11 @@ def start_locally(
         signal_delay_s=options.signal_delay_s,
         stderr_to_stdout=True,
     )
-    variables = local_environment(submission, options)
+    # As `setup_lines`, without the user's lines, which are for the cluster.
+    path = filter(None, (str(submission.code), os.environ.get("PYTHONPATH")))
+    variables = {"OMP_NUM_THREADS": str(options.threads), **options.environment, "PYTHONPATH": os.pathsep.join(path)}
     with environment(variables), _children_print_to(submission.logs / "controller.log"), _submitting():
         return str(executor.submit(function, *call).job_id)
-
-
-def local_environment(submission: Submission, options: ClusterOptions) -> dict[str, str]:
-    """Like `setup_lines`, without the user's lines, which are for the cluster."""
-    before = os.environ.get("PYTHONPATH")
-    return {
-        "OMP_NUM_THREADS": str(options.threads),
-        **options.environment,
-        "PYTHONPATH": f"{submission.code}{os.pathsep}{before}" if before else str(submission.code),
-    }
 
 
 @contextmanager

@@ -8,7 +8,7 @@ submit/001/request.json    what was asked for: argv of each run, cluster options
            versions.txt    versions of Python and all packages
            recipe/         a copy of the recipe
            sbatch*.sh      the batch scripts
-           ends/           why ranks ended, and at which checkpoint ranks were lost
+           ends/           errors of ranks, and at which checkpoint ranks were lost
            logs/           one file for each job, rank and restart; submitit's own files
 """
 
@@ -52,13 +52,12 @@ class Request:
     """One submission; its fields are the keys of request.json.
 
     `members` are the runs, in array order. `clusters` has one item for each stage with `stage_jobs`, else one.
-    `command` is the whole command line, `given_argv` what stands after `--`.
+    `command` is the whole command line.
     """
 
     title: str
     executor: str
     command: tuple[str, ...]
-    given_argv: tuple[str, ...]
     cluster_file: str | None
     clusters: tuple[ClusterOptions, ...]
     members: tuple[RunSpec, ...]
@@ -132,16 +131,13 @@ def submissions(folder: Path) -> list[Submission]:
     return [Submission(path) for path in sorted(found, key=lambda path: int(path.name))]
 
 
-def next_submission(folder: Path) -> Submission:
-    """The one that a submission now would be; nothing is made."""
-    number = max((int(path.name) for path in (folder / SUBMIT).glob("[0-9]*")), default=0) + 1
-    return Submission((folder / SUBMIT / f"{number:03d}").absolute())
-
-
-def new_submission(folder: Path) -> Submission:
-    """Make the next folder. Two commands that submit at the same time get one each."""
+def next_submission(folder: Path, make: bool = True) -> Submission:
+    """The next numbered folder. Two commands that submit at the same time make one each."""
     while True:
-        submission = next_submission(folder)
+        number = max((int(path.name) for path in (folder / SUBMIT).glob("[0-9]*")), default=0) + 1
+        submission = Submission((folder / SUBMIT / f"{number:03d}").absolute())
+        if not make:
+            return submission
         submission.folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             submission.folder.mkdir()

@@ -1,7 +1,7 @@
-"""What runs on every rank of a job: set up the rank, run `ov2 train`, record the exit.
+"""What runs on every rank of a job: set up the rank, run `ov2 train`, record an error.
 
 submitit's pickle holds only the submission's folder, the run's index and the stage: argv is in request.json, progress
-in the checkpoints, the exit in status.json and `ends/`. So every restart, after a signal or without one, runs the same
+in the checkpoints, an error in status.json and `ends/`. So every restart, after a signal or without one, runs the same
 command again.
 """
 
@@ -24,7 +24,7 @@ from submitit.core.utils import JobPaths
 from open_clip_ov2 import training
 from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, InUse, UserError, first_line
 from open_clip_ov2.files import read_json, write_json
-from open_clip_ov2.launch.ends import IN_USE, OWN, PEER, ExitRecord, write_exit
+from open_clip_ov2.launch.ends import record_error
 from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.launch.queue import may_requeue
 from open_clip_ov2.locks import job_id, restart_count
@@ -38,7 +38,9 @@ def run_member(folder: str, member: int, stage: int) -> None:
 
     `stage` (from 1): stop after it; 0: all stages.
     """
-    early = _EarlySignals()
+    early: list[str] = []  # signals that came before `ov2 train` has installed its own handlers
+    for number in (signal.SIGUSR2, signal.SIGTERM):  # in place of submitit's
+        signal.signal(number, lambda number, _: early.append(signal.Signals(number).name))
     submission = Submission(Path(folder))
     environment = submitit.JobEnvironment()
     rank = environment.global_rank
@@ -50,31 +52,21 @@ def run_member(folder: str, member: int, stage: int) -> None:
     try:
         training.load()
         export_ranks(submission)
-        if early.name is not None:
-            raise Interrupted(f"{early.name} came before training began")
+        if early:
+            raise Interrupted(f"{early[0]} came before training began")
         training.train(argv)
     except Interrupted as stop:
         print(f"ov2: stopped: {stop}", flush=True)
-        _leave_for_requeue(any_rank=early.name is not None)
+        _leave_for_requeue(asking=rank == 0 or bool(early))
     except UserError as error:
         print(f"ov2: error: {error}", flush=True)
-        _exit(submission, rank, IN_USE if isinstance(error, InUse) else OWN, str(error), status=2)
+        record_error(submission.exits, rank, str(error), in_use=isinstance(error, InUse))
+        _exit(2)
     except Exception as error:
         traceback.print_exc()
-        kind = PEER if training.is_lost_peer(error) else OWN
-        _exit(submission, rank, kind, f"{type(error).__name__}: {first_line(error)}", status=1)
-
-
-class _EarlySignals:
-    """Handlers in place of submitit's that remember a signal until `ov2 train` has installed its own."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
+        if not training.is_lost_peer(error):
+            record_error(submission.exits, rank, f"{type(error).__name__}: {first_line(error)}")
+        _exit(1)
 
 
 def _remove_old_results(paths: JobPaths) -> None:
@@ -93,27 +85,23 @@ def _log_to(path: Path) -> None:
             os.dup2(file.fileno(), descriptor)
 
 
-def _exit(submission: Submission, rank: int, kind: str, reason: str, status: int) -> NoReturn:
-    """Record why, and exit at once: cleaning up can hang when other ranks have failed."""
-    write_exit(submission.exits, ExitRecord(job_id(), restart_count(), rank, kind, reason, time.time()))
+def _exit(status: int) -> NoReturn:
+    """Exit at once: cleaning up can hang when other ranks have failed."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _leave_for_requeue(any_rank: bool) -> NoReturn:
-    """Exit after the run was saved; rank 0 asks SLURM to requeue the job.
+def _leave_for_requeue(asking: bool) -> NoReturn:
+    """Exit after the run was saved. Rank 0 asks SLURM to requeue the job; before training began, any rank may.
 
     Ranks exit with 0, so that srun counts none as lost. SystemExit bypasses submitit, which so pickles no result. If
     rank 0 cannot ask (a container without scontrol), its exit status makes the batch script ask.
     """
-    rank = submitit.JobEnvironment().global_rank
-    status = 0
     if "SLURM_JOB_ID" not in os.environ:
-        status = INTERRUPTED_STATUS
-    elif (rank == 0 or any_rank) and may_requeue(job_id()):
-        status = 0 if _requeue(job_id()) else INTERRUPTED_STATUS
-    raise SystemExit(status)
+        raise SystemExit(INTERRUPTED_STATUS)
+    asked = not asking or not may_requeue(job_id()) or _requeue(job_id())
+    raise SystemExit(0 if asked else INTERRUPTED_STATUS)
 
 
 def _requeue(job: str) -> bool:

@@ -19,17 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `last` and `best` are values of the metric; None if the run has none."""
+    """One run: what was varied, its value of the metric (None if it has none), and the cells that are shown of it."""
 
     name: str
     varied: Mapping[str, Any]
-    state: str
-    reason: str
-    samples_seen: int
     last: float | None
-    best: float | None
-    images_per_second: float | None
-    restarts: int
+    cells: Mapping[str, Any]
 
 
 def row_of(run: RunState, metric: str) -> Row:
@@ -40,43 +35,30 @@ def row_of(run: RunState, metric: str) -> Row:
     # Of the validation data if it was validated. The value at which a run broke off does not count.
     values = [] if run.state in (FAILED, DIED) else _values(records, "val", metric) or _values(records, "train", metric)
     speeds = _values(records, "train", "images_per_second")
-    smaller_is_better = "loss" in metric or metric == "perplexity"
-    return Row(
-        name=run.spec.name,
-        varied=run.spec.varied,
-        state=run.state,
-        reason=run.reason,
-        samples_seen=run.status.samples_seen if run.status else 0,
-        last=values[-1] if values else None,
-        best=(min if smaller_is_better else max)(values) if values else None,
-        images_per_second=sum(speeds) / len(speeds) if speeds else None,
-        restarts=run.status.restarts if run.status else 0,
-    )
+    better = min if "loss" in metric or metric == "perplexity" else max
+    last = values[-1] if values else None
+    cells = {
+        "state": run.state,
+        "samples": run.status.samples_seen if run.status else 0,
+        metric: last,
+        f"best {metric}": better(values, default=None),
+        "images/s": sum(speeds) / len(speeds) if speeds else None,
+        "restarts": run.status.restarts if run.status else 0,
+        "reason": run.reason,
+    }
+    return Row(run.spec.name, run.spec.varied, last, cells)
 
 
 def _values(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> list[float]:
     return [row[metric] for row in records if row["kind"] == kind and row.get(metric) is not None]
 
 
-def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): the varied flags, then the results."""
-    swept = list(dict.fromkeys(key for row in rows for key in row.varied))
-    header = ["run", *swept, "state", "samples", metric, f"best {metric}", "images/s", "restarts", "reason"]
-    lines = [
-        [
-            row.name,
-            *(_text(row.varied.get(key)) for key in swept),
-            row.state,
-            str(row.samples_seen),
-            _text(row.last),
-            _text(row.best),
-            _text(row.images_per_second),
-            str(row.restarts),
-            row.reason,
-        ]
-        for row in rows
-    ]
-    return header, lines
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """The header, and a line for each run: the varied flags, then the results."""
+    swept = dict.fromkeys(key for row in rows for key in row.varied)
+    header = ["run", *swept, *(rows[0].cells if rows else ())]
+    cells = ({**dict.fromkeys(swept), "run": row.name, **row.varied, **row.cells} for row in rows)
+    return [header, *([_text(row[name]) for name in header] for row in cells)]
 
 
 def _text(value: Any) -> str:
@@ -87,11 +69,11 @@ def _text(value: Any) -> str:
 
 def write_report(rows: Sequence[Row], metric: str, folder: Path) -> list[Path]:
     """report.csv, report.md, and report.png if any run has the metric."""
-    header, lines = table(rows, metric)
+    lines = table(rows)
     files = [folder / "report.csv", folder / "report.md"]
     with open(files[0], "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *lines])
-    cells = [header, ["---"] * len(header), *lines]
+        csv.writer(file).writerows(lines)
+    cells = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
     files[1].write_text(text + "\n", encoding="utf-8")
     if any(row.last is not None for row in rows):
@@ -132,5 +114,5 @@ def _swept_number(rows: Sequence[Row]) -> str | None:
         for key, value in row.varied.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers.setdefault(key, set()).add(float(value))
-    best = max(numbers, key=lambda key: len(numbers[key]), default=None)
-    return best if best is not None and len(numbers[best]) > 1 else None
+    best = max(numbers, key=lambda key: len(numbers[key]), default="")
+    return best if len(numbers.get(best, ())) > 1 else None

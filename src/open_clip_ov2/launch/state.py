@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch.folder import SUBMIT, Job, Request, RunSpec, Submission, submissions
+from open_clip_ov2.launch.folder import LOCAL, SLURM, SUBMIT, Job, Request, RunSpec, Submission, submissions
 from open_clip_ov2.launch.queue import COMPLETING, PENDING, UNKNOWN, QueueJob, look_up
 from open_clip_ov2.tracking import status as run_status
 from open_clip_ov2.tracking.status import Status, read_status
@@ -50,20 +50,30 @@ class RunState:
 
 def find(folders: Iterable[Path]) -> list[RunState]:
     """All submitted runs in these folders (of a run, of a sweep, or one that holds those), each once."""
-    roots: dict[Path, None] = {}
-    for folder in folders:
-        for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
-            if (path / SUBMIT).is_dir():
-                roots[path.absolute()] = None
-    newest: dict[str, tuple[Submission, Request, int]] = {}
-    for root in roots:
+    paths = (path for folder in folders for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))))
+    newest: dict[str, tuple[Request, Submission, int]] = {}
+    for root in dict.fromkeys(path.absolute() for path in paths if (path / SUBMIT).is_dir()):
         for submission in submissions(root):
             request = submission.request()
             for index, spec in enumerate(request.members):
-                before = newest.get(spec.run_dir)
-                if before is None or before[1].created < request.created:
-                    newest[spec.run_dir] = (submission, request, index)
-    return _states(list(newest.values()))
+                if spec.run_dir not in newest or newest[spec.run_dir][0].created < request.created:
+                    newest[spec.run_dir] = (request, submission, index)
+    jobs = {name: [job for job in one.jobs() if job.member == index] for name, (_, one, index) in newest.items()}
+    queue: dict[str, QueueJob] = {}
+    for executor in (LOCAL, SLURM):  # one question to each
+        asked = (jobs[name] for name, (request, _, _) in newest.items() if request.executor == executor)
+        queue |= look_up(executor, [job.job_id for own in asked for job in own])
+    return [_run_state(*newest[name], tuple(own), queue) for name, own in jobs.items()]
+
+
+def _run_state(
+    request: Request, submission: Submission, index: int, jobs: tuple[Job, ...], queue: Mapping[str, QueueJob]
+) -> RunState:
+    spec = request.members[index]
+    status = read_status(Path(spec.run_dir))
+    rows = [queue.get(job.job_id, QueueJob(job.job_id, UNKNOWN)) for job in jobs]
+    state, reason, job_id = state_of(rows, status, spec.stages, submission.is_cancelled(index))
+    return RunState(spec, request, submission, jobs, index, job_id, state, reason, status)
 
 
 def of_run(name: str, folders: Iterable[Path]) -> RunState:
@@ -76,28 +86,6 @@ def of_run(name: str, folders: Iterable[Path]) -> RunState:
         problem = "no submitted run" if not hits else f"{len(hits)} runs have this name; give the folder"
         raise UserError(f"{name}: {problem} (known: {known}; --logs FOLDER looks elsewhere)")
     return hits[0]
-
-
-def _states(found: list[tuple[Submission, Request, int]]) -> list[RunState]:
-    jobs = [submission.jobs() for submission, _, _ in found]
-    ids: dict[str, list[str]] = {}
-    for own, (_, request, _) in zip(jobs, found, strict=True):
-        ids.setdefault(request.executor, []).extend(job.job_id for job in own)
-    queue: dict[str, QueueJob] = {}
-    for executor, names in ids.items():
-        queue |= look_up(executor, names)
-    return [_state(*one, own, queue) for one, own in zip(found, jobs, strict=True)]
-
-
-def _state(
-    submission: Submission, request: Request, index: int, jobs: tuple[Job, ...], queue: Mapping[str, QueueJob]
-) -> RunState:
-    spec = request.members[index]
-    own = tuple(job for job in jobs if job.member == index)
-    status = read_status(Path(spec.run_dir))
-    rows = [queue[job.job_id] for job in own]
-    state, reason, job_id = state_of(rows, status, spec.stages, submission.is_cancelled(index))
-    return RunState(spec, request, submission, own, index, job_id, state, reason, status)
 
 
 def state_of(rows: list[QueueJob], status: Status | None, stages: int, cancelled: bool) -> tuple[str, str, str]:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import open_clip_ov2
 from open_clip_ov2 import training
-from open_clip_ov2.argv import is_given
+from open_clip_ov2.argv import is_given, value_of, without
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import executor as executors
-from open_clip_ov2.launch import snapshot, state
+from open_clip_ov2.launch import state
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.folder import (
-    DEBUG,
-    LOCAL,
-    SLURM,
-    Job,
-    Request,
-    RunSpec,
-    Submission,
-    new_submission,
-    next_submission,
-)
+from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, RunSpec, Submission, next_submission
 from open_clip_ov2.launch.job import run_member
 from open_clip_ov2.launch.queue import cancel
+
+PACKAGE = Path(open_clip_ov2.__file__).parent
+_DIFF_LIMIT = 5_000_000  # characters, ours: a larger difference is somebody's data
 
 
 def plan_run(
@@ -53,11 +52,6 @@ def plan_run(
     )
 
 
-def submitted_before(folder: Path) -> dict[str, state.RunState]:
-    """States of the runs that were submitted before, by the folder of the run. `folder`: the run's or the sweep's."""
-    return {found.spec.run_dir: found for found in state.find([folder])}
-
-
 def needs_submission(found: state.RunState, retry: bool) -> bool:
     """Whether to submit a run that was submitted before: not if it has finished. Raises UserError."""
     if found.alive:
@@ -81,18 +75,36 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
     """Write the submission into the folder and start its jobs. What SLURM refuses leaves nothing. Raises UserError."""
     if request.executor == SLURM:
         executors.check_slurm()
-    submission = new_submission(folder)
-    snapshot.take(submission, request.command)
-    specs = (replace(spec, argv=snapshot.keep_recipe(submission, spec.argv)) for spec in request.members)
+    submission = next_submission(folder)
+    _keep_code(submission, request.command)
+    specs = (replace(spec, argv=_keep_recipe(submission, spec.argv)) for spec in request.members)
     request = replace(request, members=tuple(specs))
     submission.write_request(request)
+    options, first = request.clusters[0], request.members[0]
     try:
-        jobs = tuple(_SUBMITTERS[request.executor](submission, request))
+        if request.executor == SLURM:
+            jobs = _to_slurm(submission, request)
+        elif request.executor == LOCAL:
+            call = (str(submission.folder), 0, 0)
+            jobs = [Job(executors.start_locally(submission, options, run_member, call))]
+        else:  # in this process and terminal, without a log file; errors are raised as they are
+            with executors.environment(options.environment):
+                training.train(first.argv)
+            jobs = [Job("debug")]
     except UserError:
         submission.discard()
         raise
     submission.write_jobs(jobs)
-    return jobs
+    return tuple(jobs)
+
+
+def batch_scripts(folder: Path, request: Request) -> dict[str, str]:
+    """What sbatch would get, by file name; nothing is written. Empty for other executors than SLURM."""
+    submission, texts = next_submission(folder, make=False), {}
+    for stage, cluster in request.stage_clusters if request.executor == SLURM else []:
+        after = f"STAGE_{stage - 1}" if stage > 1 else None
+        _, name, texts[name] = _batch(submission, request, stage, cluster, after)
+    return texts
 
 
 def _batch(
@@ -102,15 +114,6 @@ def _batch(
     title = f"{request.title}-stage-{stage}" if stage else request.title
     made = executors.slurm(submission, cluster, title, after=after)
     return made, f"sbatch.stage-{stage}.sh" if stage else "sbatch.sh", made.text(len(request.members))
-
-
-def batch_scripts(folder: Path, request: Request) -> dict[str, str]:
-    """What sbatch would get, by file name; nothing is written. Empty for other executors than SLURM."""
-    texts: dict[str, str] = {}
-    for stage, cluster in request.stage_clusters if request.executor == SLURM else []:
-        after = f"STAGE_{stage - 1}" if stage > 1 else None
-        _, name, texts[name] = _batch(next_submission(folder), request, stage, cluster, after)
-    return texts
 
 
 def _to_slurm(submission: Submission, request: Request) -> list[Job]:
@@ -140,21 +143,44 @@ def _stages_done(run_dir: Path) -> int:
     return done
 
 
-def _to_local(submission: Submission, request: Request) -> list[Job]:
-    call = (str(submission.folder), 0, 0)
-    return [Job(executors.start_locally(submission, request.clusters[0], run_member, call))]
+def _keep_code(submission: Submission, command: Sequence[str]) -> None:
+    """So that the job runs what was submitted: the package, the command line, versions, git's state."""
+    shutil.copytree(PACKAGE, submission.code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    texts = {"command.txt": shlex.join(command) + "\n", "versions.txt": _versions(), "git.txt": _git_state(PACKAGE)}
+    for name, text in texts.items():
+        if text:
+            (submission.folder / name).write_text(text, encoding="utf-8")
 
 
-def _debug(submission: Submission, request: Request) -> list[Job]:
-    """Train in this process and terminal, without a job or a log file; errors are raised as they are."""
-    with executors.environment(dict(request.clusters[0].environment)):
-        training.train(request.members[0].argv)
-    return [Job("debug")]
+def _keep_recipe(submission: Submission, argv: Sequence[str]) -> tuple[str, ...]:
+    """Copy the recipe, if there is one, into the submission's folder; `argv` with --recipe pointing to the copy."""
+    recipe = value_of(argv, "--recipe")
+    if recipe is None:
+        return tuple(argv)
+    copy = submission.folder / "recipe" / Path(recipe).name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(recipe, copy)
+    return (*without(argv, ("--recipe",)), "--recipe", str(copy))
 
 
-_SUBMITTERS: dict[str, Callable[[Submission, Request], list[Job]]] = {
-    SLURM: _to_slurm, LOCAL: _to_local, DEBUG: _debug,
-}  # fmt: skip
+def _versions() -> str:
+    names = sorted({f"{found.metadata['Name']}=={found.version}" for found in distributions()}, key=str.lower)
+    return "\n".join([f"python=={platform.python_version()}", *names]) + "\n"
+
+
+def _git_state(folder: Path) -> str:
+    """Commit, status and uncommitted changes; empty outside a repository."""
+    outputs = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD")):
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        outputs.append(done.stdout)
+    commit, status, diff = outputs
+    return f"commit {commit}\n{status}\n{diff[:_DIFF_LIMIT]}"
 
 
 def show_plan(folder: Path, request: Request) -> None:

@@ -22,22 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tables import each, from_table, kebab, key, read_toml, table
-
-_SET_BY_SWEEP = ("name", "logs")  # flags
+from open_clip_ov2.tables import each, flag_table, from_table, key, read_toml, table
 
 Flags = Mapping[str, Any]
-
-
-def _flags(value: Any) -> dict[str, Any]:
-    """By their names on the command line. Raises UserError."""
-    flags = {kebab(name): item for name, item in table(value).items()}
-    for name, item in flags.items():
-        if name in _SET_BY_SWEEP:
-            raise UserError(f"{name}: the sweep sets this flag itself; leave it out")
-        if isinstance(item, dict):
-            raise UserError(f"{name}: expected the value of a flag, got a table")
-    return flags
+_flags = flag_table(("name", "logs"), "the sweep")
 
 
 def _grid(value: Any) -> dict[str, Any]:
@@ -93,26 +81,24 @@ def load_sweep(path: Path) -> Sweep:
 
 def expand(sweep: Sweep) -> list[SweepRun]:
     """The runs: the grid in its order, with the last key fastest, then the list. Raises UserError."""
-    varied: list[dict[str, Any]] = []
-    if sweep.grid:
-        varied += [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    varied += [dict(run) for run in sweep.runs]
-    out, used = [], [0] * len(sweep.sets)
-    for chosen in varied:
-        own = dict(chosen)
+    grid = product(*sweep.grid.values()) if sweep.grid else ()
+    out, used = [], set[int]()
+    for varied in (*(dict(zip(sweep.grid, values, strict=True)) for values in grid), *sweep.runs):
+        own = dict(varied)
         for index, (when, more) in enumerate(sweep.sets):
             if all({**sweep.base, **own}.get(name) == value for name, value in when.items()):
-                used[index] += 1
+                used.add(index)
                 own |= more
         base = {name: value for name, value in sweep.base.items() if name not in own}
-        out.append(SweepRun(run_name(chosen), chosen, base, own))
-    if 0 in used:
-        wanted = ", ".join(f"{name} = {value}" for name, value in sweep.sets[used.index(0)][0].items())
-        raise UserError(f"[[set]] {used.index(0) + 1}: no run has {wanted}")
+        out.append(SweepRun(run_name(varied), varied, base, own))
+    for index, (when, _) in enumerate(sweep.sets):
+        if index not in used:
+            wanted = ", ".join(f"{name} = {value}" for name, value in when.items())
+            raise UserError(f"[[set]] {index + 1}: no run has {wanted}")
     names = [run.name for run in out]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"two runs of the sweep are both {twice}; give them different flags")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two runs of the sweep are both {name}; give them different flags")
     return out
 
 
