@@ -46,7 +46,7 @@ def test_each_stage_reads_its_own_data(squares: Path, tmp_path: Path, monkeypatc
     class RecordingLoader(TrainLoader):
         def __iter__(self):
             for batch in super().__iter__():
-                folder = Path(self._stream.source.urls[0]).parent.name
+                folder = Path(self.stream.source.urls[0]).parent.name
                 read.append((folder, batch.images_BCHW.shape[-1], batch.images_BCHW.dtype))
                 yield batch
 
