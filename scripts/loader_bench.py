@@ -36,7 +36,7 @@ from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.resize import Resize
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
-from open_clip_ov2.openclip.models.preprocess import CROP_AREA, Ov2Bilinear, color_jitter_cfg, train_crop
+from open_clip_ov2.openclip.models.preprocess import CROP_AREA, color_jitter_cfg, train_crop
 from open_clip_ov2.openclip.models.tokenizer import caching
 
 SIDE, QUALITY = 512, 77  # about 64 KB each
@@ -84,7 +84,7 @@ def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], I
 
 
 def ours(shards: str, args: argparse.Namespace, samples: int, fast: bool) -> Callable[[], Iterator[Any]]:
-    cfg = {"size": args.resolution, "interpolation": Ov2Bilinear("bilinear")}
+    cfg = {"size": args.resolution, "interpolation": "bilinear"}
     crop = train_crop(cfg, color_jitter_cfg() if args.color_jitter else None, fast)
     assert crop is not None
     loader = TrainLoader(

@@ -69,9 +69,12 @@ def psnr(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("jitter", [(0.8, 0.2), (1.0, 0.0), (0.0, 1.0), None])
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_whole_transform_is_torchvisions(jitter: tuple[float, float] | None, fast: bool) -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_whole_transform_is_torchvisions(
+    jitter: tuple[float, float] | None, fast: bool, interpolation: str
+) -> None:
     """Oracle: the same steps of torchvision on PIL: bit for bit, and within one level before jitter if fast."""
-    steps: list[Any] = [T.RandomResizedCrop(40, AREA, RATIO, T.InterpolationMode.BILINEAR)]
+    steps: list[Any] = [T.RandomResizedCrop(40, AREA, RATIO, T.InterpolationMode(interpolation))]
     ours = None
     if jitter is not None:
         steps += [T.RandomApply([T.ColorJitter(*JITTER)], p=jitter[0])] if jitter[0] else []
@@ -82,7 +85,7 @@ def test_the_whole_transform_is_torchvisions(jitter: tuple[float, float] | None,
         torch.manual_seed(seed)
         expected = torch.from_numpy(np.array(theirs(image))).permute(2, 0, 1)
         torch.manual_seed(seed)
-        found = crop_of(40, jitter=ours, fast=fast)(image)
+        found = crop_of(40, jitter=ours, fast=fast, interpolation=interpolation)(image)
         assert found.dtype == torch.uint8
         if not fast:
             assert torch.equal(found, expected)

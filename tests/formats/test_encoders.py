@@ -267,6 +267,7 @@ def test_patches_of_other_sizes(tmp_path: Path) -> None:
         (["--to", "hf", "--int8"], "--int8 is for --to onnx, and this is --to hf"),
         (["--to", "llava", "--language-model", "nowhere"], "--language-model nowhere: no such folder"),
         (["--to", "llava", "--language-model", ".", "--feature-layer", "-4"], "expected -3 (first block) to -1 (last)"),
+        (["--to", "llava", "--language-model", ".", "--feature-layer", "0"], "expected -3 (first block) to -1 (last)"),
         (["--to", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["--to", "hf", "--image-size", "60"], "image size 60 is not a multiple of the patch size 14"),
         (["--to", "hf", "--licence", ""], "--license '': expected one line"),

@@ -25,7 +25,7 @@ def test_a_stages_crop_scale_and_aug_cfg_both_count() -> None:
 
 def test_a_csv_column_may_have_any_name(tmp_path: Path) -> None:
     for name in ("alt:text", "a,b", "caption=1"):
-        plan = parse([*DATA, "--csv-caption-key", name], 1, False)
+        plan = parse([*DATA[:3], "x.csv", "--csv-caption-key", name], 1, False)
         assert isinstance(plan.stages[0].args, argparse.Namespace)
-        (key,) = caption_keys(plan.stages[0].args, plan.stages[0].options, "csv")
+        (key,) = caption_keys(plan.stages[0].args, plan.stages[0].options, train=True)
         assert (key.entry, key.path) == (name, ())

@@ -17,8 +17,9 @@ from open_clip_ov2.formats.targets import TARGETS
 def main(argv: Sequence[str]) -> None:
     args = vars(_parser().parse_args(argv))
     source, to = args.pop("run"), args.pop("to")
+    _check_target(args, to)
     with paths_checked():
-        folder, lines = training.export(source, to, **_given(args, to))
+        folder, lines = training.export(source, to, **args)
     print("\n".join([*lines, f"{to}: {folder}"]))
 
 
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 export",
         description=f"Write a trained encoder for another library.\n\ntargets:\n{targets}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is not in the namespace
     )
     parser.add_argument("run", metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
@@ -52,11 +54,9 @@ def add_card_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset", metavar="NAME", help="default: the names of the shards")
 
 
-def _given(args: dict[str, Any], to: str) -> dict[str, Any]:
-    """Flags that are given. Raises UserError for one that belongs to another target."""
-    given = {name: value for name, value in args.items() if value not in (None, False)}
+def _check_target(given: dict[str, Any], to: str) -> None:
+    """Raises UserError for a flag of another target."""
     for target in TARGETS.values():
         for flag in target.options:
             if flag.removeprefix("--").replace("-", "_") in given and target.name != to:
                 raise UserError(f"{flag} is for --to {target.name}, and this is --to {to}")
-    return given

@@ -37,7 +37,8 @@ class Box(NamedTuple):
 class RandomCrop:
     """`size`: (height, width) in px. `draw` gives a box for an image's width and height; `jitter` changes its colors.
 
-    Both draw from torch's default generator, as torchvision's transforms do.
+    Both draw from torch's default generator, as torchvision's transforms do. `interpolation`: bilinear, bicubic, or
+    random, which draws one of the two for each image.
     `fast`: JPEGs are decoded at a reduced scale where the crop stays MARGIN times as large as `size`, and resized by
     torch in uint8, within one level of PIL. Otherwise full scale and PIL. The boxes are the same.
     """
@@ -46,30 +47,38 @@ class RandomCrop:
     draw: Callable[[int, int], Box]
     jitter: Callable[[Image.Image], Image.Image] | None = None
     fast: bool = True
+    interpolation: str = "bilinear"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 `(3, H, W)`."""
-        return self._jittered(self._cut(image, self.draw(image.width, image.height)))
+        box = self.draw(image.width, image.height)
+        return self._jittered(self._cut(image, box, self._filter()))
 
     def decoded(self, encoded: EncodedImage) -> Tensor:
         """Encoded image -> uint8 `(3, H, W)`; decodes no more of a JPEG than the crop needs. Raises SkipSample."""
-        box = self.draw(*encoded.size)
+        box, resize_filter = self.draw(*encoded.size), self._filter()
         reduction = reduction_for((box.height, box.width), (MARGIN * self.size[0], MARGIN * self.size[1]))
         pixels_HWC = encoded.rgb_reduced(reduction)
         if pixels_HWC is None:
-            return self._jittered(self._cut(encoded.rgb(), box))
-        return self._jittered(self._resized(_cut_reduced(pixels_HWC, box, reduction)))
+            return self._jittered(self._cut(encoded.rgb(), box, resize_filter))
+        return self._jittered(self._resized(_cut_reduced(pixels_HWC, box, reduction), resize_filter))
 
-    def _cut(self, image: Image.Image, box: Box) -> Tensor:
+    def _filter(self) -> str:
+        """The name of this image's interpolation."""
+        if self.interpolation != "random":
+            return self.interpolation
+        return "bilinear" if torch.rand(()) < 0.5 else "bicubic"
+
+    def _cut(self, image: Image.Image, box: Box, resize_filter: str) -> Tensor:
         """The box of an image at full scale, uint8 `(3, H, W)`."""
         part = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
         if self.fast:
-            return self._resized(np.array(part))
-        return _to_tensor(part.resize(self.size[::-1], Image.Resampling.BILINEAR))
+            return self._resized(np.array(part), resize_filter)
+        return _to_tensor(part.resize(self.size[::-1], Image.Resampling[resize_filter.upper()]))
 
-    def _resized(self, pixels_HWC: npt.NDArray[np.uint8]) -> Tensor:
+    def _resized(self, pixels_HWC: npt.NDArray[np.uint8], resize_filter: str) -> Tensor:
         images_BCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
-        return F.interpolate(images_BCHW, self.size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(images_BCHW, self.size, mode=resize_filter, antialias=True)[0]
 
     def _jittered(self, image_CHW: Tensor) -> Tensor:
         if self.jitter is None:

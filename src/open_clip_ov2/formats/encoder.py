@@ -40,9 +40,8 @@ class Preprocessing:
         """From OpenCLIP's `preprocess_cfg`. Raises UserError for settings that other libraries do not have."""
         if cfg["resize_mode"] not in ("shortest", "squash"):
             raise UserError(f"resize_mode {cfg['resize_mode']!r}: `ov2 export` supports shortest and squash only")
-        if cfg["interpolation"] not in ("bilinear", "bicubic"):
-            raise UserError(f"interpolation {cfg['interpolation']!r}: `ov2 export` supports bilinear and bicubic only")
-        return cls(tuple(cfg["mean"]), tuple(cfg["std"]), str(cfg["interpolation"]), cfg["resize_mode"])
+        interpolation = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"  # as random is in evaluation
+        return cls(tuple(cfg["mean"]), tuple(cfg["std"]), interpolation, cfg["resize_mode"])
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,22 @@ REGISTRATION: tuple[Patch, ...] = (
     ),
     Patch(
         "open_clip.factory",
+        "PreprocessCfg",
+        preprocess.leave_defaults_open,
+        "tells a mean, std or interpolation that is given from OpenCLIP's default, of whatever value",
+    ),
+    Patch(
+        "open_clip.factory",
         "set_model_preprocess_cfg",
         preprocess.supply_preprocess_cfg,
-        "ov2 models get ImageNet's mean and std and bilinear resizing; OpenCLIP falls back to OpenAI's",
+        "what is not given is ImageNet's mean and std and bilinear resizing for ov2 models, OpenCLIP's for all others",
     ),
     Patch(
         "open_clip.factory",
         "image_transform_v2",
         preprocess.use_ov2_crop,
-        "ov2 models get the crop they ask for; OpenCLIP's is bicubic, of 90 to 100% of the area, whatever is asked for",
+        "ov2 models get the crop and the interpolation they ask for; OpenCLIP crops 90 to 100% of the area, bicubic, "
+        "and resizes for images that are not square bicubic, whatever is asked for",
     ),
     Patch(
         "open_clip.factory",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from open_clip.factory import get_model_config
@@ -13,17 +12,34 @@ from open_clip_ov2.argv import is_given
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
+from open_clip_ov2.openclip.command.data_flags import check_data
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
 from open_clip_ov2.openclip.models.named_model import STATED, unstated
+from open_clip_ov2.openclip.models.preprocess import check_aug_cfg
 from open_clip_ov2.recipe.stage import SCHEDULES
-from open_clip_ov2.tables import one_of, real, whole
+from open_clip_ov2.tables import Reader, one_of, real, text, whole
 from open_clip_ov2.tracking.sinks import tracker_names
+
+
+def _numbers(read: Reader, *counts: int) -> Reader:
+    def read_all(value: Any) -> tuple[Any, ...]:
+        if len(value) not in counts:
+            raise UserError(f"{len(value)} numbers; expected {' or '.join(map(str, counts))}")
+        return tuple(map(read, value))
+
+    return read_all
+
 
 # What OpenCLIP's parser leaves unchecked.
 _READERS = {
     **dict.fromkeys(("batch_size", "accum_freq", "epochs", "log_every_n_steps", "force_context_length"), whole(1)),
+    **dict.fromkeys(("train_num_samples", "val_num_samples"), whole(1)),
+    "force_image_size": _numbers(whole(1), 1, 2),  # a square, or height and width
+    "image_mean": _numbers(real(0, 1), 3),  # one for each channel
+    "image_std": _numbers(real(0, above=True), 3),
+    "name": text,
     **dict.fromkeys(("workers", "warmup"), whole(0)),
     **dict.fromkeys(("lr", "wd", "grad_clip_norm"), real(0)),
     **dict.fromkeys(("beta1", "beta2", "force_patch_dropout"), real(0, 1)),
@@ -47,21 +63,24 @@ _REFUSED_OV2 = {
     "imagenet_val": "zero-shot classification needs a text encoder",
     "imagenet_v2": "zero-shot classification needs a text encoder",
 }
+_OF_OV2 = dict.fromkeys(
+    (
+        "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
+    ),
+    "leave it out",
+)  # fmt: skip
 
 
-def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, needs_data: bool = True) -> None:
-    """Check the flags of one stage. `gpu`: whether the machine that will run it has one. Raises UserError."""
+def check_stage(
+    argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace, gpu: bool, needs_data: bool = True
+) -> None:
+    """Check the flags of one stage: `argv`, and what the two parsers made of it. `gpu`: whether the machine that will
+    run it has one. Raises UserError."""
     _check_device(theirs, gpu)
-    for name, read in _READERS.items():
-        value = getattr(theirs, name)
-        if value is not None:
-            try:
-                read(value)
-            except UserError as error:
-                raise UserError(f"{_flag(name)}: {error}") from None
-    _refuse(theirs, _REFUSED)
+    _check_values(theirs)
+    _refuse(argv, _REFUSED)
     if needs_data:
-        _check_data(theirs)
+        check_data(argv, theirs)
     if theirs.resume not in (None, "latest"):
         raise UserError("--resume: the same command resumes by itself; to load weights alone use --pretrained FILE")
     if theirs.pretrained and ":" in theirs.model:
@@ -81,23 +100,36 @@ def check_stage(options: TrainOptions, theirs: argparse.Namespace, gpu: bool, ne
         )
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
-    if factory.is_ov2_model(theirs.model):
-        _refuse(theirs, _REFUSED_OV2, f" with --model {theirs.model}")
+    is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
+    if is_ov2:
+        _refuse(argv, _REFUSED_OV2, f" with --model {theirs.model}")
     else:
-        _check_baseline(options, theirs)
+        jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
+        _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
+    _check_transform(options, theirs, "OpenCLIP" if their_pixels and not is_ov2 else "ov2")
     try:
         factory.check_named_size(theirs.model, theirs.force_image_size)
     except ValueError as error:
         raise UserError(f"--force-image-size: {error}") from None
 
 
+def _check_values(theirs: argparse.Namespace) -> None:
+    for name, read in _READERS.items():
+        value = getattr(theirs, name)
+        if value is not None:
+            try:
+                read(value)
+            except UserError as error:
+                raise UserError(f"{_flag(name)}: {error}") from None
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _refuse(theirs: argparse.Namespace, refused: Mapping[str, str], where: str = "") -> None:
+def _refuse(argv: Sequence[str], refused: Mapping[str, str], where: str = "") -> None:
     for name, why in refused.items():
-        if getattr(theirs, name):
+        if is_given(argv, _flag(name)):
             raise UserError(f"{_flag(name)}{where}: {why}")
 
 
@@ -108,13 +140,24 @@ def _check_device(theirs: argparse.Namespace, gpu: bool) -> None:
         raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
 
 
-def _check_data(theirs: argparse.Namespace) -> None:
-    for flag, folder in (("--imagenet-val", theirs.imagenet_val), ("--imagenet-v2", theirs.imagenet_v2)):
-        if folder and not Path(folder).is_dir():
-            raise UserError(f"{flag} {folder}: no such folder")
-    validates = theirs.val_data or theirs.imagenet_val or theirs.imagenet_v2
-    if not theirs.train_data and not validates and theirs.dataset_type != "synthetic":
-        raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
+def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transform: str) -> None:
+    """Flags that this transform of training images, of `ov2` models or `OpenCLIP`'s, takes no notice of."""
+    timm, interpolation = theirs.aug_cfg.get("use_timm"), theirs.image_interpolation
+    if timm and options.color_jitter:
+        raise UserError(
+            "--color-jitter is not for --aug-cfg use_timm=True; give timm's with --aug-cfg color_jitter=0.4"
+        )
+    if timm and options.decode == "fast":
+        raise UserError("--decode fast: --aug-cfg use_timm=True needs whole images; leave --decode out")
+    if transform == "OpenCLIP" and not timm and interpolation not in (None, "bicubic"):
+        raise UserError(
+            f"--image-interpolation {interpolation}: OpenCLIP's training crop of {theirs.model} is bicubic whatever is "
+            f"asked for; add --aug-cfg use_timm=True, or --augmentation {FAMILY} for the crop of ov2 models"
+        )
+    try:
+        check_aug_cfg(options.aug_cfg(theirs.aug_cfg), transform)
+    except ValueError as error:
+        raise UserError(f"--aug-cfg: {error}") from None
 
 
 def check_eval(flags: str, theirs: argparse.Namespace) -> None:
@@ -142,22 +185,3 @@ def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argpars
             "otherwise; add these flags, or state other values to change them (--model local-dir:FOLDER or NAME:TAG "
             "takes all from the checkpoint's own folder)"
         )
-
-
-def _check_baseline(options: TrainOptions, theirs: argparse.Namespace) -> None:
-    """Flags that CLIP and CoCa have no use for."""
-    given: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode")
-    }
-    given["activation_memory_budget"] = options.activation_memory_budget is not None
-    given["color_jitter"] = options.color_jitter and options.augmentation != FAMILY
-    for name, value in given.items():
-        if value:
-            hint = f" (--augmentation {FAMILY} gives it their transform)" if name == "color_jitter" else ""
-            raise UserError(f"{_flag(name)} is for ov2 models, and --model is {theirs.model}{hint}")
-    if options.augmentation == FAMILY:
-        uses_timm = theirs.aug_cfg.get("use_timm")
-        for flag, value in (("image-interpolation", theirs.image_interpolation), ("aug-cfg use_timm", uses_timm)):
-            if value:
-                raise UserError(f"--{flag}: --augmentation {FAMILY} sets it already; leave one of the two out")

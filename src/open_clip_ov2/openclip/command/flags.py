@@ -4,6 +4,7 @@ how it is read and what `--help` prints."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg
 from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import one_of, real, text, whole
 
@@ -115,6 +117,10 @@ class TrainOptions:
         "N", whole(1), "samples in the shuffle buffer of each data worker (default: 5000)", default=5000
     )
     caption_keys_given: bool = False  # whether a csv file's own --csv-caption-key is overridden
+
+    def aug_cfg(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """--aug-cfg, on top of what --color-jitter stands for."""
+        return {**(color_jitter_cfg() if self.color_jitter else {}), **(given or {})}
 
     def model_options(self) -> dict[str, Any]:
         """What `create_model` gets on top of the model's config."""

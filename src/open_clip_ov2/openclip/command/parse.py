@@ -106,7 +106,7 @@ def _stage(
     theirs = _parse_theirs(rest)
     train = options(TrainOptions, ours)
     with _errors_name_stage(f"stage {index + 1} ({title}): " if title else ""):
-        check_stage(train, theirs, gpu, needs_data)
+        check_stage(flags, train, theirs, gpu, needs_data)
     if ours.eval_every_samples and not ours.eval:
         raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
     if ours.eval:
@@ -126,7 +126,11 @@ def _errors_name_stage(stage: str) -> Iterator[None]:
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:
     with _one_line_errors():
-        parsed = open_clip_parse_args(list(argv))
+        try:
+            parsed = open_clip_parse_args(list(argv))
+        except (ValueError, SyntaxError) as error:  # its reader of --aug-cfg lets these pass
+            what = "expected KEY=VALUE ..., for example scale=(0.4,1.0) use_timm=True"
+            raise UserError(f"--aug-cfg: {what} ({first_line(error)})") from None
     for word in argv:  # argparse would take an abbreviation, which nothing else here would recognize
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:].replace("-", "_") not in vars(parsed):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from open_clip.transform import PreprocessCfg
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
@@ -40,7 +38,7 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
         length = options.get("context_length", CONTEXT_LENGTH)
         vocabulary = options.pop("tokenizer", None)
         model = model_from_flax(read_flax(path), **options)
-        preprocess_cfg = ov2_preprocess_cfg(asdict(PreprocessCfg()))
+        preprocess_cfg = ov2_preprocess_cfg({})
         tokenizer: Any = WordPieceTokenizer(vocabulary, length) if vocabulary else None
         if tokenizer is None:
             notes.append("no --tokenizer given: the folder has no vocabulary, so the model cannot write captions")

@@ -28,6 +28,7 @@ from open_clip_ov2.openclip.models.own_config import (
     has_weights,
     newest_of_run,
 )
+from open_clip_ov2.openclip.models.preprocess import eval_transform
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
 from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
@@ -85,7 +86,7 @@ def open_model(
     try:
         with where.opened() as name:
             check_named_size(name, image_size)
-            model, _, preprocess = open_clip.create_model_and_transforms(
+            model = open_clip.create_model(
                 name, where.pretrained, require_pretrained=True, force_image_size=image_size, **options
             )
             tokenizer = open_clip.get_tokenizer(name)
@@ -101,7 +102,8 @@ def open_model(
         folder, checkpoint = Path(), Path(where.pretrained)
     elif folder is None:
         folder = Path(_hub_file(where.name, CONFIG)).parent
-    return LoadedModel(model, preprocess, tokenizer, dict(model.visual.preprocess_cfg), folder, checkpoint or folder)
+    preprocess_cfg = dict(model.visual.preprocess_cfg)
+    return LoadedModel(model, eval_transform(preprocess_cfg), tokenizer, preprocess_cfg, folder, checkpoint or folder)
 
 
 def _cannot_be_loaded(what: str | Path, error: Exception) -> UserError:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from open_clip import factory as open_clip_factory
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from open_clip.transform import PreprocessCfg
 
 from open_clip_ov2.core import CaptionModel, KeepRatio
@@ -83,10 +82,9 @@ class OwnConfig:
 
     def preprocess(self) -> dict[str, Any]:
         """OpenCLIP's `preprocess_cfg` that a model with this configuration gets."""
-        if not self.is_ours:
-            return asdict(PreprocessCfg()) | self.preprocess_cfg
-        ours = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
-        return ov2_preprocess_cfg(asdict(PreprocessCfg()) | ours | self.preprocess_cfg)
+        if self.is_ours:
+            return ov2_preprocess_cfg(self.preprocess_cfg)
+        return {**asdict(PreprocessCfg()), **self.preprocess_cfg}
 
 
 def _pixels(preprocess: Mapping[str, Any]) -> dict[str, Any]:

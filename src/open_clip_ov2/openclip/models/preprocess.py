@@ -1,25 +1,28 @@
 """Image preprocessing of ov2 models: ImageNet mean/std, bilinear; in training an inception crop.
 
 Source: docs/reference.md, "Recipe": area 40% to 100%, bilinear with antialias, then color jitter and grayscale at
-strength 0.4 with `--color-jitter`; evaluation resizes the short side to the resolution and crops the center.
+strength 0.4 with `--color-jitter`; evaluation resizes the short side to the resolution and crops the center. A value
+that a call or a model's config gives is used as it is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transform import AugmentationCfg, PreprocessCfg
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
+from open_clip.transform import AugmentationCfg, PreprocessCfg, ResizeKeepRatio, image_transform_v2
 from torch import nn
 from torchvision import transforms as T
 
 from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.data.crop import Box, RandomCrop
+from open_clip_ov2.errors import UserError, unknown_key
+from open_clip_ov2.tables import each, real, whole
 
 logger = logging.getLogger(__name__)
 
@@ -29,98 +32,84 @@ JITTER = (0.32, 0.32, 0.32, 0.08)
 JITTER_PROBABILITY, GREY_PROBABILITY = 0.8, 0.2
 
 
-class Ov2Bilinear(str):
-    """The interpolation of an ov2 model, "bilinear"; its type tells OpenCLIP's transforms whose crop to use.
+class Ov2Interpolation(str):
+    """The interpolation of an ov2 model; its type tells OpenCLIP's transforms whose crop to use.
 
     It travels in `preprocess_cfg`, so the right crop comes out however the model was made.
     """
 
 
-def ov2_preprocess_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
-    """`cfg` with OpenCLIP's stock values replaced by ours; values that somebody chose stay."""
-    ours = dict(cfg)
-    if (tuple(cfg["mean"]), tuple(cfg["std"])) == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD):
-        ours |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    interpolation = cfg["interpolation"]
-    ours["interpolation"] = Ov2Bilinear("bilinear") if interpolation in ("bicubic", "bilinear") else interpolation
-    return ours
+def ov2_preprocess_cfg(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `preprocess_cfg` of an ov2 model for which these values are given; None is not given."""
+    ours = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
+    cfg = asdict(PreprocessCfg()) | ours | {key: value for key, value in given.items() if value is not None}
+    return cfg | {"interpolation": Ov2Interpolation(cfg["interpolation"])}
 
 
-def train_transform(size: int | tuple[int, int], mean: Any, std: Any, aug: AugmentationCfg | None = None) -> T.Compose:
+def ov2_preprocess_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_model_and_transforms` gets so that any model sees the pixels that an ov2 model would see with the
+    options `given`."""
+    keys = ("mean", "std", "interpolation")
+    cfg = ov2_preprocess_cfg({key: given.get(f"image_{key}") for key in keys})
+    return {f"image_{key}": cfg[key] for key in keys}
+
+
+def train_transform(cfg: PreprocessCfg, aug_cfg: Any = None) -> T.Compose:
     """PIL image -> normalized float32 `(3, H, W)`, cropped at random from torch's default generator."""
-    aug = aug or AugmentationCfg(scale=CROP_AREA)
-    scale, ratio = _crop_ranges(aug)
-    return T.Compose(
-        [
-            T.Lambda(_to_rgb),
-            T.RandomResizedCrop(size, scale, ratio, interpolation=T.InterpolationMode.BILINEAR, antialias=True),
-            *_jitter_steps(aug),
-            T.ToTensor(),
-            T.Normalize(mean=mean, std=std),
-        ]
-    )
+    crop = _random_crop(cfg.size, cfg.interpolation, aug_cfg, fast=False)
+    to_float = T.ConvertImageDtype(torch.float32)
+    return T.Compose([T.Lambda(_to_rgb), crop, to_float, T.Normalize(mean=cfg.mean, std=cfg.std)])
+
+
+def eval_transform(preprocess_cfg: Mapping[str, Any]) -> T.Compose:
+    """OpenCLIP's transform for evaluation, PIL image -> normalized float32 `(3, H, W)`, but with the configured
+    interpolation for images that are not square too, where OpenCLIP's is bicubic whatever is asked for."""
+    transform: T.Compose = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+    resize = transform.transforms[0]
+    if isinstance(resize, ResizeKeepRatio):
+        bilinear = preprocess_cfg["interpolation"] == "bilinear"
+        resize.interpolation = T.InterpolationMode.BILINEAR if bilinear else T.InterpolationMode.BICUBIC
+    return transform
 
 
 def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | None, fast: bool) -> RandomCrop | None:
-    """`train_transform` up to its ToTensor, for our loader: the same draws, uint8. None where the model's transform is
-    not ours: another interpolation, or timm's augmentation.
-    """
-    if not isinstance(preprocess_cfg["interpolation"], Ov2Bilinear) or (aug_cfg and aug_cfg.get("use_timm")):
+    """`train_transform` up to its floats, for our loader: the same draws, uint8. None for timm's augmentation."""
+    if aug_cfg and aug_cfg.get("use_timm"):
         return None
-    aug, size = _augmentation(aug_cfg), preprocess_cfg["size"]
-    steps = _jitter_steps(aug)
-    jitter = T.Compose(steps) if steps else None
-    draw = partial(_draw_box, *_crop_ranges(aug))
-    return RandomCrop((size, size) if isinstance(size, int) else tuple(size), draw, jitter, fast)
+    return _random_crop(preprocess_cfg["size"], preprocess_cfg["interpolation"], aug_cfg, fast)
 
 
-def _draw_box(scale: tuple[float, float], ratio: tuple[float, float], width: int, height: int) -> Box:
+def _random_crop(size: Any, interpolation: str, aug_cfg: Any, fast: bool) -> RandomCrop:
+    """Raises ValueError for an augmentation that this crop does not have."""
+    if isinstance(aug_cfg, AugmentationCfg):
+        aug = aug_cfg
+    else:
+        check_aug_cfg(aug_cfg or {}, "ov2")
+        aug = AugmentationCfg(**{"scale": CROP_AREA, **(aug_cfg or {})})
+    draw = partial(_draw_box, scale=tuple(aug.scale), ratio=tuple(aug.ratio or (3 / 4, 4 / 3)))
+    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return RandomCrop(sides, draw, _jitter(aug), fast, str(interpolation))
+
+
+def _draw_box(width: int, height: int, *, scale: tuple[float, ...], ratio: tuple[float, ...]) -> Box:
     empty = torch.empty(0, height, width)  # torchvision asks it for its size alone
     top, left, box_height, box_width = T.RandomResizedCrop.get_params(empty, list(scale), list(ratio))
     return Box(left, top, box_width, box_height)
 
 
-def _jitter_steps(aug: AugmentationCfg) -> list[Any]:
+def _jitter(aug: AugmentationCfg) -> T.Compose | None:
     steps: list[Any] = []
     if aug.color_jitter:
-        steps.append(T.RandomApply([_color_jitter(aug)], p=aug.color_jitter_prob or JITTER_PROBABILITY))
+        strengths = (aug.color_jitter,) * 3 if isinstance(aug.color_jitter, (int, float)) else aug.color_jitter
+        probability = JITTER_PROBABILITY if aug.color_jitter_prob is None else aug.color_jitter_prob
+        steps.append(T.RandomApply([T.ColorJitter(*strengths)], p=probability))
     if aug.gray_scale_prob:
         steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
-    return steps
-
-
-def _crop_ranges(aug: AugmentationCfg) -> tuple[tuple[float, float], tuple[float, float]]:
-    (low, high), ratio = aug.scale, aug.ratio or (3 / 4, 4 / 3)
-    return (low, high), (ratio[0], ratio[1])
-
-
-def _color_jitter(aug: AugmentationCfg) -> T.ColorJitter:
-    jitter = aug.color_jitter or 0.0
-    return T.ColorJitter(*((jitter,) * 3 if isinstance(jitter, (int, float)) else jitter))
-
-
-def _augmentation(aug_cfg: Any) -> AugmentationCfg:
-    """Raises ValueError for a key that OpenCLIP does not have."""
-    if not isinstance(aug_cfg, Mapping):
-        return aug_cfg or AugmentationCfg(scale=CROP_AREA)
-    known = {field.name for field in fields(AugmentationCfg)}
-    unknown = set(aug_cfg) - known
-    if unknown:
-        raise ValueError(f"unknown augmentation {sorted(unknown)} (known: {', '.join(sorted(known))})")
-    return AugmentationCfg(**{"scale": CROP_AREA, **aug_cfg})
+    return T.Compose(steps) if steps else None
 
 
 def _to_rgb(image: Any) -> Any:
     return image.convert("RGB")
-
-
-def ov2_preprocess_options() -> dict[str, Any]:
-    """What `create_model_and_transforms` gets so that any model sees the pixels that an ov2 model would."""
-    return {
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
-        "image_interpolation": Ov2Bilinear("bilinear"),
-    }
 
 
 def color_jitter_cfg() -> dict[str, Any]:
@@ -132,7 +121,91 @@ def color_jitter_cfg() -> dict[str, Any]:
     }
 
 
+# --- which keys of --aug-cfg have an effect --------------------------------------------------------------
+
+_SHARE = real(0, 1)
+
+
+def _pair(low: float, high: float = float("inf")) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        numbers = each(real(low, high, above=True))(value)
+        if len(numbers) != 2 or numbers[0] > numbers[1]:
+            raise UserError(f"{value}: expected two numbers, the smaller one first")
+        return numbers
+
+    return read
+
+
+def _strengths(value: Any) -> Any:
+    numbers = each(real(0))(value if isinstance(value, (list, tuple)) else (value,) * 3)
+    if len(numbers) not in (3, 4):
+        raise UserError(f"{value}: expected a number, or 3 or 4 for brightness, contrast, saturation and hue")
+    return numbers
+
+
+def _true_or_false(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{value!r}: expected True or False")
+    return value
+
+
+_AUGMENTATIONS: dict[str, Callable[[Any], Any]] = {
+    "scale": _pair(0, 1),
+    "ratio": _pair(0),
+    "color_jitter": _strengths,
+    "color_jitter_prob": _SHARE,
+    "gray_scale_prob": _SHARE,
+    "re_prob": _SHARE,
+    "re_count": whole(1),
+    "use_timm": _true_or_false,
+}
+# What a transform takes no notice of, and what another key needs to have an effect.
+_UNUSED = {
+    "ov2": {"re_prob", "re_count"},
+    "OpenCLIP": {"ratio", "re_prob", "re_count"},
+    "timm": {"color_jitter_prob", "gray_scale_prob"},
+}
+_NEEDS = {
+    "ov2": {"color_jitter_prob": "color_jitter"},
+    "OpenCLIP": {"color_jitter_prob": "color_jitter", "color_jitter": "color_jitter_prob"},
+    "timm": {"re_count": "re_prob"},
+}
+
+
+def check_aug_cfg(aug_cfg: Mapping[str, Any], transform: str) -> None:
+    """Check the keys and values of --aug-cfg for the transform of `ov2` models or `OpenCLIP`'s own; with use_timm it is
+    timm's. Raises ValueError for one that would have no effect."""
+    given = {key: value for key, value in aug_cfg.items() if value is not None}
+    transform = "timm" if given.get("use_timm") else transform
+    for key, value in given.items():
+        if key not in _AUGMENTATIONS:
+            raise ValueError(str(unknown_key("augmentation", key, _AUGMENTATIONS)))
+        try:
+            numbers = _AUGMENTATIONS[key](value)
+            if (key, transform) == ("color_jitter", "OpenCLIP") and len(numbers) != 4:
+                raise UserError(f"{value}: OpenCLIP's transform expects 4 numbers")
+        except UserError as error:
+            raise ValueError(f"augmentation {key}: {error}") from None
+        if key in _UNUSED[transform]:
+            hint = "leave it or use_timm out" if transform == "timm" else "add use_timm=True"
+            raise ValueError(f"augmentation {key}: {transform}'s transform takes no notice of it; {hint}")
+        if (needed := _NEEDS[transform].get(key)) and needed not in given:
+            raise ValueError(f"augmentation {key}: it has no effect without {needed}")
+
+
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
+
+
+def leave_defaults_open(original: type[PreprocessCfg]) -> type[PreprocessCfg]:
+    """None marks what neither a call nor a config gives until it is known whose model it is."""
+
+    @dataclass
+    class OpenPreprocessCfg(original):
+        mean: Any = None
+        std: Any = None
+        interpolation: Any = None
+
+    return OpenPreprocessCfg
 
 
 def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
@@ -140,6 +213,9 @@ def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
         if isinstance(model, (CaptionModel, VisionModel)):
             preprocess_cfg |= ov2_preprocess_cfg(preprocess_cfg)  # in place: OpenCLIP logs the same dict afterwards
             logger.info("image preprocessing of the ov2 model: %s", preprocess_cfg)
+        else:
+            stock = asdict(PreprocessCfg())
+            preprocess_cfg |= {key: stock[key] for key, value in preprocess_cfg.items() if value is None}
         original(model, preprocess_cfg)
 
     return set_model_preprocess_cfg
@@ -147,9 +223,13 @@ def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
 
 def use_ov2_crop(original: Callable[..., Any]) -> Callable[..., Any]:
     def image_transform_v2(cfg: PreprocessCfg, is_train: bool, aug_cfg: Any = None) -> Any:
-        uses_timm = isinstance(aug_cfg, dict) and aug_cfg.get("use_timm")
-        if not is_train or uses_timm or not isinstance(cfg.interpolation, Ov2Bilinear):
+        if not isinstance(cfg.interpolation, Ov2Interpolation):
             return original(cfg, is_train, aug_cfg)
-        return train_transform(cfg.size, cfg.mean, cfg.std, _augmentation(aug_cfg))
+        if not is_train:
+            return eval_transform(asdict(cfg))
+        if isinstance(aug_cfg, Mapping) and aug_cfg.get("use_timm"):
+            check_aug_cfg(aug_cfg, "ov2")
+            return original(cfg, is_train, {"scale": CROP_AREA, **aug_cfg})
+        return train_transform(cfg, aug_cfg)
 
     return image_transform_v2

@@ -30,6 +30,7 @@ def train_loaders(argv: Sequence[str]) -> Callable[[int], TrainLoader]:
     with quiet(), torch.device("meta"):
         _, *transforms = built.create_model(open_clip.create_model_and_transforms)(
             args.model, None, device="meta", force_image_size=stage.image_size, aug_cfg=args.aug_cfg,
+            image_mean=args.image_mean, image_std=args.image_std, image_interpolation=args.image_interpolation,
             force_context_length=args.force_context_length,
         )  # fmt: skip
     tokenizer = built.get_tokenizer(open_clip.get_tokenizer)(args.model, context_length=args.force_context_length)

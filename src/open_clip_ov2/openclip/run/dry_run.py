@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.command.run_config import signature
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.model_facts import meta_model
-from open_clip_ov2.openclip.run.loaders import dataset_type, make_source, samples_per_epoch
+from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.openclip.run.run_folder import check_same_run
 from open_clip_ov2.openclip.run.stage_costs import stage_cost, stage_facts
 from open_clip_ov2.openclip.run.stage_model import model_options
@@ -24,7 +25,7 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
     plan = parse(argv, world_size, gpu)
     samples = sum(_check_data(stage, world_size) for stage in plan.stages)
     parameters = [_check_model(stage) for stage in plan.stages]
-    if not plan.stages[0].args.train_data and plan.stages[0].args.dataset_type != "synthetic":
+    if data_kind(plan.stages[0].args, train=True) is None:
         raise UserError("--train-data is missing after `--`: there is nothing to train on")
     check_same_run(plan)
     if gpu_memory_gb is not None:
@@ -46,14 +47,11 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
 def _check_data(stage: StagePlan, world_size: int) -> int:
     """Samples that the stage will see."""
     args, samples = stage.args, 0
-    if args.train_data or args.dataset_type == "synthetic":
-        kind = dataset_type(args.train_data or "", args.dataset_type)
-        source = make_source(args.train_data or "", kind, args, stage.options, train=True)
+    source = make_source(args, stage.options, train=True)
+    if source is not None:
         source.check_consumers(max(1, args.workers) * world_size)
         samples = samples_per_epoch(args, source) * args.epochs
-    if args.val_data:
-        kind = dataset_type(args.val_data, "auto" if args.dataset_type == "synthetic" else args.dataset_type)
-        make_source(args.val_data, kind, args, stage.options, train=False)
+    make_source(args, stage.options, train=False)
     return samples
 
 

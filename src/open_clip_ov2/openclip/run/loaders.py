@@ -12,6 +12,7 @@ from open_clip_ov2.data.loader import EvalLoader, TrainLoader
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.flags import TrainOptions
 
 
@@ -25,30 +26,19 @@ class LoaderInfo:
         self.dataloader.set_epoch(epoch)
 
 
-def dataset_type(path: str, asked: str) -> str:
-    """`webdataset`, `csv` or `synthetic`, from the flag or the file's suffix, as OpenCLIP does it. Raises UserError."""
-    if asked != "auto":
-        return asked
-    ending = path.rsplit(".", 1)[-1].rstrip("'\"")
-    if path.startswith("pipe:") or ending in ("tar", "gz", "tgz"):
-        return "webdataset"
-    if ending in ("csv", "tsv"):
-        return "csv"
-    if Path(path).is_dir():
-        raise UserError(f"{path}: a folder; make tars or a csv of it (docs/data.md, 'Your own folder')")
-    raise UserError(f"{path}: neither a tar nor a csv; give --dataset-type webdataset, csv or synthetic")
-
-
-def caption_keys(args: argparse.Namespace, options: TrainOptions, kind: str) -> tuple[CaptionKey, ...]:
-    if kind == "csv" and not options.caption_keys_given:
+def caption_keys(args: argparse.Namespace, options: TrainOptions, train: bool) -> tuple[CaptionKey, ...]:
+    if data_kind(args, train) == "csv" and not options.caption_keys_given:
         return (CaptionKey(args.csv_caption_key),)  # a column's name, whatever signs are in it
     return options.caption_keys
 
 
-def make_source(path: str, kind: str, args: argparse.Namespace, options: TrainOptions, train: bool) -> Source:
-    """The samples of a data flag, checked: files exist, columns exist. Raises UserError."""
+def make_source(args: argparse.Namespace, options: TrainOptions, train: bool) -> Source | None:
+    """The samples of --train-data or --val-data, checked: files exist, columns exist. Raises UserError."""
+    path, kind = args.train_data if train else args.val_data, data_kind(args, train)
+    if kind is None:
+        return None
     if kind == "csv":
-        keys = caption_keys(args, options, kind)
+        keys = caption_keys(args, options, train)
         return CsvSource(
             Path(path),
             separator=args.csv_separator,
@@ -57,12 +47,8 @@ def make_source(path: str, kind: str, args: argparse.Namespace, options: TrainOp
         )
     if kind == "synthetic":
         return SyntheticSource(num_samples=args.train_num_samples or 100, image_size=(224, 224))
-    resampled = train and args.dataset_resampled
-    upsampling = args.train_data_upsampling_factors if train else None
-    if upsampling and not resampled:
-        raise UserError("--train-data-upsampling-factors works only with --dataset-resampled")
-    urls, weights = expand_shards(path, upsampling)
-    return WebDatasetSource(urls=urls, weights=weights, resampled=resampled)
+    urls, weights = expand_shards(path, args.train_data_upsampling_factors if train else None)
+    return WebDatasetSource(urls=urls, weights=weights, resampled=train and args.dataset_resampled)
 
 
 def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
@@ -77,14 +63,14 @@ def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
     return found
 
 
-def _shared_options(args: argparse.Namespace, options: TrainOptions, kind: str) -> dict[str, Any]:
+def _shared_options(args: argparse.Namespace, options: TrainOptions, train: bool) -> dict[str, Any]:
     """Options of both loaders."""
     return {
         "batch_size": args.batch_size,
         "num_workers": args.workers,
         "rank": args.rank,
         "world_size": args.world_size,
-        "caption_keys": caption_keys(args, options, kind),
+        "caption_keys": caption_keys(args, options, train),
         "max_image_pixels": options.max_image_pixels,
         "pin_memory": str(args.device).startswith("cuda"),
     }
@@ -100,9 +86,8 @@ def make_data(
 ) -> dict[str, LoaderInfo]:
     """`{"train": ..., "val": ...}`, each only if its data flag is given. Raises UserError."""
     data: dict[str, LoaderInfo] = {}
-    if args.train_data or args.dataset_type == "synthetic":
-        kind = dataset_type(args.train_data or "", args.dataset_type)
-        source = make_source(args.train_data or "", kind, args, options, train=True)
+    source = make_source(args, options, train=True)
+    if source is not None:
         loader = TrainLoader(
             source,
             transforms[0],
@@ -112,14 +97,13 @@ def make_data(
             accum_freq=args.accum_freq,
             shuffle_buffer=options.shuffle_buffer,
             stall_warning_s=stall_warning_s,
-            **_shared_options(args, options, kind),
+            **_shared_options(args, options, train=True),
         )
         loader.set_epoch(epoch)
         data["train"] = LoaderInfo(loader)
-    if args.val_data:
-        kind = dataset_type(args.val_data, "auto" if args.dataset_type == "synthetic" else args.dataset_type)
-        source = make_source(args.val_data, kind, args, options, train=False)
-        shared = _shared_options(args, options, kind)
+    source = make_source(args, options, train=False)
+    if source is not None:
+        shared = _shared_options(args, options, train=False)
         data["val"] = LoaderInfo(
             EvalLoader(source, transforms[1], tokenizer, num_samples=args.val_num_samples, **shared)
         )

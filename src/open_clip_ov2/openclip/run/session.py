@@ -16,6 +16,7 @@ from rich.console import Console
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.locks import FolderLock
+from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
@@ -43,7 +44,7 @@ class Session:
         self.checkpoint: dict[str, Any] | None = None
         self._lock: FolderLock | None = None  # of rank 0
         self.samples_before = 0  # samples seen in the stages before the present one
-        self.trains = bool(plan.stages[0].args.train_data) or plan.stages[0].args.dataset_type == "synthetic"
+        self.trains = data_kind(plan.stages[0].args, train=True) is not None
 
     def __enter__(self) -> Session:
         self._ranks = argparse.Namespace(**vars(self.plan.stages[0].args))

@@ -12,19 +12,16 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.core.compute import Compute
-from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.own_config import brings_weights
-from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options, train_crop
+from open_clip_ov2.openclip.models.preprocess import eval_transform, ov2_preprocess_options, train_crop
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY
-
-CHOSEN = ("image_mean", "image_std")  # flags that --augmentation family does not override
 
 
 def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
@@ -83,12 +80,9 @@ class StageModel:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
             elif self.is_ov2 and (pretrained or brings_weights(name)):
                 extra = stated_options(name, kwargs) | extra
-            if self.options.augmentation == FAMILY and not self.is_ov2:
-                kwargs |= {**ov2_preprocess_options(), **{key: kwargs[key] for key in CHOSEN if kwargs.get(key)}}
-            if self.options.color_jitter:
-                kwargs["aug_cfg"] = {**color_jitter_cfg(), **(kwargs.get("aug_cfg") or {})}
+            kwargs |= self._pixel_options(kwargs)
             try:
-                model, train_tf, val_tf = original(name, pretrained, **kwargs, **extra)
+                model, train_tf, _ = original(name, pretrained, **kwargs, **extra)
             except (ValueError, RuntimeError, AssertionError, OSError) as error:
                 raise UserError(f"--model {name}: {first_line(error)}") from error
             if checkpoint is not None and not self.session.state_within:
@@ -98,22 +92,20 @@ class StageModel:
             if self.compile_blocks:
                 model.compile_blocks(memory_budget=self.options.activation_memory_budget)
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
-            self.val_transform = val_tf
-            return model, self._train_crop(kwargs.get("aug_cfg")) or train_tf, val_tf
+            self.val_transform = eval_transform(self.preprocess_cfg)
+            if self.is_ov2:  # a crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats
+                fast = self.options.decode != "exact"
+                train_tf = train_crop(self.preprocess_cfg, kwargs["aug_cfg"], fast) or train_tf
+            return model, train_tf, self.val_transform
 
         return create_model
 
-    def _train_crop(self, aug_cfg: dict[str, Any] | None) -> RandomCrop | None:
-        """A crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats. Raises UserError."""
-        if not self.is_ov2:
-            return None
-        crop = train_crop(self.preprocess_cfg, aug_cfg, fast=self.options.decode != "exact")
-        if crop is None and self.options.decode == "fast":
-            raise UserError(
-                "--decode fast: this --aug-cfg or --model has another crop than ov2 models, which needs whole images; "
-                "leave --decode out"
-            )
-        return crop
+    def _pixel_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options of `create_model_and_transforms` that follow from those that `main` gives and our flags."""
+        own = ov2_preprocess_options(given) if self.options.augmentation == FAMILY and not self.is_ov2 else {}
+        if isinstance(size := given.get("force_image_size"), list):
+            own["force_image_size"] = tuple(size)  # OpenCLIP's call of timm's augmentation fails with a list
+        return {**own, "aug_cfg": self.options.aug_cfg(given.get("aug_cfg"))}
 
     def _load_previous_stage(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Load the weights of the previous stage, with the position table fitted to this stage's grid."""

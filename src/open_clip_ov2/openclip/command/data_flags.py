@@ -1,0 +1,54 @@
+"""OpenCLIP's flags of data: what kind of data they name, and errors for those that it takes no notice of."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_clip_ov2.argv import is_given
+from open_clip_ov2.errors import UserError
+
+CSV_FLAGS = ("--csv-separator", "--csv-img-key", "--csv-caption-key")
+
+
+def data_kind(args: argparse.Namespace, train: bool) -> str | None:
+    """`webdataset`, `csv` or `synthetic`, from --dataset-type or the file's suffix, as OpenCLIP does it; None if there
+    is no such data. Raises UserError."""
+    path, asked = args.train_data if train else args.val_data, args.dataset_type
+    if asked == "synthetic":
+        if train:
+            return asked
+        asked = "auto"
+    if not path or asked != "auto":
+        return asked if path else None
+    ending = path.rsplit(".", 1)[-1].rstrip("'\"")
+    if path.startswith("pipe:") or ending in ("tar", "gz", "tgz"):
+        return "webdataset"
+    if ending in ("csv", "tsv"):
+        return "csv"
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder; make tars or a csv of it (docs/data.md, 'Your own folder')")
+    raise UserError(f"{path}: neither a tar nor a csv; give --dataset-type webdataset, csv or synthetic")
+
+
+def check_data(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """`argv` is all of a stage's flags, `args` what OpenCLIP's parser made of them. Raises UserError."""
+    for flag, folder in (("--imagenet-val", args.imagenet_val), ("--imagenet-v2", args.imagenet_v2)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder")
+    train, val = data_kind(args, train=True), data_kind(args, train=False)
+    if not (train or val or args.imagenet_val or args.imagenet_v2):
+        raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
+    if train == "synthetic" and args.train_data:
+        raise UserError("--dataset-type synthetic makes its data up; leave --train-data or --dataset-type out")
+    for flag in ("--dataset-resampled", "--train-data-upsampling-factors"):
+        if is_given(argv, flag) and train not in (None, "webdataset"):
+            raise UserError(f"{flag} is for tars, and the training data is {train}; leave the flag out")
+    if args.train_data_upsampling_factors is not None and not args.dataset_resampled:
+        raise UserError("--train-data-upsampling-factors works only with --dataset-resampled")
+    for flag in CSV_FLAGS:
+        if is_given(argv, flag) and "csv" not in (train, val):
+            raise UserError(f"{flag} is for a csv, and no data is one (--caption-keys says where tars have captions)")
+    if is_given(argv, "--csv-caption-key") and is_given(argv, "--caption-keys"):
+        raise UserError("--csv-caption-key and --caption-keys: give one or the other; --caption-keys names columns too")
