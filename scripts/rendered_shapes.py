@@ -1,4 +1,4 @@
-"""Rendered pictures with exact captions for the demo: shapes, bar charts and words.
+"""Rendered pictures with exact captions: colored shapes and bar charts.
 
 A picture is planned first (its one correct caption and the combination that is held out or trained
 as a whole) and drawn afterwards, from one random generator, so that it depends on its seed alone.
@@ -7,17 +7,13 @@ as a whole) and drawn afterwards, from one random generator, so that it depends 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import io
 import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import cos, perm, pi, sin
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 OVERSAMPLING = 2  # PIL does not smooth the edges of shapes: draw larger, then reduce.
 HELD_OUT_SHARE = 10  # one combination in ten is held out
@@ -32,7 +28,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 30),
 }
 BAR_COLORS = ("red", "orange", "yellow", "green", "blue", "purple")
-INKS = ("red", "green", "blue", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES = {"small": (0.09, 0.11), "large": (0.19, 0.215)}
 CELLS = {
@@ -43,40 +38,11 @@ CELLS = {
 }
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 HIGHEST_BAR = 5
-FONTS = ("Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
-WORD_LIST = """
-ace act add age ago aid aim air ale all and ant any ape apt arc arm art ash ask ate axe baby back bad bag
-bake ball band bank bar barn base bat bath bay bead bean bear beat bed bee beef bell belt bend best bib big
-bike bill bin bird bit blue boat body bolt bone book boot born both bow bowl box boy bug bun bus but buy cab
-cafe cage cake call calm camp can cap car card care cart case cat cave chef chin chip city clap clay clip
-club coal coat code coin cold comb cook cool copy cord corn cost cow cozy crab crew crop cry cub cube cup cut
-dad dam dark dart date dawn day deck deep deer den desk dew dice dig dim dip dish dive do dock dog doll door
-dot dove down draw drip drop drum dry duck dull dust duty ear earn east easy eat echo edge egg elf elk elm
-end envy eve even exit eye face fact fair fall fan far farm fast fear feed feel few fig file film find fine
-fir fire fish fit five fix flag flat flow fly foam fog fold folk food foot fork form four fox frog fuel full
-fun fur game gas gate gem gift girl give glad glow glue go goal goat gold golf good gray grid grow gum gym
-hair half hall ham hand hare harp hat hawk hay he head heat hen hero hid high hill him hip hit hive hold hole
-home hook hop horn hot hour hub hug hum hut ice icon idea ink inn iris iron it item ivy jam jar jaw jazz jet
-job jog join joke joy jug jump jury just keep keg key kick kid kind king kit kite kiwi knee knot lab lace
-lake lamb lamp land lap last law lawn lay lazy leaf leg lens let lid life lift like lime line lion lip list
-log long look loop loud love low luck map mask maze me meal melt menu milk mind mix moon mop mud mug my nail
-name nap neck nest net new nine no nose note now nut oak oar oat of oil old on one onyx open or oval oven owl
-own pan park pea pear pen pet pie pig pin pipe plum pod pond pony pot quay quit quiz rain ram red rib rice
-ring road roof rope rose rug run sad sail salt sand saw sea seed ship shoe sing sit six skip sky sled snow so
-sock soft song soup star stew sun swan tag tail tall tank tape tax taxi tea ten tent tie time tin tiny toe
-top town toy tree tub tuba two unit up us use van vase vast vest vet view vine vote wave wax way we web well
-wet whip wig wild wind wing wolf wood yak yard yarn yes yoga you zero zest zinc zip zone zoo
-"""
-WORDS = tuple(WORD_LIST.split())
 
 
 def is_held_out(combination: str) -> bool:
     """Whether a combination belongs to the held-out pictures: a hash, the same in every run."""
     return int.from_bytes(hashlib.sha1(combination.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
-
-
-NEW_WORDS = tuple(word for word in WORDS if is_held_out(f"word/{word}"))
-TRAINED_WORDS = tuple(word for word in WORDS if word not in NEW_WORDS)
 
 
 @dataclass(frozen=True)
@@ -217,61 +183,29 @@ def plan_chart(rng: random.Random) -> Plan:
     return Plan(caption, f"chart/{caption}", f"chart, {tallest} tallest", draw)
 
 
-@lru_cache(maxsize=1024)
-def font_at(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font that pip brings: Aileron comes with PIL, DejaVu with matplotlib (which is not imported)."""
-    if name == "Aileron":
-        return ImageFont.load_default(size=size)
-    spec = importlib.util.find_spec("matplotlib")
-    assert spec is not None, "main has checked for matplotlib"
-    assert spec.origin is not None, "matplotlib is a package with a file"
-    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data/fonts/ttf" / f"{name}.ttf", size)
-
-
-def plan_word(rng: random.Random, words: tuple[str, ...] = TRAINED_WORDS) -> Plan:
-    """A word in large type. Spelled out in the caption, so that an unseen word has trained tokens."""
-    word, font, ink = rng.choice(words), rng.choice(FONTS), rng.choice(INKS)
-    inverted = rng.random() < 0.25
-
-    def draw(canvas: Canvas, rng: random.Random) -> None:
-        x0, y0, x1, y1 = font_at(font, 100).getbbox(word)
-        widest = 0.92 * canvas.side / (x1 - x0)
-        highest = 0.55 * canvas.side / max(y1 - y0, 75)
-        size = int(100 * min(widest, highest) * rng.uniform(0.82, 1))
-        x0, y0, x1, y1 = font_at(font, size).getbbox(word)
-        margin = 0.03 * canvas.side
-        x = rng.uniform(margin, canvas.side - margin - (x1 - x0)) - x0
-        y = rng.uniform(margin, canvas.side - margin - (y1 - y0)) - y0
-        paper, color = canvas.paper, shaded(ink, rng)
-        if inverted:
-            canvas.image.paste(color, (0, 0, canvas.side, canvas.side))
-            color = paper
-        canvas.pen.text((x, y), word, font=font_at(font, size), fill=color)
-
-    caption = f"the word {' '.join(word)}"
-    return Plan(caption, f"rendering/{word}/{font}/{ink}/{inverted}", f"word in {word[0]}", draw)
-
-
 def plan_picture(kind: str, held_out: bool, rng: random.Random) -> Plan:
-    """A plan of the kind, from the held-out or from the trained combinations."""
-    if kind == "new words":
-        return plan_word(rng, NEW_WORDS)
-    planner = {"shapes": plan_shapes, "charts": plan_chart, "words": plan_word}[kind]
+    """A plan of the kind (shapes or charts), from the held-out or from the trained combinations."""
     while True:
-        plan = planner(rng)
+        plan = plan_shapes(rng) if kind == "shapes" else plan_chart(rng)
         if is_held_out(plan.combination) == held_out:
             return plan
 
 
-def paint(plan: Plan, size: int, rng: random.Random) -> bytes:
-    """The planned picture on near-white paper, as JPEG."""
+def paint(plan: Plan, size: int, rng: random.Random) -> Image.Image:
+    """The planned picture (RGB, size x size) on near-white paper."""
     side, tone = size * OVERSAMPLING, rng.randint(238, 255)
     paper = (tone, tone, tone)
     image = Image.new("RGB", (side, side), paper)
     plan.draw(Canvas(image, ImageDraw.Draw(image), paper), rng)
-    out = io.BytesIO()
-    image.reduce(OVERSAMPLING).save(out, "JPEG", quality=92, subsampling=0)
-    return out.getvalue()
+    return image.reduce(OVERSAMPLING)
+
+
+def caption_words() -> set[str]:
+    """The words that captions of shapes and charts are made of."""
+    plurals = {"crosses", *(f"{shape}s" for shape in SHAPES if shape != "cross")}
+    places = {word for place in CELLS for word in place.split()}
+    others = {"a", "an", "at", "the", "of", "left", "above", "bar", "chart", "with", "and"}
+    return {*COLORS, *SHAPES, *SIZES, *COUNTS.values(), *plurals, *places, *others}
 
 
 def distinct_captions() -> dict[str, int]:
@@ -279,4 +213,4 @@ def distinct_captions() -> dict[str, int]:
     looks = len(COLORS) * len(SHAPES)
     shapes = len(SIZES) * looks * len(CELLS) + 2 * looks * (looks - 1) + len(COUNTS) * looks
     charts = sum(perm(len(BAR_COLORS), bars) * HIGHEST_BAR**bars for bars in (2, 3, 4))
-    return {"shapes": shapes, "charts": charts, "words": len(TRAINED_WORDS), "new words": len(NEW_WORDS)}
+    return {"shapes": shapes, "charts": charts}

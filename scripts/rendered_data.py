@@ -1,0 +1,250 @@
+"""Make shards of rendered pictures with exact captions: text in many fonts, bar charts and colored shapes.
+
+    python scripts/rendered_data.py OUT [--train 60000] [--held-out 300] [--fonts FOLDER] [--seed 0]
+
+Everything comes with pip (`pip install 'open_clip_ov2[demo]'`); `bash scripts/fonts.sh FOLDER` brings 70 more font
+families from npm. OUT gets webdataset shards under short/ (text of at most three letters or digits), train/ and held-out/,
+each with sizes.json; a vocabulary of word pieces in tokenizer/; README.md, guess.json and settings.json.
+The same settings give the same bytes, whatever --workers is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import multiprocessing
+import random
+import string
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import rendered_shapes
+import rendered_text
+
+FORMAT = 4  # raise when the same settings give other data
+NEEDED = ("wonderwords", "font_roboto", "font_lato", "font_caladea", "font_manrope", "font_hanken_grotesk")
+SHARD = 10_000  # samples in a training shard
+MIX = {"shapes": 15, "charts": 15, "words": 32, "letters": 14, "numbers": 10, "two words": 7, "mixed case": 7}
+HELD_OUT = ("shapes", "charts", "words", "new words", "new fonts", "numbers", "two words", "mixed case")
+SHORT = 3  # letters or digits of the text in short/
+README = """# Rendered pictures with captions
+
+Made by `scripts/rendered_data.py` with {settings}.
+
+{table}
+
+- `shapes`, `charts`: drawn by `scripts/rendered_shapes.py`. A tenth of the combinations is held out.
+- Text is drawn by `scripts/rendered_text.py`: lower-case words, strings of random letters, numbers, two words, and words in
+  upper or title case (`mixed case`; captions are lower-case). A tenth of the {words} words is held out: `new words`.
+  `new fonts` are new words in font families that no training picture shows.
+- `label` in each picture's JSON is for probes: color and shape, how two shapes lie, how many equal ones there are,
+  a chart's tallest bar, a text's first letter.
+- `tokenizer/vocab.txt`: word pieces for `ov2 train --tokenizer`: letters, digits, and the longer words that the
+  captions repeat. All other words are spelled by letters.
+- `guess.json`: the probability that a uniform guess over a kind's captions is exactly right.
+
+Words: wonderwords (MIT). Fonts: DejaVu (Bitstream Vera License), Roboto (Apache-2.0), Lato, Caladea, Manrope,
+Hanken Grotesk, Source Serif (OFL-1.1), and those of --fonts (OFL-1.1 or Apache-2.0: the folder's packages say which).
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the data depend on."""
+
+    train: int
+    short: int
+    held_out: int  # pictures of each kind
+    seed: int
+    size: int
+    fonts: tuple[str, ...]  # names of the trained fonts
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings, and where this machine has the fonts."""
+
+    settings: Settings
+    fonts: tuple[str, ...]
+    new_fonts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as it is stored."""
+
+    key: str
+    jpeg: bytes
+    kind: str
+    caption: str
+    label: str
+
+
+@cache
+def vocabulary(held_out: bool, longest: int = rendered_text.LONGEST_WORD) -> tuple[str, ...]:
+    """The held-out or the trained words of at most so many letters."""
+    return tuple(
+        word
+        for word in rendered_text.words()
+        if len(word) <= longest and rendered_shapes.is_held_out(f"word/{word}") == held_out
+    )
+
+
+def draw(kind: str, split: str, job: Job, rng: random.Random) -> tuple[Any, str, str]:
+    """Picture, caption and label of one sample."""
+    side, held_out = job.settings.size, split == "held-out"
+    if kind in ("shapes", "charts"):
+        plan = rendered_shapes.plan_picture(kind, held_out, rng)
+        return rendered_shapes.paint(plan, side, rng), plan.caption, plan.label
+    new = kind in ("new words", "new fonts")
+    longest = SHORT if split == "short" else rendered_text.LONGEST_WORD
+    planned = rendered_text.plan_text("words" if new else kind, vocabulary(new, longest), rng, longest)
+    fonts = job.new_fonts if kind == "new fonts" else job.fonts
+    return rendered_text.draw_text(planned, fonts, side, rng), planned.caption, f"text in {planned.lines[0][0].lower()}"
+
+
+def make_sample(index: int, split: str, job: Job) -> Sample:
+    """The index-th sample of a split; depends on nothing else than its arguments."""
+    rng = random.Random(f"{job.settings.seed}/{split}/{index}")
+    kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(MIX), list(MIX.values()))[0]
+    picture, caption, label = draw(kind, split, job, rng)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=92, subsampling=0)
+    return Sample(f"{split}-{index:07d}", out.getvalue(), kind, caption, label)
+
+
+def write_shards(folder: Path, total: int, samples: Iterable[Sample]) -> list[tuple[str, str]]:
+    """Write shards of at most SHARD samples and return kind and caption of each sample."""
+    import webdataset
+
+    folder.mkdir(parents=True)
+    waiting: Iterator[Sample] = iter(samples)
+    sizes, written = {}, []
+    for start in range(0, total, SHARD):
+        path = folder / f"{start // SHARD:05d}.tar"
+        sizes[path.name] = min(SHARD, total - start)
+        with path.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
+            for _ in range(sizes[path.name]):
+                sample = next(waiting)
+                about = {"kind": sample.kind, "label": sample.label, "captions": [sample.caption]}
+                writer.write({"__key__": sample.key, "jpg": sample.jpeg, "txt": sample.caption, "json": about})
+                written.append((sample.kind, sample.caption))
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
+    return written
+
+
+def summary(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> str:
+    """A table of the pictures and the distinct captions of each kind, with an example."""
+    rows = ["| kind | train | held out | distinct captions (train, held out) | example |", "|---|---|---|---|---|"]
+    counts = [Counter(kind for kind, _ in split) for split in (train, held_out)]
+    for kind in (*HELD_OUT, "letters"):
+        captions = [[caption for other, caption in split if other == kind] for split in (train, held_out)]
+        numbers = f"{counts[0][kind]} | {counts[1][kind]} | {len(set(captions[0]))}, {len(set(captions[1]))}"
+        rows.append(f"| {kind} | {numbers} | {(captions[1] + captions[0] + ['-'])[0]} |")
+    return "\n".join(rows)
+
+
+def write_about(root: Path, settings: Settings, table: str) -> None:
+    """Write README.md, guess.json, settings.json and the vocabulary."""
+    captions = {
+        **rendered_shapes.distinct_captions(),
+        **dict.fromkeys(("words", "mixed case"), len(vocabulary(False))),
+        **dict.fromkeys(("new words", "new fonts"), len(vocabulary(True))),
+        "two words": len(vocabulary(False)) ** 2,
+        "numbers": sum(10**digits for digits in range(1, 7)),
+    }
+    guess = {kind: 1 / number for kind, number in captions.items()}
+    (root / "guess.json").write_text(json.dumps(guess, indent=1) + "\n")
+    (root / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if name != "fonts")
+    text = README.format(
+        settings=f"{shown}, {len(settings.fonts)} fonts", table=table, words=len(rendered_text.words())
+    )
+    (root / "README.md").write_text(text, encoding="utf-8")
+    # In the format and with the special ids of BERT's: [PAD] 0, bos 1, eos 2. Shorter words of the captions, such as
+    # "the" and "an", are spelled: as pieces they would be the beginning of many a rendered word.
+    letters = string.ascii_lowercase + string.digits
+    repeated = sorted({"word", "words", "number", *(word for word in rendered_shapes.caption_words() if len(word) > 3)})
+    pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *letters, *(f"##{letter}" for letter in letters), *repeated]
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+
+
+def make(root: Path, job: Job, workers: int) -> str:
+    """Make the whole set in the folder and return its summary."""
+    started, settings = time.monotonic(), job.settings
+    totals = {"short": settings.short, "train": settings.train, "held-out": settings.held_out * len(HELD_OUT)}
+    written: dict[str, list[tuple[str, str]]] = {}
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for split, total in totals.items():
+            pictures = pool.imap(partial(make_sample, split=split, job=job), range(total), chunksize=64)
+            written[split] = write_shards(root / split, total, pictures)
+            print(f"[{time.monotonic() - started:5.1f} s] {split}: {total:,} pictures written", flush=True)
+    table = summary(written["train"], written["held-out"])
+    write_about(root, settings, table)
+    return table
+
+
+def reusable(out: Path, settings: Settings) -> bool:
+    """Whether OUT holds this very set; an error where it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    path = out / "settings.json"
+    if not path.exists():
+        sys.exit(f"error: {out} exists and is not a finished set: name another folder or remove it")
+    found, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(settings)))
+    if found == wanted:
+        return True
+    keys = sorted(key for key in wanted | found if found.get(key) != wanted.get(key))
+    differ = ", ".join(f"{key} {found.get(key)} (now {wanted.get(key)})" for key in keys if key != "fonts")
+    sys.exit(f"error: {out} was made with other settings: {differ or 'fonts'}: name another folder or remove it")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Make shards of rendered pictures with exact captions.")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--train", type=int, default=60_000, help="pictures to train on")
+    parser.add_argument("--short", type=int, default=20_000, help="pictures with short text, to train on first")
+    parser.add_argument("--held-out", type=int, default=300, help="pictures of each kind to test on")
+    parser.add_argument("--fonts", type=Path, help="folder with more fonts, from scripts/fonts.sh")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
+    parser.add_argument("--size", type=int, default=96, help="side of the pictures, in pixels")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the set in a temporary folder beside OUT, then rename it."""
+    args = parse(argv)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: missing {', '.join(missing)}: pip install 'open_clip_ov2[demo]'")
+    out = args.out.resolve()
+    fonts = rendered_text.font_files(rendered_text.TRAINED_FONTS, args.fonts)
+    new_fonts = rendered_text.font_files(rendered_text.HELD_OUT_FONTS)
+    names = tuple(Path(font).name for font in fonts)
+    job = Job(Settings(args.train, args.short, args.held_out, args.seed, args.size, names), fonts, new_fonts)
+    if reusable(out, job.settings):
+        print(f"{args.out}: already made with these settings, reused")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        made = Path(scratch) / "set"
+        table = make(made, job, args.workers)
+        made.replace(out)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
