@@ -1,8 +1,8 @@
 """Train an ov2 model and a CLIP with the same encoder on the same pictures, and compare what the encoders learned.
 
-    python scripts/demo_data.py demo/data        # drawings, charts and words (pip install '.[demo]')
-    python examples/compare_with_clip.py --train-data 'demo/data/train/rendered-0000{0..7}.tar' \\
-        --val-data demo/data/held-out/rendered-00000.tar --caption-keys json:captions --label-key json:label
+    python scripts/rendered_data.py demo/data    # text, charts and shapes (pip install '.[demo]')
+    python examples/compare_with_clip.py --train-data 'demo/data/train/0000{0..5}.tar' \\
+        --val-data demo/data/held-out/00000.tar --caption-keys json:captions --label-key json:label
 
 Both see the same samples in the same order with the same crops. Then a k-nearest-neighbor classifier and a linear probe
 are fitted to the frozen features of --train-data, and tested on --val-data. One seed of a small model proves little:

@@ -1,7 +1,7 @@
 """Pictures of text for training and for tests: words, letter strings, numbers and lines of two words in many fonts.
 
-Words come from the `wonderwords` package, fonts from packages on PyPI, and more fonts from npm where a folder of them is
-given (`scripts/fonts.sh`). One word in ten, and whole font families, are held out.
+Words come from the `wonderwords` package, fonts from packages on PyPI, and more fonts from npm where a folder of them
+is given (`scripts/fonts.py`). One word in ten, and whole font families, are held out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def words() -> tuple[str, ...]:
 
 
 def font_files(packages: Mapping[str, str], folder: Path | None = None) -> tuple[str, ...]:
-    """The packages' fonts that match, and those of a folder made by `scripts/fonts.sh`, sorted by name."""
+    """The packages' fonts that match, and those of a folder made by `scripts/fonts.py`, sorted by name."""
     found = [path for name, pattern in packages.items() for path in package_folder(name).rglob(pattern)]
     if folder is not None:
         found += folder.rglob("*.ttf")
@@ -108,7 +108,7 @@ def choose_colors(rng: random.Random) -> tuple[RGB, RGB]:
 
 
 def fitting_font(lines: Sequence[str], file: str, side: int, rng: random.Random) -> ImageFont.FreeTypeFont:
-    """The font at a size for which the text fills 70% to 97% of the width, or 30% to 70% of the height for each line."""
+    """The font at a size for which the text fills 70% to 97% of the width, or 45% to 80% of the height."""
     boxes = [font_at(file, 40).getbbox(line) for line in lines]
     width = max(box[2] - box[0] for box in boxes)
     height = 50 * len(lines)

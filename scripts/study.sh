@@ -8,11 +8,11 @@ source scripts/setup_venv.sh demo
 DEMO=demo  # the comparisons' files name its tokenizer
 DATA="$DEMO/data"
 OUT="${OUT:-docs/results}"
-python scripts/demo_data.py "$DATA"
+python scripts/rendered_data.py "$DATA"
 
 ov2 compare configs/compare/{ov2-coca-clip,equal-seconds,keep-ratio,two-stage}.toml \
-  --train-data "$DATA/train/rendered-0000{0..7}.tar::$DATA/train/emoji-0000{0..3}.tar" \
-  --val-data "$DATA/held-out/rendered-00000.tar" --probe-data "$DATA/train/rendered-0000{0..1}.tar" \
+  --train-data "$DATA/train/0000{0..5}.tar" \
+  --val-data "$DATA/held-out/00000.tar" --probe-data "$DATA/train/00000.tar" \
   --title "Captions alone, or contrastive too: a small study on pictures that a CPU can learn" \
   --jobs "${JOBS:-2}" --out "$DEMO/study" ${SCALE:+--scale "$SCALE"} ${SEEDS:+--seeds "$SEEDS"}
 mkdir -p "$OUT"

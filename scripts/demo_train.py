@@ -1,0 +1,80 @@
+"""Train the demo's model from nothing within a given time.
+
+    python scripts/demo_train.py --recipe configs/demo.toml --minutes 7 --logs demo/logs --name ov2-nano \\
+        [flags of ov2 train]
+
+Measures how many images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that
+training takes that long, and trains with `ov2 train`. If the run is there already, it is resumed as it was planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip_ov2 as ov2
+from open_clip_ov2.recipe import Recipe, Stage, dump_recipe, load_recipe
+
+MEASURED_STEPS = 40
+STARTING = 15  # seconds that a run spends before its first step, between stages and in validation
+
+
+def with_batches(stage: Stage, number: int) -> Stage:
+    """The stage with so many global batches, at least one."""
+    samples = max(number, 1) * (stage.global_batch or 1)
+    return replace(stage, samples=samples, warmup_samples=min(stage.warmup_samples or 0, samples))
+
+
+def measured(recipe: Recipe, flags: list[str]) -> list[float]:
+    """Images/s of each stage, from a run of MEASURED_STEPS steps each that is thrown away."""
+    with tempfile.TemporaryDirectory() as scratch:
+        short = [
+            replace(stage, samples=MEASURED_STEPS * (stage.global_batch or 1), warmup_samples=0)
+            for stage in recipe.stages
+        ]
+        path = Path(scratch) / "measure.toml"
+        path.write_text(dump_recipe(replace(recipe, stages=tuple(short))), encoding="utf-8")
+        run = ov2.train(
+            ["--recipe", str(path), *flags, "--logs", scratch, "--name", "measure", "--log-every-n-steps", "20"]
+        )
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    last = {row["stage"]: row["images_per_second"] for row in rows if row["kind"] == "train"}
+    return [last[number] for number in range(1, len(short) + 1)]
+
+
+def scaled(recipe: Recipe, rates: list[float], seconds: float) -> Recipe:
+    """The recipe with samples for that many seconds, each stage's share as it was, in whole global batches."""
+    needed = sum(stage.samples / rate for stage, rate in zip(recipe.stages, rates, strict=True))
+    stages = [
+        with_batches(stage, round(stage.samples * seconds / needed / (stage.global_batch or 1)))
+        for stage in recipe.stages
+    ]
+    return replace(recipe, stages=tuple(stages))
+
+
+def main() -> None:
+    """Measure, plan, train."""
+    parser = argparse.ArgumentParser(description="Train the demo's model from nothing within a given time.")
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="time for training, measuring included")
+    parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    args, flags = parser.parse_known_args()
+    planned = args.logs / f"{args.name}.toml"
+    if not planned.exists():
+        recipe = load_recipe(args.recipe)
+        print("Measuring the speed of this machine ...", flush=True)
+        rates = measured(recipe, flags)
+        recipe = scaled(recipe, rates, 60 * args.minutes - STARTING)
+        for stage, rate in zip(recipe.stages, rates, strict=True):
+            print(f"{stage.title}: {rate:.0f} images/s, so {stage.samples:,} samples in {stage.samples / rate:.0f} s")
+        args.logs.mkdir(parents=True, exist_ok=True)
+        planned.write_text(dump_recipe(recipe), encoding="utf-8")
+    ov2.train(["--recipe", str(planned), *flags, "--logs", str(args.logs), "--name", args.name])
+
+
+if __name__ == "__main__":
+    main()
