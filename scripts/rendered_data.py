@@ -3,7 +3,7 @@
     python scripts/rendered_data.py OUT [--train 60000] [--held-out 300] [--fonts FOLDER] [--seed 0]
 
 Everything comes with pip (`pip install 'open_clip_ov2[demo]'`); `python scripts/fonts.py FOLDER` brings 72 more font
-families from npm. OUT gets webdataset shards under short/ (text of at most three letters or digits), train/ and
+families from npm. OUT gets webdataset shards under short/ (text of a few letters or digits), train/ and
 held-out/, each with sizes.json; a vocabulary of word pieces in tokenizer/; README.md, guess.json and settings.json.
 The same settings give the same bytes, whatever --workers is; one core draws some 900 pictures a second.
 """
@@ -35,7 +35,6 @@ NEEDED = ("wonderwords", "font_roboto", "font_lato", "font_caladea", "font_manro
 SHARD = 10_000  # samples in a training shard
 MIX = {"shapes": 15, "charts": 15, "words": 32, "letters": 14, "numbers": 10, "two words": 7, "mixed case": 7}
 HELD_OUT = ("shapes", "charts", "words", "new words", "new fonts", "numbers", "two words", "mixed case")
-SHORT = 3  # letters or digits of the text in short/
 README = """# Rendered pictures with captions
 
 Made by `scripts/rendered_data.py` with {settings}.
@@ -63,6 +62,8 @@ class Settings:
 
     train: int
     short: int
+    short_length: int  # letters or digits of the text in short/
+    short_letters: int  # weight of random strings in short/, where MIX has the others
     held_out: int  # pictures of each kind
     seed: int
     size: int
@@ -107,7 +108,7 @@ def draw(kind: str, split: str, job: Job, rng: random.Random) -> tuple[Any, str,
         plan = rendered_shapes.plan_picture(kind, held_out, rng)
         return rendered_shapes.paint(plan, side, rng), plan.caption, plan.label
     new = kind in ("new words", "new fonts")
-    longest = SHORT if split == "short" else rendered_text.LONGEST_WORD
+    longest = job.settings.short_length if split == "short" else rendered_text.LONGEST_WORD
     planned = rendered_text.plan_text("words" if new else kind, vocabulary(new, longest), rng, longest)
     fonts = job.new_fonts if kind == "new fonts" else job.fonts
     return rendered_text.draw_text(planned, fonts, side, rng), planned.caption, f"text in {planned.lines[0][0].lower()}"
@@ -116,7 +117,8 @@ def draw(kind: str, split: str, job: Job, rng: random.Random) -> tuple[Any, str,
 def make_sample(index: int, split: str, job: Job) -> Sample:
     """The index-th sample of a split; depends on nothing else than its arguments."""
     rng = random.Random(f"{job.settings.seed}/{split}/{index}")
-    kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(MIX), list(MIX.values()))[0]
+    mix = {**MIX, "letters": job.settings.short_letters} if split == "short" else MIX
+    kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(mix), list(mix.values()))[0]
     picture, caption, label = draw(kind, split, job, rng)
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=92, subsampling=0)
@@ -216,6 +218,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--train", type=int, default=60_000, help="pictures to train on")
     parser.add_argument("--short", type=int, default=20_000, help="pictures with short text, to train on first")
+    parser.add_argument("--short-length", type=int, default=3, help="letters or digits that short text has at most")
+    parser.add_argument("--short-letters", type=int, default=14, help="weight of random strings in short/ (others: 86)")
     parser.add_argument("--held-out", type=int, default=300, help="pictures of each kind to test on")
     parser.add_argument("--fonts", type=Path, help="folder with more fonts, from scripts/fonts.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
@@ -234,7 +238,17 @@ def main(argv: list[str] | None = None) -> None:
     fonts = rendered_text.font_files(rendered_text.TRAINED_FONTS, args.fonts)
     new_fonts = rendered_text.font_files(rendered_text.HELD_OUT_FONTS)
     names = tuple(Path(font).name for font in fonts)
-    job = Job(Settings(args.train, args.short, args.held_out, args.seed, args.size, names), fonts, new_fonts)
+    settings = Settings(
+        args.train,
+        args.short,
+        args.short_length,
+        args.short_letters,
+        args.held_out,
+        args.seed,
+        args.size,
+        names,
+    )
+    job = Job(settings, fonts, new_fonts)
     if reusable(out, job.settings):
         print(f"{args.out}: already made with these settings, reused")
         return
