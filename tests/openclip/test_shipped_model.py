@@ -6,6 +6,7 @@ Oracle: the captions that the pictures were drawn from. The same model with rand
 from __future__ import annotations
 
 import importlib
+import random
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,8 @@ def right(data: ModuleType, model: torch.nn.Module) -> Counter[str]:
     tokenizer = open_clip.get_tokenizer(f"{NAME}:{TAG}")
     fonts = data.rendered_text.font_files(data.rendered_text.TRAINED_FONTS)
     job = data.Job(data.Settings(0, 0, 0, seed=9, size=96, fonts=()), fonts, ())
-    drawn = [data.draw(kind, "held-out", job, data.random.Random(f"{kind}{i}")) for kind in SHARES for i in range(PICTURES)]
+    seeds = [(kind, f"{kind}{number}") for kind in SHARES for number in range(PICTURES)]
+    drawn = [data.draw(kind, "held-out", job, random.Random(seed)) for kind, seed in seeds]
     with torch.no_grad():
         ids = model.eval().generate(torch.stack([preprocess(picture) for picture, _, _ in drawn]), seq_len=30)
     found: Counter[str] = Counter()
