@@ -4,7 +4,7 @@
 `create_model`, `get_tokenizer`, `ov2 train --model`, `ov2 caption --checkpoint`, `ov2 eval` and `ov2 export`.
 
 To add one, put the folder `pretrained/TAG` into the package and a line into SHIPPED. The folder is as `ov2 export
---to ov2` writes it: open_clip_config.json, weights (model.safetensors, float16 to be small), and vocab.txt if the model
+--to ov2` writes it: open_clip_config.json, weights (in float16, to be small), and vocab.txt if the model
 reads word pieces. Model, tokenizer and preprocessing are those of that folder.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from open_clip import pretrained as open_clip_pretrained
 
 FOLDER = Path(__file__).parents[2] / "pretrained"
-WEIGHTS = "model.safetensors"
+WEIGHTS = "open_clip_model.safetensors"
 
 
 class Shipped(NamedTuple):
