@@ -6,6 +6,7 @@ Oracle: those records, which other CPUs round differently.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from square_shards import write_square_shards
 from training import results
 
+from open_clip_ov2 import open_model
 from open_clip_ov2.cli import main as ov2
 
 OLD = Path(__file__).parent / "old_run"
@@ -39,3 +41,19 @@ def test_a_run_of_version_0_1_0_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     for before, now in zip(recorded, results(run, "train") + results(run, "val"), strict=True):
         for name in before.keys() & {"caption_loss", "loss", "lr", "grad_norm"}:
             assert now[name] == pytest.approx(before[name], rel=1e-3), (name, before["samples_seen"])
+
+
+def test_a_run_keeps_the_decoder_that_its_model_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tiny` has another decoder by now. Oracle: the checkpoint's own decoder, which the run ends with."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    write_square_shards(tmp_path / "train", 4, 8)
+    write_square_shards(tmp_path / "val", 1, 10, start=1000)
+    monkeypatch.chdir(tmp_path)
+    config = json.loads(Path("tiny/open_clip_config.json").read_text())
+    layers = config["model_cfg"]["decoder_cfg"]["layers"]
+    config["model_cfg"]["decoder_cfg"]["layers"] = layers + 1
+    Path("tiny/open_clip_config.json").write_text(json.dumps(config))
+    assert ov2(["train", *FLAGS]) == 0
+    assert open_model("logs/run").model.text_decoder.config.layers == layers
+    written = json.loads(Path("logs/run/open_clip_config.json").read_text())
+    assert written["model_cfg"]["decoder_cfg"]["layers"] == layers

@@ -15,7 +15,7 @@ from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
-from open_clip_ov2.openclip.models.own_config import brings_weights
+from open_clip_ov2.openclip.models.own_config import brings_weights, named_config
 from open_clip_ov2.openclip.models.preprocess import eval_transform, ov2_preprocess_options, train_crop
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
@@ -74,7 +74,7 @@ class StageModel:
         """In the place of OpenCLIP's `create_model_and_transforms`."""
 
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
-            extra = model_options(self.options, name, kwargs.get("force_context_length"))
+            extra = self._model_options(name, kwargs.get("force_context_length"))
             checkpoint = self.session.checkpoint
             if checkpoint is not None:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
@@ -126,7 +126,15 @@ class StageModel:
         return content
 
     def model_options(self, args: argparse.Namespace) -> dict[str, Any]:
-        return model_options(self.options, args.model, args.force_context_length)
+        return self._model_options(args.model, args.force_context_length)
+
+    def _model_options(self, name: str, context_length: int | None) -> dict[str, Any]:
+        """A run goes on with the decoder that it began with, though the model of that name may have another by now."""
+        extra = model_options(self.options, name, context_length)
+        own = named_config(f"local-dir:{self.session.plan.folder}") if self.session.checkpoint is not None else None
+        if own is not None and "decoder_cfg" in own.model_cfg:
+            extra["decoder_cfg"] = own.model_cfg["decoder_cfg"]
+        return extra
 
     def get_tokenizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_tokenizer(name: str, **kwargs: Any) -> Any:
