@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +68,9 @@ def main() -> None:
     if not planned.exists():
         recipe = load_recipe(args.recipe)
         print("Measuring the speed of this machine ...", flush=True)
+        started = time.monotonic()
         rates = measured(recipe, flags)
-        recipe = scaled(recipe, rates, 60 * args.minutes - STARTING)
+        recipe = scaled(recipe, rates, 60 * args.minutes - STARTING - (time.monotonic() - started))
         for stage, rate in zip(recipe.stages, rates, strict=True):
             print(f"{stage.title}: {rate:.0f} images/s, so {stage.samples:,} samples in {stage.samples / rate:.0f} s")
         args.logs.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ FORMAT = 4  # raise when the same settings give other data
 NEEDED = ("wonderwords", "font_roboto", "font_lato", "font_caladea", "font_manrope", "font_hanken_grotesk")
 SHARD = 10_000  # samples in a training shard
 MIX = {"shapes": 15, "charts": 15, "words": 32, "letters": 14, "numbers": 10, "two words": 7, "mixed case": 7}
-HELD_OUT = ("shapes", "charts", "words", "new words", "new fonts", "numbers", "two words", "mixed case")
+HELD_OUT = ("shapes", "charts", "short words", "words", "new words", "new fonts", "numbers", "two words", "mixed case")
+SHORT_WORD = 4  # letters of short words at most
 README = """# Rendered pictures with captions
 
 Made by `scripts/rendered_data.py` with {settings}.
@@ -43,8 +44,8 @@ Made by `scripts/rendered_data.py` with {settings}.
 
 - `shapes`, `charts`: drawn by `scripts/rendered_shapes.py`. A tenth of the combinations is held out.
 - Text is drawn by `scripts/rendered_text.py`: lower-case words, strings of random letters, numbers, two words, and
-  words in upper or title case (`mixed case`; captions are lower-case). A tenth of the {words} words is held out:
-  `new words`. `new fonts` are new words in font families that no training picture shows.
+  words in upper or title case (`mixed case`; captions are lower-case). `short words` have at most four letters. A tenth
+  of the {words} words is held out: `new words`. `new fonts` are new words in fonts that no training picture shows.
 - `label` in each picture's JSON is for probes: color and shape, how two shapes lie, how many equal ones there are,
   a chart's tallest bar, a text's first letter.
 - `tokenizer/vocab.txt`: word pieces for `ov2 train --tokenizer`: letters, digits, and the longer words that the
@@ -108,8 +109,10 @@ def draw(kind: str, split: str, job: Job, rng: random.Random) -> tuple[Any, str,
         plan = rendered_shapes.plan_picture(kind, held_out, rng)
         return rendered_shapes.paint(plan, side, rng), plan.caption, plan.label
     new = kind in ("new words", "new fonts")
-    longest = job.settings.short_length if split == "short" else rendered_text.LONGEST_WORD
-    planned = rendered_text.plan_text("words" if new else kind, vocabulary(new, longest), rng, longest)
+    lengths = {"short": job.settings.short_length, "short words": SHORT_WORD}
+    longest = lengths.get(split, lengths.get(kind, rendered_text.LONGEST_WORD))
+    plain = "words" if new or kind == "short words" else kind
+    planned = rendered_text.plan_text(plain, vocabulary(new, longest), rng, longest)
     fonts = job.new_fonts if kind == "new fonts" else job.fonts
     return rendered_text.draw_text(planned, fonts, side, rng), planned.caption, f"text in {planned.lines[0][0].lower()}"
 
@@ -161,6 +164,7 @@ def write_about(root: Path, settings: Settings, table: str) -> None:
     captions = {
         **rendered_shapes.distinct_captions(),
         **dict.fromkeys(("words", "mixed case"), len(vocabulary(False))),
+        "short words": len(vocabulary(False, SHORT_WORD)),
         **dict.fromkeys(("new words", "new fonts"), len(vocabulary(True))),
         "two words": len(vocabulary(False)) ** 2,
         "numbers": sum(10**digits for digits in range(1, 7)),
