@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the model that the package ships, `ov2-vit-nano-8:rendered`, from nothing: fonts from npm, 520,000 rendered pictures,
 # three stages of training, an evaluation of held-out pictures, and the folder src/open_clip_ov2/pretrained/rendered.
-# About two and a half hours on two CPU cores; the same command resumes what was interrupted. THREADS=1 as the shipped one.
+# Two hours on two CPU cores with AVX2 alone; the same command resumes what was interrupted. Another number of threads, or
+# another CPU, rounds differently.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo

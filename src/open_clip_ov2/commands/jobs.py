@@ -97,9 +97,7 @@ def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> 
 
 def show(submitted: Sequence[RunState], by_hand: Mapping[Path, Status], folders: Sequence[Path], as_json: bool) -> None:
     if as_json:
-        others = [
-            {"name": path.name, "run_dir": str(path), "status": asdict(status)} for path, status in by_hand.items()
-        ]
+        others = [_record_by_hand(path, status) for path, status in by_hand.items()]
         print(json.dumps([*(_record(run) for run in submitted), *others], indent=1))
         return
     if not submitted and not by_hand:
@@ -133,6 +131,20 @@ def _row(now: str, status: Status | None, stages: int, total: int, alive: bool) 
         shown += f" (silent for {silent_s / 60:.0f} min)"
     samples = f"{status.samples_seen:,} / {total:,}"
     return shown, f"{status.stage} of {stages}", samples, loss, speed, str(status.restarts)
+
+
+def _record_by_hand(path: Path, status: Status) -> dict[str, object]:
+    """As _record has it, without what a submission adds."""
+    return {
+        "name": path.name,
+        "run_dir": str(path),
+        "job_id": "",
+        "state": status.state,
+        "reason": status.reason,
+        "submission": "",
+        "log": "",
+        "status": asdict(status),
+    }
 
 
 def _record(run: RunState) -> dict[str, object]:
