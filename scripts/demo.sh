@@ -12,8 +12,9 @@ run() { printf '\n$ %s\n' "$*"; "$@"; }
 # bfloat16 is faster only on CPUs that multiply it in hardware.
 PRECISION=fp32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp_bf16; fi
-# OpenMP's threads sleep while they wait: spinning, two of them are slower than one where other processes run (dev/LOG.md).
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# One thread: for a model this small two wait for each other longer than they compute (dev/LOG.md); the data worker has the
+# other core.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$DEMO"
 # Seven minutes are too short for long words, so the model that is trained here sees text of at most four letters.
