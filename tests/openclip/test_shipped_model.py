@@ -22,7 +22,7 @@ pytest.importorskip("font_roboto")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAME, TAG = "ov2-vit-nano-8", "rendered"
 PICTURES = 10  # of each kind
-SHARES = {"shapes": 0.8, "charts": 0.8, "words": 0.7, "new words": 0.6}
+SHARES = {"shapes": 0.8, "charts": 0.8, "words": 0.7, "new words": 0.5}
 
 
 @pytest.fixture(scope="module")
