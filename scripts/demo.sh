@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything on one machine without a GPU: install; draw pictures of text, charts and shapes; let the model that ships in
-# the package read them; train one from nothing in seven minutes; show what it learned (docs/demo.md).
+# the package read them; train one from nothing in six minutes; show what it learned (docs/demo.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
@@ -17,13 +17,13 @@ if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$DEMO"
-# Seven minutes are too short for long words, so the model that is trained here sees text of at most four letters.
-run python scripts/rendered_data.py "$DATA" --train 0 --short 100000 --short-length 4 --short-letters 60 --held-out 150
+# Six minutes are too short for long words, so the model that is trained here sees text of at most four letters.
+run python scripts/rendered_data.py "$DATA" --train 0 --short 60000 --short-length 4 --held-out 150
 PICTURES=("$DATA/held-out/00000.tar" --caption-keys json:captions --every 46 --limit 24)
 run ov2 caption "${PICTURES[@]}" --out "$DEMO/shipped.png"
 
 # The same command resumes a run that was interrupted, and does nothing if the run is finished.
-run python scripts/demo_train.py --recipe configs/demo.toml --minutes "${MINUTES:-7}" --logs "$DEMO/logs" --name ov2-nano \
+run python scripts/demo_train.py --recipe configs/demo.toml --minutes "${MINUTES:-6}" --logs "$DEMO/logs" --name ov2-nano \
   --tokenizer "$DATA/tokenizer" --val-data "$DATA/held-out/00000.tar" --val-every-samples 20k --val-num-samples 400 \
   --precision "$PRECISION" --report-to tensorboard
 run ov2 eval "$RUN" --tasks caption-loss,shuffled-loss,read-text --data "$DATA/held-out/00000.tar" \
@@ -31,6 +31,6 @@ run ov2 eval "$RUN" --tasks caption-loss,shuffled-loss,read-text --data "$DATA/h
 run ov2 plot "$RUN" --out "$DEMO/curves.png"
 run ov2 caption "${PICTURES[@]}" --checkpoint "$RUN/checkpoints/stage_1.pt" --out "$DEMO/early.png"
 run ov2 caption "${PICTURES[@]}" --checkpoint "$RUN" --out "$DEMO/captions.png"
-printf '\nLook at %s (the shipped model), %s and %s (trained here, a third of the way and at the end), and %s.\n' \
+printf '\nLook at %s (the shipped model), %s and %s (trained here, half-way and at the end), and %s.\n' \
   "$DEMO/shipped.png" "$DEMO/early.png" "$DEMO/captions.png" "$DEMO/curves.png"
 printf 'tensorboard --logdir %s shows the run.\n' "$DEMO/logs"
