@@ -4,22 +4,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
-DEMO=demo  # configs/demo.toml names its data
-DATA="$DEMO/data"
+DEMO=demo
+DATA="$DEMO/short-data"  # configs/demo.toml names it
 RUN="$DEMO/logs/ov2-nano"
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 # bfloat16 is faster only on CPUs that multiply it in hardware.
 PRECISION=fp32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then PRECISION=amp_bf16; fi
-# One thread: for a model this small two wait for each other longer than they compute (dev/LOG.md); the data worker has the
-# other core.
+# One thread: beside a data worker, two are no faster on two cores for a model this small (dev/LOG.md).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 mkdir -p "$DEMO"
 # Six minutes are too short for long words, so the model that is trained here sees text of at most four letters.
 run python scripts/rendered_data.py "$DATA" --train 0 --short 60000 --short-length 4 --held-out 150
-PICTURES=("$DATA/held-out/00000.tar" --caption-keys json:captions --every 46 --limit 24)
+PICTURES=("$DATA/held-out/00000.tar" --caption-keys json:captions --every 46 --limit 24)  # 46 = 5 x 9 + 1: each of the nine kinds in turn
 run ov2 caption "${PICTURES[@]}" --out "$DEMO/shipped.png"
 
 # The same command resumes a run that was interrupted, and does nothing if the run is finished.

@@ -1,6 +1,6 @@
 """Train the demo's model from nothing within a given time.
 
-    python scripts/demo_train.py --recipe configs/demo.toml --minutes 7 --logs demo/logs --name ov2-nano \\
+    python scripts/demo_train.py --recipe configs/demo.toml --minutes 6 --logs demo/logs --name ov2-nano \\
         [flags of ov2 train]
 
 Measures how many images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that
@@ -75,6 +75,8 @@ def main() -> None:
             print(f"{stage.title}: {rate:.0f} images/s, so {stage.samples:,} samples in {stage.samples / rate:.0f} s")
         args.logs.mkdir(parents=True, exist_ok=True)
         planned.write_text(dump_recipe(recipe), encoding="utf-8")
+    else:
+        print(f"{planned}: the stages as they were planned before; remove it and the run for another time", flush=True)
     ov2.train(["--recipe", str(planned), *flags, "--logs", str(args.logs), "--name", args.name])
 
 

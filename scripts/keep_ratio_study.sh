@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What makes the text decoder indifferent to the number of image tokens? Trains the demo's model at 32 px with one ratio
-# and with a range, then evaluates both at several ratios. Uses the demo's data (scripts/demo.sh makes them); about
+# and with a range, then evaluates both at several ratios. Uses the data of scripts/study.sh; about
 # eight minutes on 2 cores. The result stands in dev/LOG.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
 DEMO="${DEMO:-demo}"
 DATA="$DEMO/data"
-[ -d "$DATA" ] || python scripts/rendered_data.py "$DATA"
+python scripts/rendered_data.py "$DATA"
 for RATIO in 0.35 0.25:1.0; do
   NAME="keep-${RATIO/:/-}"
   ov2 train --model ov2-vit-nano-8 --tokenizer "$DATA/tokenizer" --caption-keys json:captions --keep-ratio "$RATIO" \

@@ -2,7 +2,7 @@
 
     python scripts/rendered_data.py OUT [--train 60000] [--held-out 300] [--fonts FOLDER] [--seed 0]
 
-Everything comes with pip (`pip install 'open_clip_ov2[demo]'`); `python scripts/fonts.py FOLDER` brings 72 more font
+Everything comes with pip (`pip install 'open_clip_ov2[demo]'`); `python scripts/fonts.py FOLDER` brings 72 font
 families from npm. OUT gets webdataset shards under short/ (text of a few letters or digits), train/ and
 held-out/, each with sizes.json; a vocabulary of word pieces in tokenizer/; README.md, guess.json and settings.json.
 The same settings give the same bytes, whatever --workers is; one core draws some 900 pictures a second.
@@ -31,11 +31,15 @@ import rendered_shapes
 import rendered_text
 
 FORMAT = 4  # raise when the same settings give other data
-NEEDED = ("wonderwords", "font_roboto", "font_lato", "font_caladea", "font_manrope", "font_hanken_grotesk")
+NEEDED = ("wonderwords", *rendered_text.TRAINED_FONTS, *rendered_text.HELD_OUT_FONTS)
 SHARD = 10_000  # samples in a training shard
 MIX = {"shapes": 15, "charts": 15, "words": 32, "letters": 14, "numbers": 10, "two words": 7, "mixed case": 7}
 HELD_OUT = ("shapes", "charts", "short words", "words", "new words", "new fonts", "numbers", "two words", "mixed case")
 SHORT_WORD = 4  # letters of short words at most
+LICENSES = """\
+Words: wonderwords (MIT). Fonts: DejaVu (Bitstream Vera License), Roboto (Apache-2.0), Lato, Caladea, Manrope, Hanken
+Grotesk, Source Serif (OFL-1.1), and those of `scripts/fonts.py` (OFL-1.1, Apache-2.0 or UFL-1.0, as its LICENSES.txt
+says)."""
 README = """# Rendered pictures with captions
 
 Made by `scripts/rendered_data.py` with {settings}.
@@ -52,8 +56,7 @@ Made by `scripts/rendered_data.py` with {settings}.
   captions repeat. All other words are spelled by letters.
 - `guess.json`: the probability that a uniform guess over a kind's captions is exactly right.
 
-Words: wonderwords (MIT). Fonts: DejaVu (Bitstream Vera License), Roboto (Apache-2.0), Lato, Caladea, Manrope,
-Hanken Grotesk, Source Serif (OFL-1.1), and those of --fonts (OFL-1.1 or Apache-2.0: the folder's packages say which).
+{licenses}
 """
 
 
@@ -64,7 +67,6 @@ class Settings:
     train: int
     short: int
     short_length: int  # letters or digits of the text in short/
-    short_letters: int  # weight of random strings in short/, where MIX has the others
     held_out: int  # pictures of each kind
     seed: int
     size: int
@@ -120,8 +122,7 @@ def draw(kind: str, split: str, job: Job, rng: random.Random) -> tuple[Any, str,
 def make_sample(index: int, split: str, job: Job) -> Sample:
     """The index-th sample of a split; depends on nothing else than its arguments."""
     rng = random.Random(f"{job.settings.seed}/{split}/{index}")
-    mix = {**MIX, "letters": job.settings.short_letters} if split == "short" else MIX
-    kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(mix), list(mix.values()))[0]
+    kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(MIX), list(MIX.values()))[0]
     picture, caption, label = draw(kind, split, job, rng)
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=92, subsampling=0)
@@ -174,7 +175,10 @@ def write_about(root: Path, settings: Settings, table: str) -> None:
     (root / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
     shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if name != "fonts")
     text = README.format(
-        settings=f"{shown}, {len(settings.fonts)} fonts", table=table, words=len(rendered_text.words())
+        settings=f"{shown}, {len(settings.fonts)} fonts",
+        table=table,
+        words=len(rendered_text.words()),
+        licenses=LICENSES,
     )
     (root / "README.md").write_text(text, encoding="utf-8")
     # In the format and with the special ids of BERT's: [PAD] 0, bos 1, eos 2. Shorter words of the captions, such as
@@ -196,7 +200,7 @@ def make(root: Path, job: Job, workers: int) -> str:
             pictures = pool.imap(partial(make_sample, split=split, job=job), range(total), chunksize=64)
             written[split] = write_shards(root / split, total, pictures)
             print(f"[{time.monotonic() - started:5.1f} s] {split}: {total:,} pictures written", flush=True)
-    table = summary(written["train"], written["held-out"])
+    table = summary(written["short"] + written["train"], written["held-out"])
     write_about(root, settings, table)
     return table
 
@@ -223,7 +227,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=60_000, help="pictures to train on")
     parser.add_argument("--short", type=int, default=20_000, help="pictures with short text, to train on first")
     parser.add_argument("--short-length", type=int, default=3, help="letters or digits that short text has at most")
-    parser.add_argument("--short-letters", type=int, default=14, help="weight of random strings in short/ (others: 86)")
     parser.add_argument("--held-out", type=int, default=300, help="pictures of each kind to test on")
     parser.add_argument("--fonts", type=Path, help="folder with more fonts, from scripts/fonts.py")
     parser.add_argument("--seed", type=int, default=0, help="seed of the pictures")
@@ -246,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
         args.train,
         args.short,
         args.short_length,
-        args.short_letters,
         args.held_out,
         args.seed,
         args.size,

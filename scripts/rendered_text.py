@@ -62,28 +62,27 @@ def font_at(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 @dataclass(frozen=True)
 class Text:
-    """What a picture says: the caption, what is drawn in one or two lines, and what kind of text it is."""
+    """What a picture says: the caption, and what is drawn in one or two lines."""
 
-    kind: str
     caption: str
     lines: tuple[str, ...]
 
 
 def plan_text(kind: str, vocabulary: Sequence[str], rng: random.Random, longest: int = LONGEST_WORD) -> Text:
-    """Text of a kind: words, letters, numbers, two words, or mixed case; `longest` bounds words and numbers."""
+    """Text of a kind: words, letters, numbers, two words, or mixed case; `longest` bounds letters and numbers."""
     if kind == "numbers":
         digits = "".join(rng.choice(string.digits) for _ in range(rng.randint(1, min(6, longest))))
-        return Text(kind, f"the number {digits}", (digits,))
+        return Text(f"the number {digits}", (digits,))
     if kind == "letters":
         letters = "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(1, min(7, longest))))
-        return Text(kind, f"the word {letters}", (letters,))
+        return Text(f"the word {letters}", (letters,))
     first = rng.choice(vocabulary)
     if kind == "two words":
         second = rng.choice(vocabulary)
         lines = (first, second) if len(first) + len(second) > 9 or rng.random() < 0.5 else (f"{first} {second}",)
-        return Text(kind, f"the words {first} {second}", lines)
+        return Text(f"the words {first} {second}", lines)
     drawn = rng.choice((first.upper(), first.capitalize())) if kind == "mixed case" else first
-    return Text(kind, f"the word {first}", (drawn,))
+    return Text(f"the word {first}", (drawn,))
 
 
 def luminance(color: RGB) -> float:
@@ -108,7 +107,7 @@ def choose_colors(rng: random.Random) -> tuple[RGB, RGB]:
 
 
 def fitting_font(lines: Sequence[str], file: str, side: int, rng: random.Random) -> ImageFont.FreeTypeFont:
-    """The font at a size for which the text fills 70% to 97% of the width, or 45% to 80% of the height."""
+    """The font at a size for which the text fills 70% to 97% of the width, or 43% to 76% of the height."""
     boxes = [font_at(file, 40).getbbox(line) for line in lines]
     width = max(box[2] - box[0] for box in boxes)
     height = 50 * len(lines)

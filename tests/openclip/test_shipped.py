@@ -112,5 +112,7 @@ def test_the_package_contains_its_weights() -> None:
     root = Path(__file__).parents[2]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["open_clip_ov2"]
     for one in shipped.SHIPPED:
-        path = (one.folder / shipped.WEIGHTS).relative_to(root / "src" / "open_clip_ov2")
-        assert any(path.match(pattern) for pattern in data)
+        for name in (shipped.WEIGHTS, "open_clip_config.json", "vocab.txt"):
+            assert (one.folder / name).is_file()
+            path = (one.folder / name).relative_to(root / "src" / "open_clip_ov2")
+            assert any(path.match(pattern) for pattern in data)

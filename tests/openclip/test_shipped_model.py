@@ -37,7 +37,7 @@ def right(data: ModuleType, model: torch.nn.Module) -> Counter[str]:
     _, _, preprocess = open_clip.create_model_and_transforms(NAME, pretrained=TAG)
     tokenizer = open_clip.get_tokenizer(f"{NAME}:{TAG}")
     fonts = data.rendered_text.font_files(data.rendered_text.TRAINED_FONTS)
-    settings = data.Settings(0, 0, short_length=3, short_letters=14, held_out=0, seed=9, size=96, fonts=())
+    settings = data.Settings(0, 0, short_length=3, held_out=0, seed=9, size=96, fonts=())
     job = data.Job(settings, fonts, ())
     seeds = [(kind, f"{kind}{number}") for kind in SHARES for number in range(PICTURES)]
     drawn = [data.draw(kind, "held-out", job, random.Random(seed)) for kind, seed in seeds]
