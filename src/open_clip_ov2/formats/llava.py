@@ -24,7 +24,7 @@ FEATURE_LAYER = -1
 def write(
     source: ExportSource,
     folder: Path,
-    language_model: Path | None = None,
+    language_model: str | Path | None = None,
     feature_layer: int = FEATURE_LAYER,
     seed: int = 0,
 ) -> list[str]:
@@ -40,7 +40,7 @@ def write(
         raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
     image_processor = hf.image_processor(encoder)
     transformers = _transformers()
-    text_model, tokenizer = _language_model(transformers, language_model)
+    text_model, tokenizer = _language_model(transformers, Path(language_model))
     if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
         text_model.resize_token_embeddings(len(tokenizer))
     config = transformers.LlavaConfig(
