@@ -8,6 +8,7 @@ import timm.optim.muon
 import torch
 from torch import Tensor, nn
 
+from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.run import optimizers
 
 QUINTIC = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
@@ -43,3 +44,18 @@ def test_muon_on_a_cpu_computes_in_what_the_cpu_multiplies(units: bool, monkeypa
         else:
             torch.testing.assert_close(moved, exact, rtol=1e-4, atol=1e-4)
         assert timm.optim.muon.zeropower_via_newtonschulz is before
+
+
+def test_a_step_that_fails_leaves_nothing_rebound_after_the_next() -> None:
+    """Oracle: the object that timm has before."""
+    before = timm.optim.muon.zeropower_via_newtonschulz
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    patches.while_stepping(optimizer, optimizers.NEWTON_SCHULZ, lambda original: lambda *_: original)
+
+    def fails() -> float:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(fails)
+    optimizer.step()
+    assert timm.optim.muon.zeropower_via_newtonschulz is before

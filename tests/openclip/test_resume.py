@@ -24,6 +24,7 @@ from training import (
     results,
     samples_of,
     start,
+    start_ranks,
     wait_for,
     weights,
 )
@@ -169,6 +170,55 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(
     (tmp_path / "other" / "file").touch()
     assert ov2(["train", *without(flags, "--name"), "--name", "other"]) == 2
     assert "is not a run of ov2" in capsys.readouterr().err
+    (tmp_path / "other" / "run.json").write_text("{}")
+    assert ov2(["train", *without(flags, "--name"), "--name", "other"]) == 2
+    assert 'run.json: not written by `ov2 train` (it has no "config")' in capsys.readouterr().err
+
+
+def test_override_of_the_number_of_epochs_is_told_where_it_cannot_be(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer epochs than are done within a stage; more of a stage that is finished, its samples counted by sizes.json.
+    Oracle: the exit status, which is not 0, and no new file."""
+    shards = tmp_path / "shards"
+    shutil.copytree(squares / "train", shards)
+    (shards / "sizes.json").write_text(json.dumps({path.name: 8 for path in sorted(shards.glob("*.tar"))[:1]}))
+    flags = without(
+        common(squares, vocabulary, tmp_path), "--train-num-samples", "--epochs", "--train-data", "--val-data"
+    )
+    flags += ["--force-image-size", "16", "--train-data", f"{shards}/00000.tar", "--override"]
+    assert ov2(["train", *flags, "--epochs", "2"]) == 0
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["stage_1_samples_8.pt", "stage_1.pt"]
+    assert ov2(["train", *flags, "--epochs", "3"]) == 2
+    assert "stage 1 is finished" in capsys.readouterr().err
+    checkpoints[1].unlink()
+    assert ov2(["train", *flags, "--epochs", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "epoch 1 of stage 1 is done, and --epochs is 1, so nothing was trained" in error
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == checkpoints[:1]
+
+
+def _train_with_time_up_once(*flags: str) -> int:
+    from open_clip_ov2.openclip.run.stage_progress import StageProgress
+
+    def time_is_up(self: StageProgress) -> bool:  # by the clock of rank 0, after the first step alone
+        return self._session.rank == 0 and self.steps_done == 1
+
+    StageProgress._save_time_is_up = time_is_up  # type: ignore[method-assign]
+    return ov2(["train", *flags])
+
+
+def test_a_checkpoint_due_at_the_step_before_an_epochs_last_is_written(
+    squares: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """Ranks agree a step late. Oracle: epochs of two steps, and the clock has run out after the first: saved at the
+    epoch's end, though --save-frequency asks for nothing."""
+    flags = [*without(common(squares, vocabulary, tmp_path), "--epochs", "--val-data"), "--force-image-size", "16"]
+    done = finish(start_ranks(_train_with_time_up_once, [*flags, "--epochs", "2", "--save-frequency", "0"], 2))
+    assert [status for status, _ in done] == [0, 0], done
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["stage_1_samples_32.pt", "stage_1.pt"]
 
 
 def test_the_same_command_finds_its_run_without_a_name(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
@@ -302,6 +352,7 @@ def test_a_signal_claims_no_checkpoint_that_was_not_written(squares: Path, vocab
     assert "resumes from the beginning" in last
     assert "saved at" not in error
     assert "Free some space" not in error
+    assert "The run continues; there is no checkpoint yet." in (tmp_path / "run" / "out.log").read_text()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -210,8 +210,17 @@ def run_patches(replacements: dict[tuple[str, str], Callable[[Any], Any]]) -> It
 def while_stepping(optimizer: Any, where: tuple[str, str], replace: Callable[[Any], Any]) -> None:
     """A name of STEP is rebound in each step of this optimizer."""
     undo: list[Callable[[], None]] = []
-    optimizer.register_step_pre_hook(lambda *_: undo.append(apply([Patch(*where, replace, STEP[where])])))
-    optimizer.register_step_post_hook(lambda *_: undo.pop()())
+
+    def restore(*_: Any) -> None:
+        while undo:
+            undo.pop()()
+
+    def rebind(*_: Any) -> None:
+        restore()  # after a step that failed, which has no post hook
+        undo.append(apply([Patch(*where, replace, STEP[where])]))
+
+    optimizer.register_step_pre_hook(rebind)
+    optimizer.register_step_post_hook(restore)
 
 
 _undo_registration: list[Callable[[], None]] = []

@@ -154,9 +154,11 @@ class CheckpointWriter:
             cause = _cause(error)
             self.failure = first_line(cause)
             full = isinstance(cause, OSError) and cause.errno in NO_SPACE
+            found = list_checkpoints(self.folder)
             logger.error(
-                "CHECKPOINT NOT WRITTEN: %s: %s. The run continues; the newest checkpoint is still %s.%s",
-                self.folder / name.file, first_line(cause), [None, *list_checkpoints(self.folder)][-1],
+                "CHECKPOINT NOT WRITTEN: %s: %s. The run continues; %s.%s",
+                self.folder / name.file, first_line(cause),
+                f"the newest checkpoint is still {found[-1]}" if found else "there is no checkpoint yet",
                 " Free some space." if full else "",
             )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from copy import deepcopy
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
-    from open_clip_ov2.openclip.command.run_plan import RunPlan
+    from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
 EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
@@ -31,8 +30,10 @@ def check_same_run(plan: RunPlan) -> bool:
     file = plan.folder / RUN_FILE
     if not file.is_file():
         return False
-    before = read_json(file, dict)
-    changes = differences(before["config"], plan.config)
+    before = read_json(file, dict, "what `ov2 train` writes").get("config")
+    if not isinstance(before, dict):
+        raise UserError(f'{file}: not written by `ov2 train` (it has no "config"); give another --name')
+    changes = differences(before, plan.config)
     if changes and not plan.options.override:
         raise UserError(
             f"{plan.folder}: this run has another configuration ({'; '.join(changes)}); give another "
@@ -64,16 +65,16 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
 
 
 def own_config(
-    args: argparse.Namespace, model_options: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: Any
+    stage: StagePlan, model_options: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: Any
 ) -> OwnConfig:
     """The configuration of the model in training, with every flag that changed it folded in."""
+    args = stage.args
     cfg = deepcopy(open_clip_factory.get_model_config(args.model))
     if cfg is None:
         raise UserError(f"--model {args.model}: OpenCLIP has no config of this name")
     cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in model_options.items()})
-    size = args.force_image_size
-    if size is not None:
-        cfg["vision_cfg"]["image_size"] = size[0] if isinstance(size, list) and len(size) == 1 else size
+    if stage.image_size is not None:
+        cfg["vision_cfg"]["image_size"] = stage.image_size
     if args.force_context_length is not None:
         cfg["text_cfg"]["context_length"] = args.force_context_length
     plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))

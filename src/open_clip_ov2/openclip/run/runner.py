@@ -12,6 +12,7 @@ import torch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.command.run_plan import RunPlan
+from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_run import StageRun
 from open_clip_ov2.train.signals import StopSignals
@@ -55,8 +56,11 @@ def _run_stages(plan: RunPlan, session: Session) -> None:
 def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
     """A finished stage has decayed its learning rate. Raises UserError if --override asks for more samples of it."""
     last = plan.stages[-1]
-    asked = (last.args.train_num_samples or 0) * last.args.epochs
-    if state is not None and plan.options.override and state["stage"] == last.number and asked > state["stage_samples"]:
+    if state is None or state["stage"] != last.number or not plan.options.override:
+        return
+    source = make_source(last.args, last.options, train=True)
+    asked = samples_per_epoch(last.args, source) * last.args.epochs if source else 0
+    if asked > state["stage_samples"]:
         raise UserError(
             f"{plan.folder}: stage {last.number} is finished: its learning rate has come to the end of its schedule "
             f"after {state['stage_samples']:,} samples; to train on {asked:,} start another run (--name) from its last "

@@ -55,7 +55,7 @@ def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
 
 
 class StageModel:
-    """`model`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
+    """`model`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
     Weights come from the session's checkpoint, or --pretrained, or are new.
     """
@@ -69,12 +69,13 @@ class StageModel:
         self.tokenizer: Any = None
         self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}  # see `model_options`
 
     def create_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In the place of OpenCLIP's `create_model_and_transforms`."""
 
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
-            extra = self._model_options(name, kwargs.get("force_context_length"))
+            extra = self.extra = self._model_options(name, kwargs.get("force_context_length"))
             checkpoint = self.session.checkpoint
             if checkpoint is not None:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
@@ -124,9 +125,6 @@ class StageModel:
         if self.session.world_size > 1:
             content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
         return content
-
-    def model_options(self, args: argparse.Namespace) -> dict[str, Any]:
-        return self._model_options(args.model, args.force_context_length)
 
     def _model_options(self, name: str, context_length: int | None) -> dict[str, Any]:
         """A run goes on with the decoder that it began with, though the model of that name may have another by now."""

@@ -92,7 +92,8 @@ class StageProgress:
         return self.steps_done >= self._steps
 
     def after_step(self, report: StepReport) -> None:
-        """On every rank. Raises Interrupted (after saving), RunFailed (too many bad steps, or not saved) and InUse."""
+        """On every rank. Raises Interrupted (after saving), RunFailed (too many bad steps, or not saved), and on rank 0
+        alone InUse."""
         self.steps_done += 1
         self._session.check_lock()
         measured = {name: value for name, value in vars(report).items() if name not in ("bad", "keys")}
@@ -100,12 +101,12 @@ class StageProgress:
         self._guard.note(report.bad, report.keys, self.samples_seen)
         if self.steps_in_epoch == 0:
             return  # `end_epoch` validates and saves
-        validated = self.validate is not None and self.validation_due
-        if self.validate is not None and validated:
-            self.validate()
+        validate = self.validate if self.validation_due else None
+        if validate is not None:
+            validate()
         signalled = int(self._session.signals.name is not None)
         flags = self._session.agreement.exchange([signalled, int(self._save_time_is_up())])
-        if flags[STOP] or flags[SAVE] or validated or self._save_step:
+        if flags[STOP] or flags[SAVE] or validate is not None or self._save_step:
             self._save()
         if flags[STOP]:
             self._stop()
@@ -150,13 +151,13 @@ class StageProgress:
     def end_epoch(self) -> None:
         """After the epoch's validation: save if it is time to, as it always is at the stage's end."""
         agreement = self._session.agreement
-        agreement.close()
+        asked = agreement.close()[SAVE]  # at the step before, whose answer no other step waits for
         self._guard.check()
         # In epochs of one or two steps this is the only place where ranks agree on a signal.
         stop = not self.finished and agreement.now(self._session.signals.name is not None)
         every = self._stage.args.save_frequency
         due = every > 0 and self._epochs_done % every == 0
-        if stop or self.finished or due or self._save_step or agreement.now(self._save_time_is_up()):
+        if stop or self.finished or due or asked or self._save_step or agreement.now(self._save_time_is_up()):
             self._save()
         if stop:
             self._stop()

@@ -69,6 +69,13 @@ class StageRun:
             )
         if result == -1:
             raise UserError("OpenCLIP's main stopped with an error; its message is above")
+        if progress is None and self._loader is not None:  # OpenCLIP's loop had no epoch left
+            assert self.session.checkpoint is not None
+            raise RunFailed(
+                f"{self.session.plan.folder}: epoch {self.session.checkpoint['epoch']} of stage {self.stage.number} "
+                f"is done, and --epochs is {self.stage.args.epochs}, so nothing was trained; give more --epochs, or "
+                "start another run (--name)"
+            )
         if progress is not None:
             self.session.samples_before = progress.samples_seen
             if self.stage.number < len(self.session.plan.stages):
@@ -119,8 +126,7 @@ class StageRun:
                 from open_clip_train.data import get_imagenet
 
                 data[f"imagenet-{split}"] = get_imagenet(args, transforms, split)
-        options, preprocess_cfg = self.built.model_options(args), self.built.preprocess_cfg
-        self._config = own_config(args, options, preprocess_cfg, self.built.tokenizer)
+        self._config = own_config(self.stage, self.built.extra, self.built.preprocess_cfg, self.built.tokenizer)
         if self.session.rank == 0:
             self._config.write(self.session.plan.folder)
         return data
