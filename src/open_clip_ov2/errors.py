@@ -21,7 +21,7 @@ class RunFailed(UserError):
 
 
 class InUse(UserError):
-    """Another process works in the folder. Exit status 2; nothing was written."""
+    """Another process works in the folder, or has taken it over. Exit status 2; this process writes nothing more."""
 
 
 class Interrupted(Exception):
@@ -30,11 +30,11 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Begin the message of a UserError in the block with where it arose."""
+    """Begin the message of a UserError in the block, of whatever class, with where it arose."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -44,7 +44,8 @@ def first_line(error: BaseException) -> str:
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
     """`; did you mean X?` for the names closest to `name`, or nothing if none is close."""
-    near = get_close_matches(name.lower(), list(known), n=count)
+    by_lower = {one.lower(): one for one in known}
+    near = [by_lower[one] for one in get_close_matches(name.lower(), by_lower, n=count)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

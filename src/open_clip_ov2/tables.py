@@ -192,8 +192,13 @@ def each(read: Reader) -> Reader:
 
 
 def comma_separated(read: Reader) -> Reader:
-    """Text such as 84,224, whose parts are all read so; without repetitions."""
-    return lambda text: tuple(dict.fromkeys(read(part) for part in text.split(",")))
+    """Text such as 84,224, or a list, whose parts are all read so; without repetitions."""
+
+    def read_all(value: Any) -> tuple[Any, ...]:
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return tuple(dict.fromkeys(each(read)(parts)))
+
+    return read_all
 
 
 def table(value: Any) -> dict[str, Any]:

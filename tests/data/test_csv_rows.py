@@ -71,8 +71,8 @@ def test_sound_tables_are_read_as_csv_reads_them(table: list[tuple[str, str]]) -
     assert [fields for _, fields, _ in read(buffer.getvalue(), ",")] == expected
 
 
-def test_bad_rows_are_counted_by_the_loader(tmp_path: Path) -> None:
-    """Their causes stand beside those of tars."""
+def test_bad_rows_are_counted_by_the_loader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their causes stand beside those of tars, and the log names each once."""
     (tmp_path / "a.png").write_bytes(picture(1))
     (tmp_path / "table.csv").write_text('filepath,title\na.png,first\na.png,too, many\na.png,"open\na.png,last\n')
     source = CsvSource(tmp_path / "table.csv", separator=",", image_column="filepath", caption_columns=("title",))
@@ -83,6 +83,7 @@ def test_bad_rows_are_counted_by_the_loader(tmp_path: Path) -> None:
     (batch,) = list(loader)
     assert (batch.keys, batch.captions) == (["row 1", "row 4"], ["first", "last"])
     assert loader.skips == {BAD_ROW: 2}
+    assert f"skipped row 2 in {tmp_path / 'table.csv'}: " in caplog.text
 
 
 def test_encodings_that_excel_saves(tmp_path: Path) -> None:

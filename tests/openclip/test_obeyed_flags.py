@@ -440,7 +440,7 @@ REFUSED: list[tuple[str, list[str], Sequence[str], str]] = [
     ("aug_cfg", ["--aug-cfg", "scale=(0.4"], OV2, "--aug-cfg: expected KEY=VALUE"),
     ("scale", ["--aug-cfg", "scale=0.4"], OV2, "augmentation scale: 0.4: expected a list"),
     ("scale", ["--aug-cfg", "scale=(1.0,0.4)"], OV2, "the smaller one first"),
-    ("ratio", ["--aug-cfg", "ratio=(0.5,2.0)"], CLIP, "OpenCLIP's transform takes no notice of it; add use_timm=True"),
+    ("ratio", ["--aug-cfg", "ratio=(0.5,2.0)"], CLIP, "OpenCLIP's transform ignores it; add use_timm=True"),
     ("color_jitter", ["--aug-cfg", "color_jitter=(0.4,0.4)"], OV2, "expected a number, or 3 or 4"),
     ("color_jitter", ["--aug-cfg", "color_jitter=(0.4,0.4,0.4,0.1)"], CLIP, "no effect without color_jitter_prob"),
     ("color_jitter", ["--aug-cfg", "color_jitter=0.4", "color_jitter_prob=1"], CLIP, "expects 4 numbers"),
@@ -449,15 +449,20 @@ REFUSED: list[tuple[str, list[str], Sequence[str], str]] = [
         "color_jitter_prob",
         ["--aug-cfg", "use_timm=True", "color_jitter_prob=0.8"],
         OV2,
-        "timm's transform takes no notice",
+        "timm's transform ignores it",
     ),
-    ("gray_scale_prob", ["--aug-cfg", "use_timm=True", "gray_scale_prob=0.2"], OV2, "timm's transform takes no notice"),
-    ("re_prob", ["--aug-cfg", "re_prob=0.2"], OV2, "ov2's transform takes no notice of it; add use_timm=True"),
+    ("gray_scale_prob", ["--aug-cfg", "use_timm=True", "gray_scale_prob=0.2"], OV2, "timm's transform ignores it"),
+    ("re_prob", ["--aug-cfg", "re_prob=0.2"], OV2, "ov2's transform ignores it; add use_timm=True"),
     ("re_count", ["--aug-cfg", "use_timm=True", "re_count=2"], OV2[:2], "no effect without re_prob"),
     ("use_timm", ["--aug-cfg", "use_timm=no"], OV2, "'no': expected True or False"),
     ("use_timm", ["--aug-cfg", "use_timm=True", "--color-jitter"], OV2[:2], "--color-jitter is not for"),
     ("use_timm", ["--aug-cfg", "use_timm=True", "--decode", "fast"], OV2[:2], "--decode fast"),
-    ("dataset_type", ["--dataset-type", "synthetic", *TARS], OV2, "makes its data up"),
+    (
+        "dataset_type",
+        ["--dataset-type", "synthetic", *TARS],
+        OV2,
+        "generates its data, so --train-data would be ignored",
+    ),
     ("dataset_resampled", ["--dataset-resampled", *CSV], OV2, "--dataset-resampled is for tars"),
     (
         "train_data_upsampling_factors",
@@ -488,6 +493,16 @@ def test_what_cannot_be_obeyed_is_refused(
         parse([*model, *data, *with_parts(flags, two_parts)], world_size=1, gpu=False)
     assert why in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_error_names_its_stage_and_costs_need_no_data() -> None:
+    """Errors of OpenCLIP's parser and of all checks after it; `ov2 plan` parses without data, --eval too."""
+    stages = ["--stage", "16:samples=8,lr=1e-3", "--stage", "24:samples=8,lr=1e-3"]
+    for flags in (["--batch-size", "x"], ["--batch-size", "0"], ["--eval-every-samples", "8"]):
+        with pytest.raises(UserError, match=rf"^stage 1 \(16 px\): .*{flags[0]}"):
+            parse([*OV2[:2], *stages, *flags], world_size=1, gpu=False, needs_data=False)
+    plan = parse([*OV2[:2], "--eval", "--tasks caption-loss"], world_size=1, gpu=False, needs_data=False)
+    assert plan.stages[0].args.val_data is None
 
 
 def test_every_flag_of_openclip_has_a_row() -> None:

@@ -55,7 +55,7 @@ class Source:
             yield self.sample(index)
         except SkipSample as error:
             if skips is not None:
-                skips.add(error.cause, error.detail, f"row {index + 1}", self.place(index))
+                skips.add(error.cause, error.detail, f"row {index + 1}", self.name)
 
     def check_consumers(self, consumers: int) -> None:
         """Raises UserError if so many consumers cannot share this source."""

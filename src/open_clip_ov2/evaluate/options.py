@@ -22,15 +22,10 @@ from open_clip_ov2.evaluate.answering import PLACE
 from open_clip_ov2.evaluate.classes import TEMPLATES, Classes
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.files import read_json
-from open_clip_ov2.tables import Reader, each, from_table, one_of, real, text, whole
+from open_clip_ov2.tables import comma_separated, from_table, one_of, real, text, whole
 
 Options = TypeVar("Options")
 ALL = "all"
-
-
-def _list(read: Reader) -> Reader:
-    """Values separated by commas, or a list of them."""
-    return lambda value: each(read)([part.strip() for part in value.split(",")] if isinstance(value, str) else value)
 
 
 def _path(value: Any) -> Path:
@@ -78,7 +73,7 @@ def _classes(value: Any) -> Classes:
 
 
 def _tasks(value: Any) -> tuple[str, ...]:
-    return () if value == ALL else _list(text)(value)
+    return () if value == ALL else comma_separated(text)(value)
 
 
 SHARE = real(0, 1, above=True)
@@ -169,10 +164,10 @@ class EvalOptions(GenerationOptions):
     )
     prompt: str = flag("TEXT", text, "text before the answer (default: {question})", default=PLACE, group=QUESTIONS)
     keep_ratios: tuple[float, ...] = flag(
-        "R,R,...", _list(SHARE), "default: 1,0.5,0.35,0.25,0.1", default=(), group=ROBUSTNESS
+        "R,R,...", comma_separated(SHARE), "default: 1,0.5,0.35,0.25,0.1", default=(), group=ROBUSTNESS
     )
     image_sizes: tuple[int, ...] = flag(
-        "PX,PX,...", _list(whole(1)), "resolutions of image-sizes", default=(), group=ROBUSTNESS
+        "PX,PX,...", comma_separated(whole(1)), "resolutions of image-sizes", default=(), group=ROBUSTNESS
     )
 
 

@@ -1,4 +1,4 @@
-"""OpenCLIP's flags of data: what kind of data they name, and errors for those that it takes no notice of."""
+"""OpenCLIP's flags of data: what kind of data they name, and errors for those that it ignores."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def check_data(argv: Sequence[str], args: argparse.Namespace) -> None:
     if not (train or val or args.imagenet_val or args.imagenet_v2):
         raise UserError("ov2 train: --train-data is missing, for example --train-data 'shards/{00000..00999}.tar'")
     if train == "synthetic" and args.train_data:
-        raise UserError("--dataset-type synthetic makes its data up; leave --train-data or --dataset-type out")
+        raise UserError(
+            "--dataset-type synthetic generates its data, so --train-data would be ignored; leave one of the two out"
+        )
     for flag in ("--dataset-resampled", "--train-data-upsampling-factors"):
         if is_given(argv, flag) and train not in (None, "webdataset"):
             raise UserError(f"{flag} is for tars, and the training data is {train}; leave the flag out")

@@ -13,7 +13,7 @@ from open_clip_train.distributed import world_info_from_env
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.argv import is_given, to_argv, without
-from open_clip_ov2.errors import UserError, first_line, nearest
+from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.run_config import run_config, signature
@@ -96,32 +96,22 @@ def _stage(
 ) -> StagePlan:
     title = stage.title if stage else ""
     flags = one_aug_cfg(flags)
-    ours, rest = build_parser().parse_known_args(flags)
-    theirs = _parse_theirs(rest)
-    _check_model_name(theirs.model, is_given(flags, "--model"))
-    with _errors_name_stage(f"stage {index + 1} ({title}): " if title else ""):
+    with naming(f"stage {index + 1} ({title})") if title else contextlib.nullcontext():
+        ours, rest = build_parser().parse_known_args(flags)
+        theirs = _parse_theirs(rest)
+        _check_model_name(theirs.model, is_given(flags, "--model"))
         rest += derived_flags(flags, ours, theirs, world_size, gpu)
-    if index:
-        rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
-    theirs = _parse_theirs(rest)
-    train = options(TrainOptions, ours)
-    with _errors_name_stage(f"stage {index + 1} ({title}): " if title else ""):
+        if index:
+            rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
+        theirs = _parse_theirs(rest)
+        train = options(TrainOptions, ours)
         check_stage(flags, train, theirs, gpu, needs_data)
-    if ours.eval_every_samples and not ours.eval:
-        raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
-    if ours.eval:
-        check_eval(ours.eval, theirs)
+        if ours.eval_every_samples and not ours.eval:
+            raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
+        if ours.eval and needs_data:
+            check_eval(ours.eval, theirs)
     summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
     return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"))
-
-
-@contextlib.contextmanager
-def _errors_name_stage(stage: str) -> Iterator[None]:
-    """A UserError begins with the stage that it is about, where a run has several."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{stage}{error}") from None
 
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:

@@ -159,7 +159,7 @@ _AUGMENTATIONS: dict[str, Callable[[Any], Any]] = {
     "re_count": whole(1),
     "use_timm": _true_or_false,
 }
-# What a transform takes no notice of, and what another key needs to have an effect.
+# What a transform ignores, and what another key needs to have an effect.
 _UNUSED = {
     "ov2": {"re_prob", "re_count"},
     "OpenCLIP": {"ratio", "re_prob", "re_count"},
@@ -188,7 +188,7 @@ def check_aug_cfg(aug_cfg: Mapping[str, Any], transform: str) -> None:
             raise ValueError(f"augmentation {key}: {error}") from None
         if key in _UNUSED[transform]:
             hint = "leave it or use_timm out" if transform == "timm" else "add use_timm=True"
-            raise ValueError(f"augmentation {key}: {transform}'s transform takes no notice of it; {hint}")
+            raise ValueError(f"augmentation {key}: {transform}'s transform ignores it; {hint}")
         if (needed := _NEEDS[transform].get(key)) and needed not in given:
             raise ValueError(f"augmentation {key}: it has no effect without {needed}")
 
