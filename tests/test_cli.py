@@ -66,8 +66,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["caption", __file__, "--checkpoint", "nowhere"], "nowhere: not the folder of a run"),
-        (["eval", "nowhere", "--data", "x.tar"], "nowhere: not the folder of a run"),
+        (["caption", __file__, "--checkpoint", "nowhere"], "nowhere: no such file, folder or model"),
+        (["eval", "nowhere", "--data", "x.tar"], "nowhere: no such file, folder or model"),
         (["eval", ".", "--data", "x.tar", "--tasks", "spelling"], "--tasks: unknown task 'spelling'"),
         (["plot", "nowhere", "--out", "x.png"], "no results.jsonl"),
         (["caption", "--out"], "ov2 caption:"),

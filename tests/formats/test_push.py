@@ -109,7 +109,7 @@ def test_the_hub_gets_what_dry_run_shows(trained, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["push", "nowhere", "some-lab/tiny"], "nowhere: not the folder of a run"),
+        (["push", "nowhere", "some-lab/tiny"], "nowhere: no such file, folder or model"),
         (["push", "nowhere", "../../etc"], "not the name of a repository, which is ORG/NAME"),
         (["push", "nowhere", "tiny"], "not the name of a repository, which is ORG/NAME"),
         (["push", "nowhere", "a/b", "--to", "onnx"], "invalid choice: 'onnx'"),

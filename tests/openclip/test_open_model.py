@@ -16,6 +16,7 @@ import open_clip_ov2
 from open_clip_ov2.cli import main
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.open_model import _fetch_decoder
+from open_clip_ov2.openclip.models.weights import read_tensors
 
 REPOSITORY = "some-lab/openvision2-vit-large-patch14-56-vision-only"
 
@@ -141,9 +142,17 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the folder of a run"):
         open_clip_ov2.open_model(tmp_path)
     write_released(tmp_path, "l")
+    with pytest.raises(UserError, match=r"^image size 27 is not a multiple of the patch size"):
+        open_clip_ov2.open_model(tmp_path, image_size=27)
     (tmp_path / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="neither checkpoints nor weights"):
         open_clip_ov2.open_model(tmp_path)
+    with pytest.raises(UserError, match="no such file, folder or model; did you mean ov2-vit-nano-8"):
+        open_clip_ov2.open_model("ov2-vit-nano-9")
+    with pytest.raises(UserError, match=r"no such file, folder or model; did you mean ViT-B-32\?"):
+        open_clip_ov2.open_model("ViT-B-321:openai")
+    with pytest.raises(ValueError, match=r"cannot be read as a file of tensors only .Is a directory"):
+        read_tensors(tmp_path)
 
 
 def test_a_hub_that_cannot_be_asked_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from training import TINY_MODEL, data_flags
 
 from open_clip_ov2 import UserError, open_model
 from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.openclip.command.flag_checks import check_pretrained
+from open_clip_ov2.train.checkpoint import CONFIG_KEY
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 FLAGS = [
@@ -177,6 +180,24 @@ def test_training_goes_on_as_the_flags_say_or_not_at_all(
     assert model.text_decoder.config.fusion == "causal"
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if "positional" not in name)
+
+
+def test_what_must_be_stated(run: Path, tiny_name: str, vocabulary: Path, tmp_path: Path) -> None:
+    """--augmentation family states mean, std and interpolation, and no resize mode; every digit is shown; a run's
+    folder by its own name states all. Oracle: the values that are written here."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "stage_1.pt").unlink()
+    file = tmp_path / "run" / "checkpoints" / "stage_2.pt"
+    content = torch.load(file, weights_only=True)
+    content[CONFIG_KEY]["preprocess_cfg"] |= {"resize_mode": "longest", "mean": [0.48145466, 0.4578275, 0.40821073]}
+    torch.save(content, file)
+    named = argparse.Namespace(model=tiny_name, pretrained=str(file))
+    fusion = ["--fusion", "causal", "--tokenizer", str(vocabulary)]
+    with pytest.raises(UserError, match=r"was trained with --image-resize-mode longest, which differs from --model"):
+        check_pretrained([*fusion, "--augmentation", "family"], None, named)
+    with pytest.raises(UserError, match=r"--image-mean 0\.48145466 0\.4578275 0\.40821073 --image-std"):
+        check_pretrained(fusion, None, named)
+    check_pretrained([], None, argparse.Namespace(model=f"local-dir:{tmp_path / 'run'}", pretrained=None))
 
 
 def test_training_from_a_runs_folder_takes_all_of_it(run: Path, squares: Path, tmp_path: Path, capsys) -> None:

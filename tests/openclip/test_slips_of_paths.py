@@ -31,8 +31,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("argv", "message"),
     [
         (["convert", FLAX, "--heads", "2", "--decoder-heads", "2", "--to", "file/in"], "file"),
-        (["convert", "run", "--to", "back.npz", "--image-size", "28"], "--image-size is for Flax parameters"),
-        (["convert", "released", "--to", "new", "--context-length", "9"], "--context-length is for Flax parameters"),
+        (["convert", "run", "--to", "back.npz", "--image-size", "28"], "--image-size applies to Flax parameters only"),
+        (
+            ["convert", "released", "--to", "new", "--context-length", "9"],
+            "--context-length applies to Flax parameters only",
+        ),
         (["convert", FLAX, "--to", "new", "--context-length", "0"], "--context-length 0"),
         (["export", "run", "--to", "hf", "--out", "file/in"], "file"),
         (["export", "run", "--to", "llava", "--language-model", "broken", "--out", "new"], "broken: cannot be loaded"),

@@ -71,6 +71,9 @@ _OF_OV2 = dict.fromkeys(
 )  # fmt: skip
 
 
+PIXELS = ("--image-mean", "--image-std", "--image-interpolation")  # of ov2 models with --augmentation family
+
+
 def check_stage(
     argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace, gpu: bool, needs_data: bool = True
 ) -> None:
@@ -141,7 +144,7 @@ def _check_device(theirs: argparse.Namespace, gpu: bool) -> None:
 
 
 def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transform: str) -> None:
-    """Flags that this transform of training images, of `ov2` models or `OpenCLIP`'s, takes no notice of."""
+    """Flags that this transform of training images, of `ov2` models or `OpenCLIP`'s, ignores."""
     timm, interpolation = theirs.aug_cfg.get("use_timm"), theirs.image_interpolation
     if timm and options.color_jitter:
         raise UserError(
@@ -177,11 +180,11 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
 def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argparse.Namespace) -> None:
     """Check that the flags say what --pretrained was trained with, as far as its weights' shapes do not, and that a
     run's folder has weights. Raises UserError."""
-    family = is_given(argv, "--augmentation")  # states the pixels of ov2 models
-    stated = [flag for flag in STATED if is_given(argv, flag) or (family and flag.startswith("--image"))]
+    family = PIXELS if is_given(argv, "--augmentation") else ()  # it states those of ov2 models
+    stated = [flag for flag in STATED if is_given(argv, flag) or flag in family]
     if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer):
         raise UserError(
-            f"--pretrained {theirs.pretrained}: trained with {' '.join(missing)}, and --model {theirs.model} has it "
-            "otherwise; add these flags, or state other values to change them (--model local-dir:FOLDER or NAME:TAG "
+            f"--pretrained {theirs.pretrained}: was trained with {' '.join(missing)}, which differs from --model "
+            f"{theirs.model}; add these flags, or give the values that you want (--model local-dir:FOLDER or NAME:TAG "
             "takes all from the checkpoint's own folder)"
         )

@@ -29,7 +29,7 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
     """Lines for the user. `options` are those of `ov2 convert` that are given. Raises UserError."""
     path = Path(source)
     if target.suffix == ".npz":
-        _refuse(source, options, "is for Flax parameters that are read")
+        _refuse(source, options)
         flat = _to_flax(caption_model(open_model(source)))
         write_npz(target, flat)
         return [f"{target}: {len(flat)} Flax parameters from {source}"]
@@ -43,7 +43,7 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
         if tokenizer is None:
             notes.append("no --tokenizer given: the folder has no vocabulary, so the model cannot write captions")
     else:
-        _refuse(source, options, "is for Flax parameters", but="image_size")
+        _refuse(source, options, but="image_size")
         run = open_model(source, image_size=options.get("image_size"))
         model, preprocess_cfg, tokenizer = caption_model(run), run.preprocess_cfg, run.tokenizer
     with new_folder(target) as folder:
@@ -52,11 +52,14 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
     return [f"{target}: {count:,} parameters, encoder and decoder, from {source}", *notes]
 
 
-def _refuse(source: str, options: Mapping[str, Any], why: str, but: str = "") -> None:
+def _refuse(source: str, options: Mapping[str, Any], but: str = "") -> None:
     """Raises UserError for an option that would have no effect."""
     for name in options:
         if name != but:
-            raise UserError(f"--{name.replace('_', '-')} {why}, and {source} already determines it; leave the flag out")
+            raise UserError(
+                f"--{name.replace('_', '-')} applies to Flax parameters only, and {source} has a configuration of its "
+                "own; leave the flag out"
+            )
 
 
 def _to_flax(model: CaptionModel) -> dict[str, np.ndarray]:

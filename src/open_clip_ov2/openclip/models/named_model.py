@@ -140,7 +140,7 @@ def _taken(checkpoint: Path, own: OwnConfig, model: Any, name: str, named: OwnCo
         if made.get(key, value) == value != implied.get(key, value):
             taken.append(f"{key} {_shown(value)} ({name}: {_shown(implied[key])})")
             if key == "tokenizer":
-                taken[-1] += f", which open_clip_ov2.open_model({str(checkpoint)!r}).tokenizer is"
+                taken[-1] += f"; get it with open_clip_ov2.open_model({str(checkpoint)!r}).tokenizer"
     return [f"its own configuration is used: {', '.join(taken)}"] if taken else []
 
 
@@ -160,13 +160,13 @@ def _warn(checkpoint: Path, differences: list[str]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def unstated(name: str, pretrained: str | None, stated: Collection[str], tokenizer: str | None) -> list[str]:
     """Flags of `ov2 train` that a checkpoint was trained with, and that `stated` lacks and NAME does not imply: those
     whose difference the weights' shapes do not show. Raises UserError, also for a `tokenizer` with other words, and
-    for a run's folder without a checkpoint."""
+    for a run's folder without a checkpoint. Without `pretrained`, NAME brings all of it."""
     checkpoint = _checkpoint(name, pretrained, load_weights=True)
     named, own = (named_config(name), config_of(checkpoint)) if checkpoint else (None, None)
     if checkpoint is None or named is None or own is None or own.has_decoder != named.has_decoder:
@@ -179,6 +179,8 @@ def unstated(name: str, pretrained: str | None, stated: Collection[str], tokeniz
         raise UserError(
             f"--tokenizer {tokenizer}: not the words that {checkpoint} was trained with; --tokenizer {words}"
         )
+    if not pretrained:
+        return []
     trained, implied = own.settings(), named.settings()
     return [
         f"{flag} {words if key == 'tokenizer' else _shown(trained[key])}"

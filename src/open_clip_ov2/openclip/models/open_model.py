@@ -15,7 +15,7 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.errors import UserError, first_line, nearest
 from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FILE
 from open_clip_ov2.formats.open_clip import CONFIG
 from open_clip_ov2.openclip.models.factory import check_named_size
@@ -85,7 +85,10 @@ def open_model(
     options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
     try:
         with where.opened() as name:
-            check_named_size(name, image_size)
+            try:
+                check_named_size(name, image_size)
+            except ValueError as error:
+                raise UserError(f"{error} (the model is {source})") from None
             model = open_clip.create_model(
                 name, where.pretrained, require_pretrained=True, force_image_size=image_size, **options
             )
@@ -148,6 +151,8 @@ def locate(source: str) -> Where:
         if (config := config_of(path)) is None:
             raise UserError(f"{path}: no {CONFIG} in it, beside it or one folder up, so its model is not known")
         return Where(LOCAL + str(config.folder), config.folder or path.parent, path, config=config)
+    if not path.exists():
+        raise UserError(f"{source}: no such file, folder or model{nearest(name, open_clip.list_models())}")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
     if (checkpoint := newest_of_run(path)) is not None:

@@ -56,8 +56,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def why_unreadable(path: Path, error: Exception) -> str:
     """Why a file of weights cannot be read, and what to do; torch's own words if the file itself looks whole."""
-    with open(path, "rb") as file:
-        head = file.read(4)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as unreadable:  # a folder, or no permission
+        return unreadable.strerror or first_line(unreadable)
     if not head:
         return "it is empty; write or copy it again, or give another checkpoint"
     if head == b"PK\x03\x04" and not zipfile.is_zipfile(path):
