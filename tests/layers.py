@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "data": Layer(
         f"{BASE} data.order",
-        "torch webdataset PIL numpy braceexpand simplejpeg",
+        "torch webdataset fsspec PIL numpy braceexpand simplejpeg",
         "tar, csv, folder or synthetic samples to batches; bad samples counted; smaller copies of shards",
     ),
     "train": Layer(
@@ -98,8 +98,14 @@ MAY_IMPORT: dict[str, Layer] = {
         "jinja2 matplotlib",
         "models on equal terms: runs, one page",
     ),
+    "captions": Layer(
+        f"{BASE} data evaluate training",
+        "duckdb",
+        "caption sets: published tables joined, captions written, filters, a report",
+    ),
+    "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),
     "commands": Layer(
-        f"{BASE} core data evaluate recipe formats tracking training launch compare compare.bench",
+        f"{BASE} core data evaluate recipe formats tracking training launch compare compare.bench commands.captions",
         "rich torch PIL",
         "one module for each `ov2` command, through `training` alone",
     ),

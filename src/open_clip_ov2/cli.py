@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "convert the authors' checkpoints into a model of ours, and back",
     "export": "export an encoder to transformers, LLaVA, timm, OpenCLIP, ONNX or the authors' format",
     "push": "upload a model and its card to the Hugging Face hub",
+    "captions": "captions beside tars: join published ones, write, filter, report",
     "shards": "copy shards with smaller pictures, for a low-resolution stage",
     "bench": "time a training step against CoCa and CLIP; `ov2 bench data` times the data loader",
     "compare": "train and evaluate models on equal terms; writes a table and a page with plots",

@@ -18,9 +18,10 @@ from broken_shards import cut, write_tar
 from PIL import Image, ImageOps
 
 from open_clip_ov2.cli import main
-from open_clip_ov2.data.resize import LEDGER, SIZES, Resize, target_names
+from open_clip_ov2.data.resize import LEDGER, SIZES, Resize
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.data.shrink import Shrink
+from open_clip_ov2.data.sidecars import shard_names
 from open_clip_ov2.errors import InUse, UserError
 
 SIDE = 32
@@ -259,6 +260,6 @@ def test_more_shards_may_come_later_and_names_are_found(tmp_path: Path) -> None:
     assert main(["shards", "resize", *flags, *several, str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / SIZES).read_text()) == {f"00{n}.tar": 2 for n in range(4)}
     urls = ["https://x.org/a/0.tar", "pipe:aws s3 cp s3://b/1.tar -; : s3://b/1.tar", "2.tar.gz", "3.tgz"]
-    assert list(target_names(urls)) == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert list(shard_names(urls)) == ["0", "1", "2", "3"]
     with pytest.raises(UserError, match="does not end in a tar's name"):
-        target_names(["pipe:cat x/"])
+        shard_names(["pipe:cat x/"])

@@ -46,7 +46,7 @@ def test_braces_parts_and_weights(tmp_path: Path) -> None:
         ("{here}", None, "is a folder"),
         ("", None, "empty"),
         ("{here}/0.tar::", None, "empty"),
-        ("nfs4://x/0.tar", None, "cannot open nfs4:"),
+        ("nfs4://x/0.tar", None, "nfs4: cannot be opened"),
         ("{here}/0.tar", "1::2", "2 numbers for 1 data sources"),
         ("{here}/0.tar", "x", "numbers joined by ::"),
         ("{here}/0.tar", "-1", "expected finite numbers >= 0"),

@@ -151,7 +151,7 @@ def test_every_nth_of_all(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere.png", "nowhere.png: no such file or folder"),
         ("nowhere.tar", "do not exist: nowhere.tar"),
         ("empty", "empty: no image in this folder"),
-        ("nowhere://a.tar", "webdataset cannot open nowhere:"),
+        ("nowhere://a.tar", "nowhere: cannot be opened"),
     ],
 )
 def test_a_path_that_cannot_be_is_an_error_before_anything_is_captioned(

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, EMPTY_CAPTION, MISSING_CAPTION, SkipSample
+from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, DROPPED, EMPTY_CAPTION, MISSING_CAPTION, NO_CAPTION, SkipSample
 from open_clip_ov2.errors import UserError
 
 EXAMPLE = "for example --caption-keys 'json:recaption=0.8,txt=0.2'"
+
+
+class Line(bytes):
+    """A sample's line of a caption set (sidecars.py), as an entry of the sample that is called after the set."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
 def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> list[str] | None:
     """Non-empty captions under a key, stripped; None if the sample has no such entry or path."""
     node = _find(sample, key, parsed)
+    if isinstance(sample.get(key.entry), Line):
+        _refuse_without_caption(parsed[key.entry])
     if node is _ABSENT:
         return None
     captions = node if isinstance(node, list) else [] if node is None else [node]
@@ -124,6 +130,14 @@ def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
     return stripped
 
 
+def _refuse_without_caption(line: Any) -> None:
+    """Raises SkipSample for a sidecar's line that says why its caption is not there, or not to be used."""
+    if isinstance(line, dict) and "dropped" in line:
+        raise SkipSample(f"{DROPPED}: {line['dropped']}")
+    if isinstance(line, dict) and "error" in line:
+        raise SkipSample(NO_CAPTION, str(line["error"]))
+
+
 _ABSENT = object()
 
 
@@ -131,16 +145,18 @@ def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
     """What stands under a key: its text, or the node of its JSON; _ABSENT if there is none. Raises SkipSample.
 
     `parsed`: this sample's JSON by entry, so that several keys into one are one parse.
-    An entry that ends in `json` is JSON with or without a path, so that no caption is ever braces and quotes.
+    An entry that ends in `json` is JSON with or without a path, so that no caption is ever braces and quotes. The name
+    of a caption set stands for its `caption`.
     """
     # webdataset gives suffixes in lower case; csv columns are as they are written.
     entry = key.entry if key.entry in sample else key.entry.lower()
     if entry not in sample:
         return _ABSENT
-    is_json = bool(key.path) or f".{entry}".endswith(".json")
-    if is_json and entry in parsed:
-        return _follow(parsed[entry], key.path)
     value = sample[entry]
+    path = key.path or (("caption",) if isinstance(value, Line) else ())
+    is_json = bool(path) or f".{entry}".endswith(".json")
+    if is_json and entry in parsed:
+        return _follow(parsed[entry], path)
     try:
         text = value.decode("utf-8-sig") if isinstance(value, bytes) else value  # -sig: Windows writes a mark
     except UnicodeDecodeError as error:
@@ -151,7 +167,7 @@ def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
         parsed[entry] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SkipSample(BAD_JSON, f"{key}: {error}") from None
-    return _follow(parsed[entry], key.path)
+    return _follow(parsed[entry], path)
 
 
 def _follow(node: Any, path: tuple[str, ...]) -> Any:

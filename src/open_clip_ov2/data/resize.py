@@ -20,27 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.data.shrink import ShardReport, Shrink, shrink_shard
+from open_clip_ov2.data.sidecars import shard_names
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, write_json
 from open_clip_ov2.locks import LOCK, FolderLock
 
 LEDGER, SIZES = "resize.jsonl", "sizes.json"
-
-
-def target_names(urls: Sequence[str]) -> dict[str, str]:
-    """Name of each new shard -> where it comes from. Raises UserError: a url without a file name, or a name twice."""
-    names: dict[str, str] = {}
-    for url in urls:
-        name = url.split()[-1].rsplit("/", 1)[-1].strip("'\"")
-        for suffix in (".gz", ".tgz"):
-            name = name.removesuffix(suffix)
-        name = name if name.endswith(".tar") else f"{name}.tar"
-        if name.startswith(".") or not name.removesuffix(".tar"):
-            raise UserError(f"{url}: does not end in a tar's name, which is needed to name its smaller copy")
-        if name in names:
-            raise UserError(f"{url} and {names[name]} have the same name; resize them into folders of their own")
-        names[name] = url
-    return names
 
 
 @dataclass
@@ -56,7 +41,7 @@ class Resize:
     reports: dict[str, ShardReport] = field(default_factory=dict)
 
     def __enter__(self) -> Resize:
-        self._names = target_names(self.urls)
+        self._names = {f"{name}.tar": url for name, url in shard_names(self.urls).items()}
         if self.folder.is_dir():
             self._refuse_other_files()
         with contextlib.ExitStack() as opened:

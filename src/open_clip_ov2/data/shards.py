@@ -6,21 +6,20 @@ import ast
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from braceexpand import braceexpand
-from webdataset.gopen import gopen_schemes, rewrite_url
 
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, assigned_shards
 from open_clip_ov2.data.order.shuffled import ShuffledPass
+from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.sources import Source
+from open_clip_ov2.data.storage import check_readable
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
 
@@ -63,37 +62,28 @@ def check_shards_exist(urls: Sequence[str]) -> None:
     webdataset cannot open."""
     if not urls or not all(urls):
         raise UserError("the list of shards is empty or has an empty name in it; name tars, as in 'data/{00..99}.tar'")
-    missing: list[str] = []
     for url in urls:
         if not url.startswith("pipe:") and url.lower().endswith((".csv", ".tsv")):
             raise UserError(
                 f"{url}: a csv, where tars are expected; `ov2 train` alone reads one (--train-data, --val-data, with "
                 "--dataset-type csv or auto), so make tars of it for the rest (docs/data.md)"
             )
-        parsed = urlparse(rewrite_url(url))
-        if parsed.scheme not in ("", "file"):
-            if parsed.scheme not in gopen_schemes:
-                raise UserError(
-                    f"{url}: webdataset cannot open {parsed.scheme}:; use 'pipe:COMMAND' that prints the tar"
-                )
-            continue
-        path = parsed.path if parsed.scheme else url
-        if os.path.isdir(path):
-            raise UserError(f"{url} is a folder; name the tars in it, for example '{url}/{{00000..00099}}.tar'")
-        if not os.path.exists(path):
-            missing.append(url)
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{len(missing)} of {len(urls)} shards do not exist: {shown}; check the path and the braces")
+    check_readable(urls, "shards", "name the tars in it, for example '{}/{{00000..00099}}.tar'")
 
 
 @dataclass(frozen=True)
 class WebDatasetSource(Source):
-    """Tars read as streams. `resampled`: shards are drawn with replacement, by weight."""
+    """Tars read as streams. `resampled`: shards are drawn with replacement, by weight. `captions`: sets with a sidecar
+    for each tar, which change neither order nor counts. Raises UserError if one is missing."""
 
     urls: tuple[str, ...]
     weights: tuple[float, ...] | None = None
     resampled: bool = False
+    captions: tuple[CaptionSet, ...] = ()
+
+    def __post_init__(self) -> None:
+        for one in self.captions:
+            one.check(self.urls)
 
     def count(self) -> int | None:
         """From sizes.json or __len__ in each folder of the shards; OpenCLIP looks in the first one's alone."""
@@ -122,7 +112,7 @@ class WebDatasetSource(Source):
         self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
     ) -> Iterator[dict[str, Any]]:
         def read(shard: int, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
-            return read_tar(self.urls[shard], on_broken)
+            return read_tar(self.urls[shard], on_broken, self.captions)
 
         def on_broken(shard: int, detail: str) -> None:
             skips.add_broken(self.urls[shard], detail)
@@ -143,7 +133,7 @@ class WebDatasetSource(Source):
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         counter = skips or SkipCounter()
         for url in self.urls:
-            yield from read_tar(url, partial(counter.add_broken, url))
+            yield from read_tar(url, partial(counter.add_broken, url), self.captions)
 
 
 def _folder_count(folder: Path, names: list[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""The raw samples of one tar. webdataset opens it (also `pipe:` and `https:`) and groups its files into samples.
+"""The raw samples of one tar. webdataset opens it (also what storage.py opens) and groups its files into samples.
 
 Plain tars are read without tarfile, whose Python spends as long on a header as a small JPEG takes. Plain means beyond
 doubt: regular files and folders with short names and right checksums, after a pax header of times or none
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from webdataset.gopen import Pipe
 from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+
+from open_clip_ov2.data.sidecars import CaptionSet, with_lines
+from open_clip_ov2.data.storage import abandon
 
 BLOCK = 512  # bytes; a tar ends with two blocks of zeros, of which Python reads at least one
 ZEROS = bytes(BLOCK)
@@ -25,12 +27,21 @@ _TIMES = re.compile(rb"(?:\d+ [amc]time=[-\d.]+\n)*\0*")
 _OCTAL = re.compile(rb"0*([0-7]{1,11})[\0 ]*")
 
 
-def read_tar(url: str, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
-    """A tar's samples: `__key__`, `__url__`, and bytes by suffix.
+def read_tar(
+    url: str, on_broken: Callable[[str], None], captions: Sequence[CaptionSet] = ()
+) -> Generator[dict[str, Any], None, None]:
+    """A tar's samples: `__key__`, `__url__`, bytes by suffix, and the line of each caption set by the set's name.
 
     `on_broken` is called once with the reason if the tar breaks off, has a name twice, or has the files of a sample
-    apart (APART); what could be read is used.
+    apart (APART), or if a sidecar cannot be read; what could be read is used. Raises UserError for another tar's
+    captions.
     """
+    samples = _read_tar(url, on_broken)
+    with contextlib.closing(samples):
+        yield from with_lines(samples, url, captions, on_broken) if captions else samples
+
+
+def _read_tar(url: str, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
     problems: list[str] = []
     suffixes: dict[str, set[str]] = {}
 
@@ -70,8 +81,8 @@ class TarStream:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is not None and isinstance(self._stream, Pipe):
-            self._stream.proc.terminate()  # do not wait for what it has still to do
+        if error_type is not None:
+            return abandon(self._stream)
         with contextlib.suppress(Exception):  # a pipe's exit status; what matters of it showed while reading
             self._stream.close()
 
