@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from open_clip_ov2.argv import to_argv
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
+from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
 from open_clip_ov2.evaluate.options import CaptionOptions, EvalOptions, check_files, read_options
 from open_clip_ov2.evaluate.pictures import Picture, SkipCounter, captions_of
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "evaluate", "export",
-    "is_lost_peer", "is_ov2_model", "load", "open_model", "plan", "planned_run", "push", "shipped_model",
-    "train", "train_help", "train_loaders",
+    "is_lost_peer", "is_ov2_model", "load", "open_evaluated", "open_model", "plan", "planned_run", "push",
+    "shipped_model", "train", "train_help", "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -142,6 +143,11 @@ def caption(
     options = read_options(CaptionOptions, "captions", flags)
     opened = open_eval_model(str(model), default_device(device))
     return captions_of(opened, images, options, skips)
+
+
+def open_evaluated(model: str, device: str | None = None) -> EvalModel:
+    """A model in float32 behind the interface of evaluations (`evaluate.eval_model`). Raises UserError."""
+    return open_eval_model(model, default_device(device))
 
 
 def shipped_model() -> str:

@@ -6,6 +6,7 @@ Every function takes a `CaptionStream`, which hides the decoder and its cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +38,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0  # CTRL, arXiv 1909.05858, section 4.1
     num_captions: int = 1  # for each image: as many samples of top_k and top_p, or the best beams
     generator: torch.Generator | None = None
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids so far, logits) -> logits, as RowSampler
 
     def __post_init__(self) -> None:
         most_captions = {"greedy": 1, "beam_search": self.num_beams}.get(self.generation_type, self.num_captions)
@@ -96,7 +98,7 @@ def generate(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig) ->
 
 
 def _adjust(logits_BV: Tensor, ids_BT: Tensor, config: GenerationConfig) -> Tensor:
-    """Repetition penalty, and no end of text before `min_seq_len`."""
+    """Repetition penalty, no end of text before `min_seq_len`, then the caller's own processor."""
     logits_BV = logits_BV.clone()
     if config.repetition_penalty != 1.0:
         seen = logits_BV.gather(1, ids_BT)
@@ -104,7 +106,7 @@ def _adjust(logits_BV: Tensor, ids_BT: Tensor, config: GenerationConfig) -> Tens
         logits_BV.scatter_(1, ids_BT, penalised)
     if ids_BT.shape[1] + 1 < config.min_seq_len:
         logits_BV[:, config.eos_id] = -torch.inf
-    return logits_BV
+    return logits_BV if config.logits_processor is None else config.logits_processor(ids_BT, logits_BV)
 
 
 def _pick(logits_BV: Tensor, config: GenerationConfig) -> Tensor:

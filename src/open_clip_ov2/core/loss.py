@@ -23,11 +23,12 @@ def caption_targets(ids_BL: Tensor, eos_id: int) -> Tensor:
     """Targets of next-token prediction, `(B, L - 1)` int64, IGNORE_INDEX after the first end of text.
 
     `ids_BL` is [bos] caption [eos] padding; what the padding's id is does not matter (OpenCLIP's tokenizer pads
-    with 0, which is also "!"). A row without an end of text has no padding.
+    with 0, which is also "!"). A row without an end of text has no padding. Negative ids are a prompt's and no targets
+    (openclip/models/prompted.py).
     """
     is_eos_BL = ids_BL == eos_id
     after_eos_BL = (is_eos_BL.cumsum(dim=1) - is_eos_BL.long()) > 0
-    return ids_BL[:, 1:].masked_fill(after_eos_BL[:, 1:], IGNORE_INDEX)
+    return ids_BL[:, 1:].masked_fill(after_eos_BL[:, 1:] | (ids_BL[:, 1:] < 0), IGNORE_INDEX)
 
 
 class CaptionLossSums(NamedTuple):

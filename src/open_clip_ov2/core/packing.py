@@ -16,7 +16,7 @@ from torch import Tensor
 from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
 from open_clip_ov2.core.rows import Parts
 
-# Real targets that a group has on average at least. Measured: `ov2 bench` with other values. Half precision on a GPU
+# Positions that a group has on average at least. Measured: `ov2 bench` with other values. Half precision on a GPU
 # has a kernel for rows of any length (core/rows.py), so every row is a group there.
 CPU_TOKENS, GPU_TOKENS, GPU_HALF_TOKENS = 128, 4096, 1
 
@@ -51,16 +51,19 @@ class PackedCaptions:
 
 
 def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCaptions:
-    """Groups of equally many rows, with at least `min_tokens` real targets in a group on average.
+    """Groups of equally many rows, with at least `min_tokens` positions in a group on average.
 
-    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU, so that no device is waited for.
+    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU, so that no device is waited for. A prompt's ids,
+    stored as -1 - id, are read and are no targets.
     """
     labels_BP = caption_targets(texts_BL, eos_id)
-    targets_B = (labels_BP != IGNORE_INDEX).sum(dim=1)
-    order_B = targets_B.argsort(descending=True, stable=True)
+    is_prompt_BL = texts_BL < 0
+    texts_BL = torch.where(is_prompt_BL, -1 - texts_BL, texts_BL)
+    read_B = (labels_BP != IGNORE_INDEX).sum(dim=1) + is_prompt_BL.sum(dim=1)  # positions that are read
+    order_B = read_B.argsort(descending=True, stable=True)
     batch, positions = labels_BP.shape
-    rows = -(-batch // max(1, min(batch, int(targets_B.sum()) // min_tokens)))
-    longest = targets_B[order_B[::rows]].clamp(min=1)  # of each group its first
+    rows = -(-batch // max(1, min(batch, int(read_B.sum()) // min_tokens)))
+    longest = read_B[order_B[::rows]].clamp(min=1)  # of each group its first
     lengths_B = longest.repeat_interleave(rows)[:batch]
     computed_BP = torch.arange(positions) < lengths_B[:, None]
     ids_t, labels_t = texts_BL[order_B, :-1][computed_BP], labels_BP[order_B][computed_BP]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,10 @@ from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, DROPPED, EMPTY_CAPTION,
 from open_clip_ov2.errors import UserError
 
 EXAMPLE = "for example --caption-keys 'json:recaption=0.8,txt=0.2'"
+PROMPT_END = "\x1e"  # between prompt and caption of one text: ASCII's record separator, which no cleaned prompt has
+PROMPT_TEMPLATE = "{text} :"  # what a captioner of ours is given of a text, in training and when it writes
+NO_PROMPT = "none"  # the key whose weight is the share of samples without a prompt
+MOST_PROMPT_CHARACTERS = 1000  # ours: alt-texts can be whole pages
 
 
 class Line(bytes):
@@ -67,6 +73,42 @@ def choose_caption(sample: Mapping[str, Any], keys: Sequence[CaptionKey], rng: r
     found = _read_all(sample, keys)
     chosen = rng.choices([captions for _, captions in found], weights=[key.weight for key, _ in found])[0]
     return rng.choice(chosen)
+
+
+def with_prompt(sample: Mapping[str, Any], caption: str, keys: Sequence[CaptionKey], rng: random.Random | None) -> str:
+    """Prompt, PROMPT_END and caption. The prompt is drawn by weight among the keys that have one here and NO_PROMPT (the
+    first without `rng`); "" if there is none."""
+    found: list[tuple[CaptionKey, list[str]]] = []
+    with contextlib.suppress(SkipSample):
+        found = _read_all(sample, [key for key in keys if str(key) != NO_PROMPT])
+    choices = [*found, *((key, [""]) for key in keys if str(key) == NO_PROMPT)] or [(CaptionKey(NO_PROMPT), [""])]
+    if rng is None:
+        prompt = choices[0][1][0]
+    else:
+        prompt = rng.choice(rng.choices([texts for _, texts in choices], weights=[key.weight for key, _ in choices])[0])
+    return prompt_of(prompt) + PROMPT_END + caption
+
+
+def prompt_of(text: str, template: str = PROMPT_TEMPLATE) -> str:
+    """The template with the cleaned text in the place of `{text}`; "" for a text of nothing."""
+    text = cleaned(text)
+    return template.replace("{text}", text) if text else ""
+
+
+def cleaned(text: str, special: Sequence[str] = ()) -> str:
+    """One line of printable text without the `special` strings of a tokenizer, of MOST_PROMPT_CHARACTERS at most.
+
+    Control characters, unassigned and private ones and halves of surrogate pairs become spaces, and so do the special
+    strings, again until none is left: what is cut out of `<im<image>age>` must leave no other one.
+    """
+    text = "".join(
+        " " if unicodedata.category(letter)[0] in "CZ" else letter for letter in text[: 4 * MOST_PROMPT_CHARACTERS]
+    )
+    while any(one in text for one in special):
+        for one in special:
+            text = text.replace(one, " ")
+        text = " ".join(text.split())
+    return " ".join(text.split())[:MOST_PROMPT_CHARACTERS].strip()
 
 
 def all_captions(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[str]:

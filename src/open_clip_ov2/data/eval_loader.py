@@ -54,10 +54,11 @@ class EvalLoader(Receiver):
         num_samples: int | None = None,
         group_by: CaptionKey | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        prompt_keys: tuple[CaptionKey, ...] = (),
         pin_memory: bool = False,
     ) -> None:
         super().__init__(num_workers)
-        decoder = Decoder(transform, caption_keys, max_image_pixels)
+        decoder = Decoder(transform, caption_keys, max_image_pixels, prompt_keys)
         self._stream = EvalStream(source, decoder, tokenizer, batch_size, rank, world_size, num_samples, group_by)
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.num_samples = num_samples or source.count() or 0

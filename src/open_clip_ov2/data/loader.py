@@ -51,6 +51,7 @@ class TrainLoader(Receiver):
         accum_freq: int = 1,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         shuffle_buffer: int = 5000,
+        prompt_keys: tuple[CaptionKey, ...] = (),
         pin_memory: bool = False,
         stall_warning_s: float = STALL_WARNING_S,
     ) -> None:
@@ -63,7 +64,7 @@ class TrainLoader(Receiver):
         self.num_batches = self._batches_for(num_samples)
         self.num_samples = self.num_batches * self._global_batch
         self._stall_warning_s = stall_warning_s
-        decoder = Decoder(transform, caption_keys, max_image_pixels)
+        decoder = Decoder(transform, caption_keys, max_image_pixels, prompt_keys)
         self.stream = TrainStream(
             source, decoder, tokenizer, batch_size, self.num_batches, seed, rank, world_size, shuffle_buffer,
             reading=multiprocessing.RawArray("q", [-1] * self._workers),

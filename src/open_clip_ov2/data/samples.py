@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption
+from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption, with_prompt
 from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, EncodedImage, decode_image
 from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample
@@ -47,12 +47,14 @@ class ImageFile:
 class Decoder:
     """Makes image tensor and caption of a raw sample. `transform` maps a PIL image in RGB to a tensor `(C, H, W)`.
 
-    A `RandomCrop` gets the encoded image instead, so that no more of a JPEG is decoded than the crop needs.
+    A `RandomCrop` gets the encoded image instead, so that no more of a JPEG is decoded than the crop needs. With
+    `prompt_keys` the caption is prompt, PROMPT_END and caption.
     """
 
     transform: Callable[[Image.Image], Tensor]
     caption_keys: tuple[CaptionKey, ...]
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    prompt_keys: tuple[CaptionKey, ...] = ()
 
     def train(self, raw: Mapping[str, Any], seed: int) -> tuple[Tensor, str]:
         """Image `(C, H, W)` and caption; crop and caption are drawn from `seed`. Raises SkipSample.
@@ -60,12 +62,16 @@ class Decoder:
         The caption comes first because looking for it costs least.
         """
         rng = random.Random(seed)
-        caption = choose_caption(raw, self.caption_keys, rng)
-        return self.pixels(raw, rng.getrandbits(63)), caption
+        caption, seed = choose_caption(raw, self.caption_keys, rng), rng.getrandbits(63)
+        if self.prompt_keys:
+            caption = with_prompt(raw, caption, self.prompt_keys, rng)
+        return self.pixels(raw, seed), caption
 
     def evaluate(self, raw: Mapping[str, Any]) -> tuple[Tensor, str]:
-        """Image `(C, H, W)` and the first caption, "" without `caption_keys`. Raises SkipSample."""
+        """Image `(C, H, W)` and the first caption (and prompt), "" without `caption_keys`. Raises SkipSample."""
         caption = all_captions(raw, self.caption_keys)[0] if self.caption_keys else ""
+        if self.prompt_keys:
+            caption = with_prompt(raw, caption, self.prompt_keys, None)
         return self.pixels(raw), caption  # a transform that draws must neither vary nor disturb the model
 
     def image(self, raw: Mapping[str, Any]) -> Image.Image:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from open_clip_ov2.data.captions import CaptionKey, group_text
+from open_clip_ov2.data.captions import PROMPT_END, CaptionKey, group_text
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position
 from open_clip_ov2.data.order.resume import Start
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
 
     In training, `position` is where its consumer stands after it, with the sizes of shards since its last batch.
     In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped.
+    `prompts` are what stands before the captions, where that is asked for.
     """
 
     images_BCHW: Tensor
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     position: Position | None = None
     indices: tuple[int, ...] = ()
     skipped_keys: Mapping[str, list[str]] = {}
+    prompts: tuple[str, ...] = ()
 
 
 class _Row(NamedTuple):
@@ -83,9 +85,13 @@ class _Collector:
             return None
         images, captions, keys, _, groups, indices = zip(*self.rows, strict=True)
         self.rows = []
+        parts = [text.partition(PROMPT_END) for text in captions]
+        prompts: tuple[str, ...] = ()
+        if all(end for _, end, _ in parts):  # the decoder puts a prompt before each caption or before none
+            prompts, captions = tuple(part[0] for part in parts), tuple(part[2] for part in parts)
         return Batch(
             torch.stack(images), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
-            indices=indices, skipped_keys=self._skips.take_keys(),
+            indices=indices, skipped_keys=self._skips.take_keys(), prompts=prompts,
         )  # fmt: skip
 
     def tokenized(self) -> Tensor | None:

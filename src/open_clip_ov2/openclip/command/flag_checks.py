@@ -66,6 +66,7 @@ _REFUSED_OV2 = {
 _OF_OV2 = dict.fromkeys(
     (
         "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
+        "prompt_keys",
     ),
     "leave it out",
 )  # fmt: skip

@@ -97,6 +97,12 @@ class TrainOptions:
         "where captions are: txt, json:dotted.path, a csv column; one is drawn by weight each time a sample is read "
         "(default: txt; csv: --csv-caption-key)",
     )
+    prompt_keys: tuple[CaptionKey, ...] | None = flag(
+        "KEY[=WEIGHT],...",
+        parse_caption_keys,
+        "train a captioner that is given text: what stands there comes before the caption and is not to be predicted; "
+        "`none=W` is the weight of no text (ov2 models; default: no text)",
+    )
     color_jitter: bool = switch_flag("color jitter and gray images as in the reference, strength 0.4")
     decode: str | None = flag(
         "|".join(DECODE),

@@ -27,12 +27,14 @@ from open_clip_ov2.core.candidates import candidate_nll
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.decoder import DecoderCache
 from open_clip_ov2.core.generate import GenerationConfig, generate
+from open_clip_ov2.core.sampling import RowSampler
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
 from open_clip_ov2.openclip.models.coca import CocaImages, CocaStream, coca_nll
 from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.open_model import open_model
+from open_clip_ov2.openclip.models.prompted import most_prompt_ids, without_end
 from open_clip_ov2.openclip.models.tokenizer import decode_caption, eos_id_of
 
 NO_TEXT = -1  # the end-of-text id of a model without text
@@ -179,17 +181,24 @@ class _Captions:
         self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
         """With prompts, the text that follows each. The tokenizer cuts a prompt that fills the context. With
-        `num_captions` as many texts for each image, side by side."""
+        `num_captions` as many texts for each image, side by side. `sampling`: a RowSampling for each image;
+        `short_prompts`: cut prompts as training does; `max_new_tokens`: after the prompt."""
+        sampling, short, new = (options.pop(name, None) for name in ("sampling", "short_prompts", "max_new_tokens"))
         prompts = [""] * len(keys) if prompts is None else prompts
         if not len(images_BCHW) == len(keys) == len(prompts):
             raise ValueError(f"{len(images_BCHW)} images, {len(keys)} keys, {len(prompts)} prompts")
-        ids = [self._prompt_ids(row) for row in self.tokenizer(list(prompts))]
+        ids = [without_end(row, self.compute.eos_id) for row in self.tokenizer(list(prompts))]
+        ids = [row[: most_prompt_ids(self.model.context_length)] for row in ids] if short else ids
         each = options.get("num_captions", 1)
         texts = [""] * len(keys) * each
         for length in sorted({len(row) for row in ids}):
             rows = [row for row, given in enumerate(ids) if len(given) == length]
             prompt_BT = torch.stack([ids[row] for row in rows]).to(self.compute.device)
             images = self.compute.pixels(images_BCHW[rows])
+            if new is not None:
+                options["seq_len"] = min(length + new, self.model.context_length)
+            if sampling is not None:
+                options["logits_processor"] = RowSampler([sampling[row] for row in rows])
             with self.compute.attention(), self.compute.autocast():
                 out_BT = self._continued(images, [keys[row] for row in rows], prompt_BT, **options)
             bos_id = int(prompt_BT[0, 0])
@@ -197,11 +206,6 @@ class _Captions:
             for place, out in zip(places, out_BT[:, length:].cpu(), strict=True):
                 texts[place] = decode_caption(self.tokenizer, out, bos_id, self.compute.eos_id)
         return texts
-
-    def _prompt_ids(self, row_L: Tensor) -> Tensor:
-        """Bos and the prompt, without the end and what follows it."""
-        ends = (row_L == self.compute.eos_id).nonzero()
-        return row_L[: int(ends[0])] if len(ends) else row_L
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
         raise NotImplementedError

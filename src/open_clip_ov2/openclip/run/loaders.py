@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.captions import NO_PROMPT, CaptionKey
 from open_clip_ov2.data.loader import EvalLoader, TrainLoader
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.flags import TrainOptions
+from open_clip_ov2.openclip.models.prompted import PromptTokenizer
 
 
 @dataclass
@@ -38,7 +39,10 @@ def make_source(args: argparse.Namespace, options: TrainOptions, train: bool) ->
     if kind is None:
         return None
     if kind == "csv":
-        keys = caption_keys(args, options, train)
+        keys = (
+            *caption_keys(args, options, train),
+            *(key for key in options.prompt_keys or () if str(key) != NO_PROMPT),
+        )
         return CsvSource(
             Path(path),
             separator=args.csv_separator,
@@ -72,6 +76,7 @@ def _shared_options(args: argparse.Namespace, options: TrainOptions, train: bool
         "world_size": args.world_size,
         "caption_keys": caption_keys(args, options, train),
         "max_image_pixels": options.max_image_pixels,
+        "prompt_keys": options.prompt_keys or (),
         "pin_memory": str(args.device).startswith("cuda"),
     }
 
@@ -86,6 +91,7 @@ def make_data(
 ) -> dict[str, LoaderInfo]:
     """`{"train": ..., "val": ...}`, each only if its data flag is given. Raises UserError."""
     data: dict[str, LoaderInfo] = {}
+    tokenizer = PromptTokenizer(tokenizer) if options.prompt_keys else tokenizer
     source = make_source(args, options, train=True)
     if source is not None:
         loader = TrainLoader(

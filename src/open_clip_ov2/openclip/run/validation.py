@@ -98,7 +98,9 @@ class Validation:
         batch = next(iter(loader.full()))
         count = self.session.plan.options.sample_captions
         images, keys = batch.images_BCHW[:count], batch.keys[:count]
-        generated = as_eval_model(model, self.built.tokenizer, compute).generate(images, keys)
+        generated = as_eval_model(model, self.built.tokenizer, compute).generate(
+            images, keys, batch.prompts[:count] or None, short_prompts=True
+        )
         cfg = self.built.preprocess_cfg
         pictures = _to_uint8(images, cfg["mean"], cfg["std"])
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
