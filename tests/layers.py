@@ -89,7 +89,12 @@ MAY_IMPORT: dict[str, Layer] = {
         "torch",
         "the Python API, and the only door to OpenCLIP for commands, `launch` and `compare`",
     ),
-    "launch": Layer(f"{BASE} recipe tracking training", "submitit torch", "SLURM through submitit"),
+    "captions": Layer(
+        f"{BASE} core data train evaluate evaluate.text training",
+        "duckdb torch numpy PIL transformers vllm jinja2 py3langid",
+        "caption sets: published tables joined, captions written, filters, a report",
+    ),
+    "launch": Layer(f"{BASE} recipe tracking training captions", "submitit torch", "SLURM through submitit"),
     "compare.bench": Layer(
         f"{BASE} data recipe tracking training", "torch", "one model, one process: speed and memory of a step"
     ),
@@ -97,11 +102,6 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} recipe tracking training compare.bench",
         "jinja2 matplotlib",
         "models on equal terms: runs, one page",
-    ),
-    "captions": Layer(
-        f"{BASE} data evaluate training",
-        "duckdb",
-        "caption sets: published tables joined, captions written, filters, a report",
     ),
     "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),
     "commands": Layer(

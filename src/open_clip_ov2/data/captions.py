@@ -76,8 +76,8 @@ def choose_caption(sample: Mapping[str, Any], keys: Sequence[CaptionKey], rng: r
 
 
 def with_prompt(sample: Mapping[str, Any], caption: str, keys: Sequence[CaptionKey], rng: random.Random | None) -> str:
-    """Prompt, PROMPT_END and caption. The prompt is drawn by weight among the keys that have one here and NO_PROMPT (the
-    first without `rng`); "" if there is none."""
+    """Prompt, PROMPT_END and caption. The prompt is drawn by weight among the keys that have one here and NO_PROMPT, or
+    without `rng` the first; "" if there is none."""
     found: list[tuple[CaptionKey, list[str]]] = []
     with contextlib.suppress(SkipSample):
         found = _read_all(sample, [key for key in keys if str(key) != NO_PROMPT])

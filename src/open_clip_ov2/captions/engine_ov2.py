@@ -1,0 +1,52 @@
+"""Captions by a model of ours, or any captioner that `ov2 eval` can open: anywhere, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from open_clip_ov2 import training
+from open_clip_ov2.captions.engines import Defaults
+from open_clip_ov2.captions.requests import Request
+from open_clip_ov2.data.captions import PROMPT_TEMPLATE
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.eval_model import lacking
+from open_clip_ov2.evaluate.text.normalise import detokenized
+
+DEFAULTS = Defaults(batch_size=32, with_text=PROMPT_TEMPLATE, without="")
+
+
+class Ov2Engine:
+    """The prompt is what the decoder has read before its first token, cut to half of the context."""
+
+    def __init__(self, model: str | None, device: str | None, max_tokens: int | None) -> None:
+        source = model or training.shipped_model()
+        self._model, self._max_tokens = training.open_evaluated(source, device), max_tokens
+        if problem := lacking(source, self._model.abilities, ("caption",)):
+            raise UserError(f"--model: {problem}")
+        # Of a run its newest checkpoint, which will not be the newest for ever.
+        self.model = str(self._model.checkpoint) if Path(source).exists() else source
+        self.special = _special_texts(self._model.tokenizer)
+
+    def captions(self, requests: Sequence[Request]) -> list[str]:
+        images_BCHW = torch.stack([self._model.preprocess(request.image) for request in requests])
+        texts = self._model.generate(
+            images_BCHW,
+            [request.key for request in requests],
+            [request.prompt for request in requests],
+            sampling=[request.sampling for request in requests],
+            short_prompts=True,
+            max_new_tokens=self._max_tokens,
+        )
+        return [detokenized(text) for text in texts]
+
+
+def _special_texts(tokenizer: object) -> tuple[str, ...]:
+    """Of OpenCLIP's own tokenizer, and of transformers' inside its HFTokenizer; our word pieces parse none."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None:
+        return tuple(inner.all_special_tokens)
+    texts = getattr(tokenizer, "decoder", {})
+    return tuple(texts[token] for token in getattr(tokenizer, "all_special_ids", ()) if token in texts)

@@ -1,0 +1,73 @@
+"""The lines of a sidecar that is being written, on disk as they come; a killed process loses none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from open_clip_ov2.data.sidecars import write_sidecar
+from open_clip_ov2.locks import FolderLock
+
+WORKING = ".writing"  # OUT/.writing/NAME holds the journal and the lock of one shard
+LINES = "lines.jsonl"
+
+
+class Journal:
+    """A context in which no other process writes this sidecar; `lines` are those of before.
+
+    Raises InUse if another does, UserError if the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, shard: str, path: Path) -> None:
+        self._folder, self._path = folder / WORKING / shard, path
+        self._lock = FolderLock(self._folder)
+        self.lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Journal:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self._lock)
+            self._file = opened.enter_context(open(self._folder / LINES, "a+b"))
+            self._file.seek(0)
+            data = self._file.read()
+            whole = data.rfind(b"\n") + 1  # what follows was torn by a kill
+            self._file.truncate(whole)
+            self.lines = [json.loads(line) for line in data[:whole].splitlines()]
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.finished:
+            with contextlib.suppress(OSError):
+                (self._folder / LINES).unlink()
+        self._opened.close()
+        for folder in (self._folder, self._folder.parent):  # where nothing is left in them
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    @property
+    def finished(self) -> bool:
+        return self._path.is_file()
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines; they are on disk when this returns. Raises InUse if another process has taken over."""
+        self._lock.check()
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.lines += map(dict, lines)
+
+    def finish(self) -> None:
+        """All lines are there: write the sidecar."""
+        self._lock.check()
+        write_sidecar(self._path, self.lines)
+
+
+def in_work(folder: Path) -> Iterator[tuple[str, int]]:
+    """(name of the shard, whole lines so far) of each sidecar that was begun and is not finished."""
+    for path in sorted((folder / WORKING).glob(f"*/{LINES}")):
+        with contextlib.suppress(OSError):
+            yield path.parent.name, path.read_bytes().count(b"\n")

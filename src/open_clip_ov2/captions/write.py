@@ -1,0 +1,208 @@
+"""`ov2 captions write`: a caption for each picture of many tars, by a model.
+
+A shard is one task's alone, so tasks need not know of each other: task t of n takes shards t, t + n, ... Its lines go
+to a journal, a batch at a time, and become the sidecar when all are there. Batches begin at the same samples after a
+restart, and noise belongs to a sample, so that a stopped shard ends in the bytes that it would have had.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from open_clip_ov2.captions.engines import Engine
+from open_clip_ov2.captions.journal import Journal, in_work
+from open_clip_ov2.captions.requests import Prompts, Request, Sampler, row_sampling
+from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
+from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.tars import read_tar
+from open_clip_ov2.errors import Interrupted, InUse, UserError, first_line
+from open_clip_ov2.train.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+NO_TEXT = "the model wrote nothing"
+
+
+class Task(NamedTuple):
+    """Task `place`, from 0, of `tasks`."""
+
+    place: int
+    tasks: int
+
+
+def task_here(environment: Mapping[str, str] = os.environ) -> Task:
+    """The part of this process: of a SLURM array, of torchrun's or srun's processes, of both; else all there is."""
+    rank, ranks = (int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if "RANK" not in environment:
+        rank, ranks = int(environment.get("SLURM_PROCID", 0)), int(environment.get("SLURM_NTASKS", 1))
+    least = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+    step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+    element = (int(environment.get("SLURM_ARRAY_TASK_ID", least)) - least) // step
+    return Task(element * ranks + rank, ranks * int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How captions are written. `workers`: threads that decode pictures ahead of the model."""
+
+    engine: Engine
+    prompts: Prompts
+    samplers: tuple[Sampler, ...]
+    seed: int
+    batch_size: int
+    max_image_pixels: int
+    workers: int
+
+
+def write_captions(urls: Sequence[str], folder: Path, task: Task, writing: Writing) -> None:
+    """Write the sidecars of this task's shards that are missing in a set that was begun.
+
+    Raises Interrupted when a signal came, InUse if others are still writing some of the shards, and UserError: the
+    model fails on whole batches, a tar is broken (the other shards are written first).
+    """
+    names = list(shard_names(urls))[task.place :: task.tasks]
+    missing = missing_sidecars(folder, urls)
+    problems: list[str] = []
+    with StopSignals() as signals, ThreadPoolExecutor(writing.workers) as pool:
+        for name in names:
+            if name not in missing:
+                continue
+            try:
+                with Journal(folder, name, sidecar_path(folder, name)) as journal:
+                    if not journal.finished:
+                        problems += _write_shard(missing[name], journal, writing, pool, signals)
+            except InUse as error:
+                logger.warning("%s", error)
+                problems.append(f"{name}: another process writes it")
+    if problems:
+        raise UserError(f"{len(problems)} of {len(names)} shards are not finished: {'; '.join(problems[:3])}")
+
+
+def _write_shard(
+    url: str, journal: Journal, writing: Writing, pool: ThreadPoolExecutor, signals: StopSignals
+) -> list[str]:
+    """Write what is missing of one sidecar; what is wrong with its tar. Raises Interrupted."""
+    broken: list[str] = []
+    done, begun = len(journal.lines), time.monotonic()
+    first = done - done % writing.batch_size
+    for start, batch in _prepared(read_tar(url, broken.append), first, writing, pool):
+        _check_keys(url, journal.lines[start:], batch)
+        journal.add(_lines(batch, writing.engine)[len(journal.lines) - start :])
+        if signals.name is not None:
+            raise Interrupted(
+                f"{signals.name}: {len(journal.lines)} captions of {url} are kept; the same command continues"
+            )
+    if broken:
+        return [f"{url} is broken ({broken[0]}): repair it, or copy what can be read of it by `ov2 shards resize`"]
+    journal.finish()
+    errors, seconds = sum("error" in line for line in journal.lines), max(time.monotonic() - begun, 1e-9)
+    added = len(journal.lines) - done
+    logger.info(
+        "%s: %s samples, %s without a caption, %.1f pictures/s", url, f"{len(journal.lines):,}", f"{errors:,}",
+        added / seconds,
+    )  # fmt: skip
+    return []
+
+
+class _Prepared(NamedTuple):
+    """A sample that is ready for the model, or why it is not."""
+
+    key: str
+    request: Request | None
+    error: str
+
+
+def _prepared(
+    samples: Iterable[dict[str, Any]], first: int, writing: Writing, pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, list[_Prepared]]]:
+    """(place of its first sample, batch) from sample `first` on; each is decoded while the one before is captioned."""
+    decoder = Decoder(torch.as_tensor, (), writing.max_image_pixels)  # for its `image` alone
+    ahead: tuple[int, list[Future[_Prepared]]] | None = None
+    remaining = itertools.islice(samples, first, None)
+    for start in itertools.count(first, writing.batch_size):
+        batch = list(itertools.islice(remaining, writing.batch_size))
+        submitted = [pool.submit(_prepare, raw, decoder, writing) for raw in batch]
+        if ahead is not None:
+            yield ahead[0], [one.result() for one in ahead[1]]
+        if not batch:
+            return
+        ahead = start, submitted
+
+
+def _prepare(raw: dict[str, Any], decoder: Decoder, writing: Writing) -> _Prepared:
+    key = raw["__key__"]
+    try:
+        image = decoder.image(raw)
+    except SkipSample as error:
+        return _Prepared(key, None, error.cause)
+    prompt = writing.prompts.of(raw, writing.engine.special)
+    return _Prepared(key, Request(key, image, prompt, row_sampling(writing.samplers, writing.seed, key)), "")
+
+
+def _check_keys(url: str, lines: Sequence[Mapping[str, Any]], batch: Sequence[_Prepared]) -> None:
+    for line, sample in zip(lines, batch, strict=False):
+        if line["key"] != sample.key:
+            raise UserError(
+                f"{url}: its captions were begun with {line['key']!r} where it now has {sample.key!r}; another tar of "
+                "this name? write into another folder"
+            )
+
+
+def _lines(batch: Sequence[_Prepared], engine: Engine) -> list[dict[str, Any]]:
+    """A line for each sample. Raises UserError if the model fails on each of several samples."""
+    found = _captions([sample.request for sample in batch if sample.request is not None], engine)
+    failed = [text for text in found if isinstance(text, Exception)]
+    if len(failed) == len(found) > 1:
+        raise UserError(f"the model fails on every picture of a batch: {_said(failed[0])}") from failed[0]
+    texts = iter(found)
+    return [_line(sample, next(texts) if sample.request else "") for sample in batch]
+
+
+def _line(sample: _Prepared, text: str | Exception) -> dict[str, Any]:
+    if isinstance(text, Exception):
+        logger.warning("no caption of %s: %s", sample.key, _said(text))
+        return {"key": sample.key, "error": _said(text)}
+    if text.strip():
+        return {"key": sample.key, "caption": text.strip()}
+    return {"key": sample.key, "error": sample.error or NO_TEXT}
+
+
+def _captions(requests: Sequence[Request], engine: Engine) -> list[str | Exception]:
+    """One for each request. A batch that fails is halved, down to the one sample that fails."""
+    if not requests:
+        return []
+    try:
+        texts: list[str | Exception] = [*engine.captions(requests)]
+        if len(texts) != len(requests):
+            raise ValueError(f"{len(texts)} captions of {len(requests)} pictures")
+        return texts
+    except UserError:
+        raise
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        half = len(requests) // 2
+        return _captions(requests[:half], engine) + _captions(requests[half:], engine)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
+def standing(urls: Sequence[str], folder: Path) -> str:
+    """Where a set stands, in a few lines. Raises UserError for a folder that is none."""
+    missing, working = missing_sidecars(folder, urls), dict(in_work(folder))
+    rows = [f"{folder}: {len(urls) - len(missing):,} of {len(urls):,} shards are finished"]
+    rows += [f"{name}: {lines:,} captions so far" for name, lines in working.items() if name in missing]
+    rows.append(f"{len(missing) - sum(name in missing for name in working):,} are not begun")
+    return "\n".join(rows)

@@ -1,0 +1,153 @@
+"""`ov2 captions write`: a set does not depend on batches, kills and processes, and one sample costs no other."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from export_fixtures import make_language_model, make_run
+from square_shards import write_square_shards
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import captions_soak
+
+from open_clip_ov2.captions import engine_ov2
+from open_clip_ov2.captions.engine_transformers import open_processor, special_texts
+from open_clip_ov2.captions.requests import Prompts, Request, read_sampler, row_sampling
+from open_clip_ov2.captions.write import NO_TEXT, Task, Writing, task_here, write_captions
+from open_clip_ov2.cli import main
+from open_clip_ov2.data.captions import CaptionKey, cleaned
+from open_clip_ov2.data.sidecars import begin_set, read_sidecar, sidecar_path
+from open_clip_ov2.data.tars import read_tar
+from open_clip_ov2.errors import UserError
+
+SAMPLING = ["--sampling", "top-k=5,temperature=2", "--sampling", "greedy,weight=0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tars, a run and a LLaVA of random weights."""
+    folder = tmp_path_factory.mktemp("writing")
+    write_square_shards(folder / "squares", 2, 9)
+    make_language_model(folder / "words")
+    run = make_run(folder / "run")
+    run.export("llava", folder / "llava", "--language-model", str(folder / "words"))
+    with tarfile.open(folder / "odd.tar", "w") as tar:
+        picture = next(read_tar(str(folder / "squares" / "00000.tar"), print))["png"]
+        entries = {"a.png": picture, "a.txt": b"<image> a <image> red </s> square", "b.png": b"no picture"}
+        for name, data in {**entries, "c.txt": b"no picture at all", "d.png": picture}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def flags(folder: Path, model: str, *more: str) -> list[str]:
+    tars = str(folder / "squares" / "{00000..00001}.tar")
+    return [tars, "--model", str(folder / model), "--device", "cpu", "--max-tokens", "6", *SAMPLING, *more]
+
+
+def captions(out: Path) -> list[dict[str, str]]:
+    return [line for path in sorted(out.glob("*.jsonl.gz")) for line in read_sidecar(path)]
+
+
+@pytest.mark.parametrize(("model", "tasks"), [("run", 2), ("llava", 1)])
+def test_kills_and_processes_change_no_byte(folder: Path, tmp_path: Path, model: str, tasks: int) -> None:
+    """Oracle: the sidecars of a run that nobody disturbs. scripts/captions_soak.py does it 36 times each."""
+    argv = flags(folder, model, "--batch-size", "2", "--condition", "txt")
+    assert main(["captions", "write", *argv, "--out", str(tmp_path / "whole")]) == 0
+    captions_soak.soak(argv, tmp_path / "killed", tasks, 2, random.Random(0), 0.05)
+    wanted = captions_soak.sidecars(tmp_path / "whole")
+    assert len(wanted) == 2
+    assert captions_soak.sidecars(tmp_path / "killed") == wanted
+    assert not list((tmp_path / "killed").glob(".writing/*"))
+
+
+@pytest.mark.parametrize("model", ["run", "llava"])
+def test_a_caption_does_not_depend_on_its_batch(folder: Path, tmp_path: Path, model: str) -> None:
+    """Property: batches of 3 and of 9. Another seed gives others, greedy samples aside."""
+    for name, more in {"three": ["--batch-size", "3"], "nine": ["--batch-size", "9"], "other": ["--seed", "1"]}.items():
+        assert main(["captions", "write", *flags(folder, model, *more), "--out", str(tmp_path / name)]) == 0
+    three, nine, other = (captions(tmp_path / name) for name in ("three", "nine", "other"))
+    assert three == nine
+    assert [line["key"] for line in three] == [f"{number:06d}" for number in range(18)]
+    assert sum(one != two for one, two in zip(three, other, strict=True)) >= 6
+
+
+def test_odd_samples_get_a_line_each(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image's placeholder and an end of text in an alt-text, bytes that are no picture, no picture, no alt-text.
+
+    Oracle: the processor fails on the text as it is, and the lines are those of the samples."""
+    processor = open_processor(str(folder / "llava"))
+    with pytest.raises(Exception, match=r"[Ii]mage"):
+        processor(images=[], text=["<image> a <image>"], return_tensors="pt")
+    assert cleaned("<image> a <image> red </s>", special_texts(processor)) == "a red"
+    argv = [str(folder / "odd.tar"), "--condition", "txt", "--device", "cpu", "--max-tokens", "6"]
+    assert main(["captions", "write", *argv, "--model", str(folder / "llava"), "--out", str(tmp_path)]) == 0
+    lines = captions(tmp_path)
+    assert [line["key"] for line in lines] == list("abcd")
+    assert [line.get("error") for line in lines[1:3]] == ["undecodable image", "missing image"]
+    assert all(line.get("error", NO_TEXT) == NO_TEXT for line in (lines[0], lines[3]))
+    capsys.readouterr()
+    assert main(["captions", "write", *argv, "--model", str(folder / "run"), "--out", str(tmp_path)]) == 2
+    assert "was begun with engine transformers, not ov2" in capsys.readouterr().err
+    assert main(["captions", "write", *argv, "--status", "--out", str(tmp_path)]) == 0
+    assert "1 of 1 shards are finished" in capsys.readouterr().out
+
+
+class Failing:
+    """A model of ours that cannot take some samples, and raises for a batch that has one."""
+
+    def __init__(self, model: Path, bad: set[str]) -> None:
+        self._engine, self._bad, self.calls = engine_ov2.Ov2Engine(str(model), "cpu", 6), bad, list[int]()
+        self.model, self.special = self._engine.model, self._engine.special
+
+    def captions(self, requests: Sequence[Request]) -> list[str]:
+        self.calls.append(len(requests))
+        if any(request.key in self._bad for request in requests):
+            raise RuntimeError("out of memory\nin a second line")
+        return self._engine.captions(requests)
+
+
+def test_a_failed_batch_costs_the_one_sample(folder: Path, tmp_path: Path) -> None:
+    """Oracle: the lines of a model that does not fail; a model that always fails ends the command instead."""
+    url = str(folder / "squares" / "00000.tar")
+
+    def written(name: str, bad: set[str]) -> tuple[list[dict[str, str]], list[int]]:
+        engine = Failing(folder / "run", bad)
+        begin_set(tmp_path / name, {})
+        prompts = Prompts(CaptionKey("txt"), "{text} :", "")
+        writing = Writing(engine, prompts, (read_sampler("top-k=9,temperature=2"),), 0, 8, 10**6, 2)
+        write_captions([url], tmp_path / name, Task(0, 1), writing)
+        return list(read_sidecar(sidecar_path(tmp_path / name, url))), engine.calls
+
+    plain, _ = written("plain", set())
+    lines, calls = written("failing", {"000005"})
+    assert calls == [8, 4, 4, 2, 1, 1, 2, 1]
+    assert lines[5] == {"key": "000005", "error": "RuntimeError: out of memory"}
+    assert lines[:5] + lines[6:] == plain[:5] + plain[6:]
+    with pytest.raises(UserError, match="fails on every picture of a batch: RuntimeError: out of memory"):
+        written("broken", {f"{number:06d}" for number in range(8)})
+
+
+def test_tasks_and_samplers_follow_from_what_they_are_given() -> None:
+    """Oracle: SLURM's and torchrun's documented variables; the weights, counted."""
+    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_STEP": "2"}
+    array |= {"SLURM_ARRAY_TASK_COUNT": "4"}
+    assert task_here({}) == (0, 1)
+    assert task_here({"RANK": "2", "WORLD_SIZE": "8", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}) == (2, 8)
+    assert task_here(array) == (2, 4)
+    assert task_here({**array, "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}) == (21, 32)
+    samplers = (read_sampler("greedy,weight=3"), read_sampler("top-k=20,temperature=0.7"))
+    drawn = [row_sampling(samplers, 0, str(key)) for key in range(4000)]
+    assert sum(one.top_k == 1 for one in drawn) / 4000 == pytest.approx(0.75, abs=0.03)
+    assert len({one.seed for one in drawn}) == 4000
+    assert drawn[7] == row_sampling(samplers, 0, "7")
+    for text in ("greedy,top-k=3", "temperature=1", "top-k=0", "top-k=3,weight=0", "beam"):
+        with pytest.raises(UserError, match=r"greedy|top-k|weight|KEY=VALUE"):
+            read_sampler(text)
