@@ -23,6 +23,14 @@ def note_shards(folder: Path, shards: str) -> None:
             file.write(f"{text}\n")
 
 
+def copy_note(source: Path, folder: Path, given: str | None) -> None:
+    """Note for a set that was made of another one what that one notes, or what is `given`."""
+    noted = source / SHARDS
+    texts = [given] if given is not None else noted.read_text(encoding="utf-8").splitlines() if noted.is_file() else []
+    for text in texts:
+        note_shards(folder, text)
+
+
 def shards_of(folder: Path, given: str | None = None) -> tuple[str, ...]:
     """Addresses of the tars of a set: what is `given`, or else noted. Raises UserError."""
     path = folder / SHARDS
