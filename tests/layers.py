@@ -89,12 +89,17 @@ MAY_IMPORT: dict[str, Layer] = {
         "torch",
         "the Python API, and the only door to OpenCLIP for commands, `launch` and `compare`",
     ),
+    "vlm": Layer(
+        f"{BASE} core data train recipe formats tracking training",
+        "torch transformers trl datasets PIL rich",
+        "multimodal models by LLaVA's recipes, on TRL's SFTTrainer",
+    ),
     "captions": Layer(
         f"{BASE} core data train evaluate evaluate.text training",
         "duckdb torch numpy PIL transformers vllm jinja2 py3langid",
         "caption sets: published tables joined, captions written, filters, a report",
     ),
-    "launch": Layer(f"{BASE} recipe tracking training captions", "submitit torch", "SLURM through submitit"),
+    "launch": Layer(f"{BASE} recipe tracking training captions vlm", "submitit torch", "SLURM through submitit"),
     "compare.bench": Layer(
         f"{BASE} data recipe tracking training", "torch", "one model, one process: speed and memory of a step"
     ),
@@ -105,7 +110,8 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),
     "commands": Layer(
-        f"{BASE} core data evaluate recipe formats tracking training launch compare compare.bench commands.captions",
+        f"{BASE} core data evaluate recipe formats tracking training vlm launch compare compare.bench "
+        "commands.captions",
         "rich torch PIL",
         "one module for each `ov2` command, through `training` alone",
     ),

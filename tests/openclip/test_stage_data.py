@@ -10,8 +10,8 @@ from training import NANO, data_flags, results
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.openclip.command.parse import parse
-from open_clip_ov2.openclip.command.run_config import differences
 from open_clip_ov2.openclip.run import loaders as datasets
+from open_clip_ov2.recipe.run_difference import differences
 
 RECIPE = """
 model = "ov2-vit-nano-8"

@@ -5,6 +5,8 @@ The vision tower is the ViT of `hf.py`, the projector is new, and the language m
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +40,15 @@ def write(
         raise UserError("--to llava needs --language-model DIR, the folder of a causal language model")
     if not -encoder.layers <= feature_layer <= -1:
         raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
-    image_processor = hf.image_processor(encoder)
-    transformers = _transformers()
-    text_model, tokenizer = _language_model(transformers, Path(language_model))
-    if len(tokenizer) > text_model.get_input_embeddings().num_embeddings:
-        text_model.resize_token_embeddings(len(tokenizer))
-    config = transformers.LlavaConfig(
-        vision_config=transformers.ViTConfig(**hf.config(encoder)),
-        text_config=text_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=encoder.num_tokens,
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default",  # without the class token
-    )
+    transformers = library()
+    tower = vision_tower(encoder)
+    text_model, tokenizer = open_language_model(Path(language_model))
+    tower.model.to(next(text_model.parameters()).dtype)
     torch.manual_seed(seed)  # the projector's weights
-    model = transformers.LlavaForConditionalGeneration(config)
-    _take_weights(transformers, model, encoder, text_model)
+    model = assembled(tower, text_model, tokenizer, feature_layer)
     model.save_pretrained(folder)
-    _write_processor(transformers, image_processor, encoder.patch_size, tokenizer, folder)
+    processor = processor_of(tower, tokenizer, transformers.CLIPImageProcessor, transformers.LlavaProcessor)
+    processor.save_pretrained(folder)
     dtype = str(model.dtype).removeprefix("torch.")
     return [
         f"the projector is new; it sees {encoder.num_tokens} image tokens of vision_feature_layer {feature_layer}; all "
@@ -63,25 +56,61 @@ def write(
     ]
 
 
-def _transformers() -> Any:
+def library() -> Any:
+    """transformers. Raises UserError if it is too old."""
     import transformers
 
     if not hasattr(transformers, "LlavaModel"):  # 4.52: the first with the layout that weights are put into below
-        raise UserError(f"--to llava needs transformers 4.52 or newer, and found {transformers.__version__}")
+        raise UserError(f"LLaVA needs transformers 4.52 or newer, and found {transformers.__version__}")
     return transformers
 
 
-def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
-    """The model, and its tokenizer with an image token. Raises UserError."""
+@dataclass(frozen=True)
+class VisionTower:
+    """A vision model of transformers for images of `image_size` px, with the settings of its image processor.
+    `class_token`: whether its first token is one, which LLaVA drops."""
+
+    model: Any
+    image_processor: Mapping[str, Any]
+    image_size: int
+    patch_size: int
+    class_token: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Patch tokens."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def select_strategy(self) -> str:
+        """transformers' `vision_feature_select_strategy`."""
+        return "default" if self.class_token else "full"
+
+
+def vision_tower(encoder: Encoder) -> VisionTower:
+    """Our encoder as transformers' ViTModel, in float32. Raises UserError for images that are not square."""
+    transformers = library()
+    settings = {key: value for key, value in hf.image_processor(encoder).items() if key != "image_processor_type"}
+    # Names in memory differ between versions of transformers; its own loader maps the names on disk to them.
+    vit = transformers.ViTModel.from_pretrained(
+        None, config=transformers.ViTConfig(**hf.config(encoder)), state_dict=hf.state_dict(encoder)
+    )
+    return VisionTower(vit, settings, encoder.image_size[0], encoder.patch_size)
+
+
+def open_language_model(source: Path | str, gguf_file: str | None = None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer with an image token, from a folder or, if there is none of this name,
+    from the hub. Raises UserError."""
     from tokenizers import AddedToken
 
-    if not source.is_dir():
+    transformers = library()
+    if isinstance(source, Path) and not source.is_dir():
         raise UserError(f"--language-model {source}: no such folder (it holds config, weights and tokenizer)")
+    options: dict[str, Any] = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+    options |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, torch_dtype="auto", local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto", **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # OSError, ValueError, safetensors', pickle's and torch's own
         raise UserError(f"--language-model {source}: cannot be loaded ({first_line(error)})") from error
     head = model.get_output_embeddings()
@@ -91,34 +120,54 @@ def _language_model(transformers: Any, source: Path) -> tuple[Any, Any]:
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True)])  # keeps its own special tokens
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer
 
 
-def _take_weights(transformers: Any, model: Any, encoder: Encoder, text_model: Any) -> None:
-    """Load encoder and language model strictly; the projector keeps its random weights."""
-    model.to(next(text_model.parameters()).dtype)
-    # Names in memory differ between versions of transformers; its own loader maps the names on disk to them.
-    vit = transformers.ViTModel.from_pretrained(
-        None, config=model.config.vision_config, state_dict=hf.state_dict(encoder)
+def assembled(
+    tower: VisionTower,
+    text_model: Any,
+    tokenizer: Any,
+    feature_layer: int,
+    grid_pinpoints: Sequence[Sequence[int]] = (),
+) -> Any:
+    """LLaVA of these parts, with a new projector; each part keeps its dtype. With `grid_pinpoints` (heights and widths
+    in px) it is a LLaVA-NeXT."""
+    transformers = library()
+    family = "LlavaNext" if grid_pinpoints else "Llava"
+    more = {"image_grid_pinpoints": [list(sides) for sides in grid_pinpoints]} if grid_pinpoints else {}
+    config = getattr(transformers, f"{family}Config")(
+        vision_config=tower.model.config,
+        text_config=text_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=tower.num_tokens,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=tower.select_strategy,
+        **more,
     )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    dtype = next(text_model.parameters()).dtype
+    model.to(dtype).model.vision_tower.to(next(tower.model.parameters()).dtype)
     with torch.no_grad():
-        model.model.vision_tower.load_state_dict(vit.state_dict())
+        model.model.vision_tower.load_state_dict(tower.model.state_dict())
         model.model.language_model.load_state_dict(text_model.base_model.state_dict())
         model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
+    return model
 
 
-def _write_processor(
-    transformers: Any, settings: dict[str, Any], patch_size: int, tokenizer: Any, folder: Path
-) -> None:
-    settings = {key: value for key, value in settings.items() if key != "image_processor_type"}
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(**settings),
+def processor_of(
+    tower: VisionTower, tokenizer: Any, images: Any, processor: Any, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """The processor of a model of `assembled`; `images` and `processor` are transformers' classes, and `settings` are
+    added to those of the image processor."""
+    return processor(
+        image_processor=images(**{**tower.image_processor, **(settings or {})}),
         tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which the strategy then drops
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=tower.select_strategy,
+        num_additional_image_tokens=int(tower.class_token),  # which the strategy then drops
     )
-    processor.save_pretrained(folder)
 
 
 TARGET = Target(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,3 +82,19 @@ class Agreement:
         work.wait()
         self._pending = None
         return [int(flag) for flag in value.tolist()]
+
+
+def on_rank_0(rank: int, world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function on rank 0. Its result is returned, or its exception raised, on every rank."""
+    box: list[Any] = [(None, None)]
+    if rank == 0:
+        try:
+            box = [(function(*arguments), None)]
+        except Exception as error:
+            box = [(None, error)]
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    value, problem = box[0]
+    if problem is not None:
+        raise problem
+    return value

@@ -1,4 +1,4 @@
-"""What makes a run this run: the configuration that a resumed run must share, its signature, and the difference of two.
+"""What makes a run this run: the configuration that a resumed run must share, and its signature.
 
 Where it is written, how it is watched and how often it is saved is not part of it; nor is the number of processes and
 data workers, as long as the global batch is the same.
@@ -58,21 +58,3 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
 def signature(config: dict[str, Any]) -> str:
     """Eight hexadecimal digits that identify a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`stage 2 lr: 0.001 before, 0.002 now`, one for each difference."""
-    out = []
-    old, new = before["stages"], now["stages"]
-    for index, (one, other) in enumerate(zip(old, new, strict=False)):
-        where = f"stage {index + 1} " if max(len(old), len(new)) > 1 else ""
-        out += [
-            f"{where}{key}: {one.get(key)} before, {other.get(key)} now"
-            for key in sorted(one.keys() | other.keys())
-            if one.get(key) != other.get(key)
-        ]
-    if len(old) != len(new):
-        out.append(f"{len(old)} stages before, {len(new)} now")
-    if before["carry_optimizer"] != now["carry_optimizer"]:
-        out.append(f"carry_optimizer: {before['carry_optimizer']} before, {now['carry_optimizer']} now")
-    return out

@@ -12,10 +12,10 @@ from open_clip import factory as open_clip_factory
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text
 from open_clip_ov2.locks import LOCK
-from open_clip_ov2.openclip.command.run_config import differences
 from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.recipe import dump_recipe
+from open_clip_ov2.recipe.run_difference import differences
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:

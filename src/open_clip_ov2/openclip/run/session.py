@@ -23,7 +23,7 @@ from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import tracker_names
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint
-from open_clip_ov2.train.signals import Agreement, StopSignals
+from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -124,19 +124,8 @@ class Session:
         logger.info("resuming from %s: %s samples seen", path, f"{self.checkpoint[RESUME_KEY]['samples_seen']:,}")
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the function on rank 0. Its result is returned, or its exception raised, on every rank."""
-        box: list[Any] = [(None, None)]
-        if self.rank == 0:
-            try:
-                box = [(function(*arguments), None)]
-            except Exception as error:
-                box = [(None, error)]
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        value, problem = box[0]
-        if problem is not None:
-            raise problem
-        return value
+        """`signals.on_rank_0` on this session's ranks."""
+        return on_rank_0(self.rank, self.world_size, function, *arguments)
 
     def check_saved(self, what: str) -> None:
         """Wait for rank 0's file. Raises RunFailed on every rank if the newest checkpoint was not written."""

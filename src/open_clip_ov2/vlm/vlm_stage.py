@@ -1,0 +1,170 @@
+"""One stage on TRL's SFTTrainer: the model is opened from a folder, trained, and written to another.
+
+transformers 5.24 resumes a LLaVA without its weights (its issue 43701: checkpoints have the hub's names, and are loaded
+with `strict=False` into a model that has others, so that no name matches). So a stage opens the model from the
+checkpoint's folder before the trainer is made, and the trainer loads everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Sampler
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from open_clip_ov2.errors import UserError, first_line, unknown_key
+from open_clip_ov2.quiet import quiet
+from open_clip_ov2.vlm.batches import ConversationCollator, GroupedByLength
+from open_clip_ov2.vlm.chat_templates import chat_template
+from open_clip_ov2.vlm.reporting import RunWatch
+from open_clip_ov2.vlm.trained_parts import always_run_tower, freeze_others, groups
+from open_clip_ov2.vlm.vlm_options import BF16, VlmPlan, trainer_settings
+from open_clip_ov2.vlm.vlm_recipe import LLAVA, VlmRecipe, VlmStage
+
+logger = logging.getLogger(__name__)
+transformers.utils.logging.disable_progress_bar()
+
+SETTINGS = {
+    "save_strategy": "steps",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # a loss that is not finite has to be seen
+    "assistant_only_loss": True,
+    "max_length": None,  # the collator cuts
+    "ddp_find_unused_parameters": False,  # all that could be unused is frozen, and the tower always runs
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+class StageTrainer(SFTTrainer):
+    """SFTTrainer with the encoder's own rate, an order of samples that a resumed run repeats, and no telemetry."""
+
+    def __init__(self, *args: Any, stage: VlmStage, watch: RunWatch, **options: Any) -> None:
+        self._stage, self._watch = stage, watch
+        self.optimizer: Any = None
+        super().__init__(*args, callbacks=[watch], **options)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            decaying = set(self.get_decay_parameter_names(trained))
+            self.optimizer = kind(groups(trained, self._stage, decaying), **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self._stage.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [int(length) for length in self.train_dataset["length"]]
+        return GroupedByLength(lengths, self._stage.global_batch, self.args.seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: the model has been opened from this folder (see above)."""
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        found = super().get_batch_samples(*args, **options)
+        self._watch.wait_s += time.perf_counter() - start
+        return found
+
+    def _send_telemetry(self) -> None:
+        """Nothing: a run tells nobody that it runs."""
+
+
+def open_llava(folder: Path, dtype: Any = torch.float32) -> Any:
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+
+
+def open_processor(folder: Path, recipe: VlmRecipe, stage: VlmStage) -> Any:
+    """With the stage's own template and padding."""
+    found = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found.chat_template = chat_template(stage.template, recipe.system)
+    if recipe.kind == LLAVA:
+        found.image_processor.do_pad = stage.pad
+    return found
+
+
+def make_trainer(
+    plan: VlmPlan, number: int, model_folder: Path, dataset: Any, output: Path, watch: RunWatch, world_size: int
+) -> StageTrainer:
+    """Stage `number` (from 1), which begins from the model in `model_folder` and writes checkpoints into `output`."""
+    stage = plan.recipe.stages[number - 1]
+    settings = trainer_settings(plan.options)
+    with quiet():
+        config = stage_config(plan, stage, output, world_size, settings)
+        model = open_llava(model_folder)
+    base = getattr(torch, str(model.config.text_config.dtype).removeprefix("torch."))
+    sharded = settings.keys() & {"fsdp", "deepspeed"}  # which want one dtype
+    trained = freeze_others(model, stage, base if config.bf16 and not sharded else None)
+    always_run_tower(model)
+    count = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    logger.info("stage %d trains %s parameters in %d tensors", number, f"{count:,}", len(trained))
+    processor = open_processor(model_folder, plan.recipe, stage)
+    collator = ConversationCollator(processor, stage.max_length)
+    with quiet():  # TRL misses an end of turn in `plain`, which has none
+        trainer = StageTrainer(
+            model, config, collator, dataset, processing_class=processor, stage=stage, watch=watch
+        )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # the monitor prints
+    return trainer
+
+
+def stage_config(
+    plan: VlmPlan, stage: VlmStage, output: Path, world_size: int, settings: Mapping[str, Any]
+) -> SFTConfig:
+    """Raises UserError for a setting of --trainer that is unknown, or that a flag or the recipe sets."""
+    options, gpu = plan.options, torch.cuda.is_available()
+    batch, accumulation = plan.accumulation(stage, world_size)
+    own: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": stage.lr,
+        "lr_scheduler_type": stage.schedule,
+        "warmup_steps": stage.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.grad_clip_norm,
+        "num_train_epochs": stage.epochs,
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "bf16": options.precision == BF16 or (options.precision is None and gpu),
+        "use_cpu": not gpu,
+        "gradient_checkpointing": options.grad_checkpointing,
+        "dataloader_num_workers": options.workers,
+        "dataloader_pin_memory": gpu,
+        "save_steps": options.save_every_steps,
+        **SETTINGS,
+    }
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for name in settings:
+        if name not in known:
+            raise unknown_key(f"--trainer {options.trainer}", name, known, "setting")
+        if name in own:
+            raise UserError(f"--trainer {options.trainer}: {name}: a flag or the recipe sets it; leave it out")
+    try:
+        return SFTConfig(**own, **settings)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(f"--trainer {options.trainer}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """A UserError of a data worker as it was: torch puts it into a page of traceback."""
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).splitlines()
+        if len(lines) < 2:
+            raise
+        raise UserError(lines[-1].partition("UserError: ")[2] or lines[-1]) from None
