@@ -34,8 +34,10 @@ def test_a_local_run_is_left_alone_cancelled_and_resubmitted(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     monkeypatch.chdir(tmp_path)
-    assert main(["submit", "--local", "2", "--", *flags]) == 2
-    assert "running already" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("logs")
+    for logs in ("logs", "link"):  # the same folder by two names
+        assert main(["submit", "--local", "2", "--", *flags, "--logs", logs]) == 2
+        assert "running already" in capsys.readouterr().err
     assert main(["jobs", "cancel", "run"]) == 0
     while json.loads(status.read_text())["state"] == "running":
         assert time.monotonic() < deadline

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.argv import Parser
@@ -85,13 +86,13 @@ def _check_folders(folders: Sequence[Path], action: str | None) -> None:
 
 def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> dict[Path, Status]:
     """Runs of `ov2 train` in the same places that nobody submitted."""
-    known = {run.run_dir.absolute() for run in submitted}
+    known = {run.run_dir.resolve() for run in submitted}
     found = {}
     for folder in folders:
         for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
             status = read_status(path)
-            if status is not None and path.absolute() not in known:
-                found[path] = status
+            if status is not None and path.resolve() not in known:
+                found[path.resolve()] = status
     return found
 
 
@@ -108,10 +109,14 @@ def show(submitted: Sequence[RunState], by_hand: Mapping[Path, Status], folders:
     table = Table("run", "job", "state", "stage", "samples", "loss", "images/s", "restarts", box=None, pad_edge=False)
     for run in submitted:
         spec = run.spec
-        table.add_row(spec.name, run.job_id, *_row(run.state, run.status, spec.stages, spec.total_samples, run.alive))
+        table.add_row(
+            escape(spec.name), run.job_id, *_row(run.state, run.status, spec.stages, spec.total_samples, run.alive)
+        )
     for path, status in by_hand.items():
         alive = status.state == run_status.RUNNING
-        table.add_row(path.name, "by hand", *_row(status.state, status, status.stages, status.total_samples, alive))
+        table.add_row(
+            escape(path.name), "by hand", *_row(status.state, status, status.stages, status.total_samples, alive)
+        )
     console.print(table)
     reasons = [(run.spec.name, run.state, run.reason) for run in submitted]
     reasons += [(path.name, status.state, status.reason) for path, status in by_hand.items()]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2 import training
@@ -100,7 +101,7 @@ def show(plan: Plan) -> None:
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(*columns)
+    table = Table(*map(escape, columns))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

@@ -38,14 +38,17 @@ def main(argv: Sequence[str]) -> None:
     )
     folder = Path(spec.run_dir)
     submit.show_plan(folder, request)
-    found = next((run for run in state.find([folder]) if run.spec.run_dir == spec.run_dir), None)
+    found = next((run for run in state.find([folder]) if run.run_dir.resolve() == folder.resolve()), None)
     if found is not None and not submit.needs_submission(found, args.retry) and not args.dry_run:
         return
     if args.dry_run:
         show_batch_scripts(folder, request)
         return
     ids = ", ".join(job.job_id for job in submit.submit(folder, request))
-    print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 jobs logs {spec.name}` its output")
+    if args.debug:
+        print(f"{folder}: trained in this process; `ov2 jobs {folder}` shows how far")
+    else:
+        print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 jobs logs {spec.name}` its output")
     if args.wait:
         wait(folder)
 

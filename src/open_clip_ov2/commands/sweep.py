@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.argv import Parser, split, to_argv
@@ -80,9 +81,9 @@ def _planned(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[Cluste
 
 def _without_submitted(folder: Path, specs: list[RunSpec], retry: bool) -> list[RunSpec]:
     """Without the runs that are queued, running or finished, or (unless --retry) failed; each of these is printed."""
-    before, left = {found.spec.run_dir: found for found in state.find([folder])}, []
+    before, left = {found.run_dir.resolve(): found for found in state.find([folder])}, []
     for spec in specs:
-        found = before.get(spec.run_dir)
+        found = before.get(Path(spec.run_dir).resolve())
         over = found is not None and not found.alive and found.state != state.FINISHED
         if found is None or (over and retry):
             left.append(spec)
@@ -97,9 +98,9 @@ def show_report(folder: Path, metric: str) -> None:
     if not rows:
         raise UserError(f"{folder}: no run of this sweep was submitted yet")
     header, *lines = report.table(rows)
-    shown = Table(*header, box=None, pad_edge=False)
+    shown = Table(*map(escape, header), box=None, pad_edge=False)
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*map(escape, line))
     Console().print(shown)
     for path in report.write_report(rows, metric, folder):
         print(f"wrote {path}")

@@ -76,8 +76,8 @@ def main(folder: Path, status: int) -> int:
         return status
     submission = Submission(folder)
     errors = read_errors(submission.exits, job_id(), restart_count())
-    if any(error.get("in_use") for error in errors):  # the run's status.json is the other's
-        print(f"ov2: {errors[0]['reason']}", flush=True)
+    if in_use := [error for error in errors if error.get("in_use")]:  # the run's status.json is the other's
+        print(f"ov2: {in_use[0]['reason']}", flush=True)
         return status
     request = submission.request()
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))

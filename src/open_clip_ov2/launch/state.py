@@ -51,19 +51,20 @@ class RunState:
 def find(folders: Iterable[Path]) -> list[RunState]:
     """All submitted runs in these folders (of a run, of a sweep, or one that holds those), each once."""
     paths = (path for folder in folders for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))))
-    newest: dict[str, tuple[Request, Submission, int]] = {}
-    for root in dict.fromkeys(path.absolute() for path in paths if (path / SUBMIT).is_dir()):
+    newest: dict[Path, tuple[Request, Submission, int]] = {}
+    for root in dict.fromkeys(path.resolve() for path in paths if (path / SUBMIT).is_dir()):
         for submission in submissions(root):
             request = submission.request()
             for index, spec in enumerate(request.members):
-                if spec.run_dir not in newest or newest[spec.run_dir][0].created < request.created:
-                    newest[spec.run_dir] = (request, submission, index)
-    jobs = {name: [job for job in one.jobs() if job.member == index] for name, (_, one, index) in newest.items()}
+                run = Path(spec.run_dir).resolve()
+                if run not in newest or newest[run][0].created < request.created:
+                    newest[run] = (request, submission, index)
+    jobs = {run: [job for job in one.jobs() if job.member == index] for run, (_, one, index) in newest.items()}
     queue: dict[str, QueueJob] = {}
     for executor in (LOCAL, SLURM):  # one question to each
-        asked = (jobs[name] for name, (request, _, _) in newest.items() if request.executor == executor)
+        asked = (jobs[run] for run, (request, _, _) in newest.items() if request.executor == executor)
         queue |= look_up(executor, [job.job_id for own in asked for job in own])
-    return [_run_state(*newest[name], tuple(own), queue) for name, own in jobs.items()]
+    return [_run_state(*newest[run], tuple(own), queue) for run, own in jobs.items()]
 
 
 def _run_state(
@@ -78,9 +79,9 @@ def _run_state(
 
 def of_run(name: str, folders: Iterable[Path]) -> RunState:
     """The run in the folder `name`, or of that name in one of the folders. Raises UserError."""
-    path = Path(name).absolute()
+    path = Path(name).resolve()
     found = find([path] if path.is_dir() else folders)
-    hits = [state for state in found if state.run_dir == path or state.spec.name == name]
+    hits = [state for state in found if state.run_dir.resolve() == path or state.spec.name == name]
     if len(hits) != 1:
         known = ", ".join(state.spec.name for state in found) or "none"
         problem = "no submitted run" if not hits else f"{len(hits)} runs have this name; give the folder"

@@ -72,16 +72,16 @@ def resubmit(run: state.RunState) -> tuple[Job, ...]:
 
 
 def submit(folder: Path, request: Request) -> tuple[Job, ...]:
-    """Write the submission into the folder and start its jobs. What SLURM refuses leaves nothing. Raises UserError."""
+    """Write the submission into the folder and start its jobs; if that fails, nothing is left. Raises UserError."""
     if request.executor == SLURM:
         executors.check_slurm()
     submission = next_submission(folder)
-    _keep_code(submission, request.command)
-    specs = (replace(spec, argv=_keep_recipe(submission, spec.argv)) for spec in request.members)
-    request = replace(request, members=tuple(specs))
-    submission.write_request(request)
     options, first = request.clusters[0], request.members[0]
     try:
+        _keep_code(submission, request.command)
+        specs = (replace(spec, argv=_keep_recipe(submission, spec.argv)) for spec in request.members)
+        request = replace(request, members=tuple(specs))
+        submission.write_request(request)
         if request.executor == SLURM:
             jobs = _to_slurm(submission, request)
         elif request.executor == LOCAL:
@@ -91,7 +91,7 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
             with executors.environment(options.environment):
                 training.train(first.argv)
             jobs = [Job("debug")]
-    except UserError:
+    except (UserError, OSError):
         submission.discard()
         raise
     submission.write_jobs(jobs)
@@ -129,7 +129,7 @@ def _to_slurm(submission: Submission, request: Request) -> list[Job]:
             calls = [(str(submission.folder), index, stage) for index in range(len(request.members))]
             ids = made.ids_of(run_member, calls)
             jobs += [Job(job_id, index, stage) for index, job_id in enumerate(ids)]
-    except UserError:
+    except (UserError, OSError):
         cancel(SLURM, [job.job_id for job in jobs])
         raise
     return jobs
