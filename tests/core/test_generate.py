@@ -97,6 +97,13 @@ def test_a_prompt_is_continued() -> None:
     assert torch.equal(whole[rows], again[rows])
 
 
+def test_an_option_out_of_range_is_named_with_its_value() -> None:
+    with pytest.raises(ValueError, match=r"^top_p must lie in \(0, 1\]; got 1\.5$"):
+        GenerationConfig(seq_len=4, eos_id=EOS, pad_id=0, top_p=1.5)
+    with pytest.raises(ValueError, match=r"^min_seq_len must not exceed seq_len, 4; got 5$"):
+        GenerationConfig(seq_len=4, eos_id=EOS, pad_id=0, min_seq_len=5)
+
+
 @pytest.mark.parametrize(("kind", "option"), [("top_k", {"top_k": 3}), ("top_p", {"top_p": 0.6})])
 def test_sampling_filters_as_transformers_does(kind: str, option: dict[str, float]) -> None:
     """Oracle: transformers' logits warpers; every draw must be among the tokens they leave."""

@@ -224,6 +224,15 @@ def test_features_that_are_no_numbers_are_named_and_not_counted(probe: Any) -> N
     }
 
 
+def test_neighbours_that_there_are_not_are_refused() -> None:
+    """By default DINO's, as far as they go. Oracle: the size of the set."""
+    train, test = sets(spread=1.5)
+    for wrong in ([0], [5, len(train.labels) + 1], []):
+        with pytest.raises(UserError, match=f"expected 1 to the {len(train.labels)} training samples"):
+            knn(train, test, neighbours=wrong)
+    assert all(int(k) <= len(train.labels) for k in knn(train, test)["by_k"])
+
+
 def test_many_equal_pictures_are_taken_in_the_order_of_their_keys() -> None:
     """Oracle: the same set in another order; vectors of one direction are equally near, whatever their length."""
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 from pathlib import Path
@@ -48,13 +49,26 @@ def test_a_tokenizers_spaces_are_no_errors(text: str) -> None:
         ("the word c a t", "cat"),
         ("The  Word cat", "cat"),
         ("the word", ""),
-        ("the words a", None),
+        ("the words a", "a"),
         ("a red circle", None),
         ("a sign, the word s t o p", "stop"),
     ],
 )
 def test_rendered_text(caption: str, text: str | None) -> None:
     assert rendered_text(caption) == text
+
+
+@pytest.mark.parametrize("kind", ["words", "letters", "mixed case", "two words"])
+def test_text_that_the_data_script_draws(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the drawn text in lower case."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("rendered_text")
+    for seed in range(20):
+        planned = script.plan_text(kind, ("apple", "words", "the", "to"), random.Random(seed))
+        drawn = "".join(planned.lines).replace(" ", "").lower()
+        assert rendered_text(planned.caption) == drawn
+        counts = read_one(planned.caption.replace(drawn[-1], "#"), planned.caption)
+        assert (counts["texts"], counts["text_letters"]) == (1, len(drawn))
 
 
 def test_text_that_is_not_told_is_not_read() -> None:
@@ -111,8 +125,8 @@ def test_empty_captions_are_reported_and_left_out() -> None:
     """Property: as without them."""
     scores = reading_scores([("k0", "", "a", "a"), ("k1", "", " ", "b")])
     assert scores.items() >= one("a", "a").rates().items()
-    assert scores["skipped"] == [{"key": "k1", "cause": "empty caption"}]
-    with pytest.raises(UserError, match=r"no picture has a caption to be read \(1 empty caption; the first: 0"):
+    assert scores["skipped"] == [{"key": "k1", "cause": "empty caption", "detail": ""}]
+    with pytest.raises(UserError, match=r"no image has a caption to be read \(1 empty caption; the first: 0"):
         reading_scores([("0", "", "", "a")])
 
 

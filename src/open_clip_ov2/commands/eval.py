@@ -69,6 +69,4 @@ def _causes(skipped: Any) -> list[str]:
         counts = [f"{len(keys)} {cause}" for cause, keys in skipped.items() if isinstance(keys, list) and keys]
         nested = [part for part in skipped.values() if isinstance(part, Mapping)]
         return counts + [text for part in nested for text in _causes(part)]
-    first = skipped[0]
-    key, cause = (first["key"], first["cause"]) if isinstance(first, Mapping) else (first.key, first.cause)
-    return [f"{len(skipped)}, the first: {key} ({cause})"]
+    return [f"{len(skipped)}, the first: {skipped[0]['key']} ({skipped[0]['cause']})"]

@@ -49,13 +49,13 @@ class GenerationConfig:
             ("top_p must lie in (0, 1]", 0 < self.top_p <= 1),
             ("num_beams must be at least 1", self.num_beams >= 1),
             ("seq_len must be at least 2", self.seq_len >= 2),
-            ("min_seq_len must not exceed seq_len", self.min_seq_len <= self.seq_len),
+            (f"min_seq_len must not exceed seq_len, {self.seq_len}", self.min_seq_len <= self.seq_len),
             ("repetition_penalty must be > 0", self.repetition_penalty > 0),
             ("num_captions must be at least 1", self.num_captions >= 1),
             ("num_captions must be 1 for greedy, and at most num_beams", self.num_captions <= most_captions),
         ):
             if not fine:
-                raise ValueError(f"{message}; got {self}")
+                raise ValueError(f"{message}; got {getattr(self, message.split()[0])!r}")
 
 
 class CaptionStream:

@@ -96,7 +96,7 @@ def _usable(
                 raise SkipSample(QUESTION_TOO_LONG, "it leaves no room for an answer")
             yield index, decoder.pixels({IMAGE_ENTRY: ImageFile((str(one.image),))}), text
         except SkipSample as skip:
-            # Not PIL's message, which holds an address in memory: results are the same from run to run.
+            # The key does not say which file it is.
             detail = str(one.image) if skip.cause == UNDECODABLE_IMAGE else skip.detail
             found[index] = Skipped(one.key, skip.cause, detail)
 

@@ -28,8 +28,8 @@ def run_tasks(
     """Results by task.
 
     After each task, the first process writes all results so far to `out` and calls `done` with the task's name and
-    them. Of all tasks, `say` gets a line for each one that is left out. Raises UserError if a task that was named
-    cannot be done, before the first task as far as that can be known.
+    them. If no tasks are named, `say` gets a line for each task that is left out. Raises UserError if a task that was
+    named cannot be done, before the first task as far as that can be known.
     """
     model, options, first = job.model, job.options, place()[0] == 0
     check_tasks(options, model.name, model.abilities)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import accuracy, match_labels, ranks
 
@@ -55,16 +56,19 @@ def votes(weights_MK: Tensor, classes_MK: Tensor, num_classes: int) -> Tensor:
 
 
 def knn(
-    train: Features, test: Features, *, neighbours: Sequence[int] = NEIGHBOURS, device: torch.device | str = "cpu"
+    train: Features, test: Features, *, neighbours: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy on pooled features, JSON-ready. The headline is the weighted vote of 20, or of the most that there are.
 
-    k goes as far as the training set has so many samples. Equally near training samples come in the order of their
-    keys, so the order of the set does not matter. A class without a vote is never among the first five.
-    Raises UserError, see `match_labels`.
+    By default DINO's k as far as the training set has so many samples. Equally near training samples come in the order
+    of their keys, so the order of the set does not matter. A class without a vote is never among the first five.
+    Raises UserError: a k out of range; see `match_labels`.
     """
     labels = match_labels(train, test)
-    counts = [k for k in neighbours if k <= len(labels.train)] or [len(labels.train)]
+    most = len(labels.train)
+    counts = [k for k in NEIGHBOURS if k <= most] or [most] if neighbours is None else sorted(set(neighbours))
+    if wrong := [k for k in counts if not 1 <= k <= most] if counts else ["none"]:
+        raise UserError(f"k-NN: k = {wrong[0]}; expected 1 to the {most} training samples")
     headline = HEADLINE if HEADLINE in counts else max(counts)
     by_key = torch.tensor(sorted(range(len(labels.train)), key=labels.train.keys.__getitem__))
     reference = labels.train.part(by_key)

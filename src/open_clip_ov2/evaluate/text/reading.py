@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from open_clip_ov2.data.skips import EMPTY_CAPTION, Skipped, summary
@@ -18,13 +19,13 @@ from open_clip_ov2.evaluate.text.normalise import NUMBER_WORDS, detokenized, edi
 from open_clip_ov2.evaluate.text.question_answering import RELAXED_TOLERANCE
 
 COUNT = "count"  # the name of numbers that are written as words
-TEXT_AFTER = "the word"  # what rendered text follows in a caption
+TEXT_AFTER = re.compile(r"\bthe words? (.*)")  # what rendered text follows in a caption, in `plain` text
 # Rates, and the counts whose quotients they are.
 RATES = {
     "exact_match": ("exact", "pictures"),
     "character_error_rate": ("letter_edits", "letters"),
     "word_error_rate": ("word_edits", "words"),
-    "text_exact_match": ("texts_exact", "texts"),  # of pictures of a rendered word
+    "text_exact_match": ("texts_exact", "texts"),  # of pictures of rendered words
     "text_character_error_rate": ("text_edits", "text_letters"),
     "number_accuracy": ("numbers_exact", "numbers"),
     "number_relaxed_accuracy": ("numbers_relaxed", "numbers"),  # within 5%
@@ -50,11 +51,11 @@ def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
         if kind:
             by_kind.setdefault(kind, Counter()).update(counts)
     if not overall:
-        raise UserError(f"no picture has a caption to be read ({summary(skipped) or 'no picture at all'})")
+        raise UserError(f"no image has a caption to be read ({summary(skipped) or 'no image at all'})")
     return {
         **rates(overall),
         "by_kind": {kind: rates(counts) for kind, counts in sorted(by_kind.items())},
-        "skipped": [{"key": one.key, "cause": one.cause} for one in skipped],
+        "skipped": [asdict(one) for one in skipped],
     }
 
 
@@ -95,9 +96,10 @@ def read_one(generated: str, true: str) -> Counter[str]:
 
 
 def rendered_text(caption: str) -> str | None:
-    """What follows TEXT_AFTER, its letters joined (the demo spells: "the word c a t" is cat); None without that."""
-    _, found, text = f"{plain(caption)} ".partition(f"{TEXT_AFTER} ")
-    return text.replace(" ", "") if found else None
+    """What follows "the word" or "the words" without its spaces, since some tokenizers spell ("the word c a t" is cat,
+    "the words cat dog" is catdog); None without that."""
+    found = TEXT_AFTER.search(f"{plain(caption)} ")
+    return found[1].replace(" ", "") if found else None
 
 
 def numbers(caption: str) -> dict[tuple[str, int], float]:
