@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "one run over `open_clip_train`",
     ),
     "training": Layer(
-        f"{BASE} recipe evaluate tracking openclip openclip.models openclip.command openclip.run",
+        f"{BASE} recipe data evaluate tracking openclip openclip.models openclip.command openclip.run",
         "torch",
         "the Python API, and the only door to OpenCLIP for commands, `launch` and `compare`",
     ),

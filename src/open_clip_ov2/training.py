@@ -12,19 +12,21 @@ Flags are those of the `ov2` commands: a list as on the command line, or a mappi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_clip_ov2.argv import to_argv
+from open_clip_ov2.argv import to_argv, without
+from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
-from open_clip_ov2.evaluate.options import CaptionOptions, EvalOptions, check_files, read_options
-from open_clip_ov2.evaluate.pictures import Picture, SkipCounter, captions_of
-from open_clip_ov2.evaluate.tasks import check_names as check_tasks
+from open_clip_ov2.evaluate.options import CaptionOptions, EvalOptions, check_files, options_of, read_options
+from open_clip_ov2.evaluate.pictures import Picture, captions_of
+from open_clip_ov2.evaluate.tasks import check_task_names
 from open_clip_ov2.openclip.command.parse import help_text as train_help
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.eval_processes import default_device, processes
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from open_clip_ov2.openclip.run.bench_model import BenchModel
 
 __all__ = [
-    "PlannedRun", "bench_model", "caption", "check", "check_tasks", "convert", "evaluate", "export",
+    "PlannedRun", "bench_model", "caption", "check", "check_evaluation", "convert", "evaluate", "export",
     "is_lost_peer", "is_ov2_model", "load", "open_evaluated", "open_model", "plan", "planned_run", "push",
     "shipped_model", "train", "train_help", "train_loaders",
 ]  # fmt: skip
@@ -108,7 +110,7 @@ def evaluate(
     `run_tasks`. Call it on every process of a distributed evaluation. Raises UserError.
     """
     options = read_options(EvalOptions, "evaluation", {"data": data, "tasks": tasks, **flags})
-    check_tasks(options.tasks)
+    check_task_names(options.tasks)
     if out is not None:
         check_writable(Path(out))
     with processes(device) as place:
@@ -119,6 +121,12 @@ def evaluate(
             return run_tasks(job, out=None if out is None else Path(out), say=say, done=done)
         except ValueError as error:  # the model's own, of an option out of its range
             raise UserError(str(error)) from error
+
+
+def check_evaluation(argv: Sequence[str]) -> None:
+    """Raises UserError for flags that `ov2 eval` would refuse, and for a task that does not exist."""
+    options = without(argv, ["--device"])  # which is the command's own
+    check_task_names(options_of(shlex.join(options), "the flags").tasks)
 
 
 def caption(

@@ -153,10 +153,17 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "two comparisons are called one" in capsys.readouterr().err
     assert ov2(["compare", str(file), *data, "--", "--model=ov2-vit-b-16"]) == 2
     assert "--model=ov2-vit-b-16 after `--`" in capsys.readouterr().err
+    assert ov2(["compare", str(file), *data, "--", "--report-to", "model"]) == 2
+    assert "after `--`" not in capsys.readouterr().err
     good = file.read_text().replace("nano-9", "nano-8")
     file.write_text(f'{good}[flags]\nbatch-size = 8\n[[evaluate]]\ntasks = ["kmm"]\n')
     assert ov2(["compare", str(file), *data]) == 2
     assert "one: evaluate: --tasks: unknown task 'kmm'" in capsys.readouterr().err
+    file.write_text(f'{good}[[evaluate]]\ntasks = ["knn"]\nflags = {{ device = "cpu", keep-ratio = 2 }}\n')
+    assert ov2(["compare", str(file), *data]) == 2
+    error = capsys.readouterr().err
+    assert "one: evaluate: the flags '--data y.tar --tasks knn --keep-ratio 2': " in error
+    assert "--keep-ratio: 2: expected" in error
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption, group_text, parse_caption_keys
 from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, EMPTY_CAPTION, MISSING_CAPTION, SkipSample
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.pictures import pictures
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_grammar(text: str, keys: list[tuple[str, tuple[str, ...], float]]) -> N
 def test_malformed_keys_say_flag_part_and_example(text: str, part: str) -> None:
     """Oracle: the three things that a message must hold."""
     with pytest.raises(UserError) as error:
-        parse_caption_keys(text)
+        pictures([], text)
     message = str(error.value)
     assert "\n" not in message
     assert "--caption-keys" in message

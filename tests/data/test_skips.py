@@ -19,7 +19,10 @@ def test_counts_are_exact_and_taken_once() -> None:
     assert counter.take() == {EMPTY_CAPTION: 7, BAD_JSON: 1}
     assert counter.take() == {}
     assert counter.total == {EMPTY_CAPTION: 7, BAD_JSON: 1}
-    assert counter.example == "7 in a.tar"
+    assert counter.example == "7 in a.tar: bad JSON (json)"
+    counter.add_broken("a.tar", "why")
+    counter.add(BAD_JSON, "json", "8", "a.tar")
+    assert counter.example == "a.tar: broken shard (why)"
 
 
 def test_log_is_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

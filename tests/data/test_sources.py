@@ -67,6 +67,9 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, change: dict[str, st
         table(write_table(tmp_path, []))
     with pytest.raises(UserError, match="no such file"):
         table(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(UserError, match="the file is empty"):
+        table(tmp_path / "empty.csv")
     with pytest.raises(UserError, match="1 samples for 2 data workers"):
         table(write_table(tmp_path, [b"a.png,b,c"])).check_consumers(2)
 

@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import webdataset as wds
+from broken_shards import byte_tokens, to_tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.data import tars
+from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.data.loader import EvalLoader, TrainLoader
 from open_clip_ov2.data.samples import encoded_image
+from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.tars import APART, TarStream, plain_files, read_tar
+from open_clip_ov2.errors import UserError
 
 FILES = [
     ("0.txt", b"zero"),
@@ -138,9 +143,31 @@ def test_files_of_a_sample_that_are_apart_are_told(tmp_path: Path, capsys: pytes
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_names_with_dots_are_told(tmp_path: Path) -> None:
+def test_names_with_dots_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`img.000.jpg` is the entry `000.jpg` of the sample `img`."""
     (tmp_path / "t.tar").write_bytes(built([(f"img.{n:03d}.jpg", b"x") for n in range(3)], tarfile.USTAR_FORMAT))
     (sample,) = read_tar(str(tmp_path / "t.tar"), pytest.fail)
     with pytest.raises(SkipSample, match=r"000\.jpg.*without further dots"):
         encoded_image(sample)
+    assert main(["shards", "resize", str(tmp_path / "t.tar"), str(tmp_path / "out")]) == 2
+    assert "without further dots" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["{n:03d}.{suffix}", "img.{n:03d}.{suffix}"])
+def test_the_last_error_says_how_to_write_the_tar(name: str, workers: int, tmp_path: Path) -> None:
+    """All images first, then all captions; names with dots. Oracle: the remedy, by hand, of training and evaluation."""
+    files = [(name.format(n=n, suffix=suffix), b"x") for suffix in ("jpg", "txt") for n in range(3)]
+    (tmp_path / "t.tar").write_bytes(built(files, tarfile.USTAR_FORMAT))
+    source = WebDatasetSource((str(tmp_path / "t.tar"),) * max(1, workers))
+    usual: dict[str, Any] = {"batch_size": 2, "num_workers": workers, "caption_keys": (CaptionKey("txt"),)}
+    loaders = (
+        TrainLoader(source, to_tensor, byte_tokens, seed=0, rank=0, world_size=1, num_samples=4, **usual),
+        EvalLoader(source, to_tensor, byte_tokens, named=("evaluation", "--data"), **usual),
+    )
+    for loader, flag in zip(loaders, ("--train-data", "--data"), strict=True):
+        with pytest.raises(UserError, match="no usable sample") as caught:
+            list(loader)
+        assert ("without further dots" if "img" in name else "tar --sort=name") in str(caught.value)
+        assert f"check {flag} and" in str(caught.value)

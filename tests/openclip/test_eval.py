@@ -144,7 +144,7 @@ def test_every_caption_is_a_reference(run: Path, squares: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     flags = f"--data {squares}/val/00000.tar --caption-keys json:recaption --group-by json:kind"
     job = EvalJob(open_eval_model(str(run), torch.device("cpu")), options_of(flags, "here"))
-    rows = job.generated
+    rows, _ = job.generated
     assert rows[0].true.startswith("one ")  # what it is shown with is the first
     for index, row in rows.items():
         rows[index] = row._replace(generated=f"a square that is {row.kind}")

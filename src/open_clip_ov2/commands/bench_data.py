@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-data", required=True, metavar="SHARDS", help="as for ov2 train")
     add("--model", default="ov2-vit-l-14", metavar="NAME", help="its crops and tokens (default: %(default)s)")
     add("--resolution", type=count, default=84, metavar="PX", help="default: %(default)s")
-    add("--samples", type=count, default=1024, metavar="N", help="of each measurement at most (default: %(default)s)")
+    add(
+        "--samples",
+        type=count,
+        default=1024,
+        metavar="N",
+        help="most samples in each measurement (default: %(default)s)",
+    )
     add("--workers", type=flag_type(whole(0)), default=cores(), metavar="N", help="default: one for each core")
     return parser

@@ -58,7 +58,8 @@ def _caption_all(args: argparse.Namespace) -> None:
             print(f"contact sheet: {args.out}", file=sys.stderr if args.json else sys.stdout)
     if skips.total:
         causes, left_out = describe(skips.total), skips.total.total()
-        raise UserError(f"{count} images were captioned and {left_out} left out, named above ({causes})")
+        why = f"{causes}; for example {skips.example}"
+        raise UserError(f"{count} images were captioned and {left_out} left out, named above ({why})")
 
 
 def _as_text(picture: Picture, text: str) -> list[str]:
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each image, with log-likelihoods")
     parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images that can be used")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images that can be decoded")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
     parser.add_argument("--caption-keys", default="txt", help="true captions, for the sheet and JSON (default: txt)")
     add_device(parser)

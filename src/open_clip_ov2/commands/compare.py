@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from open_clip_ov2.argv import Parser, flag_type, split
+from open_clip_ov2.argv import Parser, flag_type, last, split
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import comma_separated, real, whole
 
@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     names = [comparison.name for comparison in comparisons]
     if len(set(names)) < len(names):
         raise UserError(f"two comparisons are called {next(n for n in names if names.count(n) > 1)}: rename a file")
-    taken = [word for word in after if word.split("=")[0].removeprefix("--") in (*SET_BY_US, *BATCH)]
+    places = (last(after, f"--{name}") for name in (*SET_BY_US, *BATCH))
+    taken = [after[place] for place in places if place >= 0]
     if taken:
         raise UserError(f"{taken[0]} after `--`: the comparison's file or `ov2 compare` sets it")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

@@ -64,7 +64,7 @@ def _check(study: Study, comparison: Comparison) -> ByStage:
     """Flags, models and tasks, before anything is measured: FLOPs of an image. Raises UserError."""
     for evaluation in comparison.evaluations:
         with naming(f"{comparison.name}: evaluate"):
-            training.check_tasks(evaluation.tasks)
+            training.check_evaluation(_eval_argv(study, evaluation))
     flops = {}
     for variant in comparison.variants:
         stages = [(stage.resolution, global_batch(comparison, variant)) for stage in variant.stages]

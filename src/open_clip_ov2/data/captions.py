@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_clip_ov2.data.skips import BAD_JSON, BAD_UTF8, DROPPED, EMPTY_CAPTION, MISSING_CAPTION, NO_CAPTION, SkipSample
+from open_clip_ov2.data.skips import (
+    BAD_JSON,
+    BAD_UTF8,
+    DROPPED,
+    EMPTY_CAPTION,
+    MISSING_CAPTION,
+    NO_CAPTION,
+    SkipSample,
+    missing,
+)
 from open_clip_ov2.errors import UserError
 
-EXAMPLE = "for example --caption-keys 'json:recaption=0.8,txt=0.2'"
+EXAMPLE = "for example 'json:recaption=0.8,txt=0.2'"
 PROMPT_END = "\x1e"  # between prompt and caption of one text: ASCII's record separator, which no cleaned prompt has
 PROMPT_TEMPLATE = "{text} :"  # what a captioner of ours is given of a text, in training and when it writes
 NO_PROMPT = "none"  # the key whose weight is the share of samples without a prompt
@@ -136,7 +145,7 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
     missing.
     """
     found: list[tuple[CaptionKey, list[str]]] = []
-    problem = SkipSample(MISSING_CAPTION, f"none of {', '.join(map(str, keys))}")
+    problem = missing(MISSING_CAPTION, sample, [key.entry.lower() for key in keys], map(str, keys))
     parsed: dict[str, Any] = {}
     for key in keys:
         try:

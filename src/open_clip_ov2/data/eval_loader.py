@@ -37,7 +37,7 @@ class EvalLoader(Receiver):
     File order, the workers in turns. `num_samples` stops after so many samples of the files, usable or not.
     Iterating gives this process's part; `full()` everything, for what runs on one process alone.
     Labeled sets need no captions: without `caption_keys` they are "", without a tokenizer `texts_BL` is `(B, 0)`.
-    Raises UserError if the whole set has no usable sample, or a worker dies.
+    Raises UserError if the whole set has no usable sample, or a worker dies; `named`: what data it is, and its flag.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class EvalLoader(Receiver):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         prompt_keys: tuple[CaptionKey, ...] = (),
         pin_memory: bool = False,
+        named: tuple[str, str] = ("validation", "--val-data"),
     ) -> None:
         super().__init__(num_workers)
+        self._named = named
         decoder = Decoder(transform, caption_keys, max_image_pixels, prompt_keys)
         self._stream = EvalStream(source, decoder, tokenizer, batch_size, rank, world_size, num_samples, group_by)
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -85,7 +87,7 @@ class EvalLoader(Receiver):
         """Raises UserError if there is no usable sample; reads as far as the first, in this process."""
         self.reset_skips()
         if next(self.receive(self._one_by_one()), None) is None:
-            raise nothing_usable("validation", "--val-data", self.skips)
+            raise nothing_usable(*self._named, self.skips, self.example)
 
     def full(self) -> Iterator[Batch]:
         return self._batches(replace(self._stream, rank=0, world_size=1))
@@ -99,7 +101,7 @@ class EvalLoader(Receiver):
         if not used and stream.world_size > 1:  # where this process has nothing usable, another one may
             used = any(isinstance(item, Batch) and item.keys for item in self._one_by_one())
         if not used:
-            raise nothing_usable("validation", "--val-data", self.skips)
+            raise nothing_usable(*self._named, self.skips, self.example)
 
     def _one_by_one(self) -> EvalStream:
         return replace(self._stream, batch_size=1, rank=0, world_size=1)

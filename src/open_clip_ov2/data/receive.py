@@ -55,7 +55,7 @@ class Receiver:
     """What the loaders share: raising what a worker sends, and the running count of skips.
 
     `skips`: counts by cause of the batches seen since iterating began or `reset_skips()`; `skipped_keys`, in
-    evaluation: which samples those were.
+    evaluation: which samples those were, and the reason of one of them, `example`.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -65,6 +65,7 @@ class Receiver:
     def reset_skips(self) -> None:
         self.skips: dict[str, int] = {}
         self.skipped_keys: dict[str, list[str]] = {}
+        self.example = ""
 
     def receive(self, items: Iterable[Any]) -> Iterator[Batch]:
         try:
@@ -72,6 +73,7 @@ class Receiver:
                 if isinstance(item, UserError):
                     raise item
                 self.skips = merge_counts((self.skips, item.skipped))
+                self.example = self.example or item.example  # worker 0, which tells of broken shards, comes first
                 for cause, keys in item.skipped_keys.items():
                     self.skipped_keys.setdefault(cause, []).extend(keys)
                 if item.keys:

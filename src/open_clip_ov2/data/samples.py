@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption, with_prompt
 from open_clip_ov2.data.crop import RandomCrop
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, EncodedImage, decode_image
-from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample
+from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample, missing
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 IMAGE_ENTRY = "__image__"  # where a source that reads no tar puts an ImageFile or a PIL image
@@ -122,16 +122,7 @@ def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
         if suffix in by_suffix:
             image: bytes | Image.Image | ImageFile = by_suffix[suffix]
             return image.read() if isinstance(image, ImageFile) else image
-    raise missing_image(raw)
-
-
-def missing_image(entries: Iterable[str]) -> SkipSample:
-    """The skip of a sample without an image; it says so where names with several dots are the reason."""
-    dotted = [name for name in entries if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES and "." in name]
-    if dotted:
-        why = "since the name of a sample ends at its first dot: name the files without further dots"
-        return SkipSample(MISSING_IMAGE, f"its entries are {dotted[0]} and the like, {why}")
-    return SkipSample(MISSING_IMAGE, f"none of {', '.join(IMAGE_SUFFIXES)}")
+    raise missing(MISSING_IMAGE, raw, IMAGE_SUFFIXES)
 
 
 def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:

@@ -65,8 +65,8 @@ def check_shards_exist(urls: Sequence[str]) -> None:
     for url in urls:
         if not url.startswith("pipe:") and url.lower().endswith((".csv", ".tsv")):
             raise UserError(
-                f"{url}: a csv, where tars are expected; `ov2 train` alone reads one (--train-data, --val-data, with "
-                "--dataset-type csv or auto), so make tars of it for the rest (docs/data.md)"
+                f"{url}: a csv, where tars are expected; only `ov2 train` (--train-data, --val-data, with "
+                "--dataset-type csv or auto) and `ov2 caption` read one, so make tars of it for the rest (docs/data.md)"
             )
     check_readable(urls, "shards", "name the tars in it, for example '{}/{{00000..00099}}.tar'")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from open_clip_ov2.data.decode import EncodedImage, pil_errors_skip
-from open_clip_ov2.data.samples import IMAGE_SUFFIXES, missing_image
-from open_clip_ov2.data.skips import BROKEN_SHARD, SkipSample
+from open_clip_ov2.data.samples import IMAGE_SUFFIXES
+from open_clip_ov2.data.skips import BROKEN_SHARD, DOTTED, MISSING_IMAGE, SkipSample, missing
 from open_clip_ov2.data.tars import APART, read_tar
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import written_whole
@@ -67,8 +67,9 @@ def _write(source: str, name: str, file: IO[bytes], shrink: Shrink) -> ShardRepo
                 info = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    if any(APART in reason for reason in broken):
-        raise UserError(f"{source}: {broken[0]}")
+    misnamed = [f"{key}: {cause} ({detail})" for key, cause, detail in dropped if DOTTED in detail]
+    if refused := [reason for reason in broken if APART in reason] + misnamed:  # whose captions would be lost
+        raise UserError(f"{source}: {refused[0]}")
     if not samples_in and broken:
         raise UserError(f"{source}: {BROKEN_SHARD}, nothing in it can be read ({broken[0]}); repair it or leave it out")
     written = samples_in - len(dropped)
@@ -80,7 +81,7 @@ def shrunk_entries(sample: Mapping[str, Any], shrink: Shrink) -> dict[str, bytes
     entries = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
     images = [suffix for suffix in entries if suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise missing_image(entries)
+        raise missing(MISSING_IMAGE, entries, IMAGE_SUFFIXES)
     return entries | {suffix: shrunk_image(entries[suffix], shrink) for suffix in images}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from open_clip_ov2.errors import UserError
@@ -31,6 +31,7 @@ SUMMARY_EVERY_S = 60.0
 # A consumer that has found nothing usable at all gives up after this long and this many skips.
 HOPELESS_S = 30.0
 HOPELESS_SKIPS = 100
+DOTTED = "since the name of a sample ends at its first dot: name the files without further dots"
 
 
 class SkipSample(Exception):
@@ -40,6 +41,15 @@ class SkipSample(Exception):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause = cause
         self.detail = detail
+
+
+def missing(cause: str, entries: Iterable[str], wanted: Collection[str], named: Iterable[str] = ()) -> SkipSample:
+    """The skip of a sample that has none of the `wanted` entries (errors call them as `named`); it says so where names
+    with several dots are the reason."""
+    dotted = next((name for name in entries if "." in name and name.lower().rpartition(".")[2] in wanted), None)
+    if dotted:
+        return SkipSample(cause, f"its entries are {dotted} and the like, {DOTTED}")
+    return SkipSample(cause, f"none of {', '.join(named or wanted)}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,9 @@ def summary(skipped: Sequence[Skipped]) -> str:
 class SkipCounter:
     """Counts by cause for one data worker over all its epochs; with `keep_keys` each sample's key too.
 
-    Logs the first `lines` of each cause, then at most one line a minute. `total` counts since `begin()`; `used` is set
-    by whoever uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
+    Logs the first `lines` of each cause, then at most one line a minute. `total` counts since `begin()`; `example` is
+    the last skip with its reason, rather a broken shard than a sample, which it may explain; `used` is set by whoever
+    uses the samples. With `gives_up`, `add` raises UserError once nothing usable can be expected any more.
     """
 
     def __init__(
@@ -92,9 +103,11 @@ class SkipCounter:
         self._ever[cause] += 1
         if self._keep_keys:
             self._keys.setdefault(cause, []).append(key or url)
-        self.example = f"{key} in {url}" if key else url
+        reason = f"{f'{key} in {url}' if key else url}: {cause}" + (f" ({detail})" if detail else "")
+        if cause == BROKEN_SHARD or BROKEN_SHARD not in self._ever:
+            self.example = reason
         if self._log:
-            self._write(cause, detail)
+            self._write(cause, reason)
         if self._gives_up and self._hopeless():
             raise self.nothing_usable()
 
@@ -106,10 +119,10 @@ class SkipCounter:
         many = self.total.total() >= HOPELESS_SKIPS
         return many and not self.used and time.monotonic() - self._started > HOPELESS_S
 
-    def _write(self, cause: str, detail: str) -> None:
+    def _write(self, cause: str, reason: str) -> None:
         now = time.monotonic()
         if self._ever[cause] <= self._lines:
-            logger.warning("skipped %s: %s (%s)", self.example, cause, detail)
+            logger.warning("skipped %s", reason)
         elif now - self._last_summary > SUMMARY_EVERY_S:
             self._last_summary = now
             logger.warning("skipped so far in this worker: %s", describe(self._ever))
@@ -127,13 +140,13 @@ class SkipCounter:
 
     def nothing_usable(self) -> UserError:
         """The error for training data of which nothing can be used."""
-        example = f"; the last: {self.example}" if self.example else ""
-        return nothing_usable("training", "--train-data", self.total, example)
+        return nothing_usable("training", "--train-data", self.total, self.example)
 
 
 def nothing_usable(what: str, flag: str, counts: Mapping[str, int], example: str = "") -> UserError:
-    found = describe(counts) or "no sample at all"
-    return UserError(f"the {what} data has no usable sample ({found}{example}); check {flag} and --caption-keys")
+    """The error for data of which nothing can be used; `example` is that of a SkipCounter."""
+    found = (describe(counts) or "no sample at all") + (f"; for example {example}" if example else "")
+    return UserError(f"the {what} data has no usable sample ({found}); check {flag} and --caption-keys")
 
 
 def describe(counts: Mapping[str, int]) -> str:

@@ -96,7 +96,9 @@ class CsvSource(Source):
         self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
         found = csv_rows.rows(csv_rows.read_lines(path), separator, image_column, IMAGE_SUFFIXES)
-        header = next(found, csv_rows.Row(1, ()))
+        header = next(found, None)
+        if header is None:
+            raise UserError(f"{path}: the file is empty; expected a header and rows")
         if header.problem:
             raise UserError(f"{path}: line 1, the header: {header.problem} (--csv-separator {separator!r})")
         places = self._places(header.fields, separator, image_column)

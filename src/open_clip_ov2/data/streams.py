@@ -35,8 +35,9 @@ class Batch(NamedTuple):
     without keys comes last and tells what was skipped after the last samples.
 
     In training, `position` is where its consumer stands after it, with the sizes of shards since its last batch.
-    In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped.
-    `prompts` are what stands before the captions, where that is asked for.
+    In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped;
+    the one without keys has the counter's `example`. `prompts` are what stands before the captions, where that is
+    asked for.
     """
 
     images_BCHW: Tensor
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     indices: tuple[int, ...] = ()
     skipped_keys: Mapping[str, list[str]] = {}
     prompts: tuple[str, ...] = ()
+    example: str = ""
 
 
 class _Row(NamedTuple):
@@ -240,4 +242,7 @@ class EvalStream(_Stream):
         while collector.rows:  # twice if the tokenizer refuses a row
             if (batch := collector.batch()) is not None:
                 yield batch
-        yield Batch(torch.empty(0), torch.empty(0), [], [], [], skips.take(), skipped_keys=skips.take_keys())
+        yield Batch(
+            torch.empty(0), torch.empty(0), [], [], [], skips.take(), skipped_keys=skips.take_keys(),
+            example=skips.example,
+        )  # fmt: skip

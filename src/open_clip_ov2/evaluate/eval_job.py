@@ -65,6 +65,7 @@ class EvalJob:
             group_by=group_by,
             rank=rank,
             world_size=world_size,
+            named=("evaluation", "--data" if data == self.options.data else "--train-data"),
         )
 
     def features(self, data: str, kind: Kind) -> Features:
@@ -93,16 +94,16 @@ class EvalJob:
         return {sample.place: sample.captions for sample in self.captioned().described()}
 
     @cached_property
-    def generated(self) -> dict[int, Captioned]:
-        """By place in file order; the same on any number of processes."""
+    def generated(self) -> tuple[dict[int, Captioned], dict[str, list[str]]]:
+        """Captions by place in file order, and the keys of what was skipped by cause; the same on any number of
+        processes."""
         rows: dict[int, Captioned] = {}
         loader = self.captioned()
         for batch in loader:
             texts = self.model.generate(batch.images_BCHW, batch.keys, **self.options.generation)
             found = zip(batch.keys, batch.groups, batch.captions, texts, strict=True)
             rows |= {index: Captioned(*row) for index, row in zip(batch.indices, found, strict=True)}
-        self.caption_skips = gathered_keys(loader.skipped_keys)
-        return gathered(rows)
+        return gathered(rows), gathered_keys(loader.skipped_keys)
 
     def with_shuffled_images(self) -> Iterator[Batch]:
         """Each caption with the image of the sample before it in file order, the first with that of the last.

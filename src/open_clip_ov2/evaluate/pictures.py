@@ -23,10 +23,9 @@ from open_clip_ov2.data.csv_rows import read_lines
 from open_clip_ov2.data.decode import decode_image
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, Decoder, ImageFile, encoded_image
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
-from open_clip_ov2.data.skips import SkipCounter as SkipCounter  # for training.py
-from open_clip_ov2.data.skips import SkipSample
+from open_clip_ov2.data.skips import SkipCounter, SkipSample
 from open_clip_ov2.data.sources import CsvSource, image_names
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.options import CaptionOptions
 
@@ -152,7 +151,9 @@ def pictures(
     a csv, a pipe with an image or a tar, or `-` for standard input. Raises UserError, at once, for a path that does
     not exist or a folder without images.
     """
-    keys, counter = parse_caption_keys(caption_keys), skips or SkipCounter()
+    counter = skips or SkipCounter()
+    with naming("--caption-keys"):
+        keys = parse_caption_keys(caption_keys)
     found = [_samples(str(path), keys, counter) for path in paths]
     return _decoded(islice(chain.from_iterable(found), 0, None, every), keys, counter)
 

@@ -106,10 +106,10 @@ def _shuffled_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 def _caption(job: EvalJob) -> dict[str, Any]:
-    rows = job.generated
+    rows, skipped = job.generated
     generated, keys = ({index: row[at] for index, row in rows.items()} for at in (3, 0))
     scores = caption_scores(generated, {index: job.references[index] for index in rows}, keys)
-    return {**asdict(scores), "skipped_samples": job.caption_skips}
+    return {**asdict(scores), "skipped_samples": skipped}
 
 
 def _caption_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -118,11 +118,12 @@ def _caption_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 def _read_text(job: EvalJob) -> dict[str, Any]:
-    scores = reading_scores(job.generated.values())
+    rows, skipped = job.generated
+    scores = reading_scores(rows.values())
     for kind, found in scores["by_kind"].items():
         guess = (job.options.guess or {}).get(kind)
         found["times_guessing"] = found["exact_match"] / guess if guess else None
-    return {**scores, "skipped_samples": job.caption_skips}
+    return {**scores, "skipped_samples": skipped}
 
 
 def _reading_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -260,7 +261,7 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_task_names(names: Sequence[str]) -> None:
     """Raises UserError for a task that does not exist."""
     for name in names:
         if name not in TASKS:
@@ -269,7 +270,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def check_tasks(options: EvalOptions, model: str, abilities: frozenset[Ability]) -> None:
     """Raises UserError for a named task that a model of this name and these abilities cannot do."""
-    check_names(options.tasks)
+    check_task_names(options.tasks)
     for name in options.tasks:
         obstacle = TASKS[name].obstacle(model, abilities, options)
         if obstacle:
