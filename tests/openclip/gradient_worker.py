@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from open_clip import ClipLoss
 from torch.nn.parallel import DistributedDataParallel
 
 from open_clip_ov2.core import CaptionLoss, CaptionModel
@@ -17,15 +19,19 @@ from open_clip_ov2.train.step import StepSettings, optimizer_step
 BOS, EOS = 10, 11
 
 
-def model_of(precision: str = "fp32") -> CaptionModel:
+PAIR = {"contrastive_cfg": {"width": 16, "layers": 1, "heads": 2}}  # OpenVision 1's text encoder
+
+
+def model_of(**more: Any) -> CaptionModel:
     torch.manual_seed(0)
-    return build_caption_model(
-        embed_dim=16,
-        vision_cfg={"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
-        text_cfg={"context_length": 9, "vocab_size": 12, "bos_id": BOS, "eos_id": EOS},
-        decoder_cfg={"width": 16, "layers": 2, "heads": 2, "mlp_width": 32},
-        keep_ratio=1.0,
-    ).train()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
+        "text_cfg": {"context_length": 9, "vocab_size": 12, "bos_id": BOS, "eos_id": EOS},
+        "decoder_cfg": {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32},
+        "keep_ratio": 1.0,
+    }
+    return build_caption_model(**config | more).train()
 
 
 def whole_batch() -> Batch:
@@ -44,22 +50,25 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(*(value if isinstance(value, dict) else value[start:stop] for value in batch[:6]))
 
 
-def settings(world_size: int, accum_freq: int, clip: float | None = None) -> StepSettings:
-    return StepSettings(Compute(torch.device("cpu"), "fp32", world_size, EOS), accum_freq, clip, 2.0)
+def settings(world_size: int, accum_freq: int, clip: float | None = None, weights: Any = (2.0,)) -> StepSettings:
+    return StepSettings(Compute(torch.device("cpu"), "fp32", world_size, EOS), accum_freq, clip, *weights)
 
 
-def write_gradients(out: Path, accum_freq: int, reduction: str = "fp32") -> int:
+def write_gradients(out: Path, accum_freq: int, reduction: str = "fp32", pair: bool = False) -> int:
     torch.distributed.init_process_group("gloo")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = model_of()
+    model, contrast = model_of(**(PAIR if pair else {})), None
+    if pair:
+        contrast = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
     size = 8 // world_size // accum_freq
     starts = [rank * 8 // world_size + index * size for index in range(accum_freq)]
     window = [part(whole_batch(), start, start + size) for start in starts]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     ddp = ddp_on_any_device(DistributedDataParallel, reduction)(model)
-    result = optimizer_step(ddp, window, CaptionLoss(), optimizer, None, settings(world_size, accum_freq))
+    loss, options = CaptionLoss(contrast=contrast), settings(world_size, accum_freq)
+    result = optimizer_step(ddp, window, loss, optimizer, None, options)
     if rank == 0:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        torch.save({"gradients": gradients, "losses": result.losses(2.0), "norm": result.grad_norm}, out)
+        torch.save({"gradients": gradients, "losses": result.losses(options), "norm": result.grad_norm}, out)
     torch.distributed.destroy_process_group()
     return 0

@@ -89,7 +89,7 @@ def test_likelihood_is_that_of_whole_passes(
     """Oracle: a pass for each pair; to 1e-4 in sums of some 50 nats, whichever candidates share a tree."""
     monkeypatch.setattr("open_clip_ov2.core.candidates.MAX_NODES", max_nodes)
     monkeypatch.setattr("open_clip_ov2.core.candidates.CPU_ROWS", 11)
-    monkeypatch.setattr("open_clip_ov2.openclip.models.coca.HEAD_BYTES", 4 * 3 * 49408 * max_nodes)
+    monkeypatch.setattr("open_clip_ov2.openclip.models.related.HEAD_BYTES", 4 * 3 * 49408 * max_nodes)
     model = stock["coca_tiny"] if kind == "coca" else ov2(kind).eval()
     texts = tokenized(CAPTIONS)
     one = eval_model(model)

@@ -46,7 +46,7 @@ def test_accumulation_equals_the_big_batch(plain: tuple[dict[str, Tensor], Tenso
     result = optimizer_step(model, window, CaptionLoss(), optimizer, None, settings(1, accum_freq))
     assert len(forwards) == accum_freq  # no forward runs twice
     assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, plain[0])
-    torch.testing.assert_close(result.losses(2.0)["caption_loss"], plain[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.losses(settings(1, accum_freq))["caption_loss"], plain[1], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("processes", "accum_freq"), [(2, 1), (2, 2)])

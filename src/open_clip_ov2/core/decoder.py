@@ -7,6 +7,7 @@ Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -57,10 +58,10 @@ class TextDecoder(nn.Module):
         self.config = config
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, config.width)
-        self.image_projection = nn.Linear(image_width, config.width, bias=False)
+        self.image_projection: nn.Module = nn.Linear(image_width, config.width, bias=False)
         sizes = (config.width, config.heads, config.mlp_width)
         crosses = config.fusion == "cross_attn"
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             CrossBlock(*sizes) if crosses and index % 2 else SelfBlock(*sizes) for index in range(config.layers)
         )
         self.ln_final = LayerNorm(config.width)
@@ -75,7 +76,8 @@ class TextDecoder(nn.Module):
             layers //= 2  # the reference counts pairs there
         attn_std, fc_std, proj_std = width**-0.5, (2 * width) ** -0.5, width**-0.5 * (2 * layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.image_projection.weight, std=self.image_projection.in_features**-0.5)
+        projection = cast(nn.Linear, self.image_projection)
+        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         nn.init.normal_(self.lm_head.weight, std=width**-0.5)
         for module in self.blocks:
             block = cast(SelfBlock, module)
@@ -88,6 +90,12 @@ class TextDecoder(nn.Module):
             for linear, std in ((out_proj, proj_std), (c_fc, fc_std), (c_proj, proj_std)):
                 nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
+
+    def use_blocks(self, blocks: Sequence[SelfBlock]) -> None:
+        """Blocks whose parameters belong to another module, in place of its own; image tokens then enter as they are.
+        Neither the state dict nor `parameters()` of this decoder has them."""
+        del self.blocks
+        self.blocks, self.image_projection = tuple(blocks), nn.Identity()
 
     def forward(self, image_tokens_BKD: Tensor, ids_BL: Tensor) -> Tensor:
         """`(B, K, image width)`, `(B, L)` int64 -> hidden states of the caption positions `(B, L, D)`, normed."""
@@ -144,7 +152,7 @@ class TextDecoder(nn.Module):
         A generation starts from `image_cache` with its prompt, and continues token by token.
         """
         sees_TT = prefix_mask(0, ids_BT.shape[1], ids_BT.device) if ids_BT.shape[1] > 1 else None
-        hidden_BTD, extended = self._after(self._embed(ids_BT, self.image_projection.weight), cache, sees_TT)
+        hidden_BTD, extended = self._after(self._embed(ids_BT, self.lm_head.weight), cache, sees_TT)
         return hidden_BTD[:, -1], extended
 
     def _after(self, x_BTD: Tensor, cache: DecoderCache, sees_TT: Tensor | None) -> tuple[Tensor, DecoderCache]:

@@ -37,16 +37,20 @@ class CaptionLossSums(NamedTuple):
     nll: Tensor  # sum over real targets, nats
     objective: Tensor  # the same with label smoothing and z-loss where asked for
     num_targets: Tensor
+    contrastive: Tensor | None = None  # a mean over this process's rows, float32, where a model has two losses
 
 
 class CaptionLoss(nn.Module):
     """Sums over the real targets. The training step divides by their number in the global batch.
 
     `label_smoothing` in [0, 1) and `z_loss` >= 0 (its weight times the squared log partition function,
-    PaLM, arXiv 2204.02311, section 5) are off by default, as in the reference.
+    PaLM, arXiv 2204.02311, section 5) are off by default, as in the reference. `contrast`: a contrastive loss of
+    normalized features `(B, D)` of images and of texts and their scale, for a model that has both.
     """
 
-    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+    def __init__(
+        self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, contrast: Callable[..., Tensor] | None = None
+    ) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
@@ -54,6 +58,7 @@ class CaptionLoss(nn.Module):
             raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.contrast = contrast
         self._softmax: Callable[..., Tensor] = softmax_rows
 
     def compile_softmax(self, **options: Any) -> None:

@@ -76,6 +76,11 @@ def stock_patches(visual: nn.Module) -> Iterator[None]:
         conv1.__class__ = kind
 
 
+def embedded(visual: Any, images: Tensor) -> Tensor:
+    """What the first block gets, `(B, 3, H, W)` -> `(B, 1 + N, D)`: class token and patches, with their positions."""
+    return visual._embeds(images)
+
+
 def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: Any, **drop: Any) -> Tensor:
     """`(B, 3, H, W)` -> `(B, K, D)`: what `token_drop` keeps of the patch tokens after the last block.
 
@@ -84,7 +89,7 @@ def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: 
     """
     blocks = visual.transformer.resblocks
     recomputes = visual.transformer.grad_checkpointing and visual.training
-    x_BSD = visual._embeds(images)  # [class token ; N patch tokens]
+    x_BSD = embedded(visual, images)
     for block in blocks[:-1]:
         x_BSD = recompute(recomputes, block, x_BSD)
     batch, sequence, _ = x_BSD.shape

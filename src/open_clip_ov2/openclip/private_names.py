@@ -41,6 +41,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "the encoder of an ov2 model is OpenCLIP's own, so its checkpoints and tools fit",
     ),
     PrivateName(
+        "open_clip.model",
+        "_build_text_tower",
+        _FACTORY,
+        "the text encoder beside OpenVision 1's contrastive loss is the one that CLIP has here",
+    ),
+    PrivateName(
         "open_clip.factory",
         "_MODEL_CONFIGS",
         f"{_BASELINES} openclip/patches.py",
@@ -61,7 +67,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName("open_clip.tokenizer.HFTokenizer", "tokenizer", "openclip/models/tokenizer.py", "its end of text"),
     *(
         PrivateName(
-            "open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py openclip/models/coca.py", _COCA_PARTS
+            "open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py openclip/models/related.py", _COCA_PARTS
         )
         for name in ("image_latent", "image_embs", "output_labels", "text", "text_decoder", "pad_id")
     ),

@@ -52,7 +52,8 @@ class Encoder:
 @dataclass(frozen=True)
 class ModelSizes:
     """An ov2 model has a decoder over [kept image tokens ; caption tokens]; CLIP has a text encoder; CoCa has both, and
-    its decoder's blocks attend to the text and then to `queries` - 1 pooled image tokens."""
+    its decoder's blocks attend to the text and then to `queries` - 1 pooled image tokens. OpenVision 1's has ov2's
+    decoder and a text encoder; in `one_transformer` the decoder's blocks are the encoder's."""
 
     encoder: Encoder
     vocab: int
@@ -60,10 +61,11 @@ class ModelSizes:
     text: Tower | None = None
     fusion: str = "prefix"
     queries: int = 0
+    one_transformer: bool = False
 
     @property
     def is_ov2(self) -> bool:
-        return self.text is None
+        return self.decoder is not None and not self.queries
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,15 @@ class Tokens:
     """Tokens of one image and its caption.
 
     `encoder`: all that the ViT sees, class token included. `kept`: image tokens that a decoder sees. `text`: caption
-    positions computed, padding included where it is. `targets`: positions whose logits are computed.
+    positions computed, padding included where it is. `targets`: positions whose logits are computed. `context`: what
+    OpenVision 1's text encoder sees, padding included.
     """
 
     encoder: int
     kept: int
     text: float
     targets: float
+    context: int = 0
 
 
 def count_tokens(
@@ -103,7 +107,10 @@ def count_tokens(
     if kept < 1:
         raise UserError(f"keep-ratio {low:g} keeps none of {seen} image tokens at {resolution} px")
     targets = min(float(text), mean_caption_tokens or text)
-    return Tokens(seen + 1, kept, math.ceil(targets), targets)  # captions are packed: almost no padding is computed
+    kept = seen + 1 if sizes.one_transformer else kept  # with the class token
+    context = context_length if sizes.text else 0
+    # Captions are packed: almost no padding is computed.
+    return Tokens(seen + 1, kept, math.ceil(targets), targets, context)
 
 
 @dataclass(frozen=True)
@@ -142,20 +149,23 @@ class Stack:
 def stacks(sizes: ModelSizes, tokens: Tokens) -> list[Stack]:
     """All transformer blocks of a model."""
     tower, rows, text = sizes.encoder.tower, tokens.encoder, tokens.text
-    read = tokens.kept if sizes.is_ov2 and tokens.kept < rows - 1 else rows  # the class token aside
+    kept = rows if sizes.one_transformer else tokens.kept
+    read = kept if sizes.is_ov2 and sizes.text is None and kept < rows - 1 else rows  # the class token aside
     found = [
         Stack("encoder", tower, tower.layers - 1, rows, rows, rows * rows),
         Stack("encoder", tower, 1, read, rows, read * rows),
     ]
+    if sizes.one_transformer:  # as its decoder
+        found.clear()
     if sizes.text is not None:
         # CoCa's text encoder also has its class token, and the last token, which the decoder only predicts.
-        length = text + 2 if sizes.decoder else text
+        length = tokens.context or (text + 2 if sizes.decoder else text)
         found.append(Stack("text encoder", sizes.text, sizes.text.layers, length, length, length * length))
     if sizes.decoder is None:
         return found
-    tower, both = sizes.decoder, tokens.kept + text
+    tower, both = sizes.decoder, kept + text
     if sizes.is_ov2 and sizes.fusion != "cross_attn":
-        whole = Stack("decoder", tower, tower.layers - 1, both, both, tokens.kept**2 + text * both)
+        whole = Stack("decoder", tower, tower.layers - 1, both, both, kept**2 + text * both)
         return [*found, whole, Stack("decoder", tower, 1, text, both, text * both)]
     pairs = tower.layers // 2 if sizes.is_ov2 else tower.layers  # self- and cross-attention blocks in turn
     found.append(Stack("decoder", tower, pairs, text, text, text * text))
@@ -186,7 +196,7 @@ def flops(sizes: ModelSizes, resolution: int, tokens: Tokens) -> dict[str, Flops
     if sizes.text is not None:
         others.append(("text encoder", _linear(1, sizes.text.width, encoder.embed_dim), 2))
     if sizes.decoder is not None:
-        if sizes.is_ov2:
+        if sizes.is_ov2 and not sizes.one_transformer:
             others.append(("decoder", _linear(tokens.kept, image_width, sizes.decoder.width), 2))
         others.append(("head", _linear(tokens.targets, sizes.decoder.width, sizes.vocab), 2))
     parts = {}

@@ -41,12 +41,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """`grad_clip_norm` is None for no clipping; `loss_weight` is 2 in the reference (--coca-caption-loss-weight)."""
+    """`grad_clip_norm` is None for no clipping; `loss_weight`, of the caption loss, is 2 in the reference
+    (--coca-caption-loss-weight)."""
 
     compute: Compute
     accum_freq: int
     grad_clip_norm: float | None
     loss_weight: float
+    contrastive_weight: float = 1.0  # of a model that has this loss too (--coca-contrastive-loss-weight)
 
 
 @dataclass
@@ -58,13 +60,16 @@ class StepResult:
     num_targets: Tensor
     grad_norm: Tensor
     bad: Tensor  # boolean: something was not finite, and the update was skipped
+    contrastive: Tensor | None = None  # a mean over the processes
 
-    def losses(self, weight: float) -> dict[str, Tensor]:
+    def losses(self, settings: StepSettings) -> dict[str, Tensor]:
         """`caption_loss`: nats per real target token. `loss`: what was minimized."""
-        return {
-            "caption_loss": self.nll / self.num_targets,
-            "loss": weight * self.objective / self.num_targets,
-        }
+        found, loss = {"caption_loss": self.nll / self.num_targets}, settings.loss_weight * self.objective
+        loss = loss / self.num_targets
+        if self.contrastive is not None:
+            found["contrastive_loss"] = self.contrastive
+            loss = loss + settings.contrastive_weight * self.contrastive
+        return found | {"loss": loss}
 
 
 def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -85,27 +90,34 @@ def optimizer_step(
     """Forward and backward over the window, then one update, unless the gradient is not finite.
 
     The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
-    divided by the targets of all of them, and multiplied by the world size that DDP divides by.
+    divided by the targets of all of them, and multiplied by the world size that DDP divides by. A contrastive loss is
+    that of a whole batch, so with one there are no micro-batches.
     """
+    contrastive = loss.contrast is not None
+    if contrastive and len(window) > 1:
+        raise ValueError("a contrastive loss is not accumulated over micro-batches")
     captions = [settings.compute.packed(batch.texts_BL) for batch in window]
     count = float(sum(packed.num_targets for packed in captions))
     num_targets = all_reduced(torch.full((), count, device=settings.compute.device), settings)
     scale = settings.loss_weight * settings.compute.world_size / num_targets
     optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(2, device=settings.compute.device)
+    totals = torch.zeros(3, device=settings.compute.device)
     for index, (batch, packed) in enumerate(zip(window, captions, strict=True)):
         images, packed = settings.compute.pixels(batch.images_BCHW), packed.to(settings.compute.device)
         with settings.compute.attention(), _sync_only(model, index == len(window) - 1):
             with settings.compute.autocast():
-                sums = model(images, captions=packed, caption_loss=loss)
-                weighted = sums.objective * scale
+                text = {"text": batch.texts_BL.to(settings.compute.device)} if contrastive else {}
+                sums = model(images, captions=packed, caption_loss=loss, **text)
+                contrast = torch.zeros_like(sums.nll) if sums.contrastive is None else sums.contrastive
+                weighted = sums.objective * scale + settings.contrastive_weight * contrast
             (weighted if scaler is None else scaler.scale(weighted)).backward()
-        totals += torch.stack([sums.nll.detach(), sums.objective.detach()])
+        totals += torch.stack([sums.nll.detach(), sums.objective.detach(), contrast.detach()])
     grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
     totals = all_reduced(totals, settings)
     bad = not_finite(totals, grad_norm, scaler)
     step_unless(optimizer, scaler, bad)
-    return StepResult(totals[0], totals[1], num_targets, grad_norm, bad)
+    mean = totals[2] / settings.compute.world_size if contrastive else None
+    return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
 
 
 def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:
@@ -151,7 +163,7 @@ def train_epoch(
         result = optimizer_step(model, window, loss, optimizer, scaler, settings)
         after_step(
             StepReport(
-                losses=result.losses(settings.loss_weight),
+                losses=result.losses(settings),
                 lr=optimizer.param_groups[0]["lr"],
                 grad_norm=result.grad_norm,
                 bad=result.bad,

@@ -53,8 +53,8 @@ _REFUSED = {
     "remote_sync": "copy the run's folder with a tool of your own; every file in checkpoints/ is complete",
 }
 _REFUSED_OV2 = {
-    "lock_text": "an ov2 model has no text encoder (--lock-image freezes its vision encoder)",
-    "siglip": "an ov2 model has no contrastive loss",
+    "lock_text": "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
+    "siglip": "it is for CLIP, such as clip-of-ov2-vit-b-16",
     "distill_model": "distillation is for contrastive models",
     "torchscript": "use --torchcompile",
     "trace": "a traced model cannot be trained",
@@ -117,6 +117,14 @@ def check_stage(
         raise UserError(f"--force-image-size: {error}") from None
 
 
+def _check_contrastive(theirs: argparse.Namespace) -> None:
+    if theirs.accum_freq > 1 and (get_model_config(theirs.model) or {}).get(factory.CONTRASTIVE_KEY):
+        raise UserError(
+            f"--accum-freq {theirs.accum_freq}: a contrastive loss compares all pairs of a batch, and --model "
+            f"{theirs.model} has them in one pass; give a larger --batch-size, or leave the flag out"
+        )
+
+
 def _check_values(theirs: argparse.Namespace) -> None:
     for name, read in _READERS.items():
         value = getattr(theirs, name)
@@ -125,6 +133,7 @@ def _check_values(theirs: argparse.Namespace) -> None:
                 read(value)
             except UserError as error:
                 raise UserError(f"{_flag(name)}: {error}") from None
+    _check_contrastive(theirs)
 
 
 def _flag(name: str) -> str:

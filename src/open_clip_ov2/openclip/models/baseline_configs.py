@@ -1,11 +1,14 @@
-"""OpenCLIP configs of the baselines of each ov2 model X: `coca-of-X` and `clip-of-X`, with the same vision encoder.
+"""Configs of the baselines of each ov2 model X, with the same vision encoder: `coca-of-X`, `clip-of-X`, `ov1-of-X`
+(OpenVision 1: X with a contrastive loss beside its caption loss) and `genlip-of-X` (GenLIP: one transformer).
 
-All of the code behind them is OpenCLIP's own. The encoder has X's patches, width, layers, heads, MLP, norms and no
-ln_pre, plus what the baseline itself needs: a learned position table and a trained projection to the text's width.
-CoCa also gets its attentional pooler (256 queries, 8 heads, as in OpenCLIP's coca_ViT-L-14 and coca_ViT-B-32); CLIP
-averages the patches as X does. Text towers have the width, layers and heads of X's decoder, CoCa's decoder has as many
-layers as its text tower (12 and 12 in both stock configs), and captions are as long as X's. For ov2-vit-l-14 the
-results are coca_ViT-L-14 and ViT-L-14 except for the caption length, ln_pre, and CLIP's pooling.
+All of the code behind CoCa and CLIP is OpenCLIP's own; the other two are ov2 models (related.py) whose decoder
+sees all tokens. For CoCa and CLIP the encoder has X's patches, width, layers, heads, MLP, norms and no ln_pre, plus
+what the baseline itself needs: a learned position table and a trained projection to the text's width. CoCa also gets
+its attentional pooler (256 queries, 8 heads, as in OpenCLIP's coca_ViT-L-14 and coca_ViT-B-32); CLIP averages the
+patches as X does. Text towers have the width, layers and heads of X's decoder, CoCa's decoder has as many layers as
+its text tower (12 and 12 in both stock configs), and captions are as long as X's. For ov2-vit-l-14 the results are
+coca_ViT-L-14 and ViT-L-14 except for the caption length, ln_pre, and CLIP's pooling. OpenVision 1's text encoder is
+that of `clip-of-X`, of the width of X's encoder after its projection.
 """
 
 from __future__ import annotations
@@ -17,9 +20,14 @@ from typing import Any
 
 from open_clip import factory as open_clip_factory
 
-from open_clip_ov2.openclip.models.factory import DECODER_KEY, MODEL_CONFIGS, VISION_FIXED
+from open_clip_ov2.openclip.models.factory import (
+    CONTRASTIVE_KEY,
+    DECODER_KEY,
+    MODEL_CONFIGS,
+    ONE_TRANSFORMER_KEY,
+    VISION_FIXED,
+)
 
-COCA_OF, CLIP_OF = "coca-of-", "clip-of-"
 POOLER_HEADS = 8
 _TOKENIZER_KEYS = {"context_length", "vocab_size", "pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 
@@ -50,6 +58,21 @@ def clip_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"embed_dim": text["width"], "vision_cfg": vision, "text_cfg": text}
 
 
+def ov1_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenVision 1's pair of losses around the encoder and the decoder of an ov2 config."""
+    sizes = {key: config[DECODER_KEY][key] for key in ("width", "layers", "heads")}
+    return {**config, CONTRASTIVE_KEY: sizes, "keep_ratio": 1.0}
+
+
+def genlip_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """GenLIP's one transformer, which is the encoder of an ov2 config."""
+    vision = config["vision_cfg"]
+    width = vision["width"]
+    sizes = {"width": width, "layers": vision["layers"], "heads": width // vision["head_width"]}
+    decoder = {**sizes, "mlp_width": int(width * vision["mlp_ratio"])}
+    return {**config, DECODER_KEY: decoder, "fusion": "prefix", ONE_TRANSFORMER_KEY: True, "keep_ratio": 1.0}
+
+
 def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     vision = {**VISION_FIXED, **config["vision_cfg"]}
     for key in ("pool_type", "final_ln_after_pool", "output_tokens"):
@@ -66,17 +89,20 @@ def _text_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**tokens, **{key: decoder[key] for key in ("width", "heads", "layers")}}
 
 
+BASELINES = {"coca-of-": coca_of, "clip-of-": clip_of, "ov1-of-": ov1_of, "genlip-of-": genlip_of}
+
+
 def add_baselines(folder: Path = MODEL_CONFIGS) -> None:
     """Register the baselines of all ov2 configs in a folder with OpenCLIP."""
     for path in sorted(folder.glob("*.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
-        open_clip_factory._MODEL_CONFIGS[COCA_OF + path.stem] = coca_of(config)
-        open_clip_factory._MODEL_CONFIGS[CLIP_OF + path.stem] = clip_of(config)
+        for prefix, config_of in BASELINES.items():
+            open_clip_factory._MODEL_CONFIGS[prefix + path.stem] = config_of(config)
     open_clip_factory._rescan_model_configs()  # sorts
 
 
 def remove_baselines(folder: Path = MODEL_CONFIGS) -> None:
     """Undo add_baselines."""
     for path in folder.glob("*.json"):
-        for prefix in (COCA_OF, CLIP_OF):
+        for prefix in BASELINES:
             open_clip_factory._MODEL_CONFIGS.pop(prefix + path.stem, None)

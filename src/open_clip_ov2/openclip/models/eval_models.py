@@ -26,15 +26,14 @@ from open_clip_ov2.core import (
 from open_clip_ov2.core.candidates import candidate_nll
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.decoder import DecoderCache
-from open_clip_ov2.core.generate import GenerationConfig, generate
 from open_clip_ov2.core.sampling import RowSampler
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
-from open_clip_ov2.openclip.models.coca import CocaImages, CocaStream, coca_nll
-from open_clip_ov2.openclip.models.factory import is_ov2_config
+from open_clip_ov2.openclip.models.factory import OV2_ABILITIES, caption_model_class, is_ov2_config
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.models.prompted import most_prompt_ids, without_end
+from open_clip_ov2.openclip.models.related import CocaImages, coca_captions, coca_nll
 from open_clip_ov2.openclip.models.tokenizer import decode_caption, eos_id_of
 
 NO_TEXT = -1  # the end-of-text id of a model without text
@@ -111,7 +110,8 @@ class FeatureModel:
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        return frozenset((*self.can, *(("resizing",) if self.reopen else ())))
+        can = OV2_ABILITIES.get(type(self.model), self.can)
+        return frozenset((*can, *(("resizing",) if self.reopen else ())))
 
     @property
     def device(self) -> torch.device:
@@ -212,12 +212,12 @@ class _Captions:
 
 
 @dataclass(frozen=True)
-class Ov2Model(_Captions, FeatureModel):
-    """An ov2 model with its decoder; token dropping by key."""
-
-    can: ClassVar[tuple[Ability, ...]] = ("features", "caption", "dropping")
+class Ov2Model(_Captions, ContrastModel):
+    """An ov2 model with its decoder; token dropping by key. What else it can do depends on its class."""
 
     def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
+        if "dropping" not in self.abilities:
+            return _cannot("drop tokens (--keep-ratio)")(self)
         rows, columns = self.model.visual.grid_size
         try:
             num_kept(rows * columns, keep_ratio)
@@ -285,16 +285,11 @@ class CocaModel(_Captions, ContrastModel):
         return coca_nll(self.model, self.compute, prefix, texts_CL)
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
-        seq_len = options.pop("seq_len", None) or self.model.context_length
-        if not prompt_BT.shape[1] < seq_len <= self.model.context_length:
-            least, most = prompt_BT.shape[1], self.model.context_length
-            raise ValueError(f"seq_len must be above the prompt's {least} tokens and at most {most}, got {seq_len}")
-        config = GenerationConfig(seq_len=seq_len, eos_id=self.compute.eos_id, pad_id=self.model.pad_id, **options)
-        return generate(CocaStream(self.model, self.prefix(images, keys), prompt_BT), prompt_BT, config)
+        return coca_captions(self.model, self.compute.eos_id, self.prefix(images, keys), prompt_BT, **options)
 
 
 def abilities_of(config: Mapping[str, Any]) -> frozenset[Ability]:
     """What a model with such a config of OpenCLIP's factory can do, before it is made and while it is in training."""
     if is_ov2_config(config):
-        return frozenset(Ov2Model.can)
+        return frozenset(OV2_ABILITIES[caption_model_class(config)])
     return frozenset((CocaModel if "multimodal_cfg" in config else ContrastModel).can)

@@ -23,7 +23,9 @@ from open_clip_ov2.formats.model_files import new_folder, upload, write_tensors
 from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
+from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY, ONE_TRANSFORMER_KEY
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
+from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel, OneTransformerModel
 from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import MODE, VOCAB, WordPieceTokenizer
 from open_clip_ov2.train.checkpoint import CheckpointName
@@ -119,6 +121,8 @@ def released_decoder(model: Any, tokenizer: Any) -> CaptionDecoder | str:
     """The decoder in the authors' format, or the reason why it has no such form."""
     if not isinstance(model, CaptionModel):
         return "the model has none"
+    if isinstance(model, OneTransformerModel):
+        return "the model's decoder is its encoder"
     config, text = model.text_decoder.config, model.text_config
     if config.fusion != "prefix":
         return f"the authors' format has prefix decoders only, and this one's fusion is {config.fusion}"
@@ -150,7 +154,13 @@ def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, fo
 def model_cfg(model: CaptionModel, encoder: Encoder) -> dict[str, Any]:
     """OpenCLIP's `model_cfg` that builds this model again."""
     decoder = asdict(model.text_decoder.config)
-    fusion = decoder.pop("fusion")
+    fusion, more = decoder.pop("fusion"), dict[str, Any]()
+    if isinstance(model, ContrastiveCaptionModel):
+        blocks = model.text.transformer.resblocks
+        sizes = {"width": blocks[0].attn.embed_dim, "layers": len(blocks), "heads": blocks[0].attn.num_heads}
+        more[CONTRASTIVE_KEY] = sizes
+    elif isinstance(model, OneTransformerModel):
+        more[ONE_TRANSFORMER_KEY] = True
     return {
         "embed_dim": encoder.width,
         "vision_cfg": {**vision_cfg(encoder), "output_tokens": True},
@@ -160,4 +170,5 @@ def model_cfg(model: CaptionModel, encoder: Encoder) -> dict[str, Any]:
         "keep_ratio": str(model.token_drop.keep_ratio),
         "eval_keep_ratio": model.token_drop.eval_keep_ratio,
         "custom_text": True,
+        **more,
     }

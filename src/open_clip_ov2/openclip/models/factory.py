@@ -16,10 +16,19 @@ from torch import nn
 from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfig, VisionModel
 from open_clip_ov2.core.vit_fast import use_fast_parts
 from open_clip_ov2.errors import unknown_key
+from open_clip_ov2.evaluate.eval_model import Ability
 from open_clip_ov2.formats.encoder import mlp_ratio
+from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel, OneTransformerModel
 
 MODEL_CONFIGS = Path(__file__).parents[2] / "model_configs"
 DECODER_KEY = "decoder_cfg"  # a config with this key is an ov2 model; null asks for its encoder alone
+CONTRASTIVE_KEY = "contrastive_cfg"  # width, layers and heads of a text encoder: OpenVision 1's pair of losses
+ONE_TRANSFORMER_KEY = "one_transformer"  # true: GenLIP's, whose decoder is its encoder
+OV2_ABILITIES: dict[type, tuple[Ability, ...]] = {
+    CaptionModel: ("features", "caption", "dropping"),
+    ContrastiveCaptionModel: ("features", "caption", "contrast", "dropping"),
+    OneTransformerModel: ("features", "caption"),
+}
 _DECODER_OPTIONS = {"fusion", "keep_ratio", "eval_keep_ratio"}
 _TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "cast_dtype", "output_dict"}
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
@@ -70,7 +79,7 @@ def is_vision_only(config: Mapping[str, Any]) -> bool:
 
 def build_caption_model(**config: Any) -> CaptionModel:
     """A CaptionModel from the keys of a model config. Raises ValueError for unknown keys and values out of range."""
-    check_keys("model config", config, _TOP_KEYS | _DECODER_OPTIONS)
+    check_keys("model config", config, _TOP_KEYS | _DECODER_OPTIONS | {CONTRASTIVE_KEY, ONE_TRANSFORMER_KEY})
     if config["embed_dim"] != config["vision_cfg"]["width"]:
         raise ValueError(f"an ov2 model has embed_dim = vision_cfg.width, got {config['embed_dim']}")
     check_image_size(config["vision_cfg"]["image_size"], config["vision_cfg"]["patch_size"])
@@ -82,14 +91,31 @@ def build_caption_model(**config: Any) -> CaptionModel:
     check_keys("decoder_cfg", decoder_cfg, _names(DecoderConfig))
     check_keys("text_cfg", config["text_cfg"], _names(TextConfig) | _TOKENIZER_KEYS)
     text_cfg = {key: value for key, value in config["text_cfg"].items() if key not in _TOKENIZER_KEYS}
-    return CaptionModel(
-        visual,
-        DecoderConfig(**decoder_cfg),
-        TextConfig(**text_cfg),
-        keep_ratio=KeepRatio.of(config.get("keep_ratio", 0.35)),
-        eval_keep_ratio=config.get("eval_keep_ratio"),
-        output_dict=config.get("output_dict", True),
-    )
+    parts: tuple[Any, ...] = (visual, DecoderConfig(**decoder_cfg), TextConfig(**text_cfg))
+    options = {
+        "keep_ratio": KeepRatio.of(config.get("keep_ratio", 0.35)),
+        "eval_keep_ratio": config.get("eval_keep_ratio"),
+        "output_dict": config.get("output_dict", True),
+    }
+    kind = caption_model_class(config)
+    if kind is ContrastiveCaptionModel:
+        options["text_tower"] = _text_tower(config)
+    return kind(*parts, **options)
+
+
+def caption_model_class(config: Mapping[str, Any]) -> type[CaptionModel]:
+    """What `build_caption_model` makes of a config."""
+    if config.get(ONE_TRANSFORMER_KEY):
+        return OneTransformerModel
+    return ContrastiveCaptionModel if config.get(CONTRASTIVE_KEY) else CaptionModel
+
+
+def _text_tower(config: Mapping[str, Any]) -> nn.Module:
+    """OpenCLIP's text encoder, pooled at the end of text, with an output as wide as the image's. Raises ValueError."""
+    sizes, text = config[CONTRASTIVE_KEY], config["text_cfg"]
+    check_keys(CONTRASTIVE_KEY, sizes, {"width", "layers", "heads"})
+    words = {key: text[key] for key in ("context_length", "vocab_size", "eos_id")}
+    return open_clip_model._build_text_tower(config["embed_dim"], {**words, **sizes, "pool_type": "eos"})
 
 
 def build_vision_model(**config: Any) -> VisionModel:

@@ -16,6 +16,7 @@ from torch import nn
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.openclip.models.related import OneTransformerModel
 from open_clip_ov2.openclip.models.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, text_options
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.recipe.model_costs import Encoder, ModelSizes, Tokens, Tower, count_tokens
@@ -126,13 +127,13 @@ def _side(image_size: Any) -> int:
 
 
 def _sizes(model: Any, text: Any) -> ModelSizes:
-    encoder = _encoder(model.visual, trained_head=not isinstance(model, CaptionModel))
+    contrastive = text is not None
+    encoder = _encoder(model.visual, trained_head=contrastive)
+    tower = _tower(text.transformer.resblocks) if contrastive else None
     if isinstance(model, CaptionModel):
-        decoder = model.text_decoder
-        return ModelSizes(
-            encoder, decoder.lm_head.out_features, decoder=_tower(decoder.blocks), fusion=decoder.config.fusion
-        )
-    tower = _tower(text.transformer.resblocks)
+        decoder, one = model.text_decoder, isinstance(model, OneTransformerModel)
+        head, fusion = decoder.lm_head.out_features, decoder.config.fusion
+        return ModelSizes(encoder, head, _tower(decoder.blocks), tower, fusion, one_transformer=one)
     if not isinstance(model, CoCa):
         return ModelSizes(encoder, int(text.token_embedding.num_embeddings), text=tower)
     vocab, queries = model.text_decoder.text_projection.shape[1], model.visual.attn_pool.query.shape[0]

@@ -20,8 +20,7 @@ from open_clip_train import train as stock_train
 from torch import Tensor
 
 from open_clip_ov2.argv import without
-from open_clip_ov2.core import CaptionLoss, CaptionModel
-from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip import patches
@@ -34,7 +33,7 @@ from open_clip_ov2.openclip.run import optimizers
 from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.quiet import quiet
-from open_clip_ov2.train.step import StepSettings, optimizer_step
+from open_clip_ov2.train.step import optimizer_step
 
 Pair = tuple[Tensor, Tensor]
 NOT_HERE = ("--report-to", "--resume", "--name", "--logs", "--val-data", "--imagenet-val", "--imagenet-v2")
@@ -100,11 +99,7 @@ class BenchModel:
         def create_loss(args: argparse.Namespace) -> Any:
             if not isinstance(self._built.model, CaptionModel):
                 return original(args)
-            options = self.stage.options
-            loss = CaptionLoss(label_smoothing=options.label_smoothing, z_loss=options.z_loss)
-            if self._built.compile_blocks:
-                loss.compile_softmax()
-            return loss
+            return self._built.caption_loss(args)
 
         return create_loss
 
@@ -160,13 +155,10 @@ class BenchModel:
                 self._dist_model, self.args, tb_writer=None,
             )  # fmt: skip
             return
-        args, preprocess = self.args, self.model.visual.preprocess_cfg
-        mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
-        compute = Compute(self.device, args.precision, 1, self.model.text_config.eos_id, mean, std)
-        settings = StepSettings(compute, args.accum_freq, args.grad_clip_norm, args.coca_caption_loss_weight)
+        settings = self._built.step_settings(self.args)
         for images_BCHW, texts_BL in pairs:
             batch = Batch(images_BCHW, texts_BL, keys=[], captions=[], groups=[], skipped={})
-            window = [batch] * args.accum_freq
+            window = [batch] * self.args.accum_freq
             optimizer_step(self._trained, window, self._loss, self.optimizer, self._scaler, settings)
 
 

@@ -8,20 +8,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from open_clip import ClipLoss
 from open_clip import factory as open_clip_factory
 from torch import nn
 
+from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.own_config import brings_weights, named_config
 from open_clip_ov2.openclip.models.preprocess import eval_transform, ov2_preprocess_options, train_crop
+from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY
+from open_clip_ov2.train.step import StepSettings
 
 
 def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
@@ -155,6 +159,21 @@ class StageModel:
             mean=tuple(self.preprocess_cfg["mean"]),
             std=tuple(self.preprocess_cfg["std"]),
         )
+
+    def step_settings(self, args: argparse.Namespace) -> StepSettings:
+        weights = (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight)
+        return StepSettings(self.compute(args), args.accum_freq, args.grad_clip_norm, *weights)
+
+    def caption_loss(self, args: argparse.Namespace) -> CaptionLoss:
+        """Of an ov2 model, with OpenCLIP's own contrastive loss for one that has a text encoder. Features of all
+        processes are gathered with their gradient, so that it is that of the global batch."""
+        contrast = None
+        if isinstance(self.model, ContrastiveCaptionModel):
+            contrast = ClipLoss(local_loss=True, gather_with_grad=True, rank=args.rank, world_size=args.world_size)
+        loss = CaptionLoss(label_smoothing=self.options.label_smoothing, z_loss=self.options.z_loss, contrast=contrast)
+        if self.compile_blocks:
+            loss.compile_softmax()
+        return loss
 
     def optim(self, original: Any) -> Any:
         """In the place of `torch.optim`, of which `main` takes AdamW."""

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from open_clip_ov2.argv import without
-from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.data.receive import worker_death
 from open_clip_ov2.errors import RunFailed, UserError
 from open_clip_ov2.evaluate.gathering import gathered_counts
@@ -31,7 +30,7 @@ from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageProgress
 from open_clip_ov2.openclip.run.validation import Validation
 from open_clip_ov2.train.checkpoint import snapshot
-from open_clip_ov2.train.step import StepSettings, train_epoch
+from open_clip_ov2.train.step import train_epoch
 
 VALIDATIONS = ("val", "imagenet-val", "imagenet-v2")  # entries of OpenCLIP's `data` that `evaluate` looks at
 
@@ -134,10 +133,7 @@ class StageRun:
     def create_loss(self, original: Callable[..., nn.Module], args: argparse.Namespace) -> nn.Module:
         if not self.is_ov2:
             return baselines.RecordedLoss(original(args), self.built.model, args)
-        loss = CaptionLoss(label_smoothing=self.options.label_smoothing, z_loss=self.options.z_loss)
-        if self.built.compile_blocks:
-            loss.compile_softmax()
-        return loss
+        return self.built.caption_loss(args)
 
     def train_one_epoch(
         self, original: Callable[..., None], model: nn.Module, data: dict[str, Any], loss: Any, epoch: int,
@@ -154,8 +150,7 @@ class StageRun:
         monitor.start_epoch(epoch, resumed=done > 0, skips=loader.skips if done else {})
         if self.is_ov2:
             before_step = (lambda: None) if args.skip_scheduler else (lambda: scheduler(progress.steps_done))
-            weight = args.coca_caption_loss_weight
-            settings = StepSettings(self.built.compute(args), args.accum_freq, args.grad_clip_norm, weight)
+            settings = self.built.step_settings(args)
             train_epoch(model, loader, loss, optimizer, scaler, settings, before_step, progress.after_step)
         else:
             resumed = scheduler and (lambda step: scheduler(step + done))
