@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "vlm": Layer(
         f"{BASE} core data train recipe formats tracking training",
-        "torch transformers trl datasets PIL rich",
+        "torch transformers trl datasets timm PIL rich",
         "multimodal models by LLaVA's recipes, on TRL's SFTTrainer",
     ),
     "captions": Layer(

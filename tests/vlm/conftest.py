@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import export_fixtures
@@ -9,6 +10,11 @@ import pytest
 import tiny_llava
 
 pytest.importorskip("trl", reason="TRL needs Python 3.11")
+sys.path.insert(0, str(Path(__file__).parents[1] / "openclip"))
+
+from training import _SERVER
+
+_SERVER.set_forkserver_preload(["open_clip_ov2.openclip.run.runner", "training", "open_clip_ov2.vlm.vlm_run"])
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, split
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch import cluster, state, submit
+from open_clip_ov2.launch import cluster, state, submit, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, Request
 
@@ -22,7 +21,10 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     if not after:
-        raise UserError("ov2 submit: the flags of `ov2 train` are missing: ov2 submit --nodes 2 ... -- --model ...")
+        raise UserError(
+            "ov2 submit: the flags of `ov2 train` (or vlm train and its flags) are missing: ov2 submit --nodes 2 ... "
+            "-- --model ..."
+        )
     executor = LOCAL if args.local is not None else DEBUG if args.debug else SLURM
     file = cluster.find_file(args.cluster)
     clusters = _clusters(args, file, executor, after)
@@ -62,8 +64,9 @@ def show_batch_scripts(folder: Path, request: Request) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ov2 submit",
-        usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN",
-        description="Run `ov2 train` on SLURM. The flags after `--` are checked before anything is submitted.",
+        usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN, or -- vlm train FLAGS",
+        description="Run `ov2 train` or `ov2 vlm train` on SLURM. The flags after `--` are checked before anything is "
+        "submitted.",
     )
     add = parser.add_argument
     add("--dry-run", action="store_true", help="show the plan, the folder and the batch script; submit nothing")
@@ -86,7 +89,7 @@ def _clusters(
             return cluster.resolve(flags, file)
         of_first = {name: flags[name].split(",")[0] for name in cluster.OF_EACH_STAGE if name in flags}
         (first,) = cluster.resolve({**flags, **of_first}, file)
-        stages = len(training.check(argv, first.world_size, first.gpus_per_node > 0).stages)
+        stages = len(submitted.check(argv, first.world_size, first.gpus_per_node > 0).stages)
         return cluster.resolve(flags, file, stages)
     if args.stage_jobs:
         raise UserError("--stage-jobs needs SLURM; --local and --debug train all stages one after the other anyway")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import write_json
-from open_clip_ov2.formats.encoder import EPS, Encoder
+from open_clip_ov2.formats.encoder import EPS, Encoder, Preprocessing
 from open_clip_ov2.formats.model_files import write_tensors
 from open_clip_ov2.formats.target import ExportSource, Target
 
@@ -62,15 +62,18 @@ def image_processor(encoder: Encoder) -> dict[str, Any]:
     """CLIP's processor resizes the short side and crops the center; its name does not refer to the model. Raises
     UserError for images that are not square: there the sides' ratio says which side is resized, and the processor
     does not know that."""
-    (height, width), pre = encoder.image_size, encoder.preprocessing
-    squash = pre.resize_mode == "squash"
+    return {"image_processor_type": "CLIPImageProcessor", **image_settings(encoder.image_size, encoder.preprocessing)}
+
+
+def image_settings(sides: tuple[int, int], pre: Preprocessing) -> dict[str, Any]:
+    """Of an image processor for images of height and width `sides`. Raises UserError."""
+    (height, width), squash = sides, pre.resize_mode == "squash"
     if height != width and not squash:
         raise UserError(
             f"transformers' image processor cannot prepare images of {height} x {width}: it resizes the short side, "
             "whatever their ratio; --to timm, onnx, open-clip or ov2 can, or give a square --image-size"
         )
     return {
-        "image_processor_type": "CLIPImageProcessor",
         "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
         "resample": _RESAMPLE[pre.interpolation],
         "do_center_crop": not squash,

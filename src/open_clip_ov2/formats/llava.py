@@ -90,7 +90,7 @@ class VisionTower:
 def vision_tower(encoder: Encoder) -> VisionTower:
     """Our encoder as transformers' ViTModel, in float32. Raises UserError for images that are not square."""
     transformers = library()
-    settings = {key: value for key, value in hf.image_processor(encoder).items() if key != "image_processor_type"}
+    settings = hf.image_settings(encoder.image_size, encoder.preprocessing)
     # Names in memory differ between versions of transformers; its own loader maps the names on disk to them.
     vit = transformers.ViTModel.from_pretrained(
         None, config=transformers.ViTConfig(**hf.config(encoder)), state_dict=hf.state_dict(encoder)

@@ -17,6 +17,7 @@ from typing import Any
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.launch.folder import Submission
+from open_clip_ov2.launch.submitted import newest_checkpoint
 from open_clip_ov2.locks import job_id, restart_count
 from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, read_status, write_status
 
@@ -56,12 +57,6 @@ def decide_requeue(error: str | None, status: int, earlier: list[str], newest: s
     return RequeueDecision(True, f"{loss}; the job is requeued")
 
 
-def last_written_checkpoint(run_dir: Path) -> str:
-    """Name of the newest file by its time; empty if there is none. It tells progress alone, so nothing is loaded."""
-    found = sorted((run_dir / "checkpoints").glob("stage_*.pt"), key=lambda path: path.stat().st_mtime)
-    return found[-1].name if found else ""
-
-
 def record_loss(folder: Path, index: int, newest: str) -> list[str]:
     """Note the newest checkpoint at this loss of a rank of run `index`; returns the earlier notes."""
     path = folder / f"{index}.deaths.json"
@@ -82,7 +77,7 @@ def main(folder: Path, status: int) -> int:
     request = submission.request()
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     run_dir = Path(request.members[index].run_dir)
-    newest = last_written_checkpoint(run_dir)
+    newest = newest_checkpoint(run_dir)
     earlier = record_loss(submission.exits, index, newest)
     decision = decide_requeue(
         errors[0]["reason"] if errors else None, status, earlier, newest, request.clusters[0].max_deaths

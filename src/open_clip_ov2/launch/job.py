@@ -1,4 +1,4 @@
-"""What runs on every rank of a job: set up the rank, run `ov2 train`, record an error.
+"""What runs on every rank of a job: set up the rank, run what was submitted, record an error.
 
 submitit's pickle holds only the submission's folder, the run's index and the stage: argv is in request.json, progress
 in the checkpoints, an error in status.json and `ends/`. So every restart, after a signal or without one, runs the same
@@ -24,6 +24,7 @@ from submitit.core.utils import JobPaths
 from open_clip_ov2 import training
 from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, InUse, UserError, first_line
 from open_clip_ov2.files import read_json, write_json
+from open_clip_ov2.launch import submitted
 from open_clip_ov2.launch.ends import record_error
 from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.launch.queue import may_requeue
@@ -50,11 +51,11 @@ def run_member(folder: str, member: int, stage: int) -> None:
     if stage:
         argv += ["--until-stage", str(stage)]
     try:
-        training.load()
+        submitted.load(argv)
         export_ranks(submission)
         if early:
             raise Interrupted(f"{early[0]} came before training began")
-        training.train(argv)
+        submitted.run(argv)
     except Interrupted as stop:
         print(f"ov2: stopped: {stop}", flush=True)
         _leave_for_requeue(asking=rank == 0 or bool(early))

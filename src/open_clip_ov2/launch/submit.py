@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip_ov2
-from open_clip_ov2 import training
-from open_clip_ov2.argv import is_given, value_of, without
+from open_clip_ov2.argv import value_of, without
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch import executor as executors
-from open_clip_ov2.launch import state
+from open_clip_ov2.launch import state, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, RunSpec, Submission, next_submission
 from open_clip_ov2.launch.job import run_member
@@ -31,9 +30,9 @@ _DIFF_LIMIT = 5_000_000  # characters, ours: a larger difference is somebody's d
 def plan_run(
     argv: Sequence[str], clusters: Sequence[ClusterOptions], varied: Mapping[str, Any] | None = None
 ) -> RunSpec:
-    """Check a command line of `ov2 train` for each of the clusters. Raises UserError for what would fail later."""
+    """Check the command line of a run for each of the clusters. Raises UserError for what would fail later."""
     settings = ((item.world_size, item.gpus_per_node > 0, item.gpu_memory_gb) for item in clusters)
-    results = [training.check(argv, *each) for each in dict.fromkeys(settings)]
+    results = [submitted.check(argv, *each) for each in dict.fromkeys(settings)]
     if len({result.signature for result in results}) > 1:
         raise UserError(
             "--nodes differs between stages, and so the global batch does: give --global-batch, or a batch per stage"
@@ -42,7 +41,7 @@ def plan_run(
     return RunSpec(
         name=checked.name,
         run_dir=str(checked.run_dir.absolute()),
-        argv=tuple(argv) if is_given(argv, "--name") else (*argv, "--name", checked.name),
+        argv=submitted.named(argv, checked.name),
         model=checked.model,
         stages=len(checked.stages),
         total_samples=checked.total_samples,
@@ -89,7 +88,7 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
             jobs = [Job(executors.start_locally(submission, options, run_member, call))]
         else:  # in this process and terminal, without a log file; errors are raised as they are
             with executors.environment(options.environment):
-                training.train(first.argv)
+                submitted.run(first.argv)
             jobs = [Job("debug")]
     except (UserError, OSError):
         submission.discard()
@@ -138,7 +137,7 @@ def _to_slurm(submission: Submission, request: Request) -> list[Job]:
 def _stages_done(run_dir: Path) -> int:
     """How many stages, from the first on, have written their last checkpoint."""
     done = 0
-    while (run_dir / "checkpoints" / f"stage_{done + 1}.pt").is_file():
+    while submitted.stage_is_done(run_dir, done + 1):
         done += 1
     return done
 
@@ -155,7 +154,7 @@ def _keep_code(submission: Submission, command: Sequence[str]) -> None:
 def _keep_recipe(submission: Submission, argv: Sequence[str]) -> tuple[str, ...]:
     """Copy the recipe, if there is one, into the submission's folder; `argv` with --recipe pointing to the copy."""
     recipe = value_of(argv, "--recipe")
-    if recipe is None:
+    if recipe is None or not Path(recipe).is_file():  # a name, of `vlm train`
         return tuple(argv)
     copy = submission.folder / "recipe" / Path(recipe).name
     copy.parent.mkdir(exist_ok=True)
@@ -190,8 +189,8 @@ def show_plan(folder: Path, request: Request) -> None:
         print(f"job       {f'stage {stage}: ' if stage else ''}{_resources(cluster, request.executor)}")
     for spec in request.members:
         name = f"{spec.name}: " if len(request.members) > 1 else ""
-        size = f"{spec.parameters / 1e6:,.1f} M parameters, {spec.total_samples:,} samples"
-        print(f"run       {name}{spec.model}, {size}")
+        parameters = f"{spec.parameters / 1e6:,.1f} M parameters, " if spec.parameters else ""
+        print(f"run       {name}{spec.model}, {parameters}{spec.total_samples:,} samples")
         for number, summary in enumerate(spec.summaries, 1):
             if summary:
                 print(f"          stage {number}: {summary}")

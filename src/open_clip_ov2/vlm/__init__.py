@@ -8,13 +8,15 @@ neither transformers nor TRL.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from open_clip_ov2.errors import UserError
-
-if TYPE_CHECKING:
-    from open_clip_ov2.vlm.vlm_options import VlmPlan
+from open_clip_ov2.recipe.costs import Checked
+from open_clip_ov2.vlm.vlm_folder import check_same_run
+from open_clip_ov2.vlm.vlm_options import VlmPlan, parse
+from open_clip_ov2.vlm.vlm_plan import samples_of
 
 
 def load() -> None:
@@ -28,8 +30,34 @@ def load() -> None:
 
 
 def train(plan: VlmPlan) -> Path:
-    """`vlm_run.train`."""
+    """Train on this rank; the run's folder. Raises UserError, RunFailed and Interrupted."""
     load()
     from open_clip_ov2.vlm.vlm_run import train as run
 
     return run(plan)
+
+
+def train_command(argv: Sequence[str]) -> Path:
+    """`train` from the flags of `ov2 vlm train`."""
+    return train(parse(argv))
+
+
+def check(argv: Sequence[str], world_size: int = 1) -> Checked:
+    """Check the flags of `ov2 vlm train` on so many processes without training. Raises UserError."""
+    plan = parse(argv)
+    load()
+    check_same_run(plan)
+    stages = plan.recipe.stages
+    for stage in stages:
+        plan.accumulation(stage, world_size)
+    return Checked(
+        name=plan.folder.name,
+        run_dir=plan.folder,
+        signature=json.dumps(plan.config),
+        model=f"{plan.encoder} and {plan.language_model}",
+        stages=tuple(stage.data for stage in stages),
+        summaries=tuple(stage.summary for stage in stages),
+        total_samples=sum(samples_of(plan, stage) for stage in stages),
+        parameters=0,  # known when the parts have been opened
+        recipe=None,
+    )

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -169,8 +170,10 @@ def _why_unusable(path: str) -> str:
     if not os.path.isfile(path):
         return "whose picture is missing"
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
+            with Image.open(path) as picture:
+                width, height = picture.size
     except Image.DecompressionBombError:
         return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):

@@ -20,10 +20,10 @@ from open_clip_ov2.files import write_json
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.train.signals import Agreement, StopSignals
 from open_clip_ov2.vlm.vlm_folder import COMPLETE, complete_checkpoints
+from open_clip_ov2.vlm.vlm_recipe import TOWER
 
 STOP, SAVE = 0, 1
 MAX_BAD_STEPS = 3  # ours: so many steps in a row without a finite loss end the run
-TIMES = ("train_runtime",)  # of Trainer's last record, which is no step
 
 
 class RunWatch(TrainerCallback):
@@ -38,6 +38,7 @@ class RunWatch(TrainerCallback):
         self._minutes, self._last_save = save_every_minutes, time.monotonic()
         self._step_began = time.perf_counter()
         self._bad = 0
+        self._rates: dict[str, float] = {}
         self.wait_s = 0.0  # of this step, for data; the trainer adds to it
         self._tokens = 0.0
         self.stopped: str | None = None
@@ -47,6 +48,9 @@ class RunWatch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.perf_counter() - self.wait_s
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        self._rates = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         finished = state.global_step >= state.max_steps
@@ -74,10 +78,14 @@ class RunWatch(TrainerCallback):
                 f"stage {self._stage}: the loss was not finite in {self._bad} steps in a row, the last of them "
                 f"{state.global_step:,}; lower its lr in the recipe"
             )
-        accuracy = logs.get("mean_token_accuracy")
+        losses = {"loss": loss}
+        if (accuracy := logs.get("mean_token_accuracy")) is not None:
+            losses["token_accuracy"] = accuracy
+        if TOWER in self._rates:
+            losses["tower_lr"] = self._rates[TOWER]
         self._monitor.step(
             self._samples(state.global_step),
-            losses={"loss": loss} | ({} if accuracy is None else {"token_accuracy": accuracy}),
+            losses=losses,
             lr=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             num_images=self._batch,

@@ -66,6 +66,7 @@ def groups(model: nn.Module, stage: VlmStage, decaying: set[str]) -> list[dict[s
 
     made = [
         {
+            "part": TOWER if tower else LANGUAGE_MODEL,
             "params": list(chosen(tower, decays)),
             "lr": stage.tower_lr if tower and stage.tower_lr is not None else stage.lr,
             "weight_decay": stage.weight_decay if decays else 0.0,
