@@ -20,8 +20,8 @@ NANO = {"model": "ov2-vit-nano-8", "stage": ["32:samples=8,global-batch=4", "64:
 def test_a_mapping_is_a_command_line() -> None:
     """Oracle: the flags, written out."""
     assert as_argv({**NANO, "lr": 1e-3, "color_jitter": True, "wd": None, "aug_cfg": ["a=1", "b=2"]}) == [
-        "--model", "ov2-vit-nano-8", "--lr", "0.001", "--color-jitter", "--aug-cfg", "a=1", "b=2",
-        "--stage", "32:samples=8,global-batch=4", "--stage", "64:samples=4,global-batch=4",
+        "--model", "ov2-vit-nano-8", "--stage", "32:samples=8,global-batch=4", "--stage", "64:samples=4,global-batch=4",
+        "--lr", "0.001", "--color-jitter", "--aug-cfg", "a=1", "b=2",
     ]  # fmt: skip
     assert as_argv(("--lr", "1")) == ["--lr", "1"]
 

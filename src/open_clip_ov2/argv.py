@@ -10,6 +10,8 @@ from typing import Any
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import switch
 
+REPEATED = ("--stage", "--captions", "--val-captions")  # given once for each of several values
+
 
 class Parser(argparse.ArgumentParser):
     """A parser of full flag names whose mistakes are UserErrors of one line, not a page of usage."""
@@ -58,7 +60,8 @@ def add_flags(parser: Any, kind: type) -> None:
             heading, required = field.metadata["group"], field.default is dataclasses.MISSING
             if heading not in groups:
                 groups[heading] = parser.add_argument_group(heading)
-            more = {"required": True} if required else {"default": field.default}
+            repeated = field.metadata["flag"]["action"] == "append"
+            more = {"required": True} if required else {"default": None if repeated else field.default}
             groups[heading].add_argument(f"--{field.name.replace('_', '-')}", **more, **field.metadata["flag"])
 
 
@@ -102,13 +105,16 @@ def without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """argv from values by flag name (without dashes; snake or kebab case): True is a flag without a value, False and
-    None leave the flag out, a list or tuple is a flag with several values."""
+    None leave the flag out, a list or tuple is a flag with several values, or several flags of REPEATED."""
     out: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-        out += [f"--{name.replace('_', '-')}", *map(str, values)]
+        written = f"--{name.replace('_', '-')}"
+        out += [word for one in values for word in (written, str(one))] if written in REPEATED else [
+            written, *map(str, values),
+        ]  # fmt: skip
     return out
 
 

@@ -52,12 +52,7 @@ Flags = Sequence[str] | Mapping[str, Any]
 
 def as_argv(flags: Flags) -> list[str]:
     """`["--lr", "0.001"]` from `{"lr": 1e-3}`; a list stays as it is. A list under "stage" is one --stage for each."""
-    if not isinstance(flags, Mapping):
-        return list(flags)
-    repeated = flags.get("stage", ())
-    stages = (repeated,) if isinstance(repeated, str) else repeated
-    rest = to_argv({name: value for name, value in flags.items() if name != "stage"})
-    return [*rest, *(word for stage in stages for word in ("--stage", str(stage)))]
+    return to_argv(flags) if isinstance(flags, Mapping) else list(flags)
 
 
 def train(flags: Flags) -> Path:

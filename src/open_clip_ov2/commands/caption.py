@@ -13,7 +13,8 @@ from pathlib import Path
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, add_flags
-from open_clip_ov2.commands.options import add_device, paths_checked
+from open_clip_ov2.commands.options import add_captions, add_device, paths_checked
+from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import SkipCounter, describe
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import CaptionOptions
@@ -38,12 +39,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _caption_all(args: argparse.Namespace) -> None:
-    names = ("images", "checkpoint", "out", "limit", "every", "caption_keys", "device", "json")
+    names = ("images", "checkpoint", "out", "limit", "every", "caption_keys", "captions", "device", "json")
     generation = {name: value for name, value in vars(args).items() if name not in names}
     if args.json:
         generation["log_likelihood"] = True
     skips = SkipCounter(lines=math.inf)
-    images = islice(pictures(args.images, args.caption_keys, args.every, skips), args.limit)
+    captions = caption_sets(args.captions or ())
+    images = islice(pictures(args.images, args.caption_keys, args.every, skips, captions), args.limit)
     model = args.checkpoint or training.shipped_model()
     count, cells = 0, list[Captioned]()
     try:
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images that can be decoded")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
     parser.add_argument("--caption-keys", default="txt", help="true captions, for the sheet and JSON (default: txt)")
+    add_captions(parser, "true captions beside the tars, for --caption-keys")
     add_device(parser)
     add_flags(parser, CaptionOptions)
     return parser

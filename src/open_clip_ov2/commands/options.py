@@ -6,12 +6,19 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
+from open_clip_ov2.argv import flag_type
 from open_clip_ov2.compare.bench.settings import default_device
+from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.errors import UserError
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=default_device(), help="default: cuda if there is a GPU, otherwise cpu")
+
+
+def add_captions(parser: argparse.ArgumentParser, what: str) -> None:
+    kind = flag_type(caption_sets)
+    parser.add_argument("--captions", action="append", type=kind, metavar="NAME=FOLDER", help=f"{what}; repeatable")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_clip_ov2.argv import Parser
+from open_clip_ov2.commands.options import add_captions
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.resize import LEDGER, Resize
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.shrink import ShardReport, Shrink
+from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import describe
 from open_clip_ov2.errors import UserError
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     urls, _ = expand_shards("::".join(args.shards))
     console = Console(markup=False, highlight=False, soft_wrap=True)  # file names are not markup
     shrink = Shrink(args.short_side, args.quality, args.max_image_pixels)
-    with Resize(urls, args.out, shrink) as resize:
+    with Resize(urls, args.out, shrink, caption_sets(args.captions or ())) as resize:
         _run(resize, args.workers, console)
         sizes = resize.finish()
         _report(list(resize.reports.values()), sum(sizes.values()), args.out, console)
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--short-side", type=int, default=SHORT_SIDE, metavar="PX", help="default: %(default)s")
     add("--quality", type=int, default=QUALITY, metavar="Q", help="of JPEG and WebP, 1 to 95 (default: %(default)s)")
     add("--workers", type=int, default=1, metavar="N", help="processes, a shard each (default: %(default)s)")
+    add_captions(resize, "copy these captions too, to OUT/NAME, without the lines of samples that are left out")
     add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help="default: %(default)s")
     return parser
 

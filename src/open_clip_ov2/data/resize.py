@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.data.shrink import ShardReport, Shrink, shrink_shard
-from open_clip_ov2.data.sidecars import shard_names
+from open_clip_ov2.data.sidecars import CaptionSet, begin_set, shard_names
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, write_json
 from open_clip_ov2.locks import LOCK, FolderLock
@@ -38,9 +38,12 @@ class Resize:
     urls: Sequence[str]
     folder: Path
     shrink: Shrink
+    captions: tuple[CaptionSet, ...] = ()
     reports: dict[str, ShardReport] = field(default_factory=dict)
 
     def __enter__(self) -> Resize:
+        for one in self.captions:
+            one.check(self.urls)
         self._names = {f"{name}.tar": url for name, url in shard_names(self.urls).items()}
         if self.folder.is_dir():
             self._refuse_other_files()
@@ -50,6 +53,8 @@ class Resize:
             for name in filter(_is_unfinished, os.listdir(self.folder)):
                 (self.folder / name).unlink()
             self._read_ledger()
+            for one in self.captions:
+                begin_set(self.folder / one.name, {"resized": one.settings()})
             self._opened = opened.pop_all()
         return self
 
@@ -59,7 +64,8 @@ class Resize:
     def _refuse_other_files(self) -> None:
         present = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(LOCK))
         if LEDGER in present:
-            known = {LEDGER, SIZES, *self._names, *(entry.get("name", "") for entry in self._entries())}
+            sets = (one.name for one in self.captions)
+            known = {LEDGER, SIZES, *sets, *self._names, *(entry.get("name", "") for entry in self._entries())}
             present = [name for name in present if name not in known and not _is_unfinished(name)]
         if present:
             raise UserError(f"{self.folder}: holds other files ({', '.join(present[:3])}); name a folder of its own")
@@ -74,12 +80,15 @@ class Resize:
 
     def _read_ledger(self) -> None:
         entries, wanted = self._entries(), asdict(self.shrink)
+        if self.captions:
+            wanted["captions"] = [one.name for one in self.captions]
         self._ledger.truncate((self.folder / LEDGER).read_bytes().rfind(b"\n") + 1)
         if not entries:
             return self._append({"settings": wanted})
         found = entries[0]["settings"]
         if found != wanted:
-            differ = [f"{key} {found.get(key)}, not {wanted[key]}" for key in wanted if wanted[key] != found.get(key)]
+            differ = [f"{key} {found.get(key)}, not {wanted.get(key)}" for key in found | wanted
+                      if wanted.get(key) != found.get(key)]  # fmt: skip
             raise UserError(f"{self.folder}: was begun with {', '.join(differ)}; give the same, or name another folder")
         for report in (ShardReport(**entry) for entry in entries[1:]):
             if self._is_whole(report):  # another one is made again
@@ -110,8 +119,8 @@ class Resize:
 
     def run(self, workers: int) -> Iterator[ShardReport]:
         """Make what is left, a shard at a time in each process. Raises UserError."""
-        jobs = [(url, self.folder / name, self.shrink) for name, url in self.left]
-        for report in _in_processes(jobs, workers) if workers > 1 else (shrink_shard(*job) for job in jobs):
+        jobs = [(url, self.folder / name, self.shrink, self.captions) for name, url in self.left]
+        for report in in_processes(shrink_shard, jobs, workers):
             self.reports[report.name] = report
             self._append(asdict(report))
             yield report
@@ -131,13 +140,17 @@ def _is_unfinished(name: str) -> bool:
     return name.startswith(TEMPORARY) or (name.startswith(".") and name.endswith(".part"))
 
 
-def _in_processes(jobs: Sequence[tuple[str, Path, Shrink]], workers: int) -> Iterator[ShardReport]:
+def in_processes(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:
+    """What `work` returns for each job as it is done; one worker is this process. Raises UserError."""
+    if workers == 1:
+        yield from (work(*job) for job in jobs)
+        return
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([shrink_shard.__module__])  # torch is imported once, not by each
+    context.set_forkserver_preload([work.__module__])  # torch is imported once, not by each
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_the_parent)
     try:
-        for done in as_completed([pool.submit(shrink_shard, *job) for job in jobs]):
+        for done in as_completed([pool.submit(work, *job) for job in jobs]):
             yield done.result()
     except BrokenProcessPool as error:
         raise UserError("a process was killed (out of memory?); try fewer --workers with the same command") from error

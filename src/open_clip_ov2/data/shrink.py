@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from open_clip_ov2.data.decode import EncodedImage, pil_errors_skip
 from open_clip_ov2.data.samples import IMAGE_SUFFIXES
+from open_clip_ov2.data.sidecars import CaptionSet, sidecar_path, write_sidecar
 from open_clip_ov2.data.skips import BROKEN_SHARD, DOTTED, MISSING_IMAGE, SkipSample, missing
 from open_clip_ov2.data.tars import APART, read_tar
 from open_clip_ov2.errors import UserError
@@ -41,11 +43,16 @@ class ShardReport:
     broken: str = ""
 
 
-def shrink_shard(source: str, target: Path, shrink: Shrink) -> ShardReport:
-    """Write `target` whole or not at all. Raises UserError if it cannot be written."""
+def shrink_shard(source: str, target: Path, shrink: Shrink, captions: Sequence[CaptionSet] = ()) -> ShardReport:
+    """Write `target` whole or not at all, after its sidecars in a folder beside it for each caption set. Raises
+    UserError if it cannot be written."""
     try:
         with written_whole(target) as file:
-            return _write(source, target.name, file, shrink)
+            lines: dict[str, list[bytes]] = {one.name: [] for one in captions}
+            report = _write(source, target.name, file, shrink, captions, lines)
+            for name, found in lines.items():
+                write_sidecar(sidecar_path(target.parent / name, target.name), map(json.loads, found))
+            return report
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror or error}); finished shards are whole: free some space and "
@@ -53,16 +60,26 @@ def shrink_shard(source: str, target: Path, shrink: Shrink) -> ShardReport:
         ) from error
 
 
-def _write(source: str, name: str, file: IO[bytes], shrink: Shrink) -> ShardReport:
+def _write(
+    source: str,
+    name: str,
+    file: IO[bytes],
+    shrink: Shrink,
+    captions: Sequence[CaptionSet],
+    lines: Mapping[str, list[bytes]],
+) -> ShardReport:
     broken: list[str] = []
     dropped, samples_in = [], 0
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for samples_in, sample in enumerate(read_tar(source, broken.append), 1):  # noqa: B007
+        for samples_in, sample in enumerate(read_tar(source, broken.append, captions), 1):  # noqa: B007
+            found = {one: sample.pop(one) for one in lines}
             try:
                 entries = shrunk_entries(sample, shrink)
             except SkipSample as error:
                 dropped.append((sample["__key__"], error.cause, error.detail))
                 continue
+            for one, line in found.items():
+                lines[one].append(line)
             for suffix, data in entries.items():
                 info = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
                 info.size = len(data)

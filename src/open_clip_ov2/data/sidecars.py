@@ -95,10 +95,16 @@ class CaptionSet:
 
     def identity(self) -> str:
         """What makes it this set and no other: a hash of its settings, or its address if they cannot be read."""
+        settings = self.settings()
+        if settings == self.where:
+            return self.where
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def settings(self) -> Any:
+        """The content of settings.json, or the set's address if it cannot be read."""
         if self.is_folder:
             with contextlib.suppress(Exception):
-                settings = json.loads(storage.read_bytes(storage.join(self.where, SETTINGS)))
-                return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+                return json.loads(storage.read_bytes(storage.join(self.where, SETTINGS)))
         return self.where
 
     def check(self, urls: Sequence[str]) -> None:

@@ -165,6 +165,11 @@ def _store_class(address: str, name: str) -> Any:
         ) from None
 
 
+def store_of(address: str) -> Any:
+    """fsspec's file system of an address."""
+    return fsspec.url_to_fs(address)[0]
+
+
 def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/') or '/'}/{name}"
 

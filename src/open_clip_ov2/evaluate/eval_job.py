@@ -56,7 +56,7 @@ class EvalJob:
     ) -> EvalLoader:
         rank, world_size = place()
         return EvalLoader(
-            source_of(data),
+            source_of(data, self.options.captions if data == self.options.data else ()),
             self.model.preprocess,
             self.model.tokenizer if caption_keys else None,
             batch_size=self.options.batch_size,

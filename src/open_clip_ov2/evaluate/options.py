@@ -16,6 +16,7 @@ from open_clip_ov2.argv import Parser, add_flags, flag, switch_flag
 from open_clip_ov2.core.generate import GENERATION_TYPES
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
+from open_clip_ov2.data.sidecars import CaptionSet, caption_sets
 from open_clip_ov2.data.sources import ImageFolderSource, Source
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import PLACE
@@ -138,6 +139,9 @@ class EvalOptions(GenerationOptions):
         "A,B,...", _tasks, "what to evaluate (default: all that model and data allow)", default=()
     )
     caption_keys: tuple[CaptionKey, ...] = flag("KEYS", _caption_keys, "default: txt", default=(CaptionKey("txt"),))
+    captions: tuple[CaptionSet, ...] = flag(
+        "NAME=FOLDER", caption_sets, "captions beside the tars of --data, as for ov2 train", default=(), repeat=True
+    )
     label_key: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "class of an image: cls, json:label")
     group_by: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "report by the value of this, json:kind")
     guess: Mapping[str, float] | None = flag("FILE.json", _guess, "chance of a right guess by group")
@@ -176,9 +180,10 @@ def options_of(flags: str, what: str) -> EvalOptions:
     parser = Parser(prog="ov2 eval", add_help=False)
     add_flags(parser, EvalOptions)
     try:
-        return EvalOptions(**vars(parser.parse_args(shlex.split(flags))))
+        given = vars(parser.parse_args(shlex.split(flags)))
     except (UserError, ValueError) as error:  # ValueError: a quote that is not closed
         raise UserError(f"{what} {flags!r}: {error}") from None
+    return read_options(EvalOptions, f"{what} {flags!r}", given)
 
 
 def read_options(kind: type[Options], what: str, given: Mapping[str, Any]) -> Options:
@@ -186,17 +191,19 @@ def read_options(kind: type[Options], what: str, given: Mapping[str, Any]) -> Op
     return from_table(kind, what, {name: value for name, value in given.items() if value is not None})
 
 
-def source_of(data: str) -> Source:
-    """A folder of classes, or tars. Raises UserError."""
+def source_of(data: str, captions: tuple[CaptionSet, ...] = ()) -> Source:
+    """A folder of classes, or tars with captions beside them. Raises UserError."""
     if os.path.isdir(data):  # which no name is too long for
+        if captions:
+            raise UserError(f"--captions {captions[0]}: captions stand beside tars, and {data} is a folder of images")
         return ImageFolderSource(Path(data))
-    return WebDatasetSource(expand_shards(data)[0])
+    return WebDatasetSource(expand_shards(data)[0], captions=captions)
 
 
 def check_files(options: EvalOptions) -> None:
     """Raises UserError for data or questions that do not exist."""
-    for data in (options.data, options.train_data):
-        if data:
-            source_of(data)
+    source_of(options.data, options.captions)
+    if options.train_data:
+        source_of(options.train_data)
     if options.questions and not options.questions.is_file():
         raise UserError(f"--questions {options.questions}: no such file")

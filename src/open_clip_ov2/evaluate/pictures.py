@@ -23,6 +23,7 @@ from open_clip_ov2.data.csv_rows import read_lines
 from open_clip_ov2.data.decode import decode_image
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, Decoder, ImageFile, encoded_image
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
+from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter, SkipSample
 from open_clip_ov2.data.sources import CsvSource, image_names
 from open_clip_ov2.errors import UserError, naming
@@ -143,18 +144,22 @@ def _plain_pixels(preprocess: Any, pixels_CHW: Tensor) -> np.ndarray:
 
 
 def pictures(
-    paths: Iterable[str | Path], caption_keys: str = "txt", every: int = 1, skips: SkipCounter | None = None
+    paths: Iterable[str | Path],
+    caption_keys: str = "txt",
+    every: int = 1,
+    skips: SkipCounter | None = None,
+    captions: tuple[CaptionSet, ...] = (),
 ) -> Iterator[Picture]:
     """Every Nth image of all that the paths hold; what cannot be used is counted in `skips`.
 
     A path is an image file, a folder with images at any depth, tars as `ov2 train` takes them (braces, `::`, `pipe:`),
-    a csv, a pipe with an image or a tar, or `-` for standard input. Raises UserError, at once, for a path that does
-    not exist or a folder without images.
+    a csv, a pipe with an image or a tar, or `-` for standard input. `captions` are sets beside the tars. Raises
+    UserError, at once, for a path that does not exist or a folder without images.
     """
     counter = skips or SkipCounter()
     with naming("--caption-keys"):
         keys = parse_caption_keys(caption_keys)
-    found = [_samples(str(path), keys, counter) for path in paths]
+    found = [_samples(str(path), keys, counter, captions) for path in paths]
     return _decoded(islice(chain.from_iterable(found), 0, None, every), keys, counter)
 
 
@@ -173,12 +178,16 @@ def _decoded(samples: Iterable[Raw], keys: tuple[CaptionKey, ...], skips: SkipCo
         yield Picture(raw["__key__"], image, tuple(captions))
 
 
-def _samples(path: str, keys: tuple[CaptionKey, ...], skips: SkipCounter) -> Iterable[Raw]:
+def _samples(
+    path: str, keys: tuple[CaptionKey, ...], skips: SkipCounter, captions: tuple[CaptionSet, ...]
+) -> Iterable[Raw]:
     """Raw samples of one path. Raises UserError."""
     path = "/dev/stdin" if path == "-" else path
     name = path.lower()
     if path.startswith("pipe:") or "://" in path or name.endswith(TARS):
-        return WebDatasetSource(expand_shards(path)[0]).in_order(skips)
+        return WebDatasetSource(expand_shards(path)[0], captions=captions).in_order(skips)
+    if captions:
+        raise UserError(f"--captions {captions[0]}: captions stand beside tars, and {path} is not one")
     if not (found := Path(path)).exists():
         raise UserError(f"{path}: no such file or folder")
     if found.is_dir():

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from open_clip_ov2.argv import Parser
 
-SUBCOMMANDS: tuple[str, ...] = ("write", "filter", "report")
+SUBCOMMANDS = ("join", "write", "filter", "report")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,5 +52,8 @@ def check_data(argv: Sequence[str], args: argparse.Namespace) -> None:
     for flag in CSV_FLAGS:
         if is_given(argv, flag) and "csv" not in (train, val):
             raise UserError(f"{flag} is for a csv, and no data is one (--caption-keys says where tars have captions)")
+    for flag in ("--captions", "--val-captions"):
+        if is_given(argv, flag) and "webdataset" not in (train, val):
+            raise UserError(f"{flag}: captions stand beside tars, and no data is tars; leave the flag out")
     if is_given(argv, "--csv-caption-key") and is_given(argv, "--caption-keys"):
         raise UserError("--csv-caption-key and --caption-keys: give one or the other; --caption-keys names columns too")

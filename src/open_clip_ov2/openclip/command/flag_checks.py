@@ -81,7 +81,7 @@ def check_stage(
     """Check the flags of one stage: `argv`, and what the two parsers made of it. `gpu`: whether the machine that will
     run it has one. Raises UserError."""
     _check_device(theirs, gpu)
-    _check_values(theirs)
+    _check_values(theirs, options)
     _refuse(argv, _REFUSED)
     if needs_data:
         check_data(argv, theirs)
@@ -125,7 +125,19 @@ def _check_contrastive(theirs: argparse.Namespace) -> None:
         )
 
 
-def _check_values(theirs: argparse.Namespace) -> None:
+def _check_captions(options: TrainOptions) -> None:
+    """Raises UserError for a set that no key reads."""
+    read = {key.entry for key in (*options.caption_keys, *(options.prompt_keys or ()))}
+    for one in options.captions:
+        if one.name not in read:
+            raise UserError(
+                f"--captions {one}: no caption is read from it; add it to --caption-keys, for example "
+                f"--caption-keys '{one.name}:caption=0.8,txt=0.2'"
+            )
+
+
+def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:
+    _check_captions(options)
     for name, read in _READERS.items():
         value = getattr(theirs, name)
         if value is not None:

@@ -13,6 +13,7 @@ from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.sidecars import CaptionSet, caption_sets
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg
 from open_clip_ov2.recipe.counts import sample_count
@@ -28,6 +29,11 @@ def _below_one(value: str) -> float:
     if number >= 1:
         raise UserError(f"{value}: expected a number >= 0 and < 1")
     return number
+
+
+def val_caption_sets(value: str) -> tuple[CaptionSet, ...]:
+    """`none` stands for no set at all."""
+    return () if value == "none" else caption_sets(value)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,16 @@ class TrainOptions:
         parse_caption_keys,
         "train a captioner that is given text: what stands there comes before the caption and is not to be predicted; "
         "`none=W` is the weight of no text (ov2 models; default: no text)",
+    )
+    captions: tuple[CaptionSet, ...] = flag(
+        "NAME=FOLDER",
+        caption_sets,
+        "captions beside the tars, repeatable: a folder of `ov2 captions` with NAME.jsonl.gz for each NAME.tar, or an "
+        "address with {shard}; --caption-keys NAME:caption",
+        repeat=True,
+    )
+    val_captions: tuple[CaptionSet, ...] = flag(
+        "NAME=FOLDER|none", val_caption_sets, "the same for --val-data (default: --captions)", repeat=True
     )
     color_jitter: bool = switch_flag("color jitter and gray images as in the reference, strength 0.4")
     decode: str | None = flag(
@@ -188,4 +204,7 @@ def options(kind: type[Options], parsed: argparse.Namespace) -> Options:
     if kind is TrainOptions:
         values["caption_keys_given"] = values["caption_keys"] is not None
         values["caption_keys"] = values["caption_keys"] or parse_caption_keys("txt")
+        values["captions"] = caption_sets(values["captions"] or ())
+        val = values["val_captions"]
+        values["val_captions"] = values["captions"] if val is None else caption_sets(val)
     return kind(**values)

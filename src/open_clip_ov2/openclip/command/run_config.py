@@ -45,9 +45,11 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
     config["global_batch"] = args.batch_size * args.accum_freq * world_size
     for field in fields(stage.options):
         value = getattr(stage.options, field.name)
-        if field.name == "prompt_keys" and value is None:
-            continue  # so that runs of before this flag keep their names
-        if field.name in ("caption_keys", "prompt_keys"):
+        if field.name == "val_captions" or (field.name in ("captions", "prompt_keys") and not value):
+            continue  # so that runs of before these flags keep their names
+        if field.name == "captions":
+            value = {one.name: one.identity() for one in value}
+        elif field.name in ("caption_keys", "prompt_keys"):
             value = [f"{key}={key.weight:g}" for key in value]
         elif field.name == "keep_ratio" and value is not None:
             value = str(value)

@@ -52,7 +52,8 @@ def make_source(args: argparse.Namespace, options: TrainOptions, train: bool) ->
     if kind == "synthetic":
         return SyntheticSource(num_samples=args.train_num_samples or 100, image_size=(224, 224))
     urls, weights = expand_shards(path, args.train_data_upsampling_factors if train else None)
-    return WebDatasetSource(urls=urls, weights=weights, resampled=train and args.dataset_resampled)
+    captions = options.captions if train else options.val_captions
+    return WebDatasetSource(urls, weights, resampled=train and args.dataset_resampled, captions=captions)
 
 
 def samples_per_epoch(args: argparse.Namespace, source: Source) -> int:
