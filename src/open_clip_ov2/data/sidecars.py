@@ -22,6 +22,7 @@ import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,16 @@ def with_lines(
     """
     with contextlib.ExitStack() as opened:
         lines = [opened.enter_context(contextlib.closing(read_lines(one.address(url)))) for one in sets]
+        pairs = list(zip(sets, lines, strict=True))
         for number, sample in enumerate(samples, 1):
-            for one, reader in zip(sets, lines, strict=True):
+            begin = b'{"key": ' + encode_basestring_ascii(sample["__key__"]).encode()  # as write_sidecar begins a line
+            for one, reader in pairs:
                 try:
                     line = next(reader, None)
                 except UNREADABLE as error:
                     return on_broken(f"its captions {one.address(url)}: {type(error).__name__}: {error}")
-                _check_line(line, sample, one, number)
+                if line is None or not line.startswith(begin) or one.name in sample:
+                    _check_line(line, sample, one, number)
                 sample[one.name] = line
             yield sample
 
@@ -170,12 +174,11 @@ def _check_line(line: Line | None, sample: Mapping[str, Any], one: CaptionSet, n
         )
     if one.name in sample:
         raise UserError(f"--captions {one}: {url} has an entry of this name; call the set something else")
-    if not line.startswith(b'{"key": ' + json.dumps(key).encode()):  # as write_sidecar begins it
-        found = _parsed(line, where, number)["key"]
-        if found != key:
-            raise UserError(
-                f"{where}: line {number} is for {found!r}, where {url} has {key!r}; they do not belong together"
-            )
+    found = _parsed(line, where, number)["key"]
+    if found != key:
+        raise UserError(
+            f"{where}: line {number} is for {found!r}, where {url} has {key!r}; they do not belong together"
+        )
 
 
 def _parsed(line: bytes, where: str, number: int) -> dict[str, Any]:

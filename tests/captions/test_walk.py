@@ -1,0 +1,54 @@
+"""The walk of docs/data.md, from DataComp's tars and the published tables to an encoder. Oracle: its commands run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.data.sidecars import read_sidecar
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+TINY = Path(__file__).parents[1] / "openclip" / "old_run" / "tiny"
+SMALL = [
+    "--train-num-samples", "16", "--model", f"local-dir:{TINY}", "--force-image-size", "24", "--force-context-length",
+    "12", "--batch-size", "8", "--workers", "0", "--epochs", "1", "--name", "run",
+]  # fmt: skip
+COLORS = ("red", "green", "blue", "black")
+
+
+def test_from_tars_and_tables_to_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("datacomp").mkdir()
+    Path("recap").mkdir()
+    rows = []
+    for shard in range(4):
+        with wds.TarWriter(f"datacomp/{shard:08d}.tar") as tar:
+            for index in range(4):
+                number, color = 4 * shard + index, COLORS[index]
+                buffer = io.BytesIO()
+                Image.new("RGB", (32, 32), color).save(buffer, "jpeg")
+                digest = hashlib.sha256(str(number).encode()).hexdigest()
+                about = json.dumps({"sha256": digest, "uid": f"{number:032x}"}).encode()
+                tar.write({"__key__": f"{number:012d}", "jpg": buffer.getvalue(), "txt": color, "json": about})
+                caption = f"a plain square that is {color} all over" if index else color
+                rows.append({"sha256": digest, "re_caption_condition_diverse_topk": caption})
+    pd.DataFrame(rows).to_parquet("recap/train-0.parquet")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (walk,) = [text for text in blocks if "captions join" in text]
+    lines = [shlex.split(line)[1:] for line in walk.splitlines()]
+    assert [line[:2] for line in lines[:4]] == [["captions", name] for name in ("join", "filter", "report", "write")]
+    for line in lines:
+        assert ov2([*line, *(SMALL if line[0] == "train" else [])]) == 0, line
+    kept = list(read_sidecar("good/00000000.jsonl.gz"))
+    assert [line.get("dropped") for line in kept] == ["min-words", None, None, None]
+    assert list(Path("logs/run/checkpoints").iterdir())
