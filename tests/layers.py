@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} core data", "torch numpy", "the training step, checkpoints, signals, the guard, random states"
     ),
     "evaluate.text": Layer(
-        f"{BASE} data", "pycocoevalcap", "scores of captions, of reading and of answers to questions"
+        f"{BASE} data", "pycocoevalcap numpy", "scores of captions, of reading and of answers; outcomes by picture"
     ),
     "evaluate": Layer(
         f"{BASE} core data data.order evaluate.text",
@@ -104,8 +104,8 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} data recipe tracking training", "torch", "one model, one process: speed and memory of a step"
     ),
     "compare": Layer(
-        f"{BASE} recipe tracking training compare.bench",
-        "jinja2 matplotlib",
+        f"{BASE} evaluate.text recipe tracking training compare.bench",
+        "jinja2 matplotlib numpy",
         "models on equal terms: runs, one page",
     ),
     "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),

@@ -17,7 +17,8 @@ from made_up import variant_result
 from matplotlib.figure import Figure
 
 from open_clip_ov2.compare import page, plots, results
-from open_clip_ov2.compare.config import Metric
+from open_clip_ov2.compare.answers import Answer, Outcomes, answers, differences, stacked
+from open_clip_ov2.compare.parts import Metric, Question
 from open_clip_ov2.compare.results import (
     Found,
     Summary,
@@ -29,7 +30,7 @@ from open_clip_ov2.compare.results import (
     read_evaluations,
     summary,
 )
-from open_clip_ov2.compare.verdict import verdict
+from open_clip_ov2.compare.search import final_loss, with_rates
 from open_clip_ov2.errors import UserError
 
 VOID = {"meta", "path", "use", "rect", "br", "link", "img"}
@@ -188,80 +189,115 @@ def test_two_evaluations_of_one_task_want_a_name(tmp_path: Path) -> None:
     assert read_evaluations(dict(zip(files, ("", "half"), strict=True))) == {"knn.top1": 0.0, "half.knn.top1": 1.0}
 
 
-# --- the verdict ---------------------------------------------------------------------------------------
+# --- the answers ---------------------------------------------------------------------------------------
 
 
-def sentence_of(found: Found, *losses: tuple[float, ...], probes: tuple[tuple[float, ...], ...] = ()) -> str:
-    """The verdict on variants a, b, ... with these caption losses (lower is better) and probes (higher is better)."""
-    variants = []
-    for index, name in enumerate("abc"[: max(len(losses), len(probes))]):
-        values = {"caption_loss": losses[index]} if index < len(losses) else {}
-        values |= {"probe.top1": probes[index]} if index < len(probes) else {}
-        variants.append(variant_result(name, (1.0,), values=values))
-    return verdict(Found(found.comparison, tuple(variants), "a machine"))
+def right(means: tuple[float, ...], pictures: int = 400) -> Outcomes:
+    """0 or 1 for each picture, exactly so many right, the same pictures right in the same order for each seed."""
+    values = [[1.0] * round(mean * pictures) + [0.0] * (pictures - round(mean * pictures)) for mean in means]
+    return Outcomes(tuple(map(str, range(pictures))), np.array(values))
 
 
-def test_a_clear_winner_where_lower_is_better(found: Found) -> None:
-    """Oracle: by hand. Means 1.1 and 2.2; the worst seed of b, 1.2, is better than the best of a, 2.0."""
-    assert sentence_of(found, (2.0, 2.4), (1.0, 1.2)) == (
-        "b is better than a on caption loss: 1.10 against 2.20 nats after 4,000 samples each (50.0% lower), which is "
-        "beyond the spread of 2 seeds."
+def asked(found: Found, a: Outcomes, b: Outcomes) -> Answer:
+    question = Question("ov2", "CLIP", "probe.top1", "Is ov2 better?")
+    comparison = replace(found.comparison, questions=(question,))
+    (answer,) = answers(comparison, {"ov2": {"probe.top1": a}, "CLIP": {"probe.top1": b}})
+    return answer
+
+
+def test_the_interval_is_that_of_known_errors() -> None:
+    """Oracles: for one seed each, the standard error of a mean of paired differences; for seeds that differ and
+    pictures that do not, that of a difference of means of n seeds with n - 1 in the variance."""
+    rng = np.random.default_rng(1)
+    a, b = rng.random((1, 500)), rng.random((1, 500))
+    drawn = differences(a, b, draws=20_000)
+    assert drawn.mean() == pytest.approx((a - b).mean(), abs=1e-3)
+    assert drawn.std() == pytest.approx((a - b).std() / 500**0.5, rel=0.03)
+    seeds_a, seeds_b = np.array([0.3, 0.4, 0.8]), np.array([0.1, 0.2, 0.2])
+    drawn = differences(np.tile(seeds_a[:, None], 7), np.tile(seeds_b[:, None], 7), draws=20_000)
+    error = (seeds_a.var(ddof=1) / 3 + seeds_b.var(ddof=1) / 3) ** 0.5
+    assert drawn.std() == pytest.approx(error, rel=0.03)
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Oracle: 300 made-up studies of known difference, with seeds and pictures at random; 95% of the intervals should
+    hold it, and with four seeds a bootstrap holds a little less."""
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(300):
+        a = rng.normal(0.5, 0.05, (4, 1)) + rng.normal(0, 0.4, (1, 100)) + rng.normal(0, 0.2, (4, 100))
+        b = rng.normal(0.4, 0.05, (4, 1)) + rng.normal(0, 0.4, (1, 100)) + rng.normal(0, 0.2, (4, 100))
+        low, high = np.quantile(differences(a, b, draws=400), [0.025, 0.975])
+        held += low < 0.1 < high
+    assert 0.88 < held / 300 < 0.99
+
+
+def test_a_clear_answer_and_none(found: Found) -> None:
+    """Oracle: by hand: 60 and 40% of 400 pictures, and 50 and 49%; the other way round where b is better."""
+    clear = asked(found, right((0.6, 0.61, 0.59)), right((0.4, 0.41, 0.39)))
+    assert clear.sentence.startswith(
+        "Is ov2 better? Yes: ov2 60.0 against CLIP 40.0% on probe <top-1>, a difference of +20.0 points (95% interval 1"
     )
+    assert clear.sentence.endswith("; 400 images, 3 seeds).")
+    assert clear.difference / clear.error > 3
+    assert asked(found, right((0.4,)), right((0.6,))).sentence.startswith("Is ov2 better? No, the other way round: ")
+    assert "which says nothing of how seeds differ" in asked(found, right((0.4,)), right((0.6,))).sentence
+    near = asked(found, right((0.5, 0.55)), right((0.49, 0.48)))
+    assert near.better == 0
+    assert near.low < 0 < near.high
+    assert " Cannot tell: " in near.sentence
 
 
-def test_a_clear_winner_where_higher_is_better(found: Found) -> None:
-    """Oracle: by hand. Percentages differ in points; the best two of three variants are named."""
-    assert sentence_of(found, probes=((0.5, 0.6), (0.1, 0.2), (0.7, 0.9))) == (
-        "c is better than a on probe <top-1>: 80.0 against 55.0% after 4,000 samples each (25.0 points higher), which "
-        "is beyond the spread of 2 seeds."
-    )
+def test_where_only_seeds_are_known(found: Found) -> None:
+    """Oracle: by hand. Without questions in the file the reference is set against each other variant, on the first
+    metric that both have; lower is better for a loss; one number each tells nothing; NaN tells nothing."""
+
+    def losses(*values: float) -> dict[str, Outcomes]:
+        return {"caption_loss": Outcomes(None, np.array(values)[:, None])}
+
+    (answer,) = answers(found.comparison, {"ov2": losses(1.0, 1.1, 1.2), "CLIP": losses(2.0, 2.1, 2.2)})
+    assert (answer.better, answer.a, answer.b, answer.digits) == (1, "ov2", "CLIP", 2)
+    assert "a difference of -1.00 nats (95% interval -1." in answer.sentence
+    assert "; 3 seeds alone)." in answer.sentence
+    (one,) = answers(found.comparison, {"ov2": losses(1.0), "CLIP": losses(2.0)})
+    (diverged,) = answers(found.comparison, {"ov2": losses(1.0, float("nan")), "CLIP": losses(2.0, 2.0)})
+    assert one.better == diverged.better == 0
+    assert answers(found.comparison, {"ov2": losses(1.0), "CLIP": {}}) == ()
 
 
-@pytest.mark.parametrize(
-    ("losses", "reason"),
-    [
-        (((2.0, 2.4), (2.1, 2.2)), "the difference is within the spread of 2 seeds"),
-        (((2.0,), (1.0,)), "one seed does not show how much seeds differ"),
-        (((2.0, 2.0), (2.0, 2.0)), "they are equal"),
-    ],
-)
-def test_cannot_tell(found: Found, losses: tuple[tuple[float, ...], ...], reason: str) -> None:
-    """Oracle: by hand."""
-    sentence = sentence_of(found, *losses)
-    assert sentence.startswith("Cannot tell whether ")
-    assert " on caption loss: " in sentence
-    assert sentence.endswith(f", but {reason}.")
+def test_other_pictures_cannot_be_compared(found: Found) -> None:
+    few = right((0.5,), pictures=10)
+    with pytest.raises(UserError, match="evaluated on different images"):
+        asked(found, right((0.5,)), few)
+    with pytest.raises(UserError, match="seeds were evaluated on different images"):
+        stacked([(np.array(["a"]), np.ones(1)), (np.array(["b"]), np.ones(1))], "ov2: knn.top1")
+    comparison = replace(found.comparison, questions=(Question("ov2", "CLIP", "probe.top1", "Which?"),))
+    with pytest.raises(UserError, match=r"CLIP has no values of probe\.top1"):
+        answers(comparison, {"ov2": {"probe.top1": few}})
 
 
-def test_nothing_to_compare(found: Found) -> None:
-    """Oracle: by hand. One variant has the metric; a diverged one counts as none."""
-    nothing = "Cannot tell which variant is better: no metric has values of two trained variants."
-    assert sentence_of(found, (2.0, 2.4)) == sentence_of(found, (2.0, 2.4), (float("nan"), 1.0)) == nothing
-
-
-def test_the_other_metrics_follow(found: Found) -> None:
-    """Oracle: by hand. a wins the loss; probes: b wins, and then nobody."""
-    losses = ((1.0, 1.1), (2.0, 2.1))
-    assert sentence_of(found, *losses, probes=((0.1, 0.2), (0.3, 0.4))).endswith(
-        " Best on other metrics, beyond the spread of seeds: b on probe <top-1>."
-    )
-    assert sentence_of(found, *losses, probes=((0.1, 0.4), (0.3, 0.4))).endswith(
-        " Cannot tell which is best on probe <top-1>."
-    )
-
-
-def test_page_and_markdown_begin_with_the_verdict(found: Found) -> None:
-    """Oracle: the sentence itself is the first paragraph; of several comparisons each has one, with its title."""
-    sentence = verdict(found)
-    text = page.page("All", [found], "ov2 compare")
+def test_page_and_markdown_begin_with_the_answers(found: Found) -> None:
+    """Oracle: the sentence itself is the first paragraph, then the chart; the search's best rates are marked."""
+    answer = asked(found, right((0.6, 0.6)), right((0.4, 0.4)))
+    full = replace(found, answers=(answer,), searched={"ov2": {1e-3: 2.0, 2e-3: 1.5}})
+    text = page.page("All", [full], "ov2 compare")
     first = re.search(r"<p[^>]*>(.*?)</p>", text, flags=re.DOTALL)
     assert first is not None
-    assert html.unescape(first.group(1)) == sentence
-    assert page.results_md("All", [found], "ov2 compare").splitlines()[2] == sentence
-    other = Found(replace(found.comparison, name="other", title="Other"), found.variants, "a machine")
-    both = page.page("All", [found, other], "ov2 compare")
-    assert both.count('class="verdict"') == 2
-    assert f"**Other**: {sentence}" in page.results_md("All", [found, other], "ov2 compare")
+    assert html.unescape(first.group(1)) == answer.sentence
+    assert text.index('id="answers-0"') < text.index("<h2>Method") < text.index('id="small"')
+    markdown = page.results_md("All", [full], "ov2 compare")
+    assert markdown.splitlines()[2] == f"- {answer.sentence}"
+    assert "| ov2 | 2.000 | **1.500** |" in markdown
+    assert as_json([full])[0]["answers"][0]["sentence"] == answer.sentence
+
+
+def test_the_search_takes_the_lowest_last_loss(found: Found) -> None:
+    """Oracle: by hand: the mean over the last fifth of the samples; a diverged run is never taken."""
+    rows = [{"kind": "train", "samples_seen": seen, "loss": seen / 10} for seen in range(10, 101, 10)]
+    assert final_loss([*rows, {"kind": "val", "samples_seen": 100, "loss": 0.0}]) == 9.5
+    rows[-1]["loss"] = None
+    assert final_loss(rows) == float("inf")
+    chosen = with_rates(found.comparison, {"ov2": {1e-3: 2.0, 3e-3: 1.0, 1e-2: float("inf")}})
+    assert [variant.flags.get("lr") for variant in chosen.variants] == [3e-3, None, None]
 
 
 # --- what plots draw -----------------------------------------------------------------------------------

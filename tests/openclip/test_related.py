@@ -18,6 +18,7 @@ from training import data_flags, finish, results, start_ranks
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
+from open_clip_ov2.evaluate.text.outcomes import read_outcomes
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.train.step import optimizer_step
 
@@ -183,6 +184,9 @@ def test_trained_evaluated_and_opened_again(
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert {"caption-loss", "caption", "read-text"} <= found.keys()
     assert ("retrieval" in found) == (method == "ov1")
+    keys, values = read_outcomes(tmp_path / "run" / "eval.npz")["read-text.exact_match"]  # what the mean is taken of
+    assert len(set(keys)) == len(values) == found["read-text"]["pictures"] == 10
+    assert values.mean() == found["read-text"]["exact_match"]
     assert ov2(["convert", str(tmp_path / "run"), "--to", str(tmp_path / "whole")]) == 0
     images, written = torch.rand(2, 3, 24, 24), []
     for folder in ("run", "whole"):

@@ -23,9 +23,9 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import page, study
-    from open_clip_ov2.compare.config import BATCH, SET_BY_US, load_comparison
+    from open_clip_ov2.compare.config import load_comparison
+    from open_clip_ov2.compare.parts import BATCH, SET_BY_US
     from open_clip_ov2.compare.plan import Study
-    from open_clip_ov2.compare.verdict import verdict
 
     comparisons = [load_comparison(path).scaled(args.seeds, args.scale) for path in args.files]
     names = [comparison.name for comparison in comparisons]
@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
         for cells in numbers:
             table.add_row(*(escape(cell.text) for cell in cells))
         console.print(table)
-        console.print(escape(verdict(found)), highlight=False)
+        for answer in found.answers:
+            console.print(escape(answer.sentence), highlight=False)
     console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")
 
 

@@ -20,7 +20,8 @@ from open_clip_ov2 import training
 from open_clip_ov2.argv import value_of, without
 from open_clip_ov2.compare.bench.settings import Job, default_device, machine_facts
 from open_clip_ov2.compare.bench.turns import largest_batch, step_memory
-from open_clip_ov2.compare.config import Comparison, Variant
+from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.parts import Variant
 from open_clip_ov2.compare.plan import Study, global_batch, train_argv
 from open_clip_ov2.compare.subprocesses import Command, run_all, threads_each
 from open_clip_ov2.errors import UserError, naming

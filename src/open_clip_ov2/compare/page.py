@@ -9,10 +9,10 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare.config import Metric
-from open_clip_ov2.compare.plots import plots
+from open_clip_ov2.compare.parts import Metric
+from open_clip_ov2.compare.plots import answer_plots, plots
 from open_clip_ov2.compare.results import Found, VariantResult, best, summary
-from open_clip_ov2.compare.verdict import verdict
+from open_clip_ov2.compare.search import best_rate
 from open_clip_ov2.recipe.counts import short_count
 
 NONE = "–"
@@ -28,8 +28,11 @@ TERMS = (
     "Step memory is the peak of a step above weights, gradients and optimizer state, by the allocator's count, at the "
     "batch size of training.",
     "Learning curves and final values are of held-out images; ± is the standard deviation over seeds (n - 1). Bold: "
-    "better than all others with every seed. A difference is beyond the spread of seeds if every seed of the better "
-    "variant beats every seed of the other.",
+    "better than all others with every seed.",
+    "An answer's interval is a bootstrap over images and seeds: 4,000 draws, in each the same images for both, "
+    "and seeds for each of them, whose spread is widened to what so few seeds leave unknown (compare/answers.py). The "
+    "answer is 'cannot tell' where 0 lies in the 95% interval. Of twenty questions without a difference, one seems to "
+    "have one.",
 )
 
 
@@ -80,7 +83,11 @@ def mean_and_sd(metric: Metric, variant: VariantResult) -> str:
 
 
 def markdown(found: Found) -> str:
-    header, *rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in table(found)]
+    return markdown_of(table(found))
+
+
+def markdown_of(cells: list[list[Cell]]) -> str:
+    header, *rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in cells]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
@@ -115,12 +122,32 @@ def notes(found: Found) -> list[str]:
 
 def results_md(title: str, found: Sequence[Found], command: str) -> str:
     blocks = [f"# {title}"]
-    # The verdict comes first, under its comparison's title if there are several.
-    blocks += [(f"**{one.comparison.title}**: " if len(found) > 1 else "") + verdict(one) for one in found]
-    blocks += [f"    {command}", "\n".join(f"- {term}" for term in TERMS)]
+    blocks += [answers_md(found)]
+    blocks += ["\n".join(f"- {term}" for term in TERMS), f"```bash\n{command}\n```"]
     for one in found:
-        blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one), markdown(one), *notes(one)]
+        search = markdown_of(search_table(one)) if one.searched else ""
+        blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one), markdown(one), search, *notes(one)]
     return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def answers_md(found: Sequence[Found]) -> str:
+    """A line for each question."""
+    return "\n".join(f"- {answer.sentence}" for one in found for answer in one.answers)
+
+
+def tables(found: Found) -> list[list[list[Cell]]]:
+    """All of a comparison."""
+    return [table(found), *([search_table(found)] if found.searched else [])]
+
+
+def search_table(found: Found) -> list[list[Cell]]:
+    """Loss of each variant at each learning rate of the search; the one that was taken is the best."""
+    rates = sorted({lr for by_rate in found.searched.values() for lr in by_rate})
+    rows = [[Cell("learning rate, searched"), *(Cell(f"{lr:g}") for lr in rates)]]
+    for name, by_rate in found.searched.items():
+        best = best_rate(by_rate)
+        rows.append([Cell(name), *(Cell(f"{by_rate[lr]:.3f}" if lr in by_rate else NONE, lr == best) for lr in rates)])
+    return rows
 
 
 def page(title: str, results: Sequence[Found], command: str) -> str:
@@ -129,5 +156,5 @@ def page(title: str, results: Sequence[Found], command: str) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    said = {"verdict": verdict, "budget": budget, "table": table, "notes": notes, "plots": plots}
+    said = {"budget": budget, "tables": tables, "notes": notes, "plots": plots, "answer_plots": answer_plots}
     return template.render(title=title, command=command, terms=TERMS, results=results, **said) + "\n"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare.config import Comparison, Variant
+from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.parts import Variant
 from open_clip_ov2.errors import UserError
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
@@ -72,7 +73,9 @@ def stage_samples(comparison: Comparison, variant: Variant, rates: ByStage, flop
     `rates`: images/s (mode "seconds"); `flops`: FLOPs of an image (mode "flops").
     """
     total = comparison.budget
-    if comparison.mode == "seconds":
+    if variant.samples is not None:
+        total = variant.samples
+    elif comparison.mode == "seconds":
         total /= mean_over_stages(variant, [1 / rate for rate in rates[variant.name]])
     elif comparison.mode == "flops":
         reference = comparison.variant(comparison.reference)

@@ -11,7 +11,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from open_clip_ov2.compare.config import Metric
+from open_clip_ov2.compare.answers import Answer
+from open_clip_ov2.compare.parts import Metric
 from open_clip_ov2.compare.results import Found, VariantResult, mean_curve, summary
 from open_clip_ov2.tracking.figures import COLORS, MARKERS, figure
 
@@ -62,12 +63,42 @@ def plots(found: Found) -> list[Plot]:
     return out
 
 
+def answer_plots(results: Sequence[Found]) -> list[Plot]:
+    """The differences of all answers with their intervals, in one figure for each unit, most answers first."""
+    by_unit: dict[str, list[Answer]] = {}
+    for answer in (answer for found in results for answer in found.answers):
+        by_unit.setdefault(answer.unit, []).append(answer)
+    out = []
+    for number, (unit, found) in enumerate(sorted(by_unit.items(), key=lambda item: -len(item[1]))):
+        what = "points" if unit == "%" else unit or "the metric's own unit"
+        caption = f"Differences in {what} between two variants, with 95% intervals; gray where 0 lies inside."
+        size = (9.6, 0.9 + 0.34 * len(found))
+        out.append(_drawn(f"answers-{number}", caption, [partial(intervals, found=found, what=what)], size))
+    return out
+
+
+def intervals(axes: Any, found: Sequence[Answer], what: str) -> None:
+    """Each difference with its interval; in gray where it cannot tell."""
+    for place, answer in enumerate(reversed(found)):
+        reach = [[answer.difference - answer.low], [answer.high - answer.difference]]
+        color = COLORS[0] if answer.better else COLORS[5]
+        axes.errorbar(answer.difference, place, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(found)), [f"{one.a} − {one.b}: {one.metric}" for one in reversed(found)])
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set(xlabel=f"difference, {what}")
+
+
 def _plot(
     found: Found, name: str, caption: str, draw: Sequence[Callable[[Any], None]], size: tuple[float, float] = (6.4, 3.8)
 ) -> Plot:
     """A panel for each of `draw`, three in a row. `size` is that of one panel, in inches."""
-    columns, rows = min(COLUMNS, len(draw)), -(-len(draw) // COLUMNS)
     name = f"{found.comparison.name}-{re.sub(r'[^a-zA-Z0-9]+', '-', name).strip('-').lower()}"
+    return _drawn(name, caption, draw, size)
+
+
+def _drawn(name: str, caption: str, draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Plot:
+    columns, rows = min(COLUMNS, len(draw)), -(-len(draw) // COLUMNS)
     out, saving = io.StringIO(), {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
     with figure(out, columns, rows, size=(size[0] * columns, size[1] * rows), style=STYLE, **saving) as panels:
         for axes, one in zip_longest(panels, draw):

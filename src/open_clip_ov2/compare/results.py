@@ -6,12 +6,15 @@ import csv
 import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.compare.config import Comparison, Metric
+from open_clip_ov2.compare.answers import Answer
+from open_clip_ov2.compare.config import Comparison
 from open_clip_ov2.compare.measuring import Cost
+from open_clip_ov2.compare.parts import Metric
+from open_clip_ov2.compare.search import Losses
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json
 
@@ -69,6 +72,8 @@ class Found:
     comparison: Comparison
     variants: tuple[VariantResult, ...]
     machine: str
+    answers: tuple[Answer, ...] = ()
+    searched: Losses = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[VariantResult, ...]:
@@ -174,7 +179,10 @@ def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
         comparison = plain["comparison"] | {"budget": one.comparison.budget}
         for table in (comparison, *comparison["evaluations"]):
             table["arms"] = table.pop("variants")
-        out.append({"comparison": comparison, "arms": plain["variants"], "machine": one.machine})
+        found_answers = [{**asdict(answer), "sentence": answer.sentence} for answer in one.answers]
+        search = {name: {f"{lr:g}": loss for lr, loss in by_rate.items()} for name, by_rate in one.searched.items()}
+        more = {"machine": one.machine, "answers": found_answers, "search": search}
+        out.append({"comparison": comparison, "arms": plain["variants"], **more})
     return out
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import to_argv, value_of
 from open_clip_ov2.compare import page, results
-from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
+from open_clip_ov2.compare.answers import Outcomes, answers, stacked
+from open_clip_ov2.compare.config import Comparison
 from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
+from open_clip_ov2.compare.parts import Evaluation, Variant
 from open_clip_ov2.compare.plan import ByStage, Run, Study, global_batch, mean_over_stages, runs, train_argv
 from open_clip_ov2.compare.results import Found, VariantResult
+from open_clip_ov2.compare.search import Losses, best_rate, losses, search_runs, with_rates
 from open_clip_ov2.compare.subprocesses import Command, run_all
 from open_clip_ov2.errors import UserError, naming
+from open_clip_ov2.evaluate.text.outcomes import outcomes_file, read_outcomes
 from open_clip_ov2.files import read_json, write_json, write_text
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.tracking.figures import read_results
@@ -41,6 +47,14 @@ class PlannedRun:
         found = results.read_evaluations({file: one.name for file, one in self.evaluations.items()})
         return found | (results.flatten(validations[-1], "run") if validations else {})
 
+    def outcomes(self) -> dict[str, tuple[Any, Any]]:
+        """Keys and values of each image, by the key of the metric that they are averaged in. Raises UserError."""
+        return {
+            f"{one.name}.{name}" if one.name else name: values
+            for file, one in self.evaluations.items()
+            for name, values in read_outcomes(outcomes_file(file)).items()
+        }
+
 
 def carry_out(study: Study, log: Log) -> list[Found]:
     """Measure, train, evaluate and write the page, alone in the study's folder. Results that exist are read, not made
@@ -49,12 +63,18 @@ def carry_out(study: Study, log: Log) -> list[Found]:
     with FolderLock(study.folder):
         costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
         speeds = [measure_speeds(study, one, log) for one in study.comparisons]
-        planned = [_plan(study, *of_one) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
+        searched = [_search(study, one, log) for one in study.comparisons]
+        comparisons = [with_rates(*of_one) for of_one in zip(study.comparisons, searched, strict=True)]
+        planned = [_plan(study, *of_one) for of_one in zip(comparisons, speeds, flops, strict=True)]
         _train(study, [run for group in planned for run in group], log)
         _evaluate(study, [run for group in planned for run in group], log)
-        found = [_gather(*of_one) for of_one in zip(study.comparisons, planned, costs, speeds, flops, strict=True)]
+        found = [
+            replace(_gather(*of_one), searched=losses)
+            for *of_one, losses in zip(comparisons, planned, costs, speeds, flops, searched, strict=True)
+        ]
         write_text(study.folder / "index.html", page.page(study.title, found, study.command))
         write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
+        write_text(study.folder / "answers.md", page.answers_md(found))
         write_text(study.folder / "results.csv", results.as_csv(found))
         write_json(study.folder / "results.json", results.as_json(found))
     return found
@@ -72,6 +92,18 @@ def _check(study: Study, comparison: Comparison) -> ByStage:
         with naming(f"{comparison.name}: variant {variant.name}"):
             flops[variant.name] = training.planned_run(argv).flops
     return flops
+
+
+def _search(study: Study, comparison: Comparison, log: Log) -> Losses:
+    """The losses of short runs at each learning rate. Raises UserError."""
+    tried = search_runs(study, comparison)
+    folders = {run.title: training.planned_run([*run.argv, "--logs", str(study.logs)]) for _, _, run in tried}
+    _train(study, [PlannedRun(run, folders[run.title], {}) for _, _, run in tried], log)
+    found = losses(tried, lambda run: read_results(folders[run.title].run_dir))
+    for name, by_rate in found.items():
+        shown = ", ".join(f"{lr:g} {loss:.3f}" for lr, loss in by_rate.items())
+        log(f"learning rate of {name}: {best_rate(by_rate):g} (loss {shown})")
+    return found
 
 
 def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
@@ -175,7 +207,21 @@ def _gather(
         )
         variants.append(result)
     results.check_metrics(comparison, known, variants)
-    return Found(comparison, tuple(variants), speeds.machine)
+    outcomes = {
+        one.name: _outcomes(one, [run for run in planned if run.run.variant.name == one.name]) for one in variants
+    }
+    return Found(comparison, tuple(variants), speeds.machine, answers(comparison, outcomes))
+
+
+def _outcomes(variant: VariantResult, runs: Sequence[PlannedRun]) -> dict[str, Outcomes]:
+    """By metric: of each image where the evaluation has them, of each seed otherwise. Raises UserError."""
+    by_seed = [run.outcomes() for run in runs]
+    return {
+        key: stacked([one[key] for one in by_seed], f"{variant.name}: {key}")
+        if all(key in one for one in by_seed)
+        else Outcomes(None, np.array(values)[:, None])
+        for key, values in variant.values.items()
+    }
 
 
 def _rates(variant: Variant, speeds: Speeds) -> tuple[float, ...]:

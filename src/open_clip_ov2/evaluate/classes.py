@@ -19,6 +19,7 @@ from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.labels import class_scores, ranks
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcome
 from open_clip_ov2.files import read_json
 
 PLACE = "{}"
@@ -91,7 +92,7 @@ def classify(loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Ten
     `scores` gives `(B, C)` of a batch, which is rounded to `decimals`; of equal ones the first class is first.
     `skipped`: keys by reason, in no average. Raises UserError if no sample is left.
     """
-    places: dict[int, tuple[int, int]] = {}  # of a sample: the number of its class, and the place of that among all
+    places: dict[int, tuple[int, int, str]] = {}  # of a sample: its class's number, that one's place among all, its key
     skipped: dict[int, tuple[str, str]] = {}  # its key, and why
     for batch in loader:
         scores_BC = scores(batch).double().cpu().round(decimals=decimals)
@@ -104,7 +105,7 @@ def classify(loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Ten
             elif not finite[row]:
                 skipped[index] = batch.keys[row], NOT_FINITE
             else:
-                places[index] = numbers[row], ranked[row]
+                places[index] = numbers[row], ranked[row], batch.keys[row]
     used, left_out = gathered(places), gathered(skipped).values()
     causes = (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
     keys = {cause: [key for key, why in left_out if why == cause] for cause in causes}
@@ -113,5 +114,7 @@ def classify(loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Ten
         raise UserError(
             f"none of {len(left_out)} samples can be classified ({counts}); check the labels and the classes"
         )
-    classes_M, places_M = torch.tensor(list(used.values())).unbind(dim=1)
-    return {**class_scores(places_M, classes_M, classes.shown), "skipped": keys}
+    numbered, places_of, keys_of = zip(*used.values(), strict=True)
+    classes_M, places_M = torch.tensor(numbered), torch.tensor(places_of)
+    right = {"top1": outcome(keys_of, (places_M == 0).tolist())}
+    return {**class_scores(places_M, classes_M, classes.shown), "skipped": keys, OUTCOMES: right}

@@ -13,6 +13,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.gathering import place
 from open_clip_ov2.evaluate.tasks import TASKS, check_tasks
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcomes_file, write_outcomes
 from open_clip_ov2.files import write_json
 
 CONSTANTS = ("temperature", "regulariser", "num_samples")  # floats of a result that measure nothing
@@ -27,27 +28,31 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Results by task.
 
-    After each task, the first process writes all results so far to `out` and calls `done` with the task's name and
-    them. If no tasks are named, `say` gets a line for each task that is left out. Raises UserError if a task that was
-    named cannot be done, before the first task as far as that can be known.
+    After each task, the first process writes all results so far to `out`, what came out for each picture to a file .npz
+    beside it (text/outcomes.py), and calls `done` with the task's name and the results. If no tasks are named, `say`
+    gets a line for each task that is left out. Raises UserError if a task that was named cannot be done, before the
+    first task as far as that can be known.
     """
     model, options, first = job.model, job.options, place()[0] == 0
     check_tasks(options, model.name, model.abilities)
     results: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for name in options.tasks or [name for name, task in TASKS.items() if not task.named_only]:
         obstacle = TASKS[name].obstacle(model.name, model.abilities, options)
         try:
             if obstacle:
                 raise UserError(obstacle)
-            results[name] = TASKS[name].compute(job)
+            found = TASKS[name].compute(job)
         except UserError as error:  # of the data, which are the same on all ranks
             if options.tasks:
                 raise
             if say and first:
                 say(f"{name}: left out, {error}")
             continue
+        outcomes[name] = found.pop(OUTCOMES, {})
+        results[name] = found
         if out is not None and first:
-            _write(out, {"checkpoint": str(model.checkpoint), "data": options.data}, results)
+            _write(out, {"checkpoint": str(model.checkpoint), "data": options.data}, results, outcomes)
         if done and first:
             done(name, results)
     if not results:
@@ -72,8 +77,8 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: cannot be written; name a file in a folder that exists and is yours (--out)")
 
 
-def _write(path: Path, about: dict[str, str], results: Mapping[str, Any]) -> None:
-    """The results of other tasks on the same model and data stay in the file."""
+def _write(path: Path, about: dict[str, str], results: Mapping[str, Any], outcomes: Mapping[str, Any]) -> None:
+    """The results of other tasks on the same model and data stay in the file, not what came out for each picture."""
     before: Any = {}
     if path.is_file():
         with contextlib.suppress(ValueError):
@@ -81,6 +86,7 @@ def _write(path: Path, about: dict[str, str], results: Mapping[str, Any]) -> Non
     if not isinstance(before, dict) or any(before.get(key) != value for key, value in about.items()):
         before = {}
     try:
+        write_outcomes(outcomes_file(path), outcomes)
         write_json(path, {**before, **about, **results})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

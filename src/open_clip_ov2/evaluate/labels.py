@@ -15,6 +15,7 @@ from torch import Tensor
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.extraction import Features
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcome
 
 CHECKED_ROWS = 1 << 12  # checked at a time: token features of all are too many
 
@@ -47,7 +48,8 @@ class Labels:
     def result(self, places_M: Tensor) -> dict[str, Any]:
         """What every probe reports, JSON-ready, from the place of each test sample's class (`ranks`)."""
         scores = class_scores(places_M, self.test.classes_M, self.names)
-        return {**scores, "n_train": len(self.train), "skipped": self.skipped}
+        right = {"top1": outcome(self.test.keys, (places_M == 0).tolist())}
+        return {**scores, "n_train": len(self.train), "skipped": self.skipped, OUTCOMES: right}
 
 
 def match_labels(train: Features, test: Features) -> Labels:

@@ -26,6 +26,7 @@ from open_clip_ov2.evaluate.knn import knn
 from open_clip_ov2.evaluate.options import ALL, EvalOptions
 from open_clip_ov2.evaluate.probes import linear_probe
 from open_clip_ov2.evaluate.text.captioning import caption_scores
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.evaluate.text.reading import reading_scores
 from open_clip_ov2.evaluate.zero_shot import (
@@ -218,6 +219,7 @@ def _image_sizes(job: EvalJob) -> dict[str, Any]:
             if TASKS[name].obstacle(at.model.name, at.model.abilities, at.options) is None:
                 try:
                     found[name] = TASKS[name].compute(at)
+                    found[name].pop(OUTCOMES, None)
                 except UserError as error:  # labelled images need no captions, nor the other way round
                     errors.append(error)
         if not found and errors:

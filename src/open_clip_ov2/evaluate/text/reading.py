@@ -16,6 +16,7 @@ from typing import Any
 from open_clip_ov2.data.skips import EMPTY_CAPTION, Skipped, summary
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.text.normalise import NUMBER_WORDS, detokenized, edit_distance, number, plain
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcome
 from open_clip_ov2.evaluate.text.question_answering import RELAXED_TOLERANCE
 
 COUNT = "count"  # the name of numbers that are written as words
@@ -31,6 +32,7 @@ RATES = {
     "number_relaxed_accuracy": ("numbers_relaxed", "numbers"),  # within 5%
     "all_numbers_exact": ("all_numbers_exact", "with_numbers"),  # of pictures with numbers: none too many or too few
 }
+RIGHT_OR_WRONG = ("exact_match", "text_exact_match", "all_numbers_exact")  # rates of which a picture has 0 or 1
 _NUMBER_OR_WORD = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?%?|[^\W\d_]+")
 
 
@@ -41,6 +43,7 @@ def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
     """
     overall: Counter[str] = Counter()
     by_kind: dict[str, Counter[str]] = {}
+    each: dict[str, list[tuple[str, int]]] = {}  # by metric: a picture's key, and whether it is right
     skipped: list[Skipped] = []
     for key, kind, true, generated in rows:
         if not true.strip():
@@ -50,12 +53,17 @@ def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
         overall.update(counts)
         if kind:
             by_kind.setdefault(kind, Counter()).update(counts)
+        for name in RIGHT_OR_WRONG:
+            part, whole = RATES[name]
+            for path in (name, *([f"by_kind.{kind}.{name}"] if kind else [])) if counts[whole] else ():
+                each.setdefault(path, []).append((key, counts[part]))
     if not overall:
         raise UserError(f"no image has a caption to be read ({summary(skipped) or 'no image at all'})")
     return {
         **rates(overall),
         "by_kind": {kind: rates(counts) for kind, counts in sorted(by_kind.items())},
         "skipped": [asdict(one) for one in skipped],
+        OUTCOMES: {path: outcome(*zip(*rows, strict=True)) for path, rows in each.items()},
     }
 
 

@@ -1,0 +1,159 @@
+"""What a comparison answers: for each question one sentence with the difference, its interval, and "cannot tell".
+
+The interval is a bootstrap over pictures and seeds. In each draw the pictures are drawn with replacement, the same ones
+for both models, since both were asked about the same; then each model's seeds are. Means over n seeds vary by (n - 1)
+/ n of what they should, which a factor of sqrt(n / (n - 1)) sets right (Efron and Tibshirani 1993, chapter 10).
+
+Shapes: S seeds, M pictures, n draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.parts import Question
+from open_clip_ov2.errors import UserError
+
+DRAWS, SEED, LEVEL = 4000, 0, 0.95
+BLOCK = 1 << 24  # numbers held at once
+
+
+class Outcomes(NamedTuple):
+    """`values` `(S, M)` of one model and metric; `keys` of the pictures, None where only the seeds' means are known."""
+
+    keys: tuple[str, ...] | None
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Values as they are shown. `low`, `high`: of the difference a - b; `error`: its standard error. `better` is 1 if
+    the interval says that a is better, -1 that b is, 0 if it cannot tell."""
+
+    text: str
+    a: str
+    b: str
+    metric: str
+    unit: str
+    digits: int
+    mean_a: float
+    mean_b: float
+    low: float
+    high: float
+    error: float
+    better: int
+    pictures: int
+    seeds: tuple[int, int]
+
+    @property
+    def difference(self) -> float:
+        return self.mean_a - self.mean_b
+
+    @property
+    def sentence(self) -> str:
+        verdict = {1: "Yes", -1: "No, the other way round", 0: "Cannot tell"}[self.better]
+        a, b, difference, low, high = (
+            f"{value:.{self.digits}f}" for value in (self.mean_a, self.mean_b, self.difference, self.low, self.high)
+        )
+        unit = "%" if self.unit == "%" else f" {self.unit}" if self.unit else ""
+        sizes = " points" if self.unit == "%" else unit
+        sign = "+" if self.difference > 0 else ""
+        return (
+            f"{self.text} {verdict}: {self.a} {a} against {self.b} {b}{unit} on {self.metric}, a difference of "
+            f"{sign}{difference}{sizes} ({LEVEL:.0%} interval {low} to {high}; {self._counted})."
+        )
+
+    @property
+    def _counted(self) -> str:
+        a, b = self.seeds
+        seeds = f"{a} seed{'s' if a > 1 else ''}" if a == b else f"{a} and {b} seeds"
+        alone = " alone" if self.pictures == 0 else ""
+        only = ", which says nothing of how seeds differ" if min(a, b) < 2 else ""
+        return f"{f'{self.pictures:,} images, ' if self.pictures else ''}{seeds}{alone}{only}"
+
+
+def answers(comparison: Comparison, found: Mapping[str, Mapping[str, Outcomes]]) -> tuple[Answer, ...]:
+    """`found`: outcomes by variant and by a metric's key. Without questions in the file: whether the reference is
+    better than each other trained variant, on the first metric that both have. Raises UserError for a question about
+    a metric that one of its variants has not."""
+    return tuple(_answer(comparison, one, found) for one in comparison.questions or _questions(comparison, found))
+
+
+def _questions(comparison: Comparison, found: Mapping[str, Mapping[str, Outcomes]]) -> list[Question]:
+    a, out = comparison.reference, []
+    for b in (variant.name for variant in comparison.trained if variant.name != a):
+        shared = [one for one in comparison.metrics if one.key in found.get(a, {}) and one.key in found.get(b, {})]
+        if shared:
+            out.append(Question(a, b, shared[0].key, f"Is {a} better than {b}?"))
+    return out
+
+
+def _answer(comparison: Comparison, question: Question, found: Mapping[str, Mapping[str, Outcomes]]) -> Answer:
+    metric = next(one for one in comparison.metrics if one.key == question.metric)
+    pair = []
+    for name in (question.a, question.b):
+        if metric.key not in found.get(name, {}):
+            raise UserError(f"{comparison.name}: question {question.text!r}: {name} has no values of {metric.key}")
+        pair.append(found[name][metric.key])
+    a, b = pair
+    if a.keys != b.keys:
+        raise UserError(
+            f"{comparison.name}: question {question.text!r}: {question.a} and {question.b} were evaluated on different "
+            "images; evaluate both on the same data"
+        )
+    drawn_n = metric.scale * differences(a.values, b.values)
+    low, high = np.quantile(drawn_n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    better = 0
+    if np.isfinite(drawn_n).all() and (low > 0 or high < 0):
+        better = metric.sign * (1 if low > 0 else -1)
+    if min(len(a.values), len(b.values)) < 2 and a.keys is None:
+        better = 0  # one number each
+    return Answer(
+        text=question.text,
+        a=question.a,
+        b=question.b,
+        metric=metric.label,
+        unit=metric.unit,
+        digits=metric.digits,
+        mean_a=float(metric.scale * a.values.mean()),
+        mean_b=float(metric.scale * b.values.mean()),
+        low=float(low),
+        high=float(high),
+        error=float(drawn_n.std(ddof=1)),
+        better=better,
+        pictures=0 if a.keys is None else len(a.keys),
+        seeds=(len(a.values), len(b.values)),
+    )
+
+
+def differences(a_SM: np.ndarray, b_SM: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """The bootstrap's differences between both means, `(n,)`. The same numbers give the same draws."""
+    rng, pictures = np.random.default_rng(SEED), a_SM.shape[1]
+    a_nS, b_nS = np.empty((draws, len(a_SM))), np.empty((draws, len(b_SM)))
+    step = max(1, BLOCK // pictures)
+    for first in range(0, draws, step):
+        size = min(step, draws - first)
+        share_nM = rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=size) / pictures
+        a_nS[first : first + size], b_nS[first : first + size] = share_nM @ a_SM.T, share_nM @ b_SM.T
+    return _over_seeds(rng, a_nS) - _over_seeds(rng, b_nS)
+
+
+def _over_seeds(rng: np.random.Generator, means_nS: np.ndarray) -> np.ndarray:
+    seeds, center_n = means_nS.shape[1], means_nS.mean(axis=1)
+    if seeds < 2:
+        return center_n
+    drawn_nS = np.take_along_axis(means_nS, rng.integers(seeds, size=means_nS.shape), axis=1)
+    return center_n + np.sqrt(seeds / (seeds - 1)) * (drawn_nS.mean(axis=1) - center_n)
+
+
+def stacked(by_seed: Sequence[tuple[np.ndarray, np.ndarray]], where: str) -> Outcomes:
+    """Outcomes of one model and metric, from the keys and values of each seed. Raises UserError if keys differ."""
+    keys = tuple(map(str, by_seed[0][0]))
+    if any(tuple(map(str, one)) != keys for one, _ in by_seed):
+        raise UserError(f"{where}: seeds were evaluated on different images; remove the evaluations and run again")
+    return Outcomes(keys, np.stack([values for _, values in by_seed]))
