@@ -145,6 +145,8 @@ def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:
                 read(value)
             except UserError as error:
                 raise UserError(f"{_flag(name)}: {error}") from None
+    if theirs.lr is None:
+        raise UserError(f"--opt {theirs.opt}: OpenCLIP has a default learning rate for AdamW alone; give --lr")
     _check_contrastive(theirs)
 
 
