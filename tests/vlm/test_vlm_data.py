@@ -227,7 +227,8 @@ def test_the_steps_are_the_published_ones(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "558,128 samples, 2,181 steps: 16 on each of 8 processes x 2" in shown
     assert "665,298 samples, 5,198 steps: 16 on each of 8 processes, template vicuna-v1" in shown
-    assert "ov2 submit --nodes 1 --gpus-per-node 8 -- vlm train logs/RUN --out vlm/RUN" in shown
+    data = "--align-data FILE --align-images FOLDER --tune-data FILE --tune-images FOLDER"
+    assert f"ov2 submit --nodes 1 --gpus-per-node 8 -- vlm train logs/RUN --out vlm/RUN {data}\n" in shown
     for name in ("llava-1.5-llama-3", "open-llava-next", "openvision-small"):
         assert load_vlm_recipe(name).stages[-1].data == "tune"
 

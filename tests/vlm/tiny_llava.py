@@ -70,7 +70,7 @@ def make_conversations(folder: Path, count: int = 12) -> None:
     align, tune = [], []
     for index in range(count):
         color, name = colors[index % 4], f"{index}.png"
-        Image.new("RGB", (40 + 9 * index, 90 - 5 * index), color).save(folder / "pictures" / name)
+        Image.new("RGB", (40 + 9 * (index % 12), 90 - 5 * (index % 12)), color).save(folder / "pictures" / name)
         asked = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": f"it is {color}"}]
         more = [{"from": "human", "value": "sure?" * (1 + index % 3)}, {"from": "gpt", "value": "yes"}]
         align.append({"id": str(index), "image": name, "conversations": asked})

@@ -154,7 +154,7 @@ def _keep_code(submission: Submission, command: Sequence[str]) -> None:
 def _keep_recipe(submission: Submission, argv: Sequence[str]) -> tuple[str, ...]:
     """Copy the recipe, if there is one, into the submission's folder; `argv` with --recipe pointing to the copy."""
     recipe = value_of(argv, "--recipe")
-    if recipe is None or not Path(recipe).is_file():  # a name, of `vlm train`
+    if recipe is None or (submitted.is_vlm(argv) and not Path(recipe).is_file()):  # a recipe of the package
         return tuple(argv)
     copy = submission.folder / "recipe" / Path(recipe).name
     copy.parent.mkdir(exist_ok=True)

@@ -27,7 +27,9 @@ def build(encoder: str, language_model: str, recipe: VlmRecipe, folder: Path, se
     for stage in recipe.stages:
         check_template(stage.template, tokenizer)
     if -recipe.feature_layer > tower.model.config.num_hidden_layers:
-        raise UserError(f"feature-layer {recipe.feature_layer}: the encoder has {tower.model.config.num_hidden_layers}")
+        raise UserError(
+            f"feature-layer {recipe.feature_layer}: the encoder has {tower.model.config.num_hidden_layers} blocks"
+        )
     torch.manual_seed(seed)  # the projector's weights
     grids = [[rows * tower.image_size, columns * tower.image_size] for rows, columns in recipe.grids]
     model = llava.assembled(tower, text_model, tokenizer, recipe.feature_layer, grids)

@@ -196,7 +196,7 @@ def _content(pictures: int, text: str) -> list[dict[str, str | None]]:
 
 def prepare(file: Path, images: Path | None, folder: Path) -> DataReport:
     """Write the table of a file's usable rows into `folder`, unless it is there; its report. Raises UserError."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
     stamp = file.stat()
     about = [str(file.resolve()), str(images), stamp.st_size, stamp.st_mtime]
@@ -208,6 +208,7 @@ def prepare(file: Path, images: Path | None, folder: Path) -> DataReport:
         if not rows:
             raise UserError(f"{file}: no conversation can be used: {reader.report}")
         folder.mkdir(parents=True, exist_ok=True)
+        disable_progress_bars()
         Dataset.from_list(rows).save_to_disk(own)
         write_json(folder / SKIPPED, reader.skipped)
         write_json(folder / REPORT, {"table": own.name, **vars(reader.report)})

@@ -45,7 +45,9 @@ def described(plan: VlmPlan) -> list[str]:
 def commands(plan: VlmPlan, world_size: int) -> list[str]:
     """How to start it: on this machine, and on SLURM."""
     words = [word for word in without(plan.argv, ("--gpus",)) if word != "--dry-run"]
-    train = shlex.join(["vlm", "train", *words])
+    missing = [name for name in plan.data_names if getattr(plan.options, f"{name}_data") is None]
+    data = " ".join(f"--{name}-data FILE --{name}-images FOLDER" for name in missing)
+    train = f"{shlex.join(['vlm', 'train', *words])} {data}".strip()
     if world_size == 1:
         return [f"ov2 {train}"]
     nodes, gpus = max(1, world_size // 8), min(world_size, 8)  # 8 GPUs a node, as most have

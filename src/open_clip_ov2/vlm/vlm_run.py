@@ -17,6 +17,7 @@ from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.files import TEMPORARY, read_json
 from open_clip_ov2.formats.model_files import new_folder
 from open_clip_ov2.locks import FolderLock
+from open_clip_ov2.quiet import quiet
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import tracker_names
@@ -24,7 +25,7 @@ from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 from open_clip_ov2.vlm import assemble, conversations, vlm_folder
 from open_clip_ov2.vlm.reporting import RunWatch
 from open_clip_ov2.vlm.vlm_options import VlmPlan
-from open_clip_ov2.vlm.vlm_stage import make_trainer, open_llava, open_processor, worker_errors
+from open_clip_ov2.vlm.vlm_stage import make_trainer, open_llava, open_processor, stage_config, worker_errors
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -66,6 +67,9 @@ class _Run:
         self.plan, self.signals, self.folder = plan, signals, plan.folder
         self.rank, self.world_size = rank, world_size
         self._opened = opened
+        with quiet():
+            for stage in plan.recipe.stages:  # now, not when the stages before it are over
+                stage_config(plan, stage, self.folder, world_size)
         console = Console()
         self._lock: FolderLock | None = None
         self.on_rank_0(self._enter)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from open_clip_ov2.errors import UserError, first_line, unknown_key
+from open_clip_ov2.errors import UserError, first_line, nearest
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.vlm.batches import ConversationCollator, GroupedByLength
 from open_clip_ov2.vlm.chat_templates import chat_template
@@ -100,12 +100,11 @@ def make_trainer(
 ) -> StageTrainer:
     """Stage `number` (from 1), which begins from the model in `model_folder` and writes checkpoints into `output`."""
     stage = plan.recipe.stages[number - 1]
-    settings = trainer_settings(plan.options)
     with quiet():
-        config = stage_config(plan, stage, output, world_size, settings)
+        config = stage_config(plan, stage, output, world_size)
         model = open_llava(model_folder)
     base = getattr(torch, str(model.config.text_config.dtype).removeprefix("torch."))
-    sharded = settings.keys() & {"fsdp", "deepspeed"}  # which want one dtype
+    sharded = trainer_settings(plan.options).keys() & {"fsdp", "deepspeed"}  # which want one dtype
     trained = freeze_others(model, stage, base if config.bf16 and not sharded else None)
     always_run_tower(model)
     count = sum(value.numel() for value in model.parameters() if value.requires_grad)
@@ -120,11 +119,9 @@ def make_trainer(
     return trainer
 
 
-def stage_config(
-    plan: VlmPlan, stage: VlmStage, output: Path, world_size: int, settings: Mapping[str, Any]
-) -> SFTConfig:
+def stage_config(plan: VlmPlan, stage: VlmStage, output: Path, world_size: int) -> SFTConfig:
     """Raises UserError for a setting of --trainer that is unknown, or that a flag or the recipe sets."""
-    options, gpu = plan.options, torch.cuda.is_available()
+    options, settings, gpu = plan.options, trainer_settings(plan.options), torch.cuda.is_available()
     batch, accumulation = plan.accumulation(stage, world_size)
     own: dict[str, Any] = {
         "output_dir": str(output),
@@ -149,7 +146,9 @@ def stage_config(
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for name in settings:
         if name not in known:
-            raise unknown_key(f"--trainer {options.trainer}", name, known, "setting")
+            raise UserError(
+                f"--trainer {options.trainer}: {name!r} is no setting of TRL's SFTConfig{nearest(name, known)}"
+            )
         if name in own:
             raise UserError(f"--trainer {options.trainer}: {name}: a flag or the recipe sets it; leave it out")
     try:
