@@ -74,7 +74,9 @@ def check_parses(argv: list[str]) -> None:
         command, rest = "bench_data", rest[1:]
     if command in ("submit", "sweep") and "--" in rest:
         rest, trained = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
-        if command == "submit":
+        if command == "submit" and trained[0] == "captions":
+            check_parses(trained)
+        elif command == "submit":
             parse(trained, world_size=1, gpu=True)
     if command == "train":
         parse(rest, world_size=1, gpu=True)

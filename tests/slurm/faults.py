@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slurm_cluster import Cluster, wait_until
 
+from open_clip_ov2 import locks
 from open_clip_ov2.cli import main
 from open_clip_ov2.launch import state
 from open_clip_ov2.tracking.status import FINISHED, read_status
@@ -105,7 +106,7 @@ def _processes_of(job_id: str) -> list[tuple[int, dict[str, str]]]:
             pairs = (line.partition("=") for line in (path / "environ").read_text().split("\0"))
             environment = {name: value for name, _, value in pairs}
             own = environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
-            if own and environment.get("SLURM_JOB_ID") == job_id:
+            if own and locks.job_id(environment) == job_id:
                 found.append((int(path.name), environment))
     return found
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,15 @@ class Writing:
     workers: int
 
 
-def write_captions(urls: Sequence[str], folder: Path, task: Task, writing: Writing) -> None:
-    """Write the sidecars of this task's shards that are missing in a set that was begun.
+def write_captions(
+    urls: Sequence[str],
+    folder: Path,
+    task: Task,
+    writing: Writing,
+    wrote: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write the sidecars of this task's shards that are missing in a set that was begun; `wrote` gets the number of
+    lines of each batch.
 
     Raises Interrupted when a signal came, InUse if others are still writing some of the shards, and UserError: the
     model fails on whole batches, a tar is broken (the other shards are written first).
@@ -80,7 +87,7 @@ def write_captions(urls: Sequence[str], folder: Path, task: Task, writing: Writi
             try:
                 with Journal(folder, name, sidecar_path(folder, name)) as journal:
                     if not journal.finished:
-                        problems += _write_shard(missing[name], journal, writing, pool, signals)
+                        problems += _write_shard(missing[name], journal, writing, pool, signals, wrote)
             except InUse as error:
                 logger.warning("%s", error)
                 problems.append(f"{name}: another process writes it")
@@ -89,7 +96,12 @@ def write_captions(urls: Sequence[str], folder: Path, task: Task, writing: Writi
 
 
 def _write_shard(
-    url: str, journal: Journal, writing: Writing, pool: ThreadPoolExecutor, signals: StopSignals
+    url: str,
+    journal: Journal,
+    writing: Writing,
+    pool: ThreadPoolExecutor,
+    signals: StopSignals,
+    wrote: Callable[[int], None],
 ) -> list[str]:
     """Write what is missing of one sidecar; what is wrong with its tar. Raises Interrupted."""
     broken: list[str] = []
@@ -97,7 +109,9 @@ def _write_shard(
     first = done - done % writing.batch_size
     for start, batch in _prepared(read_tar(url, broken.append), first, writing, pool):
         _check_keys(url, journal.lines[start:], batch)
-        journal.add(_lines(batch, writing.engine)[len(journal.lines) - start :])
+        added = _lines(batch, writing.engine)[len(journal.lines) - start :]
+        journal.add(added)
+        wrote(len(added))
         if signals.name is not None:
             raise Interrupted(
                 f"{signals.name}: {len(journal.lines)} captions of {url} are kept; the same command continues"
@@ -106,10 +120,9 @@ def _write_shard(
         return [f"{url} is broken ({broken[0]}): repair it, or copy what can be read of it by `ov2 shards resize`"]
     journal.finish()
     errors, seconds = sum("error" in line for line in journal.lines), max(time.monotonic() - begun, 1e-9)
-    added = len(journal.lines) - done
     logger.info(
         "%s: %s samples, %s without a caption, %.1f pictures/s", url, f"{len(journal.lines):,}", f"{errors:,}",
-        added / seconds,
+        (len(journal.lines) - done) / seconds,
     )  # fmt: skip
     return []
 

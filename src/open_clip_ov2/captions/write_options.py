@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from open_clip_ov2.argv import flag, switch_flag
+from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.captions.engines import ENGINES, OV2, TRANSFORMERS, Defaults, Engine, engine_of
 from open_clip_ov2.captions.requests import Prompts, Sampler, read_condition, read_sampler
 from open_clip_ov2.captions.shards_of import note_shards
 from open_clip_ov2.captions.write import Task, Writing, standing, task_here, write_captions
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.sidecars import begin_set
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import one_of, text, whole
@@ -82,11 +86,44 @@ class WriteOptions:
     status: bool = switch_flag("show how many shards are finished, and write nothing")
 
 
-def run(urls: tuple[str, ...], shards: str, out: Path, options: WriteOptions) -> str:
+class Parsed(NamedTuple):
+    """A command line. `shards` is what the user wrote for `urls`."""
+
+    urls: tuple[str, ...]
+    shards: str
+    out: Path
+    options: WriteOptions
+
+
+def add_write_flags(parser: Any) -> None:
+    parser.add_argument(
+        "shards", nargs="+", metavar="IN", help="tars, as for ov2 train --train-data: braces, ::, pipe:"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the caption set")
+    add_flags(parser, WriteOptions)
+
+
+def parsed_write(args: argparse.Namespace) -> Parsed:
+    """Raises UserError: tars that do not exist."""
+    shards = "::".join(args.shards)
+    return Parsed(expand_shards(shards)[0], shards, args.out, WriteOptions(**flag_values(WriteOptions, args)))
+
+
+def parse_write(argv: Sequence[str]) -> Parsed:
+    """From what stands after `ov2 captions write`. Raises UserError."""
+    parser = Parser(prog="ov2 captions write")
+    add_write_flags(parser)
+    return parsed_write(parser.parse_args(argv))
+
+
+def run_parsed(parsed: Parsed, task: Task | None = None, wrote: Callable[[int], None] = lambda _: None) -> str:
     """Write what is missing, or show where the set stands; returns lines to print. Raises UserError, Interrupted.
 
-    `shards` is what the user wrote for `urls`.
+    `task`: the part of this process, where the command line names none; `wrote` as for `write_captions`.
     """
+    urls, shards, out, options = parsed
+    logging.basicConfig(format="ov2: %(message)s")
+    logging.getLogger("open_clip_ov2.captions").setLevel(logging.INFO)
     if options.status:
         return standing(urls, out)
     kind = engine_of(options.engine, options.model)
@@ -110,6 +147,7 @@ def run(urls: tuple[str, ...], shards: str, out: Path, options: WriteOptions) ->
     write_captions(
         urls, out, task,
         Writing(engine, prompts, samplers, options.seed, batch_size, options.max_image_pixels, options.workers),
+        wrote,
     )  # fmt: skip
     return standing(urls, out)
 

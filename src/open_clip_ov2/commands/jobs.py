@@ -128,13 +128,13 @@ def show(submitted: Sequence[RunState], by_hand: Mapping[Path, Status], folders:
 def _row(now: str, status: Status | None, stages: int, total: int, alive: bool) -> tuple[str, ...]:
     shown = f"[{_STYLES[now]}]{now}[/]"
     if status is None:
-        return shown, "", f"0 / {total:,}", "", "", ""
+        return shown, "", f"0 / {total:,}" if total else "", "", "", ""
     loss = "" if status.loss is None else f"{status.loss:.3f}"
     speed = "" if status.images_per_second is None or not alive else f"{status.images_per_second:,.0f}"
     silent_s = time.time() - status.updated
     if now == state.RUNNING and silent_s > _SILENT_S:
         shown += f" (silent for {silent_s / 60:.0f} min)"
-    samples = f"{status.samples_seen:,} / {total:,}"
+    samples = f"{status.samples_seen:,} / {total:,}" if total else f"{status.samples_seen:,}"
     return shown, f"{status.stage} of {stages}", samples, loss, speed, str(status.restarts)
 
 

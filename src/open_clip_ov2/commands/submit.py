@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from open_clip_ov2.argv import Parser, split
+from open_clip_ov2.argv import Parser, flag_type, split
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch import cluster, state, submit, submitted
+from open_clip_ov2.launch import captions_job, cluster, state, submit, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, Request
+from open_clip_ov2.tables import whole
 
 _POLL_S = 1.0
 
@@ -27,6 +28,10 @@ def main(argv: Sequence[str]) -> None:
         )
     executor = LOCAL if args.local is not None else DEBUG if args.debug else SLURM
     file = cluster.find_file(args.cluster)
+    if captions_job.is_captions(after):
+        return _submit_captions(args, file, executor, argv, after)
+    if args.array != 1:
+        raise UserError("--array is for `captions write`; `ov2 sweep` trains several runs")
     clusters = _clusters(args, file, executor, after)
     spec = submit.plan_run(after, clusters)
     request = Request(
@@ -55,6 +60,35 @@ def main(argv: Sequence[str]) -> None:
         wait(folder)
 
 
+def _submit_captions(
+    args: argparse.Namespace, file: Path | None, executor: str, argv: Sequence[str], after: list[str]
+) -> None:
+    """An array of tasks that write captions. Submitted again, it goes on with what is missing."""
+    if args.stage_jobs or (executor != SLURM and args.array != 1):
+        raise UserError("--array and SLURM go together, and captions have no stages: leave out --stage-jobs")
+    (options,) = _clusters(args, file, executor, after)
+    members = captions_job.plan_captions(after, args.array)
+    request = Request(
+        title=members[0].name.removesuffix("-000"),
+        executor=executor,
+        command=("ov2", "submit", *argv),
+        cluster_file=str(file) if file else None,
+        clusters=(replace(options, srun_args=(*captions_job.SRUN_ARGS, *options.srun_args)),),
+        members=tuple(members),
+    )
+    folder = (captions_job.LOGS / request.title).absolute()
+    submit.show_plan(folder, request)
+    alive = [run.spec.name for run in state.find([folder]) if run.alive]
+    if alive:
+        raise UserError(f"{', '.join(alive)}: queued or running already (see `ov2 jobs`)")
+    if args.dry_run:
+        return show_batch_scripts(folder, request)
+    ids = ", ".join(job.job_id for job in submit.submit(folder, request))
+    print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 captions write ... --status` the captions")
+    if args.wait:
+        wait(folder)
+
+
 def show_batch_scripts(folder: Path, request: Request) -> None:
     for name, text in submit.batch_scripts(folder, request).items():
         print(f"\n--- {name}\n{text}")
@@ -64,13 +98,15 @@ def show_batch_scripts(folder: Path, request: Request) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ov2 submit",
-        usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN, or -- vlm train FLAGS",
-        description="Run `ov2 train` or `ov2 vlm train` on SLURM. The flags after `--` are checked before anything is "
-        "submitted.",
+        usage="ov2 submit [flags] -- FLAGS OF OV2 TRAIN, or -- vlm train FLAGS, or -- captions write FLAGS",
+        description="Run `ov2 train`, `ov2 vlm train` or `ov2 captions write` on SLURM. The flags after `--` are "
+        "checked before anything is submitted.",
     )
     add = parser.add_argument
     add("--dry-run", action="store_true", help="show the plan, the folder and the batch script; submit nothing")
     add("--retry", action="store_true", help="continue a run that failed, from its last checkpoint")
+    of_array = "N jobs that share the shards of `captions write` (default: 1)"
+    add("--array", type=flag_type(whole(1)), default=1, metavar="N", help=of_array)
     add("--stage-jobs", action="store_true", help="submit a job for each stage; each waits for the one before")
     add("--wait", action="store_true", help="wait until the run is over; exit status 2 if it did not finish")
     where = parser.add_mutually_exclusive_group()

@@ -16,6 +16,7 @@ from typing import Any
 
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.files import read_json, write_json
+from open_clip_ov2.launch.captions_job import is_captions
 from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.launch.submitted import newest_checkpoint
 from open_clip_ov2.locks import job_id, restart_count
@@ -78,6 +79,8 @@ def main(folder: Path, status: int) -> int:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     run_dir = Path(request.members[index].run_dir)
     newest = newest_checkpoint(run_dir)
+    if is_captions(request.members[index].argv):  # its checkpoints are its lines
+        newest = f"{(read_status(run_dir) or Status(FAILED)).samples_seen:,} captions"
     earlier = record_loss(submission.exits, index, newest)
     decision = decide_requeue(
         errors[0]["reason"] if errors else None, status, earlier, newest, request.clusters[0].max_deaths

@@ -15,9 +15,10 @@ from typing import Any
 
 import open_clip_ov2
 from open_clip_ov2.argv import value_of, without
+from open_clip_ov2.captions.write import Task
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.launch import captions_job, state, submitted
 from open_clip_ov2.launch import executor as executors
-from open_clip_ov2.launch import state, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, RunSpec, Submission, next_submission
 from open_clip_ov2.launch.job import run_member
@@ -31,6 +32,8 @@ def plan_run(
     argv: Sequence[str], clusters: Sequence[ClusterOptions], varied: Mapping[str, Any] | None = None
 ) -> RunSpec:
     """Check the command line of a run for each of the clusters. Raises UserError for what would fail later."""
+    if captions_job.is_captions(argv):
+        return captions_job.plan_captions(argv)[0]
     settings = ((item.world_size, item.gpus_per_node > 0, item.gpu_memory_gb) for item in clusters)
     results = [submitted.check(argv, *each) for each in dict.fromkeys(settings)]
     if len({result.signature for result in results}) > 1:
@@ -88,7 +91,10 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
             jobs = [Job(executors.start_locally(submission, options, run_member, call))]
         else:  # in this process and terminal, without a log file; errors are raised as they are
             with executors.environment(options.environment):
-                submitted.run(first.argv)
+                if captions_job.is_captions(first.argv):
+                    captions_job.write_as(first.argv, Path(first.run_dir), Task(0, 1), rank=0)
+                else:
+                    submitted.run(first.argv)
             jobs = [Job("debug")]
     except (UserError, OSError):
         submission.discard()
@@ -189,8 +195,9 @@ def show_plan(folder: Path, request: Request) -> None:
         print(f"job       {f'stage {stage}: ' if stage else ''}{_resources(cluster, request.executor)}")
     for spec in request.members:
         name = f"{spec.name}: " if len(request.members) > 1 else ""
-        parameters = f"{spec.parameters / 1e6:,.1f} M parameters, " if spec.parameters else ""
-        print(f"run       {name}{spec.model}, {parameters}{spec.total_samples:,} samples")
+        size = f", {spec.parameters / 1e6:,.1f} M parameters" if spec.parameters else ""
+        samples = f", {spec.total_samples:,} samples" if spec.total_samples else ""
+        print(f"run       {name}{spec.model}{size}{samples}")
         for number, summary in enumerate(spec.summaries, 1):
             if summary:
                 print(f"          stage {number}: {summary}")

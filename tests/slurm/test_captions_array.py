@@ -1,0 +1,50 @@
+"""`ov2 submit --array N -- captions write ...` on a real SLURM of two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+from export_fixtures import make_run
+from faults import ov2, rank_processes
+from slurm_cluster import Cluster, wait_until
+from square_shards import write_square_shards
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import captions_soak
+
+from open_clip_ov2.launch import state
+
+
+def test_an_array_with_a_killed_task_finishes(cluster: Cluster, tmp_path: Path) -> None:
+    """Oracle: the sidecars of one process here, byte for byte; each element of the array has its own shards."""
+    write_square_shards(tmp_path / "squares", 4, 50)
+    make_run(tmp_path / "run")
+    argv = [str(tmp_path / "squares" / "{00000..00003}.tar"), "--model", str(tmp_path / "run"), "--device", "cpu"]
+    argv += ["--batch-size", "1", "--sampling", "top-k=5,temperature=2", "--max-tokens", "8"]
+    cluster_flags = ["--array", "2", "--nodes", "1", "--tasks-per-node", "1", "--time", "20m"]
+    submitted = ov2("submit", *cluster_flags, "--", "captions", "write", *argv, "--out", "set", cwd=tmp_path)
+    assert "submitted as job" in submitted.stdout
+    logs, out = tmp_path / "logs" / "captions-set", tmp_path / "set"
+    victim = state.of_run("captions-set-001", [logs])
+    wait_until(lambda: (out / ".writing" / "00001" / "lines.jsonl").is_file(), 120, "the second task to write")
+    ids = rank_processes(victim.job_id)
+    assert ids
+    os.kill(ids[0], signal.SIGKILL)
+    wait_until(lambda: not any(run.alive for run in state.find([logs])), 180, "the array to end")
+    found = {run.spec.name: run for run in state.find([logs])}
+    said = {name: (run.state, run.reason) for name, run in found.items()}
+    assert [run.state for run in found.values()] == [state.FINISHED] * 2, said
+    restarts = [run.status.restarts if run.status else -1 for _, run in sorted(found.items())]
+    assert restarts == [0, 1]
+    shown = json.loads(ov2("jobs", "--json", cwd=tmp_path).stdout)
+    assert sorted(row["name"] for row in shown) == ["captions-set-000", "captions-set-001"]
+    assert (
+        "4 of 4 shards are finished" in ov2("captions", "write", *argv, "--out", "set", "--status", cwd=tmp_path).stdout
+    )
+    captions_soak.soak(argv, tmp_path / "here", 1, 0, random.Random(0), 0)
+    assert captions_soak.sidecars(out) == captions_soak.sidecars(tmp_path / "here")
