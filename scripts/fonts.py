@@ -8,11 +8,11 @@ Needs npm. FOLDER gets the Latin regular and bold faces, and LICENSES.txt with e
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from sample_sets import npm_packages
 
 VERSION = "5.3.0"  # of every family that names no other
 FAMILIES = """
@@ -53,23 +53,9 @@ def main() -> None:
     if (out / "LICENSES.txt").exists():
         print(f"{out}: the fonts are there")
         return
-    if shutil.which("npm") is None:
-        sys.exit("error: npm is missing; it brings the fonts (Debian: apt-get install npm)")
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            "npm",
-            "install",
-            "--prefix",
-            scratch,
-            "--no-save",
-            "--no-package-lock",
-            "--ignore-scripts",
-            "--silent",
-        ]
-        if subprocess.run([*command, *packages()]).returncode:
-            sys.exit("error: npm could not install the fonts; its own message is above")
-        families = sorted((Path(scratch) / "node_modules" / "@fontsource").iterdir())
+        families = sorted((npm_packages(packages(), Path(scratch), "fonts") / "@fontsource").iterdir())
+        out.mkdir(parents=True, exist_ok=True)
         licenses = [line for family in families for line in convert(family, out)]
     (out / "LICENSES.txt").write_text("\n".join(licenses) + "\n", encoding="utf-8")
     print(f"{out}: {len(list(out.glob('*.ttf')))} fonts of {len(licenses)} families")

@@ -11,24 +11,21 @@ The same settings give the same bytes, whatever --workers is; one core draws som
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
-import json
 import multiprocessing
 import random
-import string
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import rendered_shapes
 import rendered_text
+from sample_sets import SETTINGS, Sample, jpeg, require, reusable, write_json, write_shard, write_vocabulary
 
 FORMAT = 4  # raise when the same settings give other data
 NEEDED = ("wonderwords", *rendered_text.TRAINED_FONTS, *rendered_text.HELD_OUT_FONTS)
@@ -83,17 +80,6 @@ class Job:
     new_fonts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One picture as it is stored."""
-
-    key: str
-    jpeg: bytes
-    kind: str
-    caption: str
-    label: str
-
-
 @cache
 def vocabulary(held_out: bool, longest: int = rendered_text.LONGEST_WORD) -> tuple[str, ...]:
     """The held-out or the trained words of at most so many letters."""
@@ -124,28 +110,25 @@ def make_sample(index: int, split: str, job: Job) -> Sample:
     rng = random.Random(f"{job.settings.seed}/{split}/{index}")
     kind = HELD_OUT[index % len(HELD_OUT)] if split == "held-out" else rng.choices(list(MIX), list(MIX.values()))[0]
     picture, caption, label = draw(kind, split, job, rng)
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=92, subsampling=0)
-    return Sample(f"{split}-{index:07d}", out.getvalue(), kind, caption, label)
+    about = {"kind": kind, "label": label, "captions": [caption]}
+    return Sample(f"{split}-{index:07d}", jpeg(picture), about)
 
 
 def write_shards(folder: Path, total: int, samples: Iterable[Sample]) -> list[tuple[str, str]]:
     """Write shards of at most SHARD samples and return kind and caption of each sample."""
-    import webdataset
-
     folder.mkdir(parents=True)
-    waiting: Iterator[Sample] = iter(samples)
     sizes, written = {}, []
+
+    def noted(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            written.append((sample.about["kind"], sample.caption))
+            yield sample
+
+    waiting = noted(samples)
     for start in range(0, total, SHARD):
         path = folder / f"{start // SHARD:05d}.tar"
-        sizes[path.name] = min(SHARD, total - start)
-        with path.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
-            for _ in range(sizes[path.name]):
-                sample = next(waiting)
-                about = {"kind": sample.kind, "label": sample.label, "captions": [sample.caption]}
-                writer.write({"__key__": sample.key, "jpg": sample.jpeg, "txt": sample.caption, "json": about})
-                written.append((sample.kind, sample.caption))
-    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
+        sizes[path.name] = write_shard(path, islice(waiting, min(SHARD, total - start)))
+    write_json(folder / "sizes.json", sizes)
     return written
 
 
@@ -170,9 +153,8 @@ def write_about(root: Path, settings: Settings, table: str) -> None:
         "two words": len(vocabulary(False)) ** 2,
         "numbers": sum(10**digits for digits in range(1, 7)),
     }
-    guess = {kind: 1 / number for kind, number in captions.items()}
-    (root / "guess.json").write_text(json.dumps(guess, indent=1) + "\n")
-    (root / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    write_json(root / "guess.json", {kind: 1 / number for kind, number in captions.items()})
+    write_json(root / SETTINGS, asdict(settings))
     shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if name != "fonts")
     text = README.format(
         settings=f"{shown}, {len(settings.fonts)} fonts",
@@ -181,13 +163,10 @@ def write_about(root: Path, settings: Settings, table: str) -> None:
         licenses=LICENSES,
     )
     (root / "README.md").write_text(text, encoding="utf-8")
-    # In the format and with the special ids of BERT's: [PAD] 0, bos 1, eos 2. Shorter words of the captions, such as
-    # "the" and "an", are spelled: as pieces they would be the beginning of many a rendered word.
-    letters = string.ascii_lowercase + string.digits
-    repeated = sorted({"word", "words", "number", *(word for word in rendered_shapes.caption_words() if len(word) > 3)})
-    pieces = ["[PAD]", "[bos]", "[eos]", "[UNK]", *letters, *(f"##{letter}" for letter in letters), *repeated]
-    (root / "tokenizer").mkdir()
-    (root / "tokenizer" / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    # Shorter words of the captions, such as "the" and "an", are spelled: as pieces they would be the beginning of many
+    # a rendered word.
+    repeated = {"word", "words", "number", *(word for word in rendered_shapes.caption_words() if len(word) > 3)}
+    write_vocabulary(root / "tokenizer", repeated)
 
 
 def make(root: Path, job: Job, workers: int) -> str:
@@ -203,21 +182,6 @@ def make(root: Path, job: Job, workers: int) -> str:
     table = summary(written["short"] + written["train"], written["held-out"])
     write_about(root, settings, table)
     return table
-
-
-def reusable(out: Path, settings: Settings) -> bool:
-    """Whether OUT holds this very set; an error where it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    path = out / "settings.json"
-    if not path.exists():
-        sys.exit(f"error: {out} exists and is not a finished set: name another folder or remove it")
-    found, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(settings)))
-    if found == wanted:
-        return True
-    keys = sorted(key for key in wanted | found if found.get(key) != wanted.get(key))
-    differ = ", ".join(f"{key} {found.get(key)} (now {wanted.get(key)})" for key in keys if key != "fonts")
-    sys.exit(f"error: {out} was made with other settings: {differ or 'fonts'}: name another folder or remove it")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -238,9 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Make the set in a temporary folder beside OUT, then rename it."""
     args = parse(argv)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(f"error: missing {', '.join(missing)}: pip install 'open_clip_ov2[demo]'")
+    require(*NEEDED)
     out = args.out.resolve()
     fonts = rendered_text.font_files(rendered_text.TRAINED_FONTS, args.fonts)
     new_fonts = rendered_text.font_files(rendered_text.HELD_OUT_FONTS)
@@ -255,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         names,
     )
     job = Job(settings, fonts, new_fonts)
-    if reusable(out, job.settings):
+    if reusable(out, asdict(settings)):
         print(f"{args.out}: already made with these settings, reused")
         return
     out.parent.mkdir(parents=True, exist_ok=True)

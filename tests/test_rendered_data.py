@@ -9,54 +9,23 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from written_sets import SCRIPTS, Stored, read
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 OPTIONS = ["--train", "240", "--short", "60", "--held-out", "20", "--size", "64"]
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("font_roboto")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One sample as read back from a shard."""
-
-    jpeg: bytes
-    text: str
-    about: dict[str, Any]
-
-
 def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / "rendered_data.py"), str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def read(folder: Path) -> list[Stored]:
-    """Every sample of a split; fails where one lacks its picture, text or JSON."""
-    samples = []
-    for path in sorted(folder.glob("*.tar")):
-        parts: dict[str, dict[str, bytes]] = defaultdict(dict)
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, extension = member.name.split(".")
-                file = tar.extractfile(member)
-                assert file is not None
-                assert extension not in parts[key], f"{key} twice in {path.name}"
-                parts[key][extension] = file.read()
-        for key, files in parts.items():
-            assert set(files) == {"jpg", "txt", "json"}, key
-            samples.append(Stored(files["jpg"], files["txt"].decode(), json.loads(files["json"])))
-    return samples
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +96,8 @@ def test_missing_package_is_named(script: ModuleType, tmp_path: Path, monkeypatc
 def test_sizes_and_shards(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards hold SHARD samples, the last one the rest, and sizes.json says so."""
     monkeypatch.setattr(script, "SHARD", 4)
-    samples = [script.Sample(f"{index:03d}", b"jpeg", "words", "the word a", "text in a") for index in range(10)]
+    about = {"kind": "words", "captions": ["the word a"]}
+    samples = [script.Sample(f"{index:03d}", b"jpeg", about) for index in range(10)]
     assert len(script.write_shards(tmp_path / "set", 10, samples)) == 10
     sizes = json.loads((tmp_path / "set" / "sizes.json").read_text())
     assert sizes == {"00000.tar": 4, "00001.tar": 4, "00002.tar": 2}

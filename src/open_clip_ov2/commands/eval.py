@@ -33,7 +33,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ov2 eval", description="Evaluate a model on held-out data; docs/evaluation.md defines each task."
     )
-    parser.add_argument("run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub: or NAME:WEIGHTS")
+    parser.add_argument(
+        "run", metavar="MODEL", help="a run, a .pt of it, a model folder, hf-hub:, NAME:WEIGHTS, or pixels:16"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: eval.json in the run, or here")
     add_device(parser)
     add_flags(parser, EvalOptions)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ def attentive_probe(
     standardised, split = standardiser(train.values, labels.train.rows), labels.train
     generator = torch.Generator().manual_seed(training.seed)  # of the CPU: the same draws on every device
     head = AttentiveHead(train.values.shape[-1], len(labels.names), generator).to(device)
-    optimizer, schedule = _optimizer(head, training, training.epochs * math.ceil(len(split) / training.batch_size))
+    optimizer, schedule = adamw(head, training, training.epochs * math.ceil(len(split) / training.batch_size))
     for _ in range(training.epochs):
         total = torch.zeros((), device=device)
         for chosen in torch.randperm(len(split), generator=generator).split(training.batch_size):
@@ -108,10 +108,24 @@ def attentive_probe(
     return {**result, "training": vars(training).copy(), "train_loss": total.item() / len(split)}
 
 
-def _optimizer(
-    head: AttentiveHead, training: AttentiveTraining, steps: int
+class Rates(Protocol):
+    """What `adamw` needs to know of a training."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def warmup_share(self) -> float: ...
+
+
+def adamw(
+    module: nn.Module, training: Rates, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    matrices, others = ([one for one in head.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
+    """AdamW without weight decay of vectors, with linear warm-up and cosine to zero."""
+    matrices, others = ([one for one in module.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
     warmup = max(1, round(training.warmup_share * steps))

@@ -36,6 +36,15 @@ class Captioned(NamedTuple):
     generated: str
 
 
+class Readable(NamedTuple):
+    """Patch tokens with what is to be read: of each usable sample its row of `tokens.values`, its kind and caption."""
+
+    tokens: Features
+    rows: list[int]
+    kinds: list[str]
+    captions: list[str]
+
+
 class EvalJob:
     def __init__(self, model: EvalModel, options: EvalOptions) -> None:
         """Raises UserError if the options do not fit the model."""
@@ -87,6 +96,23 @@ class EvalJob:
         return cache_file(
             self.options.cache, kind, self.model.name, repr(self.model.preprocess), files, loader.fingerprint()
         )
+
+    def readable(self, data: str, kind: Kind) -> tuple[Readable, dict[str, list[str]]]:
+        """Token features with captions, and the keys of samples that count nowhere, by cause."""
+        features, skipped = self.features(data, kind), {"sample without a caption": [], "features not finite": []}
+        described = iter(self._loader(data, self.options.caption_keys, self.options.group_by).described())
+        found = Readable(features, [], [], [])
+        for row, key in enumerate(features.keys):
+            sample = next(one for one in described if one.key == key)  # both are in file order
+            if not sample.captions:
+                skipped["sample without a caption"].append(key)
+            elif not features.values[row].isfinite().all():
+                skipped["features not finite"].append(key)
+            else:
+                found.rows.append(row)
+                found.kinds.append(sample.group)
+                found.captions.append(sample.captions[0])
+        return found, {**features.skips, **skipped}
 
     @cached_property
     def references(self) -> dict[int, tuple[str, ...]]:

@@ -54,8 +54,9 @@ class EvalModel(Protocol):
     def pooled(self, images_BCHW: Tensor) -> Tensor:
         """For "features": one vector an image, `(B, D)` float32, not normalized."""
 
-    def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """For "features": all patch tokens, `(B, N, D)` float32."""
+    def tokens(self, images_BCHW: Tensor, layer: int = -1) -> Tensor:
+        """For "features": all patch tokens after a block, counted from the end, `(B, N, D)` float32. Raises UserError
+        if the encoder has none."""
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """For "caption" and "contrast": ids `(C, L)` int64 on the CPU, as the model was trained with."""

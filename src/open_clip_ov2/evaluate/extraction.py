@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from open_clip_ov2.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["pooled", "tokens"]
+Kind = Literal["pooled", "tokens", "penultimate"]
 VERSION = 3  # of the cache file
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARED_ROWS = 1 << 10  # summed over processes at a time
@@ -37,7 +38,8 @@ SHARED_ROWS = 1 << 10  # summed over processes at a time
 
 @dataclass(frozen=True)
 class Features:
-    """All usable samples in file order: `values` `(M, D)` for "pooled", `(M, N, D)` for "tokens"; float32 on the CPU.
+    """All usable samples in file order: `values` `(M, D)` for "pooled", `(M, N, D)` for "tokens" of the last and of the
+    "penultimate" block; float32 on the CPU.
 
     A label is the text under the loader's `group_by`, "" where a sample has none. `skips`: keys of samples that could
     not be used, by cause, over all processes.
@@ -80,7 +82,7 @@ def extract(
     if cache and all(all_gathered(cache.is_file())):
         logger.info("%s: features read", cache)
         return _read(cache)
-    encode = model.pooled if kind == "pooled" else model.tokens
+    encode = {"pooled": model.pooled, "tokens": model.tokens}.get(kind, partial(model.tokens, layer=-2))
     store = _Store(kind, loader.num_samples, disk)
     rows: dict[int, tuple[str, str]] = {}
     for batch in loader:

@@ -147,7 +147,9 @@ class EvalOptions(GenerationOptions):
     guess: Mapping[str, float] | None = flag("FILE.json", _guess, "chance of a right guess by group")
     batch_size: int = flag("N", whole(1), "images at a time (default: 64)", default=64)
     workers: int = flag("N", whole(0), "data workers (default: 0)", default=0)
-    train_data: str | None = flag("DATA", text, "labelled data for linear-probe, knn, attentive-probe", group=PROBES)
+    train_data: str | None = flag(
+        "DATA", text, "data to train probes on, labelled or for read-probe captioned", group=PROBES
+    )
     cache: Path | None = flag("FOLDER", _folder, "keep features in this folder, and read them from it", group=PROBES)
     feature_disk: Path | None = flag(
         "FOLDER", _folder, "memory-map features in this folder instead of RAM", group=PROBES
@@ -159,6 +161,18 @@ class EvalOptions(GenerationOptions):
         "FILE.json", _templates, 'texts (default: "a photo of a {}.")', default=TEMPLATES, group=PROBES
     )
     length_normalise: bool = switch_flag("likelihood per token, not per caption", group=PROBES)
+    read_samples: int = flag(
+        "N", whole(1), "samples that the read-probe's decoder sees (default: 40,000)", default=40_000, group=PROBES
+    )
+    read_seeds: int = flag("N", whole(1), "decoders of read-probe (default: 3)", default=3, group=PROBES)
+    read_width: int = flag("N", whole(1), "their width in channels (default: 128)", default=128, group=PROBES)
+    read_layers: int = flag(
+        "N", whole(1), "their pairs of self- and cross-attention (default: 2)", default=2, group=PROBES
+    )
+    read_batch: int = flag("N", whole(1), "their batch (default: 32)", default=32, group=PROBES)
+    read_lr: float = flag(
+        "R", real(0, above=True), "their peak learning rate (default: 0.001)", default=0.001, group=PROBES
+    )
     questions: Path | None = flag(
         "FILE", _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", group=QUESTIONS
     )

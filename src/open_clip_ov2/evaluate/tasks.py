@@ -25,6 +25,7 @@ from open_clip_ov2.evaluate.gathering import gathered_keys
 from open_clip_ov2.evaluate.knn import knn
 from open_clip_ov2.evaluate.options import ALL, EvalOptions
 from open_clip_ov2.evaluate.probes import linear_probe
+from open_clip_ov2.evaluate.read_probe import read_probe, read_probe_line, read_probe_table
 from open_clip_ov2.evaluate.text.captioning import caption_scores
 from open_clip_ov2.evaluate.text.outcomes import OUTCOMES
 from open_clip_ov2.evaluate.text.questions import read_questions
@@ -47,7 +48,7 @@ class Task:
     """`line`: one line of a result, given the results of all tasks so far. `table`: rows of equal keys, where a line is
     not enough. `needs`: abilities of the model. `flags`: fields of EvalOptions that must be given. `module`: what must
     be installed. `labels`: needs --label-key, unless the data are folders of classes. `named_only`: left out of `all`,
-    because it scores all pairs of images and texts.
+    because it takes minutes: it scores all pairs of images and texts, or trains.
     """
 
     compute: Callable[[EvalJob], dict[str, Any]]
@@ -256,6 +257,14 @@ TASKS: Mapping[str, Task] = {
     "linear-probe": _probe(linear_probe, "pooled"),
     "knn": _probe(knn, "pooled"),
     "attentive-probe": _probe(attentive_probe, "tokens"),
+    "read-probe": Task(
+        compute=read_probe,
+        line=read_probe_line,
+        table=read_probe_table,
+        needs=("features",),
+        flags=("train_data",),
+        named_only=True,
+    ),
     "keep-ratios": Task(compute=_keep_ratios, line=_keep_ratios_line, needs=("caption", "dropping")),
     "image-sizes": Task(
         compute=_image_sizes, line=_image_sizes_line, needs=("features", "resizing"), flags=("image_sizes",)

@@ -20,7 +20,6 @@ from open_clip_ov2.core import (
     CaptionModel,
     VisionModel,
     caption_targets,
-    image_features,
     num_kept,
 )
 from open_clip_ov2.core.candidates import candidate_nll
@@ -30,6 +29,7 @@ from open_clip_ov2.core.sampling import RowSampler
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
+from open_clip_ov2.openclip.models.encoders import Pixels, patch_tokens, pixel_preprocess
 from open_clip_ov2.openclip.models.factory import OV2_ABILITIES, caption_model_class, is_ov2_config
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.models.prompted import most_prompt_ids, without_end
@@ -48,7 +48,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 def open_eval_model(
     source: str, device: torch.device, world_size: int = 1, *, image_size: int | None = None
 ) -> EvalModel:
-    """Any model that `open_model` opens, under evaluation in float32. Raises UserError."""
+    """Any model that `open_model` opens, or `pixels:SIDE`, under evaluation in float32. Raises UserError."""
+    if (gray := pixel_preprocess(source)) is not None:
+        return FeatureModel(Pixels(), None, Compute(device, "fp32", world_size, NO_TEXT), source, preprocess=gray)
     run = open_model(source, str(device), image_size=image_size)
     if isinstance(run.model, CaptionModel):
         eos_id = run.model.text_config.eos_id
@@ -125,13 +127,11 @@ class FeatureModel:
             return self.model.encode_image(images, normalize=False).float()
 
     @torch.no_grad()
-    def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """Patch tokens after the last block, without norm or pooler."""
-        if not hasattr(self.model.visual, "transformer"):
-            raise UserError(f"{self.name}: patch tokens are those of OpenCLIP's own ViTs, and this encoder is another")
+    def tokens(self, images_BCHW: Tensor, layer: int = -1) -> Tensor:
+        """Patch tokens after a block, without norm or pooler."""
         images = self.compute.pixels(images_BCHW)
         with self.compute.attention(), self.compute.autocast():
-            return image_features(self.model.visual, images).float()
+            return patch_tokens(self.model.visual, images, layer, self.name).float()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         if "caption" not in self.abilities and "contrast" not in self.abilities:

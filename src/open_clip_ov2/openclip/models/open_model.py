@@ -37,6 +37,7 @@ from open_clip_ov2.openclip.models.weights import why_unreadable
 logger = logging.getLogger(__name__)
 
 HUB = "hf-hub:"
+RANDOM = "random"  # weights as a model of this name starts with: the floor under what training adds
 
 
 @dataclass
@@ -78,7 +79,8 @@ def open_model(
 
     `source`: a run's folder, a checkpoint in it, a folder with open_clip_config.json and weights (released or written
     by `ov2 export` or `ov2 convert`), a hub name with `hf-hub:`, or a name of OpenCLIP's registry with its weights,
-    `ov2-vit-nano-8:TAG`, `ViT-B-32:openai`, `ViT-B-32:FILE`. `image_size` and `position_table` as for `create_model`.
+    `ov2-vit-nano-8:TAG`, `ViT-B-32:openai`, `ViT-B-32:FILE`, `ViT-B-32:random` (untrained, drawn with seed 0).
+    `image_size` and `position_table` as for `create_model`.
     With a caption decoder if there is one.
     """
     where = locate(str(source))
@@ -89,9 +91,13 @@ def open_model(
                 check_named_size(name, image_size)
             except ValueError as error:
                 raise UserError(f"{error} (the model is {source})") from None
-            model = open_clip.create_model(
-                name, where.pretrained, require_pretrained=True, force_image_size=image_size, **options
-            )
+            untrained = where.pretrained == RANDOM
+            if not untrained:
+                options |= {"pretrained": where.pretrained, "require_pretrained": True}
+            with torch.random.fork_rng(devices=[], enabled=untrained):
+                if untrained:
+                    torch.manual_seed(0)
+                model = open_clip.create_model(name, force_image_size=image_size, **options)
             tokenizer = open_clip.get_tokenizer(name)
         if isinstance(model, VisionModel):
             model, tokenizer = _with_decoder(model, tokenizer, where)
