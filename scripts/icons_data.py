@@ -19,8 +19,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from icon_names import Family, Icon, families, icons
@@ -111,8 +111,9 @@ def make_shards(root: Path, sets: dict[str, list[Icon]], size: int, workers: int
         print(f"{before:,} of {total:,} icons were drawn by an earlier run", flush=True)
     for name in sets:
         (root / name).mkdir(exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for path, number in pool.imap_unordered(partial(make_shard, size=size), waiting):
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(make_shard, job, size) for job in waiting]):
+            path, number = future.result()
             sizes[path.parent.name][path.name] = number
             write_json(noted, sizes)
             drawn += number

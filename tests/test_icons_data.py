@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,15 +30,15 @@ def family(number: int) -> dict[str, Any]:
     """Each thing twice, as a square of its own size and in outline; a red lamp; withdrawn, blank and logo icons."""
     icons: dict[str, Any] = {}
     for place, thing in enumerate(THINGS):
-        side = 8 + place / 2 + number / 100
-        icons[thing] = {"body": f'<rect width="{side}" height="8" fill="currentColor"/>'}
-        icons[f"{thing}-outline"] = {"body": f'<path d="M4 4h{side}v{side}z" stroke="currentColor" fill="none"/>'}
+        side = 8 + place
+        icons[thing] = {"body": f'<rect y="{number}" width="{side}" height="8" fill="currentColor"/>'}
+        icons[f"{thing}-outline"] = {"body": f'<path d="M4 {number}h{side}v9z" stroke="currentColor" fill="none"/>'}
     icons["red-lamp-24-filled"] = {"body": '<circle cx="12" cy="12" r="8" fill="#f00"/>'}
     icons["gone"] = {"body": icons["bell"]["body"], "hidden": True}
     icons["blank"] = {"body": '<rect width="24" height="24" fill="#fff"/>'}
     icons["github"] = {"body": icons["bell"]["body"]}
-    if number == 1:  # a family that copies another's drawing
-        icons["key"] = {"body": f'<rect width="{8 + THINGS.index("key") / 2}" height="8" fill="currentColor"/>'}
+    if number % 2:  # a copy of another hand's drawing
+        icons["key"] = {"body": '<rect width="20" height="20" fill="currentColor"/>'}
     aliases = {"chime": {"parent": "bell"}, "flipped": {"parent": "key", "hFlip": True}}
     return {
         "prefix": f"family{number}", "icons": icons, "aliases": aliases, "width": 24, "height": 24,
@@ -61,12 +62,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module("icons_data")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))  # for as long as processes of its own import it
+    yield importlib.import_module("icons_data")
+    sys.path.remove(str(SCRIPTS))
 
 
 def run(package: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -75,10 +74,20 @@ def run(package: Path, out: Path, *options: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def made(package: Path) -> Path:
+def small(script: ModuleType) -> Iterator[None]:
+    """What is meant for hundreds of families, for ten; and shards of 30 icons."""
+    splits = importlib.import_module("icon_splits")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"CLASSES": 6, "LARGEST_HAND": 0.5, "HELD_OUT_WORDS": 3, "COMMON": 1.0}.items():
+            patch.setattr(splits, name, value)
+        patch.setattr(script, "SHARD", 30)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(package: Path, script: ModuleType, small: None) -> Path:
     out = package.parent / "made"
-    done = run(package, out, "--workers", "2")
-    assert done.returncode == 0, done.stderr
+    script.main([str(out), "--package", str(package), *OPTIONS, "--workers", "2"])
     return out
 
 
@@ -173,7 +182,9 @@ def test_names_captions_and_labels(sets: dict[str, list[Stored]], made: Path) ->
     for samples in sets.values():
         assert all(one.about.get("label", "") == (one.text if one.text in classes else "") for one in samples)
     assert all("label" in one.about for name in ("probe-train", "probe-test") for one in sets[name])
-    assert json.loads((made / "guess.json").read_text())["icon"] == 1 / len({one.text for one in sets["train"]})
+    assert json.loads((made / "guess.json").read_text())["icon"] == 1 / len(
+        {"blank", *(one.text for one in sets["train"])}
+    )
 
 
 def test_styles_of_a_family_are_taken_off(script: ModuleType) -> None:
@@ -216,14 +227,13 @@ def test_evaluation_reads_it(made: Path) -> None:
     import open_clip_ov2 as ov2
 
     found = ov2.evaluate(
-        "pixels:16", tasks="knn", data=str(made / "probe-test" / "00000.tar"),
-        train_data=str(made / "probe-train" / "00000.tar"), label_key="json:label",
+        "pixels:16", tasks="knn", data=f"{made}/probe-test/00000.tar",
+        train_data=f"{made}/probe-train/00000.tar", label_key="json:label",
     )["knn"]  # fmt: skip
-    sizes = {
-        name: sum(json.loads((made / name / "sizes.json").read_text()).values())
-        for name in ("probe-train", "probe-test")
-    }
-    assert (found["n_train"], found["n_test"]) == tuple(sizes.values())
+    sizes = [
+        json.loads((made / name / "sizes.json").read_text())["00000.tar"] for name in ("probe-train", "probe-test")
+    ]
+    assert [found["n_train"], found["n_test"]] == sizes
     assert found["top1"] > 0.5  # the drawings of a thing are nearly the same in all families
 
 

@@ -10,7 +10,7 @@ model = ov2.open_model(run).model
 
 from importlib.metadata import PackageNotFoundError, version
 
-from open_clip_ov2.openclip.models.version import check_open_clip
+from open_clip_ov2.openclip.version import check_open_clip
 
 check_open_clip()
 

@@ -32,7 +32,7 @@ from open_clip_ov2.openclip.run.baselines import init_coca_head
 
 TASKS = (
     "caption-loss,shuffled-loss,read-text,likelihood,likelihood-retrieval,linear-probe,knn,attentive-probe,keep-ratios,"
-    "image-sizes"
+    "image-sizes,read-probe"
 )
 
 
@@ -64,7 +64,8 @@ def baseline_models(baselines: Path, tmp_path_factory: pytest.TempPathFactory) -
 def flags_of(squares: Path, *more: str) -> list[str]:
     return [
         "--data", f"{squares}/val/00000.tar", "--train-data", f"{squares}/train/{{00000..00001}}.tar",
-        "--label-key", "json:kind", "--group-by", "json:kind", "--image-sizes", "16,24", *more,
+        "--label-key", "json:kind", "--group-by", "json:kind", "--image-sizes", "16,24",
+        "--read-samples", "64", "--read-seeds", "1", "--read-width", "32", "--read-layers", "1", *more,
     ]  # fmt: skip
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip import CustomTextCLIP
+from PIL import Image
 from torch import Tensor, nn
 
 from open_clip_ov2.core import FUSIONS, CaptionModel, VisionModel, caption_targets
@@ -16,7 +19,7 @@ from open_clip_ov2.core.candidates import caption_trees
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss, eval_kept_idx
-from open_clip_ov2.openclip.models.eval_models import as_eval_model
+from open_clip_ov2.openclip.models.eval_models import as_eval_model, open_eval_model
 from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS = 49406, 49407
@@ -187,6 +190,50 @@ def test_contrast_is_open_clips_own(stock: dict[str, nn.Module]) -> None:
             out = model(images(), texts[:3])
         torch.testing.assert_close(one.contrast_images(images()), out["image_features"])
         torch.testing.assert_close(one.contrast_texts(texts)[:3], out["text_features"])
+
+
+def test_patch_tokens_of_timm() -> None:
+    """Oracle: what leaves the blocks of timm's own ViT, without its class token, and the last stage of its ConvNeXt."""
+    torch.manual_seed(0)
+    model = CustomTextCLIP(
+        8,
+        {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"},
+        {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+    ).eval()
+    seen: list[Tensor] = []
+    for block in model.visual.trunk.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.encode_image(pixels)
+    blocks, one = list(seen), eval_model(model)
+    prefix = model.visual.trunk.num_prefix_tokens
+    for layer in (-1, -2):
+        torch.testing.assert_close(one.tokens(pixels, layer), blocks[layer][:, prefix:])
+
+
+def test_pixels() -> None:
+    """Oracle: the pixels themselves, one by one."""
+    model = open_eval_model("pixels:2", torch.device("cpu"))
+    picture = Image.fromarray(
+        np.array([[0, 0, 40, 40], [0, 0, 40, 40], [80, 80, 120, 120], [80, 80, 120, 120]], np.uint8)
+    )
+    (features,) = model.pooled(model.preprocess(picture.convert("RGB"))[None]).tolist()
+    assert [255 * one for one in features] == pytest.approx([-60, -20, 20, 60], abs=1e-4)
+    assert model.abilities == {"features"}
+    with pytest.raises(UserError, match="pixels:2: has no patch tokens"):
+        model.tokens(model.preprocess(picture)[None])
+    for wrong in ("pixels:", "pixels:x", "pixels:0", "pixels:1000"):
+        with pytest.raises(UserError, match="expected pixels:SIDE"):
+            open_eval_model(wrong, torch.device("cpu"))
+
+
+def test_untrained_weights_are_drawn_with_one_seed() -> None:
+    before = torch.random.get_rng_state()
+    one, other = (open_eval_model("ov2-vit-nano-8:random", torch.device("cpu")) for _ in range(2))
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one.tokens(pixels), other.tokens(pixels))
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_abilities_and_features(stock: dict[str, nn.Module]) -> None:

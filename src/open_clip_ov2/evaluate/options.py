@@ -162,16 +162,16 @@ class EvalOptions(GenerationOptions):
     )
     length_normalise: bool = switch_flag("likelihood per token, not per caption", group=PROBES)
     read_samples: int = flag(
-        "N", whole(1), "samples that the read-probe's decoder sees (default: 40,000)", default=40_000, group=PROBES
+        "N", whole(1), "samples that a decoder of read-probe sees (default: 8,000)", default=8_000, group=PROBES
     )
     read_seeds: int = flag("N", whole(1), "decoders of read-probe (default: 3)", default=3, group=PROBES)
     read_width: int = flag("N", whole(1), "their width in channels (default: 128)", default=128, group=PROBES)
     read_layers: int = flag(
         "N", whole(1), "their pairs of self- and cross-attention (default: 2)", default=2, group=PROBES
     )
-    read_batch: int = flag("N", whole(1), "their batch (default: 32)", default=32, group=PROBES)
+    read_batch: int = flag("N", whole(1), "their batch (default: 16)", default=16, group=PROBES)
     read_lr: float = flag(
-        "R", real(0, above=True), "their peak learning rate (default: 0.001)", default=0.001, group=PROBES
+        "R", real(0, above=True), "their peak learning rate (default: 0.002)", default=0.002, group=PROBES
     )
     questions: Path | None = flag(
         "FILE", _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", group=QUESTIONS

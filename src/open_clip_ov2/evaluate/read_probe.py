@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -151,9 +151,28 @@ def probe_layer(train: Readable, test: Readable, training: ReadTraining, seeds: 
 def _one_seed(train: Readable, test: Readable, training: ReadTraining, seed: int, device: Any) -> dict[str, Any]:
     spelling = Spelling(train.captions)
     standardised = standardiser(train.tokens.values, torch.tensor(train.rows))
+    decoder, losses = train_decoder(train, spelling, standardised, training, seed, device)
+    written = []
+    for rows in torch.tensor(test.rows).split(BLOCK_ROWS):
+        written += write(decoder, standardised(test.tokens.values[rows]).to(device), spelling)
+    keys = [test.tokens.keys[row] for row in test.rows]
+    scores = reading_scores(zip(keys, test.kinds, test.captions, written, strict=True))
+    return {**scores, "train_loss": statistics.mean(losses[-max(1, len(losses) // 20) :])}
+
+
+def train_decoder(
+    train: Readable,
+    spelling: Spelling,
+    standardised: Callable[[Tensor], Tensor],
+    training: ReadTraining,
+    seed: int,
+    device: Any,
+) -> tuple[TextDecoder, list[float]]:
+    """A trained decoder and the loss of each step, in nats per token."""
     decoder = training.decoder(train.tokens.values.shape[-1], len(spelling.pieces), seed).to(device)
     ids = [torch.tensor(spelling.ids(caption)) for caption in train.captions]
-    optimizer, schedule = adamw(decoder, training, len(order := batches(len(ids), training, seed)))
+    order = batches(len(ids), training, seed)
+    optimizer, schedule = adamw(decoder, training, len(order))
     losses = []
     for chosen in order:
         texts_BL = torch.nn.utils.rnn.pad_sequence([ids[one] for one in chosen], True, PAD).to(device)
@@ -164,12 +183,7 @@ def _one_seed(train: Readable, test: Readable, training: ReadTraining, seed: int
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    written = []
-    for rows in torch.tensor(test.rows).split(BLOCK_ROWS):
-        written += write(decoder, standardised(test.tokens.values[rows]).to(device), spelling)
-    keys = [test.tokens.keys[row] for row in test.rows]
-    scores = reading_scores(zip(keys, test.kinds, test.captions, written, strict=True))
-    return {**scores, "train_loss": torch.stack(losses[-max(1, len(losses) // 20) :]).mean().item()}
+    return decoder, torch.stack(losses).tolist()
 
 
 def batches(samples: int, training: ReadTraining, seed: int) -> list[list[int]]:

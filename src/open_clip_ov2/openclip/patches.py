@@ -25,8 +25,8 @@ from open_clip_ov2.openclip.models import (
     tokenizer,
     weights,
 )
-from open_clip_ov2.openclip.models.version import missing_name
 from open_clip_ov2.openclip.private_names import check_private_names
+from open_clip_ov2.openclip.version import missing_name
 
 
 @dataclass(frozen=True)

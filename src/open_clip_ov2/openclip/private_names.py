@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from open_clip_ov2.core import vit_fast
-from open_clip_ov2.openclip.models.version import missing_name
+from open_clip_ov2.openclip.version import missing_name
 
 
 class PrivateName(NamedTuple):

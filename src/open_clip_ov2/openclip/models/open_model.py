@@ -91,13 +91,7 @@ def open_model(
                 check_named_size(name, image_size)
             except ValueError as error:
                 raise UserError(f"{error} (the model is {source})") from None
-            untrained = where.pretrained == RANDOM
-            if not untrained:
-                options |= {"pretrained": where.pretrained, "require_pretrained": True}
-            with torch.random.fork_rng(devices=[], enabled=untrained):
-                if untrained:
-                    torch.manual_seed(0)
-                model = open_clip.create_model(name, force_image_size=image_size, **options)
+            model = _create(name, where.pretrained, force_image_size=image_size, **options)
             tokenizer = open_clip.get_tokenizer(name)
         if isinstance(model, VisionModel):
             model, tokenizer = _with_decoder(model, tokenizer, where)
@@ -113,6 +107,14 @@ def open_model(
         folder = Path(_hub_file(where.name, CONFIG)).parent
     preprocess_cfg = dict(model.visual.preprocess_cfg)
     return LoadedModel(model, eval_transform(preprocess_cfg), tokenizer, preprocess_cfg, folder, checkpoint or folder)
+
+
+def _create(name: str, pretrained: str | None, **options: Any) -> nn.Module:
+    if pretrained != RANDOM:
+        return open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.create_model(name, **options)
 
 
 def _cannot_be_loaded(what: str | Path, error: Exception) -> UserError:
