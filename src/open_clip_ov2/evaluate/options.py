@@ -162,7 +162,7 @@ class EvalOptions(GenerationOptions):
     )
     length_normalise: bool = switch_flag("likelihood per token, not per caption", group=PROBES)
     read_samples: int = flag(
-        "N", whole(1), "samples that a decoder of read-probe sees (default: 8,000)", default=8_000, group=PROBES
+        "N", whole(1), "samples that a decoder of read-probe sees (default: 6,000)", default=6_000, group=PROBES
     )
     read_seeds: int = flag("N", whole(1), "decoders of read-probe (default: 3)", default=3, group=PROBES)
     read_width: int = flag("N", whole(1), "their width in channels (default: 128)", default=128, group=PROBES)
