@@ -239,7 +239,7 @@ def test_the_page_lists_what_the_code_lists() -> None:
 
 
 def test_another_open_clip_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from open_clip_ov2.openclip.models import version
+    from open_clip_ov2.openclip import version
 
     monkeypatch.setattr(version, "version", lambda name: "4.2.0")
     with pytest.raises(ImportError, match=r"3\.3\.x, and found 4\.2\.0"):
