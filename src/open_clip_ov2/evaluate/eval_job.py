@@ -99,7 +99,8 @@ class EvalJob:
 
     def readable(self, data: str, kind: Kind) -> tuple[Readable, dict[str, list[str]]]:
         """Token features with captions, and the keys of samples that count nowhere, by cause."""
-        features, skipped = self.features(data, kind), {"sample without a caption": [], "features not finite": []}
+        features = self.features(data, kind)
+        skipped: dict[str, list[str]] = {"sample without a caption": [], "features not finite": []}
         described = iter(self._loader(data, self.options.caption_keys, self.options.group_by).described())
         found = Readable(features, [], [], [])
         for row, key in enumerate(features.keys):
