@@ -109,7 +109,7 @@ def open_model(
     return LoadedModel(model, eval_transform(preprocess_cfg), tokenizer, preprocess_cfg, folder, checkpoint or folder)
 
 
-def _create(name: str, pretrained: str | None, **options: Any) -> nn.Module:
+def _create(name: str, pretrained: str | None, **options: Any) -> Any:
     if pretrained != RANDOM:
         return open_clip.create_model(name, pretrained, require_pretrained=True, **options)
     with torch.random.fork_rng(devices=[]):
