@@ -35,7 +35,7 @@ LEFT_OUT_WORDS = _words(
     """logo logos brand wordmark bxl behance dribbble facebook github google instagram linkedin pinterest skype twitter
     whatsapp youtube"""
 )
-# Families by other people that continue or copy one another (measured: equal drawings, see dev/LOG.md).
+# Families by other people that continue or copy one another (from their names; drawings were not compared).
 SAME_HAND = {
     "Cole Bemis": "Lucide Contributors",
     "Family": "Ben Sperry",
