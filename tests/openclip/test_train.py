@@ -292,7 +292,7 @@ SLIPS = {
     "lock text": (["--lock-text"], "no text encoder"),
     "missing shard": (["--train-data", "nowhere-{0..3}.tar"], "4 of 4 shards do not exist: nowhere-0.tar"),
     "too many workers": (["--workers", "9"], "--dataset-resampled"),
-    "wandb": (["--report-to", "wandb"], "tensorboard"),
+    "tracker": (["--report-to", "wanbd"], "did you mean wandb?"),
     "stage": (["--stage", "24:sample=8"], "samples"),
     "stage and epochs": (["--stage", "24:samples=8"], "--epochs"),
     "recipe": (["--recipe", "nowhere.toml"], "nowhere.toml"),

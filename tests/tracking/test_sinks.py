@@ -6,10 +6,14 @@ import contextlib
 import io
 import json
 import resource
+import struct
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from PIL.Image import Image
@@ -19,7 +23,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
-from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, Tracker, tracker_names
+from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, TrackedRun, Tracker, WandB, tracker_names
 from open_clip_ov2.tracking.status import read_status
 
 
@@ -28,8 +32,9 @@ class Memory(Tracker):
 
     calls: list[tuple[Any, ...]] = []  # noqa: RUF012 (a tracker of one test)
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
-        self.calls.append(("open", run_dir, resumed_at))
+    def __init__(self, run: TrackedRun) -> None:
+        self.flags = run.flags
+        self.calls.append(("open", run.folder, run.resumed_at))
 
     def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
         self.calls.append(("stage", number, title, samples_seen))
@@ -43,8 +48,8 @@ class Memory(Tracker):
     def text(self, name: str, markdown: str, samples_seen: int) -> None:
         self.calls.append(("text", name, markdown.splitlines()[-1], samples_seen))
 
-    def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self.calls.append(("hparams", dict(values), metrics["val_loss"]))
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        self.calls.append(("finish", dict(self.flags), metrics["val_loss"]))
 
     def close(self) -> None:
         self.calls.append(("close",))
@@ -58,7 +63,9 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
     """Oracle: the calls, written out."""
     monkeypatch.setitem(TRACKERS, "memory", Memory)
     trackers = tracker_names("memory,memory")
-    monitor = RunMonitor(tmp_path, 0, log_every_n_steps=1, trackers=trackers, resumed_at=8, console=silent())
+    monitor = RunMonitor(
+        TrackedRun(tmp_path, 8, {"lr": 0.1}), 0, log_every_n_steps=1, trackers=trackers, console=silent()
+    )
     with contextlib.closing(monitor):
         monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 2, 8, 8))
         monitor.step(
@@ -67,7 +74,7 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
         )  # fmt: skip
         monitor.evaluation(16, 0, {"loss": 1.5})
         monitor.captions(16, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["true"], ["generated"])
-        monitor.hparams({"lr": 0.1})
+        monitor.finish()
     assert Memory.calls == [
         ("open", tmp_path, 8),
         ("stage", 2, "84 px", 8),
@@ -75,7 +82,7 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
         ("val", 16, 1.5, 1.5),
         ("image", "val/captions", "RGB", 16),
         ("text", "val/captions_text", "| generated | true |", 16),
-        ("hparams", {"lr": 0.1}, 1.5),
+        ("finish", {"lr": 0.1}, 1.5),
         ("close",),
     ]
 
@@ -86,7 +93,7 @@ def test_slow_steps_are_logged_after_half_a_minute(
     """Steps of 20 s, of which every hundredth is recorded. Oracle: the lines and records, by hand."""
     clock = [0.0]
     monkeypatch.setattr("open_clip_ov2.tracking.monitor.time.monotonic", lambda: clock[0])
-    monitor = RunMonitor(tmp_path, 0, log_every_n_steps=100, console=silent())
+    monitor = RunMonitor(TrackedRun(tmp_path), 0, log_every_n_steps=100, console=silent())
     with caplog.at_level("INFO"), contextlib.closing(monitor):
         monitor.begin_stage(StageInfo(1, 1, "", 0, 200, 0, 8))
         for number in range(1, 7):
@@ -124,13 +131,13 @@ def read(run: Path) -> list[tuple[int, float | None]]:
 
 
 def test_a_resumed_run_drops_later_records_and_a_torn_line(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path)
+    lines = JsonLines(TrackedRun(tmp_path))
     for seen in (8, 16, 24):
         write(lines, seen, float("nan") if seen == 8 else float(seen))
     lines.close()
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"kind": "tra')
-    lines = JsonLines(tmp_path, resumed_at=16)
+    lines = JsonLines(TrackedRun(tmp_path, 16))
     write(lines, 24, 1.0)
     lines.close()
     assert read(tmp_path) == [(8, None), (16, 16.0), (24, 1.0)]
@@ -139,7 +146,7 @@ def test_a_resumed_run_drops_later_records_and_a_torn_line(tmp_path: Path) -> No
 def test_a_full_disk_costs_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The system's own limit on a file's size stands for the disk: it cuts a record short. Oracle: the json module."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    lines = JsonLines(tmp_path)
+    lines = JsonLines(TrackedRun(tmp_path))
     write(lines, 8, 1.0)
     size = (tmp_path / "results.jsonl").stat().st_size
     try:
@@ -157,10 +164,10 @@ def test_a_full_disk_costs_no_record(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_hparams_are_in_the_run_itself(tmp_path: Path) -> None:
     """Oracle: TensorBoard's own reader, and one event file, so TensorBoard shows one run."""
-    board = TensorBoard(tmp_path)
-    board.write("train", 8, {"train/loss": 1.0}, {})
     flags = {"lr": 1e-3, "model": "ov2-vit-nano-8", "seed": 0, "locked": True, "keep_ratio": None}
-    board.hparams(flags, {"loss": 1.0})
+    board = TensorBoard(TrackedRun(tmp_path, flags=flags))
+    board.write("train", 8, {"train/loss": 1.0}, {})
+    board.finish({"loss": 1.0})
     board.close()
     assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -172,3 +179,71 @@ def test_hparams_are_in_the_run_itself(tmp_path: Path) -> None:
         "keep_ratio": "None",
     }
     assert [event.value for event in events.Scalars("hparam/loss")] == [1.0]
+
+
+def sent_to_wandb(folder: Path) -> list[Any]:
+    """All records of the offline run folders, in order, as wandb's own protocol reads them.
+
+    A .wandb file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB, of pieces with checksum, length and
+    type (1 a whole record, 2 its beginning, 3 its middle, 4 its end).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        data, at, record = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            length, kind = struct.unpack_from("<HB", data, at + 4)
+            record += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                records.append(Record.FromString(record))
+                record = b""
+    return records
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process was killed after 16 samples, and the second resumes from 8. Oracle: wandb's own protocol."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for resumed_at, logged in ((None, (8, 16)), (8, (16, 24))):
+        tracker = WandB(TrackedRun(tmp_path, resumed_at, {"lr": 0.1}, "pictures", "a note"))
+        for seen in logged:
+            tracker.write("train", seen, {"train/loss": float(seen)}, {})
+        tracker.image("val/captions", PIL.Image.new("RGB", (4, 4)), logged[-1])
+        tracker.finish({"loss": 2.0})
+        tracker.close()
+    wandb.teardown()  # its service writes in the background
+    records = sent_to_wandb(tmp_path)
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.project, run.notes) for run in runs} == {(runs[0].run_id, "pictures", "a note")}
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    losses = [(row["samples_seen"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert losses == [(8, 8.0), (16, 16.0), (24, 24.0)]
+    assert [row["samples_seen"] for row in rows if "val/captions/path" in row] == [16, 24]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/val/*.png"))) == 2
+
+
+def test_trackio_keeps_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: trackio's own database. The package is not among the tests' own, because it holds Pillow back."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    code = (
+        "from pathlib import Path\nfrom PIL import Image\n"
+        "from open_clip_ov2.tracking.sinks import TrackedRun, Trackio\n"
+        f"tracker = Trackio(TrackedRun(Path({str(tmp_path)!r}) / 'run', None, {{'lr': 0.1}}, 'pictures'))\n"
+        "tracker.write('train', 8, {'train/loss': 2.0}, {})\n"
+        "tracker.image('val/captions', Image.new('RGB', (4, 4)), 8)\ntracker.close()\n"
+        "from trackio.sqlite_storage import SQLiteStorage\n"
+        "print(SQLiteStorage.get_logs('pictures', 'run'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'train/loss': 2.0" in done.stdout
+    assert "'step': 8" in done.stdout

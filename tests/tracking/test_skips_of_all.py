@@ -9,12 +9,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
+from open_clip_ov2.tracking.sinks import TrackedRun
 
 
 def monitor_of(run: Path, resumed_at: int | None = None) -> RunMonitor:
     """Of two processes that skip alike."""
     return RunMonitor(
-        run, 0, log_every_n_steps=1, trackers=("tensorboard",), resumed_at=resumed_at,
+        TrackedRun(run, resumed_at), 0, log_every_n_steps=1, trackers=("tensorboard",),
         console=Console(file=io.StringIO()), gather=lambda counts: {k: 2 * v for k, v in counts.items()},
     )  # fmt: skip
 

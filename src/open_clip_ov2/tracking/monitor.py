@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from open_clip_ov2.tracking.log import FILE_ONLY
 from open_clip_ov2.tracking.sheet import Captioned, contact_sheet
-from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, ProgressLine, Tracker
+from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, ProgressLine, TrackedRun, Tracker
 from open_clip_ov2.tracking.status import StatusFile
 from open_clip_ov2.tracking.throughput import BottleneckWatch, Meter, Window, peak_memory
 
@@ -53,21 +52,19 @@ class StageInfo:
 class RunMonitor:
     """Reports one run, over all its stages. Ranks other than 0 count skipped samples and do nothing else.
 
-    `trackers`: names in TRACKERS. `resumed_at`: samples seen at the checkpoint that the run continues from (records
-    after it are dropped); None for a new run. `gather` sums counts over all processes, which call it together at every
+    `trackers`: names in TRACKERS. `gather` sums counts over all processes, which call it together at every
     `log_every_n_steps`th step.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        run: TrackedRun,
         rank: int,
         *,
         log_every_n_steps: int,
         trackers: Sequence[str] = (),
         model_name: str = "",
         device_type: str = "cpu",
-        resumed_at: int | None = None,
         console: Console | None = None,
         gather: Callable[[dict[str, int]], dict[str, int]] = lambda counts: counts,
     ) -> None:
@@ -82,11 +79,11 @@ class RunMonitor:
         self._trackers: list[Tracker] = []
         self._progress: ProgressLine | None = None
         self.last: dict[str, float] = {}
-        self.status = StatusFile(run_dir, self._active)
+        self.status = StatusFile(run.folder, self._active)
         if self._active:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
             classes: list[type[Tracker]] = [JsonLines, *(TRACKERS[name] for name in trackers)]
-            self._trackers = [tracker(run_dir, resumed_at) for tracker in classes]
+            self._trackers = [tracker(run) for tracker in classes]
             self._console = console or Console()
 
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
@@ -236,10 +233,10 @@ class RunMonitor:
             tracker.image("val/captions", sheet, samples_seen)
             tracker.text("val/captions_text", f"| generated | true |\n|---|---|\n{rows}", samples_seen)
 
-    def hparams(self, values: Mapping[str, Any]) -> None:
-        """The run's flags, next to its last metrics."""
+    def finish(self) -> None:
+        """The run is complete."""
         for tracker in self._trackers:
-            tracker.hparams(values, self.last)
+            tracker.finish(self.last)
 
     def _end_progress(self) -> None:
         if self._progress is not None:

@@ -9,16 +9,20 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from open_clip_ov2.errors import UserError, unknown_key
-from open_clip_ov2.files import read_json_lines, write_text
+from open_clip_ov2.errors import UserError, first_line, unknown_key
+from open_clip_ov2.files import read_json, read_json_lines, write_json, write_text
 from open_clip_ov2.tracking.status import finite
 
 if TYPE_CHECKING:
@@ -27,14 +31,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker knows of its run. With `resumed_at`, the run continues from a checkpoint at that many samples, and
+    records after it should be dropped or hidden, because the run writes them again. `flags` are hyperparameters,
+    `project` and `notes` are those of --wandb-project-name and --wandb-notes."""
+
+    folder: Path
+    resumed_at: int | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    project: str = "open-clip"
+    notes: str = ""
+
+
 class Tracker:
     """One run's tracker, on rank 0, over all stages. Each method does nothing unless a tracker overrides it.
 
-    The x axis is samples seen. With `resumed_at`, the run continues from a checkpoint at that many samples, and records
-    after it should be dropped or hidden, because the run writes them again.
+    The x axis is samples seen.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None: ...
+    def __init__(self, run: TrackedRun) -> None: ...
 
     def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
         """Stage `number` (from 1) begins; `title` is empty if the run has one stage."""
@@ -49,8 +65,8 @@ class Tracker:
     def text(self, name: str, markdown: str, samples_seen: int) -> None:
         """Markdown text."""
 
-    def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """At the end of the run: its flags, and its last metrics."""
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """At the end of the run: its last metrics."""
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -62,10 +78,10 @@ class JsonLines(Tracker):
     A full disk costs no record: lines that cannot be written wait for the next one.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
-        path = run_dir / "results.jsonl"
-        if resumed_at is not None and path.is_file():
-            earlier = (record for record in read_json_lines(path) if record["samples_seen"] <= resumed_at)
+    def __init__(self, run: TrackedRun) -> None:
+        path = run.folder / "results.jsonl"
+        if run.resumed_at is not None and path.is_file():
+            earlier = (record for record in read_json_lines(path) if record["samples_seen"] <= run.resumed_at)
             write_text(path, "".join(f"{json.dumps(record)}\n" for record in earlier))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._unwritten = b""
@@ -92,11 +108,12 @@ class JsonLines(Tracker):
 class TensorBoard(Tracker):
     """RUN/tensorboard. After a resume, TensorBoard hides the records that the run writes again."""
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resumed_at is None else resumed_at + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=30, purge_step=purge)
+        purge = None if run.resumed_at is None else run.resumed_at + 1
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), flush_secs=30, purge_step=purge)
+        self._flags = run.flags
 
     def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
         if title:
@@ -116,11 +133,13 @@ class TensorBoard(Tracker):
     def text(self, name: str, markdown: str, samples_seen: int) -> None:
         self._writer.add_text(name, markdown, samples_seen)
 
-    def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """In this run's own event file; SummaryWriter.add_hparams would show it as a second run."""
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Hyperparameters, in this run's own event file; SummaryWriter.add_hparams would show it as a second run."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in values.items()}
+        plain = {
+            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in self._flags.items()
+        }
         named = {f"hparam/{name}": value for name, value in metrics.items()}
         for summary in hparams(plain, named):
             self._writer._get_file_writer().add_summary(summary)
@@ -131,15 +150,89 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard}  # by their names in --report-to
+class WandB(Tracker):
+    """Weights & Biases. RUN/wandb.json keeps the run's id, so that a resumed run continues the same one there.
+
+    What the interrupted process has sent stays: the records that the run writes again are not sent twice.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self._file = run.folder / "wandb.json"
+        known = read_json(self._file) if self._file.is_file() else {"id": secrets.token_hex(4), "sent": {}}
+        self._sent, self._id = dict(known["sent"]), known["id"]
+        self._before: dict[str, int] = dict(self._sent)
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=run.project, name=run.folder.name, id=self._id, resume="allow", notes=run.notes or None,
+                dir=str(run.folder), config=dict(run.flags), settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(f"--report-to wandb: {first_line(error)}") from error
+        self._run.define_metric("*", step_metric="samples_seen")
+
+    def _log(self, kind: str, samples_seen: int, values: Mapping[str, Any]) -> None:
+        if samples_seen > self._before.get(kind, -1):
+            self._run.log({"samples_seen": samples_seen, **values})
+            self._sent[kind] = samples_seen
+            write_json(self._file, {"id": self._id, "sent": self._sent})
+
+    def write(self, kind: str, samples_seen: int, scalars: Mapping[str, float], row: Mapping[str, Any]) -> None:
+        self._log(kind, samples_seen, scalars)
+
+    def image(self, name: str, image: Image, samples_seen: int) -> None:
+        self._log(name, samples_seen, {name: self._wandb.Image(image)})
+
+    def text(self, name: str, markdown: str, samples_seen: int) -> None:
+        self._log(name, samples_seen, {name: self._wandb.Html(f"<pre>{escape(markdown)}</pre>")})
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(metrics))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio(Tracker):
+    """trackio, by the run's name; a resumed run continues there. The x axis is its step."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        self._trackio, self._resumed_at = trackio, run.resumed_at
+        config = {key: str(value) for key, value in run.flags.items()}
+        self._run = trackio.init(run.project, run.folder.name, config=config, resume="allow", embed=False)
+
+    def write(self, kind: str, samples_seen: int, scalars: Mapping[str, float], row: Mapping[str, Any]) -> None:
+        self._run.log(dict(scalars), step=samples_seen)
+
+    def image(self, name: str, image: Image, samples_seen: int) -> None:
+        self._run.log({name: self._trackio.Image(image)}, step=samples_seen)
+
+    def text(self, name: str, markdown: str, samples_seen: int) -> None:
+        self._run.log({name: self._trackio.Markdown(markdown)}, step=samples_seen)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# By their names in --report-to, which are the names of the packages that they need.
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+ALL = ("tensorboard", "wandb")  # of OpenCLIP's `--report-to all`
 
 
 def tracker_names(report_to: str) -> tuple[str, ...]:
-    """The trackers of `--report-to NAME,NAME`. Raises UserError."""
-    names = tuple(dict.fromkeys(name for name in report_to.split(",") if name))
-    for name in set(names) - set(TRACKERS):
-        error = unknown_key("--report-to", name, TRACKERS, "tracker")
-        raise UserError(f"{error}; results.jsonl is always written")
+    """The trackers of `--report-to NAME,NAME`. Raises UserError, also for a package that is not installed."""
+    asked = (name for name in report_to.split(",") if name)
+    names = tuple(dict.fromkeys(name for word in asked for name in (ALL if word == "all" else (word,))))
+    for name in names:
+        if name not in TRACKERS:
+            error = unknown_key("--report-to", name, [*TRACKERS, "all"], "tracker")
+            raise UserError(f"{error}; results.jsonl is always written")
+        if name in ("wandb", "trackio") and find_spec(name) is None:
+            raise UserError(f"--report-to {name}: pip install 'open_clip_ov2[{name}]'")
     return names
 
 

@@ -20,7 +20,7 @@ from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
-from open_clip_ov2.tracking.sinks import tracker_names
+from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
 from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 from open_clip_ov2.vlm import assemble, conversations, vlm_folder
 from open_clip_ov2.vlm.reporting import RunWatch
@@ -79,13 +79,12 @@ class _Run:
         self.samples = self.on_rank_0(self._prepare_data)
         done = self.stages_done
         self.monitor = RunMonitor(
-            self.folder,
+            TrackedRun(self.folder, self._seen(max(done, 0))),
             rank,
             log_every_n_steps=plan.options.log_every_n_steps,
             trackers=tracker_names(plan.options.report_to),
             model_name=Path(plan.encoder).name,
             device_type=device.type,
-            resumed_at=self._seen(max(done, 0)),
             console=console,
         )
         opened.callback(self.monitor.close)

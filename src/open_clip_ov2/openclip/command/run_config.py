@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from open_clip_ov2.openclip.command.run_plan import StagePlan
+    from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 
 # Of OpenCLIP's flags, what does not change the weights that come out (batch size and accumulation: global_batch).
 NOT_CONFIG = frozenset(
@@ -60,3 +60,11 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
 def signature(config: dict[str, Any]) -> str:
     """Eight hexadecimal digits that identify a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def hyperparameters(plan: RunPlan) -> dict[str, Any]:
+    """The flags of the last stage that trackers show beside its metrics."""
+    last = plan.stages[-1]
+    theirs = ("model", "lr", "wd", "batch_size", "accum_freq", "warmup", "epochs", "precision", "seed")
+    values: dict[str, Any] = {name: getattr(last.args, name) for name in theirs}
+    return values | {name: str(getattr(last.options, name)) for name in ("keep_ratio", "fusion", "tokenizer")}

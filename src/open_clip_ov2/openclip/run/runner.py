@@ -18,7 +18,6 @@ from open_clip_ov2.openclip.run.stage_run import StageRun
 from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
-_HPARAMS = ("model", "lr", "wd", "batch_size", "accum_freq", "warmup", "epochs", "precision", "seed")  # TensorBoard's
 
 
 def train(argv: Sequence[str]) -> Path:
@@ -50,7 +49,7 @@ def _run_stages(plan: RunPlan, session: Session) -> None:
         if stage.args.torchcompile:
             torch.compiler.reset()  # what was compiled for the model of this stage
     session.check_saved(f"training is over after {session.samples_before:,} samples")
-    session.monitor.hparams(_hparams(plan))
+    session.monitor.finish()
 
 
 def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
@@ -66,9 +65,3 @@ def _refuse_a_longer_stage(plan: RunPlan, state: dict[str, Any] | None) -> None:
             f"after {state['stage_samples']:,} samples; to train on {asked:,} start another run (--name) from its last "
             "checkpoint (--pretrained)"
         )
-
-
-def _hparams(plan: RunPlan) -> dict[str, object]:
-    last = plan.stages[-1]
-    values: dict[str, object] = {name: getattr(last.args, name) for name in _HPARAMS}
-    return values | {name: str(getattr(last.options, name)) for name in ("keep_ratio", "fusion", "tokenizer")}

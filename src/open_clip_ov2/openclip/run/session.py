@@ -17,11 +17,12 @@ from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.data_flags import data_kind
+from open_clip_ov2.openclip.command.run_config import hyperparameters
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
-from open_clip_ov2.tracking.sinks import tracker_names
+from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint
 from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 
@@ -71,14 +72,14 @@ class Session:
         if existed and self.trains:
             self._find_checkpoint(checkpoints)
         state = self.state
+        resumed_at = (state["samples_seen"] if state else 0) if existed and self.trains else None
         self.monitor = RunMonitor(
-            plan.folder,
+            TrackedRun(plan.folder, resumed_at, hyperparameters(plan), args.wandb_project_name, args.wandb_notes),
             self.rank,
             log_every_n_steps=args.log_every_n_steps,
             trackers=tracker_names(args.report_to),
             model_name=plan.model,
             device_type=self.device.type,
-            resumed_at=(state["samples_seen"] if state else 0) if existed and self.trains else None,
             console=self.console,
             gather=gathered_counts,
         )
