@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "tracking": Layer(
         BASE,
-        "torch rich tensorboard matplotlib cycler PIL numpy",
+        "torch rich tensorboard wandb trackio matplotlib cycler PIL numpy",
         "progress line, log, TensorBoard, results.jsonl, status.json, figures",
     ),
     "openclip.models": Layer(

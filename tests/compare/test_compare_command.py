@@ -168,5 +168,5 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
     error = capsys.readouterr().err
-    assert "variant a: --model ov2-vit-nano-9: no such model; did you mean ov2-vit-nano-8" in error
+    assert "variant a: stage 1 (24 px): --model ov2-vit-nano-9: no such model; did you mean ov2-vit-nano-8" in error
     assert error.count("\n") == 1

@@ -55,7 +55,9 @@ class VlmOptions:
     )
     save_every_minutes: float | None = flag("M", real(0, above=True), "and after every M minutes", group=RUN)
     log_every_n_steps: int = flag("N", whole(1), "a record after every N steps (default: 10)", default=10, group=RUN)
-    report_to: str = flag("NAME,NAME", str, "tensorboard (results.jsonl is always written)", default="", group=RUN)
+    report_to: str = flag(
+        "NAME,NAME", str, "tensorboard, wandb or trackio (results.jsonl is always written)", default="", group=RUN
+    )
     seed: int = flag("N", whole(0), "of projector and order of the data (default: 0)", default=0, group=RUN)
     trainer: Path | None = flag(
         "FILE.toml", Path, "further settings of TRL's SFTConfig, such as fsdp and deepspeed", group=RUN
