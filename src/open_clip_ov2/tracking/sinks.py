@@ -160,7 +160,9 @@ class WandB(Tracker):
         import wandb
 
         self._file = run.folder / "wandb.json"
-        known = read_json(self._file) if self._file.is_file() else {"id": secrets.token_hex(4), "sent": {}}
+        known: dict[str, Any] = (
+            read_json(self._file) if self._file.is_file() else {"id": secrets.token_hex(4), "sent": {}}
+        )
         self._sent, self._id = dict(known["sent"]), known["id"]
         self._before: dict[str, int] = dict(self._sent)
         self._wandb = wandb
