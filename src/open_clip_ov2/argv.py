@@ -36,13 +36,21 @@ def flag_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def flag(
-    shown: str, read: Callable[[Any], Any], help: str, *, default: Any = None, repeat: bool = False, group: str = ""
+    shown: str,
+    read: Callable[[Any], Any],
+    help: str,
+    *,
+    default: Any = None,
+    repeat: bool = False,
+    several: bool = False,
+    group: str = "",
 ) -> Any:
     """A field of a dataclass that is a flag of the same name, and a key of `tables.from_table`: `shown` stands for its
-    value in the help text, `repeat` collects the values of several equal flags in a list, and `group` is the heading
-    under which `--help` has it. A flag whose default is MISSING must be given.
+    value in the help text, `repeat` collects the values of several equal flags in a list, `several` those of one flag,
+    and `group` is the heading under which `--help` has it. A flag whose default is MISSING must be given.
     """
     action = {"type": flag_type(read), "metavar": shown, "help": help, "action": "append" if repeat else "store"}
+    action |= {"nargs": "+"} if several else {}
     return dataclasses.field(default=default, metadata={"flag": action, "read": read, "group": group})
 
 

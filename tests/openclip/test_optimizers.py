@@ -29,7 +29,7 @@ def test_muon_on_a_cpu_computes_in_what_the_cpu_multiplies(units: bool, monkeypa
     monkeypatch.setattr(optimizers, "cpu_multiplies_bfloat16", lambda: units)
     torch.manual_seed(0)
     model, before = nn.Linear(48, 24, bias=False), timm.optim.muon.zeropower_via_newtonschulz
-    create = optimizers.muon_for_hidden_matrices(timm.optim.create_optimizer_v2)
+    create = optimizers.timm_optimizer(timm.optim.create_optimizer_v2, lambda: optimizers.Grouping(model))
     optimizer = create(model, "muon", lr=0.1, weight_decay=0.0, momentum=0.95)
     momentum = torch.zeros(24, 48)
     for _ in range(3):

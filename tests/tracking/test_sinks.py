@@ -67,7 +67,7 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
         TrackedRun(tmp_path, 8, {"lr": 0.1}), 0, log_every_n_steps=1, trackers=trackers, console=silent()
     )
     with contextlib.closing(monitor):
-        monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 2, 8, 8))
+        monitor.begin_stage(StageInfo(2, 2, "84 px", 0, 0, 16, 8))
         monitor.step(
             16, losses={"loss": torch.tensor(2.0)}, lr=0.1, grad_norm=None, num_images=8, num_tokens=None, wait_s=0.0,
             step_s=1.0, skipped={},
@@ -95,7 +95,7 @@ def test_slow_steps_are_logged_after_half_a_minute(
     monkeypatch.setattr("open_clip_ov2.tracking.monitor.time.monotonic", lambda: clock[0])
     monitor = RunMonitor(TrackedRun(tmp_path), 0, log_every_n_steps=100, console=silent())
     with caplog.at_level("INFO"), contextlib.closing(monitor):
-        monitor.begin_stage(StageInfo(1, 1, "", 0, 200, 0, 8))
+        monitor.begin_stage(StageInfo(1, 1, "", 0, 0, 1600, 0))
         for number in range(1, 7):
             clock[0] += 20.0
             monitor.step(

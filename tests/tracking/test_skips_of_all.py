@@ -29,7 +29,7 @@ def step(monitor: RunMonitor, samples: int, skipped: dict[str, int]) -> None:
 
 def test_sums_over_processes_epochs_and_a_restart(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path)
-    monitor.begin_stage(StageInfo(1, 1, "", 0, 4, 0, 8))
+    monitor.begin_stage(StageInfo(1, 1, "", 0, 0, 32, 0))
     monitor.start_epoch(0)
     step(monitor, 8, {"bad JSON": 1})
     step(monitor, 16, {"bad JSON": 2})
@@ -39,7 +39,7 @@ def test_sums_over_processes_epochs_and_a_restart(tmp_path: Path) -> None:
     state, in_epoch = monitor.state(), monitor.epoch_skips
     monitor.close()
     again = monitor_of(tmp_path, resumed_at=24)
-    again.begin_stage(StageInfo(1, 1, "", 3, 4, 0, 8), state)
+    again.begin_stage(StageInfo(1, 1, "", 3, 24, 32, 0), state)
     again.start_epoch(1, resumed=True, skips=in_epoch)
     step(again, 32, {"bad JSON": 1})
     assert again.epoch_skips == {"bad JSON": 2}

@@ -28,25 +28,25 @@ SILENCE_S = 30.0  # ours: a person begins to worry about a run that prints nothi
 
 @dataclass(frozen=True)
 class StageInfo:
-    """Stage `number` (from 1) of `of`, with `steps` in all, of which `first_step` are done.
+    """Stage `number` (from 1) of `of`, with `samples` in all, of which `first_sample` are seen, in `first_step` steps.
 
-    `batch_images` is the global batch size; `workers` are data workers of each process.
+    `workers` are data workers of each process.
     """
 
     number: int
     of: int
     title: str
     first_step: int
-    steps: int
+    first_sample: int
+    samples: int
     samples_before: int
-    batch_images: int
     meter: Meter | None = None
     workers: int | None = None
 
     @property
     def last_sample(self) -> int:
         """Samples seen in the whole run when this stage ends."""
-        return self.samples_before + self.steps * self.batch_images
+        return self.samples_before + self.samples
 
 
 class RunMonitor:
@@ -70,7 +70,7 @@ class RunMonitor:
     ) -> None:
         self._active, self._log_every, self._gather = rank == 0, log_every_n_steps, gather
         self._model_name, self._device_type = model_name, device_type
-        self._stage = StageInfo(1, 1, "", 0, 0, 0, 1)
+        self._stage = StageInfo(1, 1, "", 0, 0, 0, 0)
         self._steps = self._epoch = self._epoch_images = 0
         self._epoch_skips: Counter[str] = Counter()
         self._past_skips: Counter[str] = Counter()  # of all processes, in earlier epochs
@@ -93,12 +93,12 @@ class RunMonitor:
             self.restore(state)
         if not self._active:
             return
-        seen = stage.samples_before + stage.first_step * stage.batch_images
+        seen = stage.samples_before + stage.first_sample
         self.status.update(stage=stage.number, stages=stage.of, samples_seen=seen, total_samples=stage.last_sample)
         for tracker in self._trackers:
             tracker.begin_stage(stage.number, stage.title, stage.samples_before)
         self._end_progress()
-        if self._console.is_terminal and stage.steps:
+        if self._console.is_terminal and stage.samples:
             where = f" stage {stage.number}/{stage.of} {stage.title}" if stage.of > 1 else ""
             self._progress = ProgressLine(f"{self._model_name}{where}", stage.last_sample, self._console)
 
@@ -134,7 +134,8 @@ class RunMonitor:
         logged for SILENCE_S. Only there are tensors read, and so waited for."""
         self._epoch_skips.update(skipped)
         self._steps += 1
-        records = self._steps in (1, self._stage.steps) or self._steps % self._log_every == 0
+        ends = samples_seen == self._stage.last_sample
+        records = self._steps == 1 or ends or self._steps % self._log_every == 0
         skips = self._past_skips + Counter(self._gather(dict(self._epoch_skips))) if records else Counter()
         if not self._active:
             return

@@ -1,7 +1,9 @@
 """Checkpoints on disk, written in the background. The newest few, the best one and that of each stage's end are kept.
 
 A file is a plain OpenCLIP checkpoint (`epoch`, `name`, `state_dict`, `optimizer`, `scaler`) with the training state to
-resume from under RESUME_KEY, and under CONFIG_KEY the model's configuration, preprocessing and vocabulary.
+resume from under RESUME_KEY, and under CONFIG_KEY the model's configuration, preprocessing and vocabulary. Where the
+weights that one uses are not those that training goes on from (an average of them, or adapters merged), `state_dict` is
+what every reader opens, and LIVE_KEY has the difference.
 `stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end.
 """
 
@@ -24,9 +26,10 @@ from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
-RESUME_KEY, CONFIG_KEY = "open_clip_ov2", "open_clip_config"
+RESUME_KEY, CONFIG_KEY, LIVE_KEY = "open_clip_ov2", "open_clip_config", "open_clip_ov2_live"
 BEST_FILE = "best.json"
 LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
+State = Mapping[str, torch.Tensor]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"stage_(\d+)(?:_samples_(\d+))?\.pt")
 
@@ -79,6 +82,34 @@ def _cause(error: BaseException) -> BaseException:
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
+
+
+def weights_content(published: State, live: State, average: State) -> dict[str, Any]:
+    """The part of a checkpoint that has weights; `average` (--ema-decay) is float32."""
+    changed = {
+        name: value
+        for name, value in live.items()
+        if name not in published or value.data_ptr() != published[name].data_ptr()
+    }
+    if not changed:
+        return {"state_dict": published}
+    rest = {k: v for k, v in average.items() if k not in published or published[k].dtype != v.dtype}
+    replaced = [name for name in published if name not in live]
+    return {"state_dict": published, LIVE_KEY: {"weights": changed, "replaced": replaced, "average": rest}}
+
+
+def live_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict that training goes on from."""
+    live = content.get(LIVE_KEY, {"weights": {}, "replaced": ()})
+    kept = {name: value for name, value in content["state_dict"].items() if name not in set(live["replaced"])}
+    return {**kept, **live["weights"]}
+
+
+def average_of(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The average of the trained weights, as far as the checkpoint has one."""
+    live = content.get(LIVE_KEY, {"weights": {}, "average": {}})
+    published = content["state_dict"]
+    return {**{name: published[name] for name in live["weights"] if name in published}, **live["average"]}
 
 
 def snapshot(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.data.skips import merge_counts
@@ -25,8 +25,8 @@ from open_clip_ov2.train.guard import gradient_norm, not_finite, step_unless
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step; the device may still be computing its tensors. `keys` are those of this rank's samples, and
-    `skipped` counts bad samples by cause."""
+    """One optimizer step; the device may still be computing its tensors. `keys` are those of this rank's samples,
+    `skipped` counts bad samples by cause, and `entries` the entries of the schedule that the step took."""
 
     losses: Mapping[str, Tensor | float]
     lr: float
@@ -37,18 +37,30 @@ class StepReport:
     wait_s: float
     step_s: float
     skipped: Mapping[str, int]
+    entries: int = 1
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """`grad_clip_norm` is None for no clipping; `loss_weight`, of the caption loss, is 2 in the reference
-    (--coca-caption-loss-weight)."""
+    (--coca-caption-loss-weight).
+
+    A step has `accum_freq` batches, which are one entry of the schedule; or, with `tokens_per_step`, as many as have so
+    many target tokens over all processes, and each batch is an entry.
+    """
 
     compute: Compute
     accum_freq: int
     grad_clip_norm: float | None
     loss_weight: float
     contrastive_weight: float = 1.0  # of a model that has this loss too (--coca-contrastive-loss-weight)
+    tokens_per_step: int | None = None
+
+    def windows(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """The batches of each step."""
+        if self.tokens_per_step is None:
+            return windows(batches, self.accum_freq)
+        return token_windows(batches, self.tokens_per_step, TargetCount(self.compute))
 
 
 @dataclass
@@ -77,6 +89,34 @@ def windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while len(window := list(islice(iterator, size))) == size:
         yield window
+
+
+def token_windows(batches: Iterable[Batch], tokens: int, num_targets: Callable[[Batch], int]) -> Iterator[list[Batch]]:
+    """Batches until they have `tokens` target tokens, one optimizer step each; the last group has what is left."""
+    window, total = list[Batch](), 0
+    for batch in batches:
+        window.append(batch)
+        total += num_targets(batch)
+        if total >= tokens:
+            yield window
+            window, total = [], 0
+    if window:
+        yield window
+
+
+class TargetCount:
+    """The target tokens in a batch of each process together. Processes ask on their CPUs, so no step waits for a
+    device, and all of them accumulate alike."""
+
+    def __init__(self, compute: Compute) -> None:
+        self._eos_id = compute.eos_id
+        self._group: Any = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
+
+    def __call__(self, batch: Batch) -> int:
+        count = (caption_targets(batch.texts_BL, self._eos_id) != IGNORE_INDEX).sum()
+        if self._group is not None:
+            torch.distributed.all_reduce(count, group=self._group)
+        return int(count)
 
 
 def optimizer_step(
@@ -144,6 +184,11 @@ def _clipped_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: An
     return norm
 
 
+def full_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the parameters that have all of it (--lr-layer-decay)."""
+    return float(max(group["lr"] for group in optimizer.param_groups))
+
+
 def train_epoch(
     model: nn.Module,
     loader: Any,
@@ -157,14 +202,14 @@ def train_epoch(
     """The remaining steps of an epoch. `before_step` sets the learning rate."""
     model.train()
     start = time.perf_counter()
-    for window in windows(loader, settings.accum_freq):
+    for window in settings.windows(loader):
         wait_s = time.perf_counter() - start
         before_step()
         result = optimizer_step(model, window, loss, optimizer, scaler, settings)
         after_step(
             StepReport(
                 losses=result.losses(settings),
-                lr=optimizer.param_groups[0]["lr"],
+                lr=full_rate(optimizer),
                 grad_norm=result.grad_norm,
                 bad=result.bad,
                 keys=[key for batch in window for key in batch.keys],
@@ -172,6 +217,7 @@ def train_epoch(
                 wait_s=wait_s,
                 step_s=time.perf_counter() - start,
                 skipped=merge_counts(batch.skipped for batch in window),
+                entries=len(window) if settings.tokens_per_step else 1,
             )
         )
         model.train()  # a validation in between has left it in evaluation mode

@@ -66,7 +66,7 @@ _REFUSED_OV2 = {
 _OF_OV2 = dict.fromkeys(
     (
         "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
-        "prompt_keys",
+        "prompt_keys", "tokens_per_step",
     ),
     "leave it out",
 )  # fmt: skip
@@ -104,6 +104,7 @@ def check_stage(
         )
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
+    _check_training_aids(argv, options, theirs)
     is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
     if is_ov2:
         _refuse(argv, _REFUSED_OV2, f" with --model {theirs.model}")
@@ -117,10 +118,12 @@ def check_stage(
         raise UserError(f"--force-image-size: {error}") from None
 
 
-def _check_contrastive(theirs: argparse.Namespace) -> None:
-    if theirs.accum_freq > 1 and (get_model_config(theirs.model) or {}).get(factory.CONTRASTIVE_KEY):
+def _check_contrastive(options: TrainOptions, theirs: argparse.Namespace) -> None:
+    accumulates = f"--accum-freq {theirs.accum_freq}" if options.tokens_per_step is None else "--tokens-per-step"
+    several = theirs.accum_freq > 1 or options.tokens_per_step is not None
+    if several and (get_model_config(theirs.model) or {}).get(factory.CONTRASTIVE_KEY):
         raise UserError(
-            f"--accum-freq {theirs.accum_freq}: a contrastive loss compares all pairs of a batch, and --model "
+            f"{accumulates}: a contrastive loss compares all pairs of a batch, and --model "
             f"{theirs.model} has them in one pass; give a larger --batch-size, or leave the flag out"
         )
 
@@ -136,6 +139,26 @@ def _check_captions(options: TrainOptions) -> None:
             )
 
 
+def _check_training_aids(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
+    if options.lora_rank and theirs.lock_image:
+        raise UserError("--lock-image: --lora-rank freezes the vision tower already, and trains its adapters")
+    if options.lora_alpha and not options.lora_rank:
+        raise UserError("--lora-alpha is for adapters; add --lora-rank R")
+    if options.tokens_per_step is not None:
+        why = "with --tokens-per-step the number of images in a step is not fixed"
+        _refuse(argv, {"accum_freq": why, "global_batch": why, "base_lr": f"{why}; give --lr"})
+
+
+def check_stages(stages: Sequence[TrainOptions], carry_optimizer: bool) -> None:
+    """Raises UserError if stages differ in what one of them hands on to the next."""
+    same = {"lora_rank": "the next stage continues the adapters of the one before"}
+    if carry_optimizer:
+        same |= dict.fromkeys(("lr_layer_decay", "wd_exclude", "freeze"), "--carry-optimizer needs the same groups")
+    for name, why in same.items():
+        if any(getattr(options, name) != getattr(stages[0], name) for options in stages):
+            raise UserError(f"{_flag(name)}: must be the same in all stages, since {why}")
+
+
 def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:
     _check_captions(options)
     for name, read in _READERS.items():
@@ -147,7 +170,7 @@ def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:
                 raise UserError(f"{_flag(name)}: {error}") from None
     if theirs.lr is None:
         raise UserError(f"--opt {theirs.opt}: OpenCLIP has a default learning rate for AdamW alone; give --lr")
-    _check_contrastive(theirs)
+    _check_contrastive(options, theirs)
 
 
 def _flag(name: str) -> str:

@@ -4,7 +4,7 @@ how it is read and what `--help` prints."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +96,36 @@ class TrainOptions:
         one_of("fp32", "bf16"),
         "data type in which processes sum their gradients; bf16 sends half the bytes (default: fp32)",
         default="fp32",
+    )
+    ema_decay: float | None = flag(
+        "D",
+        _below_one,
+        "keep an exponential moving average of the weights with this decay (0.9998); checkpoints and validations are "
+        "then of the average",
+    )
+    lr_layer_decay: float | None = flag(
+        "F",
+        real(0, 1, above=True),
+        "multiply the learning rate of a block of the vision tower by F for each block above it, and once more",
+    )
+    wd_exclude: Sequence[str] = flag(
+        "PATTERN", text, "no weight decay for parameters whose names match ('*.bias')", default=(), several=True
+    )
+    freeze: Sequence[str] = flag(
+        "PATTERN", text, "do not train parameters whose names match ('text_decoder.*')", default=(), several=True
+    )
+    lora_rank: int | None = flag(
+        "R",
+        whole(1),
+        "freeze the vision tower and train LoRA adapters of this rank in its blocks; checkpoints have them merged",
+    )
+    lora_alpha: float | None = flag(
+        "A", real(0, above=True), "the adapters are scaled by A / R (default: R, which makes it 1)"
+    )
+    tokens_per_step: int | None = flag(
+        "N",
+        sample_count(1),
+        "a step takes batches until they have N target tokens over all processes (50k); the schedule counts batches",
     )
     caption_keys: tuple[CaptionKey, ...] = flag(
         "KEY[=WEIGHT],...",

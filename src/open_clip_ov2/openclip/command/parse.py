@@ -14,7 +14,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.argv import is_given, to_argv, without
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
-from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage
+from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
@@ -40,6 +40,7 @@ def parse(
     stages = [_stage(flags, stage, index, world_size, gpu, needs_data) for index, (flags, stage) in enumerate(given)]
     ours, _ = build_parser().parse_known_args(given[0][0])  # with the flags of a recipe's [train]
     run, first = options(RunOptions, ours), stages[0].args
+    check_stages([stage.options for stage in stages], ours.carry_optimizer)
     config = run_config(stages, world_size, ours.carry_optimizer)
     if run.until_stage and run.until_stage > len(stages):
         raise UserError(f"--until-stage {run.until_stage}: the run has {len(stages)} stages")

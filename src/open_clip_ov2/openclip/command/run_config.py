@@ -29,6 +29,15 @@ NOT_CONFIG = frozenset(
 )  # fmt: skip
 
 
+# Flags that came later: as long as they are left out, a run has the configuration, and so the name, that it had before.
+ADDED = frozenset(
+    (
+        "captions", "prompt_keys", "ema_decay", "lr_layer_decay", "wd_exclude", "freeze", "lora_rank", "lora_alpha",
+        "tokens_per_step",
+    )
+)  # fmt: skip
+
+
 def run_config(stages: Sequence[StagePlan], world_size: int, carry_optimizer: bool) -> dict[str, Any]:
     """The configuration that a resumed run must share, JSON-ready."""
     return {
@@ -45,7 +54,7 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
     config["global_batch"] = args.batch_size * args.accum_freq * world_size
     for field in fields(stage.options):
         value = getattr(stage.options, field.name)
-        if field.name == "val_captions" or (field.name in ("captions", "prompt_keys") and not value):
+        if field.name == "val_captions" or (field.name in ADDED and value == field.default):
             continue  # so that runs of before these flags keep their names
         if field.name == "captions":
             value = {one.name: one.identity() for one in value}

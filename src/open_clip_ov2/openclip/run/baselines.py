@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.data.skips import merge_counts
 from open_clip_ov2.train.guard import StockGuard
-from open_clip_ov2.train.step import StepReport, windows
+from open_clip_ov2.train.step import StepReport, full_rate, windows
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def stock_epoch(
             yield from window  # OpenCLIP's step runs while the last one waits here
             report = StepReport(
                 losses=loss.report(),
-                lr=optimizer.param_groups[0]["lr"],
+                lr=full_rate(optimizer),
                 grad_norm=None,
                 bad=guard.bad,
                 keys=[key for batch in window for key in batch.keys],

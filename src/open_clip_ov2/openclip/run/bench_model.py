@@ -29,7 +29,6 @@ from open_clip_ov2.openclip.models import baseline_configs
 from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for
-from open_clip_ov2.openclip.run import optimizers
 from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.quiet import quiet
@@ -87,7 +86,7 @@ class BenchModel:
             (main, "create_loss"): self._create_loss,
             (main, "train_one_epoch"): lambda _: self._keep,
             (main, "optim"): self._built.optim,
-            ("timm.optim", "create_optimizer_v2"): optimizers.muon_for_hidden_matrices,
+            ("timm.optim", "create_optimizer_v2"): self._built.timm_optimizer,
         }
         return {where: own.get(where, lambda original: original) for where in patches.RUN}
 

@@ -112,7 +112,7 @@ def stage_meter(model: Any, stage: StagePlan, device: torch.device, world_size: 
     """What MFU is computed with. None, and a line in the log, where FLOPs are not known: towers that are not plain
     transformers, or are frozen."""
     args = stage.args
-    if args.lock_image or args.lock_text:
+    if args.lock_image or args.lock_text or stage.options.freeze or stage.options.lora_rank:
         logger.info("MFU is not measured: a part of the model is frozen")
         return None
     try:

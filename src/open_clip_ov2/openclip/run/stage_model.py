@@ -23,8 +23,9 @@ from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
+from open_clip_ov2.openclip.run.finetune import add_lora, freeze
 from open_clip_ov2.openclip.run.session import Session
-from open_clip_ov2.train.checkpoint import RESUME_KEY
+from open_clip_ov2.train.checkpoint import RESUME_KEY, average_of, live_weights
 from open_clip_ov2.train.step import StepSettings
 
 
@@ -74,6 +75,7 @@ class StageModel:
         self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}  # see `model_options`
+        self.averages: dict[str, Any] | None = None  # what --ema-decay begins with; None: the weights themselves
 
     def create_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """In the place of OpenCLIP's `create_model_and_transforms`."""
@@ -90,10 +92,13 @@ class StageModel:
                 model, train_tf, _ = original(name, pretrained, **kwargs, **extra)
             except (ValueError, RuntimeError, AssertionError, OSError) as error:
                 raise UserError(f"--model {name}: {first_line(error)}") from error
-            if checkpoint is not None and not self.session.state_within:
-                self._load_previous_stage(model, checkpoint["state_dict"])
-            elif not pretrained and checkpoint is None and not brings_weights(name):
+            if checkpoint is None and not pretrained and not brings_weights(name):
                 baselines.init_coca_head(model)
+            if self.options.lora_rank:
+                add_lora(model, self.options.lora_rank, self.options.lora_alpha)
+            if checkpoint is not None and not self.session.state_within:
+                self._load_previous_stage(model, checkpoint)
+            freeze(model, self.options.freeze)
             if self.compile_blocks:
                 model.compile_blocks(memory_budget=self.options.activation_memory_budget)
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
@@ -112,12 +117,14 @@ class StageModel:
             own["force_image_size"] = tuple(size)  # OpenCLIP's call of timm's augmentation fails with a list
         return {**own, "aug_cfg": self.options.aug_cfg(given.get("aug_cfg"))}
 
-    def _load_previous_stage(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Load the weights of the previous stage, with the position table fitted to this stage's grid."""
-        weights = dict(state)
-        open_clip_factory.resize_pos_embed(weights, model)
-        if hasattr(model, "positional_embedding") or hasattr(getattr(model, "text", None), "positional_embedding"):
-            open_clip_factory.resize_text_pos_embed(weights, model)
+    def _load_previous_stage(self, model: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Load the weights of the previous stage, with position tables fitted to this grid; their average too."""
+        weights = live_weights(checkpoint)
+        self.averages = {**weights, **average_of(checkpoint)}
+        for state in (weights, self.averages):
+            open_clip_factory.resize_pos_embed(state, model)
+            if hasattr(model, "positional_embedding") or hasattr(getattr(model, "text", None), "positional_embedding"):
+                open_clip_factory.resize_text_pos_embed(state, model)
         _check_model("the previous stage", weights, model)
         model.load_state_dict(weights)
 
@@ -125,6 +132,7 @@ class StageModel:
         """In the place of OpenCLIP's `pt_load`: the checkpoint to resume from, with the names of a model in DDP."""
         assert self.session.checkpoint is not None
         content = {key: value for key, value in self.session.checkpoint.items() if key != RESUME_KEY}
+        content["state_dict"] = live_weights(self.session.checkpoint)
         _check_model("the checkpoint to resume from", content["state_dict"], self.model)
         if self.session.world_size > 1:
             content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
@@ -162,7 +170,8 @@ class StageModel:
 
     def step_settings(self, args: argparse.Namespace) -> StepSettings:
         weights = (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight)
-        return StepSettings(self.compute(args), args.accum_freq, args.grad_clip_norm, *weights)
+        clip, tokens = args.grad_clip_norm, self.options.tokens_per_step
+        return StepSettings(self.compute(args), args.accum_freq, clip, *weights, tokens_per_step=tokens)
 
     def caption_loss(self, args: argparse.Namespace) -> CaptionLoss:
         """Of an ov2 model, with OpenCLIP's own contrastive loss for one that has a text encoder. Features of all
@@ -177,7 +186,12 @@ class StageModel:
 
     def optim(self, original: Any) -> Any:
         """In the place of `torch.optim`, of which `main` takes AdamW."""
-        adamw = original.AdamW
-        if self.is_ov2:
-            adamw = optimizers.adamw_for(lambda: (dict(self.model.named_parameters()), self.model.no_weight_decay()))
+        adamw = optimizers.adamw_for(self._grouping, **({"fused": True} if self.is_ov2 else {}))
         return SimpleNamespace(AdamW=optimizers.with_hyperparameters(adamw))
+
+    def timm_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """In the place of timm's `create_optimizer_v2`."""
+        return optimizers.with_hyperparameters(optimizers.timm_optimizer(original, self._grouping))
+
+    def _grouping(self) -> optimizers.Grouping:
+        return optimizers.Grouping(self.model, self.options.wd_exclude, self.options.lr_layer_decay)

@@ -11,10 +11,12 @@ import torch
 
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.run.finetune import checkpoint_weights
 from open_clip_ov2.openclip.run.session import SAVE, STOP, Session
 from open_clip_ov2.openclip.run.stage_costs import stage_meter
 from open_clip_ov2.tracking.monitor import StageInfo
 from open_clip_ov2.train.checkpoint import CONFIG_KEY, RESUME_KEY, CheckpointName
+from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.guard import StepGuard
 from open_clip_ov2.train.random_state import get_random_state, set_random_state
 from open_clip_ov2.train.step import StepReport
@@ -24,6 +26,8 @@ logger = logging.getLogger("open_clip_ov2")
 
 class StageProgress:
     """How far a stage has come. Steps are counted within the stage, samples over the whole run.
+
+    An entry of the schedule has `global_batch` images. A step has one, or several with --tokens-per-step.
 
     `state` is the training state in the checkpoint that the stage resumes from; data and random states go back to it.
     `config`: see CONFIG_KEY.
@@ -40,14 +44,17 @@ class StageProgress:
         scaler: Any,
         loader: Any,
         config: dict[str, Any],
+        average: WeightAverage | None = None,
     ) -> None:
         self._session, self._options, self._stage = session, session.plan.options, stage
         self._model, self.optimizer, self._scaler, self._loader = model, optimizer, scaler, loader
-        self._config = config
+        self._config, self.average = config, average
         self.global_batch = stage.args.batch_size * stage.args.accum_freq * session.world_size
-        self._steps_per_epoch = loader.num_batches // stage.args.accum_freq
-        self._steps = self._steps_per_epoch * stage.args.epochs
-        self.steps_done = state["stage_samples"] // self.global_batch if state else 0
+        self._entries_per_epoch = loader.num_batches // stage.args.accum_freq
+        self._entries = self._entries_per_epoch * stage.args.epochs
+        self.entries_done = state["stage_samples"] // self.global_batch if state else 0
+        self._steps_done = state.get("stage_steps", self.entries_done) if state else 0
+        self._step_samples = 0  # of the last step
         last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
         self._guard = StepGuard(self._options.max_bad_steps, last_good, state["bad_in_a_row"] if state else 0)
         self.validate: Callable[[], Any] | None = None
@@ -57,10 +64,10 @@ class StageProgress:
                 number=stage.number,
                 of=len(session.plan.stages),
                 title=stage.title,
-                first_step=self.steps_done,
-                steps=self._steps,
+                first_step=self._steps_done,
+                first_sample=self.entries_done * self.global_batch,
+                samples=self._entries * self.global_batch,
                 samples_before=session.samples_before,
-                batch_images=self.global_batch,
                 meter=stage_meter(model, stage, session.device, session.world_size) if session.rank == 0 else None,
                 workers=stage.args.workers,
             ),
@@ -71,7 +78,7 @@ class StageProgress:
 
     def _restore(self, ranks: list[Any]) -> None:
         positions, moved = [rank["data"] for rank in ranks], self._options.override
-        if self.steps_in_epoch and not self._loader.resume(positions, moved=moved):
+        if self.entries_in_epoch and not self._loader.resume(positions, moved=moved):
             logger.warning(
                 "another number of processes or data workers than before: every sample of this epoch is still seen "
                 "once, but their order differs from the uninterrupted run's"
@@ -81,25 +88,29 @@ class StageProgress:
 
     @property
     def samples_seen(self) -> int:
-        return self._session.samples_before + self.steps_done * self.global_batch
+        return self._session.samples_before + self.entries_done * self.global_batch
 
     @property
-    def steps_in_epoch(self) -> int:
-        return self.steps_done % self._steps_per_epoch
+    def entries_in_epoch(self) -> int:
+        return self.entries_done % self._entries_per_epoch
 
     @property
     def finished(self) -> bool:
-        return self.steps_done >= self._steps
+        return self.entries_done >= self._entries
 
     def after_step(self, report: StepReport) -> None:
         """On every rank. Raises Interrupted (after saving), RunFailed (too many bad steps, or not saved), and on rank 0
         alone InUse."""
-        self.steps_done += 1
+        self._steps_done += 1
+        self.entries_done += report.entries
+        self._step_samples = report.entries * self.global_batch
+        if self.average is not None:
+            self.average.update()
         self._session.check_lock()
-        measured = {name: value for name, value in vars(report).items() if name not in ("bad", "keys")}
-        self._session.monitor.step(self.samples_seen, num_images=self.global_batch, **measured)
+        measured = {name: value for name, value in vars(report).items() if name not in ("bad", "keys", "entries")}
+        self._session.monitor.step(self.samples_seen, num_images=self._step_samples, **measured)
         self._guard.note(report.bad, report.keys, self.samples_seen)
-        if self.steps_in_epoch == 0:
+        if self.entries_in_epoch == 0:
             return  # `end_epoch` validates and saves
         validate = self.validate if self.validation_due else None
         if validate is not None:
@@ -126,7 +137,7 @@ class StageProgress:
 
     def _passed(self, every: int | None) -> bool:
         """Whether this step passed a multiple of `every` samples."""
-        return every is not None and self.samples_seen // every != (self.samples_seen - self.global_batch) // every
+        return every is not None and self.samples_seen // every != (self.samples_seen - self._step_samples) // every
 
     @property
     def validation_due(self) -> bool:
@@ -138,7 +149,7 @@ class StageProgress:
     @property
     def _save_step(self) -> bool:
         every = self._options.save_every_steps
-        return every is not None and self.steps_done % every == 0
+        return every is not None and self._steps_done % every == 0
 
     def _save_time_is_up(self) -> bool:
         """--save-every-minutes, by the clock of rank 0."""
@@ -164,7 +175,7 @@ class StageProgress:
 
     @property
     def _epochs_done(self) -> int:
-        return self.steps_done // self._steps_per_epoch
+        return self.entries_done // self._entries_per_epoch
 
     def _save(self) -> None:
         """Rank 0 gathers the random state and data position of every rank, and writes."""
@@ -181,7 +192,7 @@ class StageProgress:
         content = {
             "epoch": self._epochs_done,
             "name": session.plan.name,
-            "state_dict": self._model.state_dict(),
+            **checkpoint_weights(self._model, self.average),
             "optimizer": self.optimizer.state_dict(),
             CONFIG_KEY: self._config,
             RESUME_KEY: {
@@ -189,7 +200,8 @@ class StageProgress:
                 "stage": self._stage.number,
                 "stage_done": self.finished,
                 "samples_seen": self.samples_seen,
-                "stage_samples": self.steps_done * self.global_batch,
+                "stage_samples": self.entries_done * self.global_batch,
+                "stage_steps": self._steps_done,
                 "global_batch": self.global_batch,
                 "bad_in_a_row": self._guard.in_a_row,
                 "monitor": session.monitor.state(),

@@ -8,6 +8,7 @@ validates, saves and stops.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,14 +24,18 @@ from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.run import baselines, optimizers
+from open_clip_ov2.openclip.run.finetune import checkpoint_weights
 from open_clip_ov2.openclip.run.loaders import LoaderInfo, make_data
 from open_clip_ov2.openclip.run.run_folder import own_config
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageProgress
 from open_clip_ov2.openclip.run.validation import Validation
-from open_clip_ov2.train.checkpoint import snapshot
+from open_clip_ov2.train.checkpoint import average_of, live_weights, snapshot
+from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.step import train_epoch
+
+logger = logging.getLogger("open_clip_ov2")
 
 VALIDATIONS = ("val", "imagenet-val", "imagenet-v2")  # entries of OpenCLIP's `data` that `evaluate` looks at
 
@@ -78,7 +83,7 @@ class StageRun:
         if progress is not None:
             self.session.samples_before = progress.samples_seen
             if self.stage.number < len(self.session.plan.stages):
-                state = {"state_dict": self.built.model.state_dict()}
+                state = checkpoint_weights(self.built.model, progress.average)
                 if self.session.plan.carry_optimizer:
                     state["optimizer"] = progress.optimizer.state_dict()
                 self.session.checkpoint = snapshot(state)
@@ -104,9 +109,7 @@ class StageRun:
             (main, "train_one_epoch"): lambda original: partial(self.train_one_epoch, original),
             (main, "evaluate"): self._replace_evaluate,
             (main, "optim"): self.built.optim,
-            ("timm.optim", "create_optimizer_v2"): lambda original: optimizers.with_hyperparameters(
-                optimizers.muon_for_hidden_matrices(original)
-            ),
+            ("timm.optim", "create_optimizer_v2"): self.built.timm_optimizer,
             ("open_clip_train.train", "maybe_compute_generative_loss"): lambda _: lambda model_out: None,
             ("torch.nn.parallel", "DistributedDataParallel"): partial(
                 optimizers.ddp_on_any_device, reduction=self.options.gradient_reduction
@@ -144,12 +147,13 @@ class StageRun:
         progress = self._progress = self._progress or self._begin(loader, optimizer, scaler)
         if "val" in data:
             progress.validate = lambda: self._validate(model, data, epoch, args)
-        done = progress.steps_in_epoch
+        done = progress.entries_in_epoch
         if not done:
             loader.set_epoch(epoch)
         monitor.start_epoch(epoch, resumed=done > 0, skips=loader.skips if done else {})
+        scheduler = scheduler and optimizers.scaled_schedule(scheduler, optimizer)
         if self.is_ov2:
-            before_step = (lambda: None) if args.skip_scheduler else (lambda: scheduler(progress.steps_done))
+            before_step = (lambda: None) if args.skip_scheduler else (lambda: scheduler(progress.entries_done))
             settings = self.built.step_settings(args)
             train_epoch(model, loader, loss, optimizer, scaler, settings, before_step, progress.after_step)
         else:
@@ -174,11 +178,26 @@ class StageRun:
             scaler=scaler,
             loader=loader,
             config=self._config.carried(),
+            average=self._average(),
         )
         if state is None and session.plan.carry_optimizer and session.checkpoint is not None:
             optimizers.carry_optimizer(optimizer, session.checkpoint["optimizer"])
         session.checkpoint = None  # as large as the model
         return progress
+
+    def _average(self) -> WeightAverage | None:
+        decay, checkpoint = self.options.ema_decay, self.session.checkpoint
+        if decay is None:
+            return None
+        logger.info(
+            "--ema-decay %g: checkpoints hold the averaged weights, which are what `ov2 eval`, `caption`, `export` and "
+            "--pretrained open; validations are of them too, and live_* are metrics of the weights without averaging",
+            decay,
+        )
+        begin = self.built.averages  # of the stage before
+        if self.session.state_within and checkpoint is not None:
+            begin = {**live_weights(checkpoint), **average_of(checkpoint)}
+        return WeightAverage(self.built.model, decay, begin)
 
     def _replace_evaluate(self, original: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
         self._validation = Validation(self.session, self.built, original)
@@ -202,7 +221,8 @@ class StageRun:
         progress = self._progress
         if progress is None:  # without training
             return self._validation.run(model, data, epoch, args, 0, tasks=True)
-        metrics = self._validation.run(model, data, epoch, args, progress.samples_seen, progress.tasks_due)
+        seen, tasks = progress.samples_seen, progress.tasks_due
+        metrics = self._validation.run(model, data, epoch, args, seen, tasks, progress.average)
         loss = metrics.get("caption_loss", metrics.get("clip_val_loss"))
         if loss is not None:
             progress.validated = (progress.samples_seen, loss)

@@ -23,6 +23,7 @@ from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
+from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
@@ -57,26 +58,45 @@ class Validation:
         args: argparse.Namespace,
         samples_seen: int,
         tasks: bool,
+        average: WeightAverage | None = None,
     ) -> dict[str, float]:
-        """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too."""
-        loader = data["val"].dataloader if "val" in data else None
-        compute, signals = self.built.compute(args), self.session.signals
-        metrics: dict[str, float] = {}
+        """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too.
+
+        With `average` they are of the averaged weights, and live_* of the weights without averaging.
+        """
+        compute, averaged = self.built.compute(args), average.applied if average else contextlib.nullcontext
         # torch.compile would compile each length of a growing caption anew.
         with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
-            if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
-                evaluated = as_eval_model(model, self.built.tokenizer, compute)
-                note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
-                metrics = caption_loss(evaluated, until_signal(loader, signals, note))
-                if self.session.agreement.now(signals.name is not None):
-                    logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
-                    return {}
-            if not self.is_ov2 and args.rank == 0:
-                metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
-            metrics |= self._tasks(model, args, compute) if tasks else {}
+            with averaged():
+                metrics = self._losses(model, data, epoch, args, compute)
+                if metrics is not None and tasks:
+                    metrics |= self._tasks(model, args, compute)
+            live = self._losses(model, data, epoch, args, compute) if average and metrics is not None else {}
+            if metrics is None or live is None:
+                logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
+                return {}
+            metrics |= {f"live_{name}": value for name, value in live.items() if name != "num_samples"}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
             if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions:
-                self._show_captions(model, loader, samples_seen, compute)
+                with averaged():
+                    loader = data["val"].dataloader if "val" in data else None
+                    self._show_captions(model, loader, samples_seen, compute)
+        return metrics
+
+    def _losses(
+        self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute
+    ) -> dict[str, float] | None:
+        """The caption loss, and OpenCLIP's own metrics of CLIP and CoCa; None if a signal ended the validation."""
+        loader, signals = data["val"].dataloader if "val" in data else None, self.session.signals
+        metrics: dict[str, float] = {}
+        if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
+            evaluated = as_eval_model(model, self.built.tokenizer, compute)
+            note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
+            metrics = caption_loss(evaluated, until_signal(loader, signals, note))
+            if self.session.agreement.now(signals.name is not None):
+                return None
+        if not self.is_ov2 and args.rank == 0:
+            metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
         return metrics
 
     def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
