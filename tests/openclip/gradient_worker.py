@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,5 +71,16 @@ def write_gradients(out: Path, accum_freq: int, reduction: str = "fp32", pair: b
     if rank == 0:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         torch.save({"gradients": gradients, "losses": result.losses(options), "norm": result.grad_norm}, out)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def write_windows(folder: Path, tokens_per_step: int) -> int:
+    """How many batches each step of this rank has. Rank 0 gets the odd rows as batches of one, rank 1 the even ones."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    batches = [part(whole_batch(), row, row + 1) for row in range(rank, 8, 2)]
+    by_tokens = replace(settings(2, 1), tokens_per_step=tokens_per_step)
+    (folder / str(rank)).write_text(" ".join(str(len(window)) for window in by_tokens.windows(batches)))
     torch.distributed.destroy_process_group()
     return 0

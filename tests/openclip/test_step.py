@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_worker import EOS, model_of, part, settings, whole_batch, write_gradients
+from gradient_worker import EOS, model_of, part, settings, whole_batch, write_gradients, write_windows
 from reference_loss import gradients_of_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +61,13 @@ def test_two_processes_give_the_gradients_of_one(
     torch.testing.assert_close(found["losses"]["caption_loss"], plain[1], atol=1e-6, rtol=0)
     total = torch.stack([gradient.norm() for gradient in plain[0].values()]).norm()
     torch.testing.assert_close(found["norm"], total)
+
+
+def test_two_processes_accumulate_alike_until_there_are_enough_tokens(tmp_path: Path) -> None:
+    """Oracle: by hand. Rows have 2, 3, 4, ... 8, 8 targets with the end of text, so batches of both have 5, 9, 13, 16:
+    14 tokens are in the first two, and in the last two, of which the third has too few."""
+    assert [status for status, _ in finish(start_ranks(write_windows, (tmp_path, 14), 2))] == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 2", "2 2"]
 
 
 def test_gradients_summed_in_bfloat16(plain: tuple[dict[str, Tensor], Tensor], tmp_path: Path) -> None:
