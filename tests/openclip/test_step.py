@@ -65,9 +65,9 @@ def test_two_processes_give_the_gradients_of_one(
 
 def test_two_processes_accumulate_alike_until_there_are_enough_tokens(tmp_path: Path) -> None:
     """Oracle: by hand. Rows have 2, 3, 4, ... 8, 8 targets with the end of text, so batches of both have 5, 9, 13, 16:
-    14 tokens are in the first two, and in the last two, of which the third has too few."""
-    assert [status for status, _ in finish(start_ranks(write_windows, (tmp_path, 14), 2))] == [0, 0]
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 2", "2 2"]
+    17 tokens are in the first three, and the last step takes what is left."""
+    assert [status for status, _ in finish(start_ranks(write_windows, (tmp_path, 17), 2))] == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3 1", "3 1"]
 
 
 def test_gradients_summed_in_bfloat16(plain: tuple[dict[str, Tensor], Tensor], tmp_path: Path) -> None:
