@@ -102,9 +102,7 @@ def check_stage(
             f"--ddp-static-graph: torch's DDP cannot accumulate gradients with it (--accum-freq {theirs.accum_freq}); "
             "leave it out, or let a step have one batch"
         )
-    if options.activation_memory_budget is not None and not theirs.torchcompile:
-        raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
-    _check_training_aids(argv, options, theirs)
+    _check_training(argv, options, theirs)
     is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
     if is_ov2:
         _refuse(argv, _REFUSED_OV2, f" with --model {theirs.model}")
@@ -139,7 +137,9 @@ def _check_captions(options: TrainOptions) -> None:
             )
 
 
-def _check_training_aids(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
+def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
+    if options.activation_memory_budget is not None and not theirs.torchcompile:
+        raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if options.lora_rank and theirs.lock_image:
         raise UserError("--lock-image: --lora-rank freezes the vision tower already, and trains its adapters")
     if options.lora_alpha and not options.lora_rank:

@@ -149,7 +149,7 @@ def _encoder(visual: Any, trained_head: bool) -> Encoder:
 
 def _tower(blocks: Any) -> Tower:
     attention, fc = blocks[0].attn, blocks[0].mlp.c_fc
-    heads = attention.num_heads if isinstance(attention, nn.MultiheadAttention) else attention.heads
+    heads = attention.num_heads if hasattr(attention, "num_heads") else attention.heads
     return Tower(fc.in_features, len(blocks), heads, fc.out_features)
 
 

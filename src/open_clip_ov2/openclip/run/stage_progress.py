@@ -53,28 +53,29 @@ class StageProgress:
         self._entries_per_epoch = loader.num_batches // stage.args.accum_freq
         self._entries = self._entries_per_epoch * stage.args.epochs
         self.entries_done = state["stage_samples"] // self.global_batch if state else 0
-        self._steps_done = state.get("stage_steps", self.entries_done) if state else 0
+        self.steps_done = state.get("stage_steps", self.entries_done) if state else 0
         self._step_samples = 0  # of the last step
         last_good = session.writer.last_good if session.writer else lambda: "see rank 0"
         self._guard = StepGuard(self._options.max_bad_steps, last_good, state["bad_in_a_row"] if state else 0)
         self.validate: Callable[[], Any] | None = None
         self.validated: tuple[int, float] | None = None  # samples seen at the last validation, and its caption loss
-        session.monitor.begin_stage(
-            StageInfo(
-                number=stage.number,
-                of=len(session.plan.stages),
-                title=stage.title,
-                first_step=self._steps_done,
-                first_sample=self.entries_done * self.global_batch,
-                samples=self._entries * self.global_batch,
-                samples_before=session.samples_before,
-                meter=stage_meter(model, stage, session.device, session.world_size) if session.rank == 0 else None,
-                workers=stage.args.workers,
-            ),
-            state["monitor"] if state else None,
-        )
+        session.monitor.begin_stage(self._info(), state["monitor"] if state else None)
         if state is not None:
             self._restore(state["ranks"])
+
+    def _info(self) -> StageInfo:
+        session, stage, on_rank_0 = self._session, self._stage, self._session.rank == 0
+        return StageInfo(
+            number=stage.number,
+            of=len(session.plan.stages),
+            title=stage.title,
+            first_step=self.steps_done,
+            first_sample=self.entries_done * self.global_batch,
+            samples=self._entries * self.global_batch,
+            samples_before=session.samples_before,
+            meter=stage_meter(self._model, stage, session.device, session.world_size) if on_rank_0 else None,
+            workers=stage.args.workers,
+        )
 
     def _restore(self, ranks: list[Any]) -> None:
         positions, moved = [rank["data"] for rank in ranks], self._options.override
@@ -101,7 +102,7 @@ class StageProgress:
     def after_step(self, report: StepReport) -> None:
         """On every rank. Raises Interrupted (after saving), RunFailed (too many bad steps, or not saved), and on rank 0
         alone InUse."""
-        self._steps_done += 1
+        self.steps_done += 1
         self.entries_done += report.entries
         self._step_samples = report.entries * self.global_batch
         if self.average is not None:
@@ -149,7 +150,7 @@ class StageProgress:
     @property
     def _save_step(self) -> bool:
         every = self._options.save_every_steps
-        return every is not None and self._steps_done % every == 0
+        return every is not None and self.steps_done % every == 0
 
     def _save_time_is_up(self) -> bool:
         """--save-every-minutes, by the clock of rank 0."""
@@ -201,7 +202,7 @@ class StageProgress:
                 "stage_done": self.finished,
                 "samples_seen": self.samples_seen,
                 "stage_samples": self.entries_done * self.global_batch,
-                "stage_steps": self._steps_done,
+                "stage_steps": self.steps_done,
                 "global_batch": self.global_batch,
                 "bad_in_a_row": self._guard.in_a_row,
                 "monitor": session.monitor.state(),
