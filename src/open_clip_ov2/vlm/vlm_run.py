@@ -163,8 +163,9 @@ class _Run:
         step = int(read_json(Path(checkpoint) / vlm_folder.COMPLETE, dict)["step"]) if checkpoint else 0
         self.monitor.begin_stage(
             StageInfo(
-                number=number, of=len(plan.recipe.stages), title=stage.data, first_step=step, steps=self._steps(number),
-                samples_before=before, batch_images=stage.global_batch, workers=plan.options.workers,
+                number=number, of=len(plan.recipe.stages), title=stage.data, first_step=step,
+                first_sample=step * stage.global_batch, samples=self._steps(number) * stage.global_batch,
+                samples_before=before, workers=plan.options.workers,
             )
         )  # fmt: skip
         with worker_errors():
