@@ -54,7 +54,7 @@ def _stage_config(stage: StagePlan, world_size: int) -> dict[str, Any]:
     config["global_batch"] = args.batch_size * args.accum_freq * world_size
     for field in fields(stage.options):
         value = getattr(stage.options, field.name)
-        if field.name == "val_captions" or (field.name in ADDED and value == field.default):
+        if field.name == "val_captions" or (field.name in ADDED and value in (field.default, ())):
             continue  # so that runs of before these flags keep their names
         if field.name == "captions":
             value = {one.name: one.identity() for one in value}
