@@ -94,6 +94,11 @@ MAY_IMPORT: dict[str, Layer] = {
         "torch transformers trl datasets timm PIL rich",
         "multimodal models by LLaVA's recipes, on TRL's SFTTrainer",
     ),
+    "vlm.benchmarks": Layer(
+        f"{BASE} evaluate evaluate.text",
+        "torch transformers",
+        "what a multimodal model can read: questions answered here, lmms-eval's process, the papers' table",
+    ),
     "captions": Layer(
         f"{BASE} core data train evaluate evaluate.text training",
         "duckdb torch numpy PIL transformers vllm jinja2 py3langid",
@@ -110,7 +115,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),
     "commands": Layer(
-        f"{BASE} core data evaluate recipe formats tracking training vlm launch compare compare.bench "
+        f"{BASE} core data evaluate recipe formats tracking training vlm vlm.benchmarks launch compare compare.bench "
         "commands.captions",
         "rich torch PIL",
         "one module for each `ov2` command, through `training` alone",

@@ -25,7 +25,7 @@ COMMANDS = {
     "bench": "time a training step against CoCa and CLIP; `ov2 bench data` times the data loader",
     "compare": "train and evaluate models on equal terms; writes a table and a page with plots",
     "plot": "draw the curves of one or more runs",
-    "vlm": "train a multimodal model on an encoder, by LLaVA's recipes",
+    "vlm": "train and evaluate a multimodal model on an encoder, by LLaVA's recipes",
     "submit": "train on SLURM, or in the background on this machine",
     "jobs": "list submitted runs; show logs, cancel, resubmit",
     "sweep": "train a grid or a list of runs side by side; --report compares them",

@@ -21,8 +21,8 @@ from open_clip_ov2.evaluate.text.normalise import detokenized
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.evaluate.text.questions import Question, QuestionFile
 
-# (images_BCHW, keys, prompts) -> for each the text that follows its prompt.
-Answerer = Callable[[Tensor, Sequence[str], Sequence[str]], Sequence[str]]
+# (images_BCHW, or what `collate` makes, keys, prompts) -> for each the text that follows its prompt.
+Answerer = Callable[[Any, Sequence[str], Sequence[str]], Sequence[str]]
 PLACE = "{question}"
 QUESTION_TOO_LONG = "question too long"
 LEAST_ROOM = 2  # tokens: a word, and the end of the text
@@ -46,14 +46,15 @@ def answer_questions(
     batch_size: int = 32,
     prompt: str = PLACE,
     room: Callable[[str], int] | None = None,
+    collate: Callable[[list[Any]], Any] = torch.stack,
 ) -> dict[str, Any]:
     """Mean scores of the answers to a file's questions, JSON-ready, also by rule and by the file's own groups; every
     process gets all, the same on any number of them.
 
-    `transform` maps a PIL image to `(C, H, W)`. `prompt` is the text before the answer, with the question in the place
-    of `{question}`. `answer` is called with batches of this process's questions; `room` says how many tokens a prompt
-    leaves for its answer. Images that do not decode and questions that leave no room are skipped by key. Raises
-    UserError if all are, or if the prompt has no `{question}`.
+    `transform` maps a PIL image to `(C, H, W)`, and `collate` makes a batch of what it returns. `prompt` is the text
+    before the answer, with the question in the place of `{question}`. `answer` is called with batches of this process's
+    questions; `room` says how many tokens a prompt leaves for its answer. Images that do not decode and questions that
+    leave no room are skipped by key. Raises UserError if all are, or if the prompt has no `{question}`.
     """
     if PLACE not in prompt:
         raise UserError(f"the prompt {prompt!r} has no {PLACE}, where the question goes")
@@ -61,8 +62,8 @@ def answer_questions(
     usable = _usable(file.questions, Decoder(transform, ()), prompt, room, found)
     while chosen := list(islice(usable, batch_size)):
         batch = [file.questions[index] for index, _, _ in chosen]
-        images_BCHW = torch.stack([image for _, image, _ in chosen])
-        texts = answer(images_BCHW, [one.key for one in batch], [text for _, _, text in chosen])
+        images = collate([image for _, image, _ in chosen])
+        texts = answer(images, [one.key for one in batch], [text for _, _, text in chosen])
         for (index, _, _), one, text in zip(chosen, batch, texts, strict=True):
             score = RULES[one.rule](detokenized(text), one.answers)
             found[index] = Answered(_REPORTED_AS.get(one.rule, one.rule), one.group, score)

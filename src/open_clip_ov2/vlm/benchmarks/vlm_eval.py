@@ -1,0 +1,109 @@
+"""`ov2 vlm eval`: questions of a file, answered here, and lmms-eval's tasks, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_clip_ov2.argv import add_flags, flag
+from open_clip_ov2.errors import UserError
+from open_clip_ov2.evaluate.answering import PLACE
+from open_clip_ov2.evaluate.text.question_answering import RULES
+from open_clip_ov2.evaluate.text.questions import read_questions
+from open_clip_ov2.files import write_text
+from open_clip_ov2.tables import one_of, text, whole
+from open_clip_ov2.vlm.benchmarks import lmms
+from open_clip_ov2.vlm.benchmarks.score_table import FOLDER, scores_of_questions, write_scores
+
+DESCRIPTION = (
+    "Ask a multimodal model questions: those of a file, answered here by transformers in batches, or lmms-eval's tasks "
+    "with its own prompts and scoring. Scores go to eval/ in the model's folder; `ov2 vlm compare` reads them."
+)
+QUESTIONS, LMMS = "questions of a file", "lmms-eval"
+
+
+@dataclass(frozen=True)
+class VlmEvalOptions:
+    """Flags of `ov2 vlm eval`."""
+
+    questions: Path | None = flag(
+        "FILE", Path, "TextVQA's, ChartQA's, OCRBench's or DocVQA's own, or JSON lines", group=QUESTIONS
+    )
+    question_images: Path | None = flag("FOLDER", Path, "its pictures (default: beside the file)", group=QUESTIONS)
+    question_rule: str = flag("RULE", one_of(*RULES), f"of lines that name none (default: exact); {', '.join(RULES)}",
+                              default="exact", group=QUESTIONS)  # fmt: skip
+    prompt: str = flag("TEXT", text, f"what is asked (default: {PLACE})", default=PLACE, group=QUESTIONS)
+    batch_size: int = flag("N", whole(1), "questions at once (default: 16)", default=16, group=QUESTIONS)
+    max_new_tokens: int = flag("N", whole(1), "longest answer (default: 64)", default=64, group=QUESTIONS)
+    dtype: str = flag("D", one_of("auto", "float32", "bfloat16", "float16"), "default: auto, the folder's",
+                      default="auto", group=QUESTIONS)  # fmt: skip
+    tasks: str | None = flag("NAME,NAME", text, f"of {', '.join(lmms.TASKS)}", group=LMMS)
+    data: Path | None = flag(
+        "FOLDER", Path, "holds TASK/*.parquet; nothing is downloaded then (default: from the hub)", group=LMMS
+    )
+    lmms: Path | None = flag("FOLDER", Path, f"its environment (default: ${lmms.VARIABLE})", group=LMMS)
+    limit: int | None = flag("N", whole(1), "only the first N questions of each task", group=LMMS)
+
+
+def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a run of ov2 vlm train, or an exported LLaVA")
+    add_flags(parser, VlmEvalOptions)
+
+
+def evaluate(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
+    """Raises UserError, RunFailed, OSError."""
+    if options.questions is None and options.tasks is None:
+        raise UserError("nothing to do: give --questions FILE or --tasks NAME,NAME")
+    if not (model / "config.json").is_file():
+        raise UserError(f"{model}: no config.json, so no model of transformers; a run has one when it is finished")
+    if options.questions is not None:
+        _ask(model, options, device, say)
+    if options.tasks is not None:
+        _lmms(model, options, device, say)
+
+
+def _ask(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
+    assert options.questions is not None
+    file = read_questions(options.questions, options.question_images, options.question_rule)
+    from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer, ask  # imports transformers
+
+    answerer = VlmAnswerer(model, device, options.dtype, options.max_new_tokens)
+    found = dict(ask(answerer, file, options.batch_size, options.prompt))
+    name, answers = options.questions.stem, found.pop("answers")
+    about = {"source": "ov2", "questions": str(options.questions), "prompt": options.prompt, "found": found}
+    path = write_scores(model, name, scores_of_questions(name, found), about)
+    lines = (json.dumps({"id": key, "answer": answer}) for key, answer in answers.items())
+    write_text(model / FOLDER / f"{name}-answers.jsonl", "".join(f"{line}\n" for line in lines))
+    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
+    say(f"{options.questions}: score {found['score']:.3f} of {found['questions']:,} questions: {rules}")
+    for group, row in found["by_group"].items():
+        say(f"  {group}: {row['score']:.3f} of {row['questions']:,}")
+    if found["skipped"]:
+        say(f"  not counted: {len(found['skipped']):,} questions; {path} lists them")
+    say(f"written: {path}, and the answers beside it")
+
+
+def _lmms(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
+    names, environment = lmms.task_names(options.tasks or ""), lmms.find_environment(options.lmms)
+    out = model / FOLDER / "lmms-eval"
+    with tempfile.TemporaryDirectory() as scratch:
+        include, tasks = None, [lmms.TASKS[name].name for name in names]
+        if options.data is not None:
+            include = Path(scratch)
+            tasks = lmms.write_tasks(names, environment, options.data, include)
+        where = "cuda:0" if device == "cuda" else device
+        words = lmms.command(environment, model, tasks, out, include, where, options.limit)
+        say(f"lmms-eval answers {', '.join(names)}; its log is {out / 'log.txt'}")
+        file = lmms.run(words, out, offline=options.data is not None)
+    scores = lmms.read_scores(file, names)
+    about = {"source": "lmms-eval", "results": str(file), "limit": options.limit}
+    path = write_scores(
+        model, "lmms-eval" if options.limit is None else f"lmms-eval-first-{options.limit}", scores, about
+    )
+    for name, score in scores.items():
+        say(f"  {name}: {score:.1f}")
+    say(f"written: {path}")

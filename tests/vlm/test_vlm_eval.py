@@ -1,0 +1,157 @@
+"""`ov2 vlm eval` and `ov2 vlm compare` on a tiny LLaVA."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from open_clip_ov2.cli import main
+from open_clip_ov2.errors import RunFailed, UserError
+from open_clip_ov2.evaluate.text.questions import read_questions
+from open_clip_ov2.vlm import assemble
+from open_clip_ov2.vlm.benchmarks import lmms, score_table
+from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer, ask
+from open_clip_ov2.vlm.vlm_recipe import load_vlm_recipe
+
+
+@pytest.fixture(scope="module")
+def model(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA of the fixture's parts, untrained."""
+    folder = tmp_path_factory.mktemp("llava")
+    assemble.build(str(parts / "encoder"), str(parts / "lm"), load_vlm_recipe(str(parts / "recipe.toml")), folder, 0)
+    return folder
+
+
+def question_lines(parts: Path) -> str:
+    rows = [
+        {"id": f"q{index}", "image": f"{index}.png", "question": "what?" + " really?" * index, "group": "g"}
+        for index in range(5)
+    ]
+    return "".join(json.dumps({**row, "answer": "red", "rule": "exact"}) + "\n" for row in rows)
+
+
+def test_answers_in_a_batch_are_those_of_one_question_at_a_time(parts: Path, model: Path, tmp_path: Path) -> None:
+    """Oracle: greedy decoding in plain steps, one question at a time, without a cache or padding."""
+    (tmp_path / "q.jsonl").write_text(question_lines(parts))
+    file = read_questions(tmp_path / "q.jsonl", parts / "data" / "pictures")
+    answerer = VlmAnswerer(model, max_new_tokens=6)
+    found = ask(answerer, file, batch_size=3, prompt="Q: {question}")
+    stops, expected = answerer.model.generation_config.eos_token_id, {}
+    for one in file.questions:
+        text = answerer.prompt(f"Q: {one.question}")
+        assert text == f"<s>Answer briefly. USER: <image>\nQ: {one.question} ASSISTANT:"
+        picture = Image.open(one.image).convert("RGB")
+        inputs = dict(answerer.processor(images=picture, text=text, return_tensors="pt", add_special_tokens=False))
+        start = inputs["input_ids"].shape[1]
+        while inputs["input_ids"].shape[1] < start + 6:
+            with torch.no_grad():
+                logits = answerer.model(
+                    input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], use_cache=False
+                ).logits  # fmt: skip
+            token = int(logits[0, -1].argmax())
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
+            if token in stops:
+                break
+        ids = inputs["input_ids"][0, start:]
+        expected[one.key] = answerer.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert found["answers"] == expected
+    assert found["questions"] == 5
+
+
+def test_scores_are_kept_and_compared(
+    parts: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the answers that were written, scored as wrong; the published row as the paper prints it."""
+    (tmp_path / "words.jsonl").write_text(question_lines(parts))
+    images = str(parts / "data" / "pictures")
+    asked = ["--questions", str(tmp_path / "words.jsonl"), "--question-images", images, "--max-new-tokens", "2"]
+    assert main(["vlm", "eval", str(model), *asked, "--device", "cpu"]) == 0
+    lines = (model / "eval" / "words-answers.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    score = 100 * sum(answer == "red" for answer in answers) / 5
+    assert json.loads((model / "eval" / "words-scores.json").read_text())["scores"] == {"words": score}
+    score_table.write_scores(model, "lmms-eval", {"textvqa": 57.25, "ocrbench": 321.0}, {"source": "lmms-eval"})
+    capsys.readouterr()
+    assert main(["vlm", "compare", str(model), "--recipe", "open-llava-next", "--out", str(tmp_path / "t.md")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 + 2 + 2
+    written = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in (tmp_path / "t.md").open()]
+    head = written[0]
+    ours = next(row for row in written if row[-1] == "lmms-eval")
+    paper = next(row for row in written if row[0] == "OpenVision 2 L/14, 224 px")
+    assert [ours[head.index(name)] for name in ("TextVQA", "OCRBench", "ChartQA")] == ["57.2", "321", ""]
+    assert paper[1:] == [
+        "open-llava-next", "66.1", "60.4", "501", "1577", "297", "73.1", "68.4", "64.6", "87.6", "", "arXiv 2509.01644",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval", "{model}"], "nothing to do: give --questions FILE or --tasks"),
+        (["eval", "{parts}", "--tasks", "pope"], "no config.json"),
+        (["eval", "{model}", "--tasks", "popes", "--lmms", "{parts}"], "did you mean pope?"),
+        (["eval", "{model}", "--tasks", "pope", "--lmms", "{parts}"], "no environment with lmms-eval; bash scripts/"),
+        (["compare", "{parts}"], "no scores; `ov2 vlm eval"),
+        (["compare", "--recipe", "open-llava"], "did you mean open-llava-next?"),
+    ],
+)
+def test_mistakes_are_named(
+    argv: list[str], message: str, parts: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: status 2 and one line that says what to do."""
+    assert main(["vlm", *(word.format(model=model, parts=parts) for word in argv)]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_a_failed_lmms_eval_ends_with_its_last_lines(tmp_path: Path) -> None:
+    """Oracle: a real process that prints, writes no results and fails."""
+    with pytest.raises(RunFailed, match=r"status 3 and 0 files of results; .*log\.txt ends with: one \| two"):
+        lmms.run(["bash", "-c", "echo one; echo two >&2; exit 3"], tmp_path / "out", offline=True)
+
+
+def lmms_environment() -> Path | None:
+    return Path(os.environ[lmms.VARIABLE]) if os.environ.get(lmms.VARIABLE) else None
+
+
+def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
+    """The task's own columns, with made content."""
+    common = {"image": {"bytes": picture.read_bytes(), "path": None}}
+    if task == "chartqa":
+        return [{**common, "type": "human_test", "question": f"q{i}?", "answer": str(i + 1)} for i in range(count)]
+    return [
+        {**common, "id": str(i), "question_id": str(i), "question": f"Is there a cat {i}?", "answer": "yes",
+         "image_source": "x", "category": "random"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(lmms_environment() is None, reason=f"{lmms.VARIABLE} names no environment with lmms-eval")
+def test_lmms_eval_runs_its_tasks_offline(parts: Path, model: Path, tmp_path: Path) -> None:
+    """Oracle: lmms-eval itself, in its own environment, on files of this disk; its answers scored by our rules."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    for task in ("chartqa", "pope"):
+        rows = rows_for(task, parts / "data" / "pictures" / "0.png")
+        (tmp_path / task).mkdir()
+        names = Features({name: Picture() if name == "image" else Value("string") for name in rows[0]})
+        Dataset.from_list(rows, features=names).to_parquet(str(tmp_path / task / "test.parquet"))
+    words = ["vlm", "eval", str(model), "--tasks", "chartqa,pope", "--data", str(tmp_path), "--device", "cpu"]
+    assert main(words) == 0
+    scores = json.loads((model / "eval" / "lmms-eval-scores.json").read_text())
+    assert set(scores["scores"]) == {"chartqa", "pope", "pope_f1"}
+
+
+def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
+    """Oracle: the error names the folder that is looked for."""
+    with pytest.raises(UserError, match=r"no gqa/\*\.parquet"):
+        lmms.write_tasks(["gqa"], tmp_path, tmp_path, tmp_path)
