@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the model that the package ships, `ov2-vit-nano-8:rendered`, from nothing: fonts from npm, 520,000 rendered pictures,
 # three stages of training, an evaluation of held-out pictures, and the folder src/open_clip_ov2/pretrained/rendered.
-# Training takes an hour and a half on one core with AVX2 alone, drawing and evaluation a quarter; the same command resumes. Another number of threads, or
-# another CPU, rounds differently.
+# Training takes two hours and ten minutes on one core with AVX2 alone, drawing and evaluation a quarter; the same command resumes. Another
+# number of threads, or another CPU, rounds differently.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
