@@ -87,17 +87,16 @@ def test_a_hugging_face_tokenizer_goes_along(place: Path, monkeypatch: pytest.Mo
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     """As Phi's. Oracle: transformers' own class."""
-    import transformers
     from transformers import PhiConfig, PhiForCausalLM
 
-    from open_clip_ov2.formats.llava import _language_model
+    from open_clip_ov2.formats.llava import open_language_model
 
     make_language_model(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     (tmp_path / "model.safetensors").unlink()
     PhiForCausalLM(PhiConfig(vocab_size=10, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a bias in its output embeddings"):
-        _language_model(transformers, tmp_path)
+        open_language_model(tmp_path)
 
 
 def test_a_clip_is_not_taken_for_an_encoder_alone(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ SLIPS = {
     "unknown flag": (["--keep-ration", "0.5"], "--keep-ration"),
     "upstream flag": (["--batch-size", "many"], "--batch-size"),
     "amp on a CPU": (["--precision", "amp", "--device", "cpu"], "amp_bf16 or fp32"),
-    "lock text": (["--lock-text"], "no text encoder"),
+    "lock text": (["--lock-text"], "it is for CLIP and CoCa"),
     "missing shard": (["--train-data", "nowhere-{0..3}.tar"], "4 of 4 shards do not exist: nowhere-0.tar"),
     "too many workers": (["--workers", "9"], "--dataset-resampled"),
     "tracker": (["--report-to", "wanbd"], "did you mean wandb?"),

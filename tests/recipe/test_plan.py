@@ -63,7 +63,7 @@ def test_flags_override_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         "--grad-checkpointing", "--precision", "fp32",
     )  # fmt: skip
     stage, before = changed["stages"][1], usual["stages"][1]
-    assert stage["tokens"] == {"encoder": 257, "kept": 128, "text": 60, "targets": 60.0}
+    assert stage["tokens"] == {"encoder": 257, "kept": 128, "text": 60, "targets": 60.0, "context": 0}
     assert stage["batch_size"] == 64  # the largest divisor of 16,384 up to 100
     assert (stage["precision"], stage["grad_checkpointing"]) == ("fp32", True)
     assert stage["memory_bytes"]["per_image"] < before["memory_bytes"]["per_image"]

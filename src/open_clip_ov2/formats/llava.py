@@ -41,8 +41,8 @@ def write(
     if not -encoder.layers <= feature_layer <= -1:
         raise UserError(f"--feature-layer {feature_layer}: expected -{encoder.layers} (first block) to -1 (last)")
     transformers = library()
-    tower = vision_tower(encoder)
     text_model, tokenizer = open_language_model(Path(language_model))
+    tower = vision_tower(encoder)
     tower.model.to(next(text_model.parameters()).dtype)
     torch.manual_seed(seed)  # the projector's weights
     model = assembled(tower, text_model, tokenizer, feature_layer)

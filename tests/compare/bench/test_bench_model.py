@@ -106,7 +106,16 @@ def test_word_pieces_take_the_place_of_the_vocabulary(kind: str, vocabulary: Pat
 
 def test_what_training_sets_is_measured_too(baselines: Path) -> None:
     """Oracle: by hand. A model of a folder, as a comparison may have; another optimizer; a locked tower."""
-    model = built(f"local-dir:{baselines / 'coca_tiny'}", "--force-image-size", "24", "--opt", "timm/sgd", *MOMENTUM)
+    model = built(
+        f"local-dir:{baselines / 'coca_tiny'}",
+        "--force-image-size",
+        "24",
+        "--opt",
+        "timm/sgd",
+        "--lr",
+        "0.1",
+        *MOMENTUM,
+    )
     assert model.facts.context_length == 16
     assert type(model.optimizer).__name__ == "SGD"
     locked = built(f"clip-of-{TINY}", "--lock-image")
