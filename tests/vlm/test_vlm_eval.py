@@ -136,7 +136,7 @@ def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(lmms_environment() is None, reason=f"{lmms.VARIABLE} names no environment with lmms-eval")
 def test_lmms_eval_runs_its_tasks_offline(parts: Path, model: Path, tmp_path: Path) -> None:
-    """Oracle: lmms-eval itself, in its own environment, on files of this disk; its answers scored by our rules."""
+    """Oracle: lmms-eval itself, in its own environment, on files of this disk, gives a score for each task."""
     from datasets import Dataset, Features, Value
     from datasets import Image as Picture
 
