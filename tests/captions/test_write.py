@@ -65,6 +65,19 @@ def test_kills_and_processes_change_no_byte(folder: Path, tmp_path: Path, model:
     wanted = captions_soak.sidecars(tmp_path / "whole")
     assert len(wanted) == 2
     assert captions_soak.sidecars(tmp_path / "killed") == wanted
+    assert not list((tmp_path / "killed").glob(".writing/*"))
+
+
+def test_what_a_kill_after_the_last_line_leaves_is_cleared_away(folder: Path, tmp_path: Path) -> None:
+    """The process died between the sidecar's rename and the removal of its journal. Oracle: the set before."""
+    argv = ["captions", "write", *flags(folder, "run"), "--out", str(tmp_path)]
+    assert main(argv) == 0
+    before = captions_soak.sidecars(tmp_path)
+    (tmp_path / ".writing" / "00000").mkdir(parents=True)
+    (tmp_path / ".writing" / "00000" / "lines.jsonl").write_text('{"key": "0000"}\n')
+    assert main(argv) == 0
+    assert captions_soak.sidecars(tmp_path) == before
+    assert not (tmp_path / ".writing").exists()
 
 
 @pytest.mark.parametrize("model", ["run", "llava"])

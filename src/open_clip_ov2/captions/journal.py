@@ -66,6 +66,11 @@ class Journal:
         write_sidecar(self._path, self.lines)
 
 
+def was_begun(folder: Path, shard: str) -> bool:
+    """Whether there is a journal of this shard, be it that of a process which was killed just after the sidecar was whole."""
+    return (folder / WORKING / shard).is_dir()
+
+
 def in_work(folder: Path) -> Iterator[tuple[str, int]]:
     """(name of the shard, whole lines so far) of each sidecar that was begun and is not finished."""
     for path in sorted((folder / WORKING).glob(f"*/{LINES}")):

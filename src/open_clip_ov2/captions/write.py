@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_clip_ov2.captions.engines import Engine
-from open_clip_ov2.captions.journal import Journal, in_work
+from open_clip_ov2.captions.journal import Journal, in_work, was_begun
 from open_clip_ov2.captions.requests import Prompts, Request, Sampler, row_sampling
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
@@ -82,7 +82,7 @@ def write_captions(
     problems: list[str] = []
     with StopSignals() as signals, ThreadPoolExecutor(writing.workers) as pool:
         for name in names:
-            if name not in missing:
+            if name not in missing and not was_begun(folder, name):
                 continue
             try:
                 with Journal(folder, name, sidecar_path(folder, name)) as journal:
