@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import patch
 
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.openclip.command.flag_checks import REFUSED, REFUSED_OV2
 from open_clip_ov2.openclip.command.flags import build_parser
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -53,13 +55,14 @@ def open_clip_parser() -> argparse.ArgumentParser:
     raise ValueError("open_clip_train has no parser")
 
 
-def _text(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    """The help of one flag for a table's cell, with the default that it names."""
+def _text(parser: argparse.ArgumentParser, action: argparse.Action, refusals: Mapping[str, str]) -> str:
+    """The help of one flag for a table's cell, with the default that it names, and why it is refused."""
     text = " ".join(parser._get_formatter()._expand_help(action).split()) if action.help else ""
     if "default" not in text.lower() and _has_default(action):
         text = f"{text.rstrip('.')} (default: {action.default})".strip()
     text = text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    return ADDRESS.sub(lambda found: f"<{found[0]}>".replace("\\", ""), text)
+    text = ADDRESS.sub(lambda found: f"<{found[0]}>".replace("\\", ""), text)
+    return f"{text.rstrip('.')}{refusals[action.dest]}" if action.dest in refusals else text
 
 
 def _has_default(action: argparse.Action) -> bool:
@@ -80,7 +83,7 @@ def _name(action: argparse.Action) -> str:
     return f"`{shown}`"
 
 
-def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _tables(parser: argparse.ArgumentParser, refusals: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
     """One table of the flags that stand in no group, and one for each group."""
     groups: dict[str, list[argparse.Action]] = {}
     for group in parser._action_groups:
@@ -89,7 +92,7 @@ def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
     for title, actions in groups.items():
         shown = [one for one in actions if one.help != argparse.SUPPRESS]
         shown = [one for one in shown if not isinstance(one, (argparse._HelpAction, argparse._SubParsersAction))]
-        rows = [f"| {_name(action)} | {_text(parser, action)} |" for action in shown]
+        rows = [f"| {_name(action)} | {_text(parser, action, refusals)} |" for action in shown]
         if rows:
             heading = [f"**{title[:1].upper()}{title[1:]}**\n"] if title else []
             yield "\n".join([*heading, "| flag | meaning |", "| --- | --- |", *rows, ""])
@@ -136,17 +139,23 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
+def _refusals() -> dict[str, str]:
+    """By OpenCLIP's names, for a table's cell."""
+    whole = {name: f". **Refused**: {why}" for name, why in REFUSED.items()}
+    return whole | {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
+
+
 def train_page() -> str:
     lines = [
         NOTE,
         "# Flags of ov2 train\n",
         "```bash\nov2 train --model MODEL --train-data SHARDS ...\n```",
-        "The first tables list the flags of this project, the last one those of OpenCLIP, which work unchanged. A "
-        "recipe file (`configs/*.toml`) takes the same names without the leading dashes.\n",
+        "The first tables list the flags of this project, the last one those of OpenCLIP, also those that are refused. "
+        "A recipe file (`configs/*.toml`) takes the same names without the leading dashes.\n",
         "## Flags of this project\n",
         *_tables(build_parser()),
         "## Flags of OpenCLIP\n",
-        *_tables(open_clip_parser()),
+        *_tables(open_clip_parser(), _refusals()),
     ]
     return "\n".join(lines)
 

@@ -46,22 +46,28 @@ _READERS = {
     "seed": real(0, 2**32 - 1),
     "lr_scheduler": one_of(*SCHEDULES),
 }
-_REFUSED = {
+# Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
+REFUSED = {
     "copy_codebase": "`ov2 submit` takes a snapshot of the code; otherwise note the commit",
     "save_most_recent": "a run resumes from its newest checkpoint, and --keep-checkpoints says how many are kept",
     "delete_previous_checkpoint": "--keep-checkpoints 1 keeps only the last checkpoint",
-    "remote_sync": "copy the run's folder with a tool of your own; every file in checkpoints/ is complete",
+    **dict.fromkeys(
+        ("remote_sync", "remote_sync_frequency", "remote_sync_protocol"),
+        "copy the run's folder with a tool of your own; every file in checkpoints/ is complete",
+    ),
+    "trace": "a traced model cannot be trained",
+    "horovod": "use torchrun",
 }
-_REFUSED_OV2 = {
+REFUSED_OV2 = {
     "lock_text": "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
     "siglip": "it is for CLIP, such as clip-of-ov2-vit-b-16",
     "distill_model": "distillation is for contrastive models",
     "torchscript": "use --torchcompile",
-    "trace": "a traced model cannot be trained",
-    "horovod": "use torchrun",
     "use_bnb_linear": "not for caption models",
-    "imagenet_val": "zero-shot classification needs a text encoder",
-    "imagenet_v2": "zero-shot classification needs a text encoder",
+    **dict.fromkeys(
+        ("imagenet_val", "imagenet_v2"),
+        "OpenCLIP classifies by features of texts; `ov2 eval --tasks likelihood` classifies by captions, and so does --eval",
+    ),
 }
 _OF_OV2 = dict.fromkeys(
     (
@@ -82,7 +88,7 @@ def check_stage(
     run it has one. Raises UserError."""
     _check_device(theirs, gpu)
     _check_values(theirs, options)
-    _refuse(argv, _REFUSED)
+    _refuse(argv, REFUSED)
     if needs_data:
         check_data(argv, theirs)
     if theirs.resume not in (None, "latest"):
@@ -105,7 +111,7 @@ def check_stage(
     _check_training(argv, options, theirs)
     is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
     if is_ov2:
-        _refuse(argv, _REFUSED_OV2, f" with --model {theirs.model}")
+        _refuse(argv, REFUSED_OV2, f" with --model {theirs.model}")
     else:
         jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
         _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
