@@ -67,7 +67,7 @@ class Journal:
 
 
 def was_begun(folder: Path, shard: str) -> bool:
-    """Whether there is a journal of this shard, be it that of a process which was killed just after the sidecar was whole."""
+    """Whether the shard has a journal, also one left by a process that was killed once the sidecar was whole."""
     return (folder / WORKING / shard).is_dir()
 
 

@@ -66,7 +66,7 @@ REFUSED_OV2 = {
     "use_bnb_linear": "not for caption models",
     **dict.fromkeys(
         ("imagenet_val", "imagenet_v2"),
-        "OpenCLIP classifies by features of texts; `ov2 eval --tasks likelihood` classifies by captions, and so does --eval",
+        "OpenCLIP classifies by features of texts; `ov2 eval --tasks likelihood` classifies by captions",
     ),
 }
 _OF_OV2 = dict.fromkeys(
