@@ -50,8 +50,6 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """Address of an S3 server."""
-    for package in ("moto", "s3fs"):
-        pytest.importorskip(package)
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
