@@ -155,3 +155,12 @@ def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
     """Oracle: the error names the folder that is looked for."""
     with pytest.raises(UserError, match=r"no gqa/\*\.parquet"):
         lmms.write_tasks(["gqa"], tmp_path, tmp_path, tmp_path)
+
+
+def test_a_trial_with_few_questions_is_a_row_of_its_own(tmp_path: Path) -> None:
+    """Oracle: by hand. The trial's file comes last by name, and would otherwise replace the whole benchmark's score."""
+    about = {"source": "lmms-eval", "limit": None}
+    score_table.write_scores(tmp_path, "lmms-eval", {"pope": 85.0}, about)
+    score_table.write_scores(tmp_path, "lmms-eval-first-8", {"pope": 100.0}, {**about, "limit": 8})
+    rows = {row.source: row.scores["pope"] for row in score_table.own_rows(tmp_path)}
+    assert rows == {"lmms-eval": 85.0, "lmms-eval, first 8 questions": 100.0}

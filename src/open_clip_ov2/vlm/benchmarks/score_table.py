@@ -49,7 +49,8 @@ def scores_of_questions(name: str, found: Mapping[str, Any]) -> dict[str, float]
 
 
 def own_rows(folder: Path) -> list[Row]:
-    """One for each source of scores in a model's folder. Raises UserError if it has none."""
+    """One for each source of scores in a model's folder, and one of its own for a trial with few questions (`limit`).
+    Raises UserError if it has none."""
     files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
     if not files:
         raise UserError(f"{folder}: no scores; `ov2 vlm eval {folder} ...` makes them")
@@ -61,6 +62,8 @@ def own_rows(folder: Path) -> list[Row]:
     for file in files:
         content = read_json(file, dict)
         source, scores = str(content.get("source", "?")), content.get("scores", {})
+        if content.get("limit") is not None:
+            source += f", first {content['limit']} questions"
         rows.setdefault(source, {}).update({key: float(value) for key, value in scores.items()})
     return [Row(encoder, str(config.get("kind", "")), source, scores) for source, scores in rows.items()]
 
