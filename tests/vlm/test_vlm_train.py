@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_llava import write_recipe
 from training import Rank, finish, results, start_ranks, wait_for
+from transformers import AutoModelForImageTextToText
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.tracking.status import FINISHED, read_status
+from open_clip_ov2.vlm import assemble
+from open_clip_ov2.vlm.trained_parts import freeze_others
+from open_clip_ov2.vlm.vlm_recipe import load_vlm_recipe
 
 
 def _vlm_train(*flags: str) -> int:
@@ -104,8 +108,6 @@ def seen(run: Path) -> int:
 def test_each_stage_trains_its_parts_alone(parts: Path, tmp_path: Path) -> None:
     """LLaVA-NeXT; in the second stage all is trained, the encoder at a tenth of the rate. Oracle: the tensors of the
     encoder's own export and of the language model, and of the stage before, bit for bit; the optimizer's rates."""
-    from transformers import AutoModelForImageTextToText
-
     everything = '["tower", "projector", "language-model"]'
     write_recipe(parts / "next.toml", "llava-next", everything, "grids = [[1, 2], [2, 1], [2, 2]]")
     run = tmp_path / "run"
@@ -129,3 +131,16 @@ def test_each_stage_trains_its_parts_alone(parts: Path, tmp_path: Path) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(run, output_loading_info=True)
     assert type(model).__name__ == "LlavaNextForConditionalGeneration"
     assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+
+
+def test_minigpt4s_projector_is_one_linear_layer(parts: Path, tmp_path: Path) -> None:
+    """Oracle: one matrix and one bias on the tokens, and these two alone train in the first stage."""
+    recipe = load_vlm_recipe(str(parts / "recipe.toml"), projector="linear")
+    assemble.build(str(parts / "encoder"), str(parts / "lm"), recipe, tmp_path / "llava", seed=0)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    projector, tokens = model.model.multi_modal_projector, torch.randn(2, 16, 64)
+    torch.nn.init.normal_(projector.linear_1.bias)
+    expected = tokens @ projector.linear_1.weight.T + projector.linear_1.bias
+    torch.testing.assert_close(projector(tokens), expected, rtol=0, atol=1e-6)
+    names = [f"model.multi_modal_projector.linear_1.{name}" for name in ("weight", "bias")]
+    assert freeze_others(model, recipe.stages[0], half=None) == names
