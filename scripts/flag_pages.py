@@ -15,7 +15,7 @@ from unittest.mock import patch
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.cli import COMMANDS, main
-from open_clip_ov2.openclip.command.flag_checks import REFUSED, REFUSED_OV2
+from open_clip_ov2.openclip.command.flag_checks import HERE, REFUSED, REFUSED_OV2
 from open_clip_ov2.openclip.command.flags import build_parser
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -55,14 +55,14 @@ def open_clip_parser() -> argparse.ArgumentParser:
     raise ValueError("open_clip_train has no parser")
 
 
-def _text(parser: argparse.ArgumentParser, action: argparse.Action, refusals: Mapping[str, str]) -> str:
-    """The help of one flag for a table's cell, with the default that it names, and why it is refused."""
+def _text(parser: argparse.ArgumentParser, action: argparse.Action, notes: Mapping[str, str]) -> str:
+    """The help of one flag for a table's cell, with the default that it names, and what this project says of it."""
     text = " ".join(parser._get_formatter()._expand_help(action).split()) if action.help else ""
     if "default" not in text.lower() and _has_default(action):
         text = f"{text.rstrip('.')} (default: {action.default})".strip()
     text = text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
     text = ADDRESS.sub(lambda found: f"<{found[0]}>".replace("\\", ""), text)
-    return f"{text.rstrip('.')}{refusals[action.dest]}" if action.dest in refusals else text
+    return f"{text.rstrip('.')}{notes[action.dest]}" if action.dest in notes else text
 
 
 def _has_default(action: argparse.Action) -> bool:
@@ -83,7 +83,7 @@ def _name(action: argparse.Action) -> str:
     return f"`{shown}`"
 
 
-def _tables(parser: argparse.ArgumentParser, refusals: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+def _tables(parser: argparse.ArgumentParser, notes: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
     """One table of the flags that stand in no group, and one for each group."""
     groups: dict[str, list[argparse.Action]] = {}
     for group in parser._action_groups:
@@ -92,7 +92,7 @@ def _tables(parser: argparse.ArgumentParser, refusals: Mapping[str, str] = Mappi
     for title, actions in groups.items():
         shown = [one for one in actions if one.help != argparse.SUPPRESS]
         shown = [one for one in shown if not isinstance(one, (argparse._HelpAction, argparse._SubParsersAction))]
-        rows = [f"| {_name(action)} | {_text(parser, action, refusals)} |" for action in shown]
+        rows = [f"| {_name(action)} | {_text(parser, action, notes)} |" for action in shown]
         if rows:
             heading = [f"**{title[:1].upper()}{title[1:]}**\n"] if title else []
             yield "\n".join([*heading, "| flag | meaning |", "| --- | --- |", *rows, ""])
@@ -139,10 +139,11 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
-def _refusals() -> dict[str, str]:
+def _notes() -> dict[str, str]:
     """By OpenCLIP's names, for a table's cell."""
     whole = {name: f". **Refused**: {why}" for name, why in REFUSED.items()}
-    return whole | {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
+    whole |= {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
+    return whole | {name: f". **Here**: {what}" for name, what in HERE.items()}
 
 
 def train_page() -> str:
@@ -155,7 +156,7 @@ def train_page() -> str:
         "## Flags of this project\n",
         *_tables(build_parser()),
         "## Flags of OpenCLIP\n",
-        *_tables(open_clip_parser(), _refusals()),
+        *_tables(open_clip_parser(), _notes()),
     ]
     return "\n".join(lines)
 

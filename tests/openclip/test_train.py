@@ -316,7 +316,7 @@ SLIPS = {
     "no such folder of a model": (["--model", "local-dir:/nowhere"], "local-dir:/nowhere"),
     "resume from a file": (["--resume", "x.pt"], "--pretrained"),
     "weights beside a folder": (["--model", TINY_MODEL, "--pretrained", "x.pt"], "OpenCLIP ignores it beside --model"),
-    "most recent": (["--save-most-recent"], "--keep-checkpoints"),
+    "keep and delete": (["--delete-previous-checkpoint", "--keep-checkpoints", "2"], "give one or the other"),
     "a name that leads out": (["--name", "../run"], "--name ../run: leads out of --logs"),
     "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),
 }

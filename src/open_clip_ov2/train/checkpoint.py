@@ -4,13 +4,14 @@ A file is a plain OpenCLIP checkpoint (`epoch`, `name`, `state_dict`, `optimizer
 resume from under RESUME_KEY, and under CONFIG_KEY the model's configuration, preprocessing and vocabulary. Where the
 weights that one uses are not those that training goes on from (an average of them, or adapters merged), `state_dict` is
 what every reader opens, and LIVE_KEY has the difference.
-`stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end.
+`stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end; `epoch_latest.pt` may lead to the newest.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import threading
 import time
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RESUME_KEY, CONFIG_KEY, LIVE_KEY = "open_clip_ov2", "open_clip_config", "open_clip_ov2_live"
 BEST_FILE = "best.json"
+LATEST_FILE = "epoch_latest.pt"  # OpenCLIP's name
 LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
 State = Mapping[str, torch.Tensor]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -126,12 +128,13 @@ def snapshot(value: Any) -> Any:
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread. A step waits for the copy to memory, and for the previous file.
 
+    The last `keep` files from within stages are kept, and always the newest. `latest`: a link leads to that one.
     If a file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, latest: bool = False) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep, self.latest = keep, latest
         self.failure: str | None = None  # why the newest save was not written; None if it was
         self.last_saved = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -180,6 +183,8 @@ class CheckpointWriter:
             self.failure = None
             if metric is not None:
                 self._note_best(name.file, metric)
+            if self.latest:
+                self._link(name.file)
             self._prune()
         except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
             cause = _cause(error)
@@ -198,11 +203,20 @@ class CheckpointWriter:
         if best is None or metric < best[1]:
             write_json(self.folder / BEST_FILE, {"file": file, "caption_loss": metric})
 
+    def _link(self, file: str) -> None:
+        made = self.folder / f"{TEMPORARY}{LATEST_FILE}"
+        try:
+            made.unlink(missing_ok=True)
+            made.symlink_to(file)
+            os.replace(made, self.folder / LATEST_FILE)
+        except OSError as error:  # a file system without links
+            logger.warning("--save-most-recent: %s: %s", self.folder / LATEST_FILE, first_line(error))
+
     def _prune(self) -> None:
-        best = read_best(self.folder)
-        partial = [path for path in list_checkpoints(self.folder) if "_samples_" in path.name]
+        best, found = read_best(self.folder), list_checkpoints(self.folder)
+        partial = [path for path in found if "_samples_" in path.name]
         for path in partial[: max(0, len(partial) - self.keep)]:
-            if best is None or path.name != best[0]:
+            if path != found[-1] and (best is None or path.name != best[0]):
                 path.unlink(missing_ok=True)
 
 

@@ -49,8 +49,6 @@ _READERS = {
 # Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
 REFUSED = {
     "copy_codebase": "`ov2 submit` takes a snapshot of the code; otherwise note the commit",
-    "save_most_recent": "a run resumes from its newest checkpoint, and --keep-checkpoints says how many are kept",
-    "delete_previous_checkpoint": "--keep-checkpoints 1 keeps only the last checkpoint",
     **dict.fromkeys(
         ("remote_sync", "remote_sync_frequency", "remote_sync_protocol"),
         "copy the run's folder with a tool of your own; every file in checkpoints/ is complete",
@@ -68,6 +66,11 @@ REFUSED_OV2 = {
         ("imagenet_val", "imagenet_v2"),
         "OpenCLIP classifies by features of texts; `ov2 eval --tasks likelihood` classifies by captions",
     ),
+}
+# Obeyed, with what docs/train_flags.md adds to OpenCLIP's help.
+HERE = {
+    "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
+    "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
 }
 _OF_OV2 = dict.fromkeys(
     (
@@ -144,6 +147,8 @@ def _check_captions(options: TrainOptions) -> None:
 
 
 def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
+    if theirs.delete_previous_checkpoint and is_given(argv, "--keep-checkpoints"):
+        raise UserError("--delete-previous-checkpoint and --keep-checkpoints: give one or the other")
     if options.activation_memory_budget is not None and not theirs.torchcompile:
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if options.lora_rank and theirs.lock_image:

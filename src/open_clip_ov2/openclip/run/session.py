@@ -66,7 +66,8 @@ class Session:
         log = setup_logging(plan.folder if first else None, self.rank, self.console if first else None, args.debug)
         self._opened.callback(log.close)
         checkpoints = plan.folder / "checkpoints"
-        self.writer = CheckpointWriter(checkpoints, plan.options.keep_checkpoints) if first else None
+        keep = 0 if args.delete_previous_checkpoint else plan.options.keep_checkpoints
+        self.writer = CheckpointWriter(checkpoints, keep, latest=args.save_most_recent) if first else None
         if self.writer is not None:
             self._opened.callback(self.writer.wait)
         if existed and self.trains:

@@ -168,7 +168,7 @@ class StageProgress:
         # In epochs of one or two steps this is the only place where ranks agree on a signal.
         stop = not self.finished and agreement.now(self._session.signals.name is not None)
         every = self._stage.args.save_frequency
-        due = every > 0 and self._epochs_done % every == 0
+        due = self._stage.args.save_most_recent or (every > 0 and self._epochs_done % every == 0)
         if stop or self.finished or due or asked or self._save_step or agreement.now(self._save_time_is_up()):
             self._save()
         if stop:

@@ -37,6 +37,9 @@ from open_clip_ov2.train.step import train_epoch
 
 logger = logging.getLogger("open_clip_ov2")
 
+# What `main` does not get, because it is done here: flags with a value, and switches.
+OURS = ("--report-to", "--resume", "--name")
+SWITCHES = ("--save-most-recent",)
 VALIDATIONS = ("val", "imagenet-val", "imagenet-v2")  # entries of OpenCLIP's `data` that `evaluate` looks at
 
 
@@ -90,8 +93,8 @@ class StageRun:
 
     def _argv(self) -> list[str]:
         """The stage's flags for `main`. With `--resume latest` it accepts the folder, and asks what to load."""
-        argv = without(self.stage.argv, ("--report-to", "--resume", "--name"))
-        argv = [word for word in argv if not (self.is_ov2 and word == "--torchcompile")]  # StageModel compiles blocks
+        switches = (*SWITCHES, *(("--torchcompile",) if self.is_ov2 else ()))  # StageModel compiles blocks
+        argv = [word for word in without(self.stage.argv, OURS) if word not in switches]
         return [*argv, "--resume", "latest", "--name", self.session.plan.name]
 
     def replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
