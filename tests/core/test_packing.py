@@ -15,9 +15,10 @@ from reference_loss import gradients_of_reference
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets, decoder
+from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, caption_targets
+from open_clip_ov2.core import rows as core_rows
 from open_clip_ov2.core.packing import PackedCaptions, pack_captions
-from open_clip_ov2.core.rows import RaggedRows, attend, key_value
+from open_clip_ov2.core.rows import RowAttention, attend, key_value
 from open_clip_ov2.openclip.models.factory import build_caption_model
 
 BOS, EOS, CONTEXT = 1, 2, 30
@@ -131,20 +132,19 @@ def test_a_gpus_kernels_agree(fusion: str) -> None:
             assert error < tolerance, (name, autocast, float(error))
 
 
-class EmulatedRaggedRows(RaggedRows):
+def emulated_flash(self: RowAttention, q_qHd: Tensor, k_kHd: Tensor, v_kHd: Tensor, most_q: int, most_k: int) -> Tensor:
     """The GPU kernel's part row by row, by torch's attention in the dtype at hand."""
-
-    def _flash(self, q_tD: Tensor, kv: Tensor, starts_k: Tensor, most: int, heads: int, *, causal: bool) -> Tensor:
-        out = []
-        for row in range(self.batch):
-            q = q_tD[self.starts_q[row] : self.starts_q[row + 1]][None]
-            all_kv = kv[starts_k[row] : starts_k[row + 1]][None]
-            assert q.shape[1] <= self.longest
-            assert all_kv.shape[1] <= most
-            mask = torch.ones(q.shape[1], all_kv.shape[1], dtype=torch.bool)
-            mask = mask.tril(all_kv.shape[1] - q.shape[1]) if causal else mask
-            out.append(attend(q, key_value(all_kv, heads), heads, mask)[0])
-        return torch.cat(out)
+    assert self.starts is not None
+    out, heads = [], q_qHd.shape[1]
+    ends = self.starts[:, 1:]
+    for (begin_q, begin_k), (end_q, end_k) in zip(self.starts[:, :-1].T.tolist(), ends.T.tolist(), strict=True):
+        q, k, v = (x.flatten(1)[None] for x in (q_qHd[begin_q:end_q], k_kHd[begin_k:end_k], v_kHd[begin_k:end_k]))
+        assert q.shape[1] <= most_q
+        assert k.shape[1] <= most_k
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        mask = mask.tril(k.shape[1] - q.shape[1]) if self.causal else mask
+        out.append(attend(q, key_value(torch.cat([k, v], dim=-1), heads), heads, mask)[0])
+    return torch.cat(out).unflatten(-1, (heads, -1))
 
 
 @settings(deadline=None, max_examples=12)
@@ -154,9 +154,8 @@ def test_rows_of_any_length_at_once(model: CaptionModel, lengths: list[int], che
     ids = captions(lengths)
     nll, plain = expected(model, ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "packed_rows", lambda num_image, parts, like, _: EmulatedRaggedRows.of(
-            num_image, [length for count, length in parts for _ in range(count)], like.device
-        ))  # fmt: skip
+        patch.setattr(core_rows, "takes_half_kernels", lambda *_: True)
+        patch.setattr(RowAttention, "_flash", emulated_flash)
         model.set_grad_checkpointing(checkpointing)
         try:
             found_nll, found = gradients(model, pack_captions(ids, EOS, 1))

@@ -1,7 +1,7 @@
 """Transformer blocks of the text decoder, with a key-value cache for generation.
 
-Shapes: B batch, S sequence, D width, H heads, C cached positions (core/__init__.py); K image tokens of a row, T tokens
-of all rows together, image tokens first, t caption tokens among them (core/rows.py).
+Shapes: B batch, S sequence, D width, H heads, C cached positions, K image tokens of an image (core/__init__.py); T
+tokens of all rows together, I image tokens first, then t caption tokens (core/rows.py).
 Parameter names are those of the released PyTorch caption decoders (docs/reference.md): `ln_1`, `attn.in_proj_*`,
 `attn.out_proj`, `ln_2`, `mlp.c_fc`, `mlp.c_proj`.
 """
@@ -48,16 +48,12 @@ class Attention(nn.Module):
         rows = slice(first * x.shape[-1], stop * x.shape[-1])
         return F.linear(x, self.in_proj_weight[rows].to(x.dtype), self.in_proj_bias[rows].to(x.dtype))
 
-    def attend_packed(self, q: Tensor, kv_T2D: Tensor, rows: Rows, image_causal: bool) -> Tensor:
+    def attend_packed(self, q: Tensor, kv_T2D: Tensor, rows: Rows) -> Tensor:
         """`(T, D)` queries, or `(t, D)` of the captions alone -> the same: image tokens see those of their row, caption
         tokens those and the captions before them."""
         images, captions = q.split([len(q) - rows.num_captions, rows.num_captions])
         attended_tD, image_kv = rows.after_image(captions, kv_T2D, self.heads)
-        if not len(images):
-            return attended_tD
-        q_BKD, kv_BK2D = (x.unflatten(0, (rows.batch, rows.num_image)) for x in (images, image_kv))
-        seen_BKD = attend(q_BKD, key_value(kv_BK2D, self.heads), self.heads, causal=image_causal)
-        return torch.cat([seen_BKD.flatten(0, 1), attended_tD])
+        return torch.cat([rows.images(images, image_kv, self.heads), attended_tD]) if len(images) else attended_tD
 
 
 class _Block(nn.Module):
@@ -101,11 +97,11 @@ class SelfBlock(_Block):
         x = self.ln_1(x)
         return self.attn.project(x[first:] if first else x, 0, 1), self.attn.project(x, 1, 3)
 
-    def packed(self, x_TD: Tensor, rows: Rows, image_causal: bool, last: bool) -> Tensor:
+    def packed(self, x_TD: Tensor, rows: Rows, last: bool) -> Tensor:
         """`(T, D)` -> `(T, D)`; the `last` block gives the captions alone, `(t, D)`: nobody reads its image tokens."""
-        first = rows.batch * rows.num_image if last else 0
+        first = rows.num_image if last else 0
         q, kv_T2D = self._run("before", x_TD, first)
-        attended = self.attn.attend_packed(q, kv_T2D, rows, image_causal)
+        attended = self.attn.attend_packed(q, kv_T2D, rows)
         return self._run("after", x_TD[first:] if first else x_TD, attended)
 
     def forward(
@@ -130,18 +126,18 @@ class CrossBlock(_Block):
         super().__init__(width, heads, mlp_width)
         self.ln_context = LayerNorm(width)
 
-    def context(self, context_BKD: Tensor) -> Tensor:
-        """Keys and values of the image tokens, `(B, K, 2 D)`."""
-        return self.attn.project(self.ln_context(context_BKD), 1, 3)
+    def context(self, context: Tensor) -> Tensor:
+        """Keys and values of the image tokens, `(..., D)` -> `(..., 2 D)`."""
+        return self.attn.project(self.ln_context(context), 1, 3)
 
     def before(self, x: Tensor) -> Tensor:
         """Queries, `(..., D)`."""
         return self.attn.project(self.ln_1(x), 0, 1)
 
-    def packed(self, x_tD: Tensor, context_BKD: Tensor, rows: Rows) -> Tensor:
-        """Captions `(t, D)`, image tokens `(B, K, D)` -> `(t, D)`."""
-        q_tD, kv_BK2D = self._run("before", x_tD), self._run("context", context_BKD)
-        return self._run("after", x_tD, rows.across(q_tD, kv_BK2D, self.attn.heads))
+    def packed(self, x_tD: Tensor, context_ID: Tensor, rows: Rows) -> Tensor:
+        """Captions `(t, D)`, image tokens `(I, D)` -> `(t, D)`."""
+        q_tD, kv_I2D = self._run("before", x_tD), self._run("context", context_ID)
+        return self._run("after", x_tD, rows.context(q_tD, kv_I2D, self.attn.heads))
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None, past: KeyValue) -> tuple[Tensor, KeyValue]:
         """For generation; `past` from `project`, of which all is seen."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,19 +51,22 @@ class Compute:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
-    def packed(self, texts_BL: Tensor) -> PackedCaptions:
-        """Captions side by side, from ids `(B, L)` int64 that are still on the CPU."""
+    def packed(self, texts_BL: Tensor, images: Any = None) -> PackedCaptions:
+        """Captions side by side, from ids `(B, L)` int64 that are still on the CPU, and their images."""
         if self.device.type == "cpu":
             tokens = CPU_TOKENS
         elif self.precision != "fp32" and has_half_kernels(self.device):
             tokens = GPU_HALF_TOKENS
         else:
             tokens = GPU_TOKENS
-        return pack_captions(texts_BL, self.eos_id, tokens)
+        return pack_captions(texts_BL, self.eos_id, tokens, getattr(images, "counts", None))
 
-    def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """`(B, C, H, W)` on the device. uint8 images are copied as they are, then scaled and normalized there as
-        torchvision's ToTensor and Normalize do it. Raises ValueError for uint8 images without `mean` and `std`."""
+    def pixels(self, images_BCHW: Any) -> Any:
+        """`(B, C, H, W)`, or NativeImages, on the device. uint8 images are copied as they are, then scaled and
+        normalized there as torchvision's ToTensor and Normalize do it. Raises ValueError for uint8 images without
+        `mean` and `std`."""
+        if not isinstance(images_BCHW, Tensor):
+            return replace(images_BCHW, patches_nCPP=self.pixels(images_BCHW.patches_nCPP))
         dtype = INPUT.get(self.precision)
         if images_BCHW.dtype != torch.uint8:
             return images_BCHW.to(self.device, dtype=dtype, non_blocking=True)

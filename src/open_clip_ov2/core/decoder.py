@@ -1,7 +1,7 @@
 """The text decoder over [image tokens ; caption tokens].
 
-Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary; t caption positions of
-all rows together, T with the image tokens (core/rows.py).
+Shapes: B batch, K kept image tokens, L caption tokens, S = K + L, D decoder width, V vocabulary; of all rows together I
+image tokens, t caption positions, T both (core/rows.py).
 Source: docs/reference.md, "Model" (text_decoder_v2.py of the reference; OpenVision's prefix-LM).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, LayerNorm, SelfBlock
 from open_clip_ov2.core.compute import recompute
-from open_clip_ov2.core.rows import KeyValue, Parts, packed_rows, prefix_mask
+from open_clip_ov2.core.rows import KeyValue, Parts, RaggedTokens, Rows, prefix_mask
 
 Fusion = Literal["prefix", "causal", "cross_attn"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
@@ -102,22 +102,23 @@ class TextDecoder(nn.Module):
         shape = (ids_BL.shape[0], ids_BL.shape[1])
         return self.packed(image_tokens_BKD, ids_BL.flatten(), (shape,)).unflatten(0, shape)
 
-    def packed(self, image_tokens_BKD: Tensor, ids_t: Tensor, parts: Parts) -> Tensor:
-        """Captions side by side, see PackedCaptions: `(B, K, image width)`, `(t,)` int64 -> hidden states `(t, D)`,
-        normed. The rows of `image_tokens_BKD` are in the order of the groups."""
-        image_BKD = self.image_projection(image_tokens_BKD)
-        x, crosses = self._embed(ids_t, image_BKD), self.config.fusion == "cross_attn"
-        rows = packed_rows(
-            0 if crosses else image_BKD.shape[1], parts, image_BKD, self.config.width // self.config.heads
-        )
-        if not crosses:
-            x = torch.cat([image_BKD.flatten(0, 1), x])
-        recomputes, causal = self.grad_checkpointing and self.training, self.config.fusion == "causal"
+    def packed(self, image_tokens: Tensor | RaggedTokens, ids_t: Tensor, parts: Parts) -> Tensor:
+        """Captions side by side, see PackedCaptions: `(B, K, image width)`, or as many for each image as it has;
+        `(t,)` int64 -> hidden states `(t, D)`, normed. Images are in the order of the groups."""
+        if isinstance(image_tokens, Tensor):
+            batch, kept, _ = image_tokens.shape
+            image_tokens = RaggedTokens(image_tokens.flatten(0, 1), (kept,) * batch)
+        image_ID = self.image_projection(image_tokens.tokens_ID)
+        x, fusion = self._embed(ids_t, image_ID), self.config.fusion
+        rows = Rows(image_tokens.counts, parts, image_ID, self.config.width // self.config.heads, fusion=fusion)
+        if rows.num_image:
+            x = torch.cat([image_ID, x])
+        recomputes = self.grad_checkpointing and self.training
         for index, block in enumerate(self.blocks):
             if isinstance(block, CrossBlock):
-                x = recompute(recomputes, block.packed, x, image_BKD, rows)
+                x = recompute(recomputes, block.packed, x, image_ID, rows)
             else:
-                x = recompute(recomputes, cast(SelfBlock, block).packed, x, rows, causal, index + 1 == len(self.blocks))
+                x = recompute(recomputes, cast(SelfBlock, block).packed, x, rows, index + 1 == len(self.blocks))
         return self.ln_final(x)
 
     def _embed(self, ids: Tensor, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Source: OpenVision 2 (arXiv 2509.01644); docs/reference.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +19,15 @@ from open_clip_ov2.core.compute import within_budget
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
+from open_clip_ov2.core.native import BlockParts, Images, NativeImages
+from open_clip_ov2.core.native import kept_tokens as native_kept_tokens
 from open_clip_ov2.core.packing import PackedCaptions
+from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
 from open_clip_ov2.core.vision import ImageModel, Outputs
 from open_clip_ov2.core.vit_fast import block_at, check_tower, kept_tokens
+
+KeptIdx = Tensor | Sequence[Tensor]  # `(B, K)` int64, or `(K,)` for each of NativeImages
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,15 @@ class CaptionModel(ImageModel):
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
         self._last_block: Any = block_at
+        self._block_parts = BlockParts()
         self.reset_position_table()
         self._freeze_untrained()
         rows, columns = self.visual.grid_size
         num_kept(rows * columns, min(keep_ratio.low, self.token_drop.eval_keep_ratio))  # raises if none are left
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last_block": block_at}  # compiled code is neither copied nor pickled
+        # Compiled code is neither copied nor pickled.
+        return {**super().__getstate__(), "_last_block": block_at, "_block_parts": BlockParts()}
 
     def _freeze_untrained(self) -> None:
         """What the caption loss cannot reach must not be trainable: DDP would wait for it for ever."""
@@ -76,20 +84,26 @@ class CaptionModel(ImageModel):
             self.visual.proj.requires_grad_(False)
 
     def encode_kept_tokens(
-        self, image: Tensor, *, kept_idx: Tensor | None = None, keep_ratio: float | None = None
-    ) -> Tensor:
+        self, image: Images, *, kept_idx: KeptIdx | None = None, keep_ratio: float | None = None
+    ) -> Tensor | RaggedTokens:
         """The patch tokens that the decoder gets, `(B, 3, H, W)` -> `(B, K, D)`, with the model's own token dropping
-        unless `kept_idx` `(B, K)` int64 or a ratio is given."""
-        return kept_tokens(
-            self.visual, image, self.token_drop, self._last_block, kept_idx=kept_idx, keep_ratio=keep_ratio
-        )
+        unless `kept_idx` `(B, K)` int64 or a ratio is given. Of NativeImages as many as each has, side by side."""
+        drop: dict[str, Any] = {"kept_idx": kept_idx, "keep_ratio": keep_ratio}
+        if isinstance(image, NativeImages):
+            return native_kept_tokens(self.visual, image, self.token_drop, self._block_parts, **drop)
+        return kept_tokens(self.visual, image, self.token_drop, self._last_block, **drop)
+
+    def stacked_kept_tokens(self, image: Images, **drop: Any) -> Tensor:
+        """The same as `(B, K, D)`. Raises ValueError for NativeImages that differ in their number of tokens."""
+        kept = self.encode_kept_tokens(image, **drop)
+        return kept.stacked() if isinstance(kept, RaggedTokens) else kept
 
     def forward(
         self,
-        image: Tensor | None = None,
+        image: Images | None = None,
         text: Tensor | None = None,
         *,
-        kept_idx: Tensor | None = None,
+        kept_idx: KeptIdx | None = None,
         keep_ratio: float | None = None,
         captions: PackedCaptions | None = None,
         caption_loss: CaptionLoss | None = None,
@@ -99,7 +113,7 @@ class CaptionModel(ImageModel):
         `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`, or that pair as a tuple if
         `output_dict` is off. Without text see `image_outputs`. With `captions` and `caption_loss` in place of text, the
         sums of the loss, computed inside so that DDP sees every parameter at work. `kept_idx` `(B, K)` or `keep_ratio`
-        replace the model's own token dropping.
+        replace the model's own token dropping. NativeImages take `captions` and `caption_loss` alone.
         """
         if image is None:
             raise ValueError("an ov2 model has no text encoder: give it images, or images and text")
@@ -109,32 +123,40 @@ class CaptionModel(ImageModel):
             raise ValueError("packed captions stand in place of text, one for each image")
         if text is None and captions is None:
             return self.image_outputs(image)
-        kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
         if captions is not None and caption_loss is not None:
-            return self._loss_sums(kept_BKD, captions, caption_loss)
+            if isinstance(image, NativeImages):  # equal sizes then stand together
+                kept_idx = None if kept_idx is None else [kept_idx[row] for row in captions.order]
+                image = image[captions.order]
+            kept = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
+            return self._loss_sums(kept, captions, caption_loss)
         assert text is not None
+        kept_BKD = self.stacked_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
         logits_BLV = self.text_decoder.lm_head(self.text_decoder(kept_BKD, text[:, :-1]))
         return self.outputs({"logits": logits_BLV, "labels": caption_targets(text, self.text_config.eos_id)})
 
-    def _loss_sums(self, kept_BKD: Tensor, captions: PackedCaptions, caption_loss: CaptionLoss) -> CaptionLossSums:
-        kept_BKD = kept_BKD.index_select(0, captions.order_B)
-        hidden_tD = self.text_decoder.packed(kept_BKD, captions.ids_t, captions.parts)
+    def _loss_sums(
+        self, kept: Tensor | RaggedTokens, captions: PackedCaptions, caption_loss: CaptionLoss
+    ) -> CaptionLossSums:
+        """`kept` `(B, K, D)`, or tokens that are in the order of the captions already."""
+        kept = kept.index_select(0, captions.order_B) if isinstance(kept, Tensor) else kept
+        hidden_tD = self.text_decoder.packed(kept, captions.ids_t, captions.parts)
         hidden_RD = hidden_tD.index_select(0, captions.index_R)
         return caption_loss.from_hidden(hidden_RD, self.text_decoder.lm_head, captions.labels_R)
 
     @torch.no_grad()
     def generate(
         self,
-        image: Tensor,
+        image: Images,
         text: Tensor | None = None,
         *,
         seq_len: int | None = None,
-        kept_idx: Tensor | None = None,
+        kept_idx: KeptIdx | None = None,
         keep_ratio: float | None = None,
         fixed_output_length: bool = False,
         **options: Any,
     ) -> Tensor:
-        """Captions of `(B, 3, H, W)` images: ids `(B, T)` int64, bos first, padded after eos.
+        """Captions of `(B, 3, H, W)` images, or of NativeImages with equally many patches: ids `(B, T)` int64, bos
+        first, padded after eos.
 
         `text` is a prompt of ids `(B, T)` or `(T,)`, bos included, without padding. `seq_len` is the longest
         result, the context length by default and at most. Further options are GenerationConfig's:
@@ -154,15 +176,16 @@ class CaptionModel(ImageModel):
         was_training = self.training
         self.eval()
         try:
-            kept_BKD = self.encode_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
+            kept_BKD = self.stacked_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
             out_BT = generate(CaptionStream(self.text_decoder, kept_BKD, ids_BT), ids_BT, config)
         finally:
             self.train(was_training)
         return F.pad(out_BT, (0, seq_len - out_BT.shape[1]), value=ids.pad_id) if fixed_output_length else out_BT
 
-    def _prompt(self, image: Tensor, text: Tensor | None) -> Tensor:
+    def _prompt(self, image: Images, text: Tensor | None) -> Tensor:
         if text is None:
-            return torch.full((len(image), 1), self.text_config.bos_id, dtype=torch.long, device=image.device)
+            device = self.text_decoder.lm_head.weight.device
+            return torch.full((len(image), 1), self.text_config.bos_id, dtype=torch.long, device=device)
         text = text.expand(len(image), -1) if text.ndim == 1 else text
         if len(text) != len(image):
             raise ValueError(f"{len(text)} prompts for {len(image)} images")
@@ -194,5 +217,6 @@ class CaptionModel(ImageModel):
         for block in self.visual.transformer.resblocks:
             block.compile(**options)
         self._last_block = torch.compile(block_at, **options)
+        self._block_parts = BlockParts.compiled(**options)
         for block in self.text_decoder.blocks:
             cast(SelfBlock | CrossBlock, block).compile_tokenwise(**options)

@@ -7,6 +7,7 @@ similar length (core/rows.py). Loss and gradient of a step stay the same, since 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ class PackedCaptions:
 
     `order_B`: the batch's rows, longest captions first. `parts`: (rows, positions) of each group in that order.
     `ids_t`: the decoder's inputs, group by group, row by row. `index_R`: where among those the real targets stand;
-    `labels_R`: the targets.
+    `labels_R`: the targets. `order`: `order_B` on the host.
     """
 
     order_B: Tensor
@@ -35,6 +36,7 @@ class PackedCaptions:
     ids_t: Tensor
     index_R: Tensor
     labels_R: Tensor
+    order: tuple[int, ...]
 
     @property
     def num_targets(self) -> int:
@@ -50,23 +52,35 @@ class PackedCaptions:
         return replace(self, **moved)
 
 
-def pack_captions(texts_BL: Tensor, eos_id: int, min_tokens: int) -> PackedCaptions:
+def pack_captions(
+    texts_BL: Tensor, eos_id: int, min_tokens: int, images: Sequence[int] | None = None
+) -> PackedCaptions:
     """Groups of equally many rows, with at least `min_tokens` positions in a group on average.
 
     `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU, so that no device is waited for. A prompt's ids,
-    stored as -1 - id, are read and are no targets.
+    stored as -1 - id, are read and are no targets. `images`: patches of each image, where they differ; a group then has
+    images of one size.
     """
     labels_BP = caption_targets(texts_BL, eos_id)
     is_prompt_BL = texts_BL < 0
     texts_BL = torch.where(is_prompt_BL, -1 - texts_BL, texts_BL)
     read_B = (labels_BP != IGNORE_INDEX).sum(dim=1) + is_prompt_BL.sum(dim=1)  # positions that are read
-    order_B = read_B.argsort(descending=True, stable=True)
-    batch, positions = labels_BP.shape
-    rows = -(-batch // max(1, min(batch, int(read_B.sum()) // min_tokens)))
-    longest = read_B[order_B[::rows]].clamp(min=1)  # of each group its first
-    lengths_B = longest.repeat_interleave(rows)[:batch]
-    computed_BP = torch.arange(positions) < lengths_B[:, None]
+    sizes_B = torch.zeros_like(read_B) if images is None else torch.tensor(images)
+    found = [_grouped(read_B, (sizes_B == size).nonzero()[:, 0], min_tokens) for size in sizes_B.unique()]
+    order_B = torch.cat([order for order, _ in found])
+    parts = tuple(part for _, of in found for part in of)
+    lengths_B = torch.tensor([length for rows, length in parts for _ in range(rows)])
+    computed_BP = torch.arange(labels_BP.shape[1]) < lengths_B[:, None]
     ids_t, labels_t = texts_BL[order_B, :-1][computed_BP], labels_BP[order_B][computed_BP]
-    counts = [rows] * (len(longest) - 1) + [batch - rows * (len(longest) - 1)]
     index_R = (labels_t != IGNORE_INDEX).nonzero()[:, 0]
-    return PackedCaptions(order_B, tuple(zip(counts, longest.tolist(), strict=True)), ids_t, index_R, labels_t[index_R])
+    return PackedCaptions(order_B, parts, ids_t, index_R, labels_t[index_R], tuple(order_B.tolist()))
+
+
+def _grouped(read_B: Tensor, rows_b: Tensor, min_tokens: int) -> tuple[Tensor, Parts]:
+    """These rows, longest captions first, and groups of them."""
+    order_b = rows_b[read_B[rows_b].argsort(descending=True, stable=True)]
+    batch = len(order_b)
+    rows = -(-batch // max(1, min(batch, int(read_B[order_b].sum()) // min_tokens)))
+    longest = read_B[order_b[::rows]].clamp(min=1)  # of each group its first
+    counts = [rows] * (len(longest) - 1) + [batch - rows * (len(longest) - 1)]
+    return order_b, tuple(zip(counts, longest.tolist(), strict=True))

@@ -1,14 +1,17 @@
 """Attention among rows of unequal length that lie side by side without padding.
 
-Shapes: B rows, K image tokens of each, t caption positions of all rows together, T = B K + t tokens, image tokens
-of all rows first; D width, H heads, d = D / H (core/__init__.py). Keys and values of a token stand side by side, `2 D`.
-There are two ways to the same result: group by group with torch's attention, or all rows at once on GPUs with the
+Shapes: B rows, q queries and k keys of all rows together; of the decoder's rows I image tokens, t caption positions,
+T = I + t tokens, image tokens of all rows first; D width, H heads, d = D / H (core/__init__.py). Keys and values of a
+token stand side by side, `2 D`.
+There are two ways to the same result: equal rows at once with torch's attention, or all rows at once on GPUs with the
 kernel for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,19 @@ class KeyValue(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+
+class RaggedTokens(NamedTuple):
+    """The tokens of images that have different numbers of them, side by side: `(I, D)`, and how many each has."""
+
+    tokens_ID: Tensor
+    counts: tuple[int, ...]
+
+    def stacked(self) -> Tensor:
+        """`(B, K, D)`. Raises ValueError if the images differ in their number of tokens."""
+        if len(set(self.counts)) > 1:
+            raise ValueError(f"images of {sorted(set(self.counts))} tokens cannot be stacked; take equal ones together")
+        return self.tokens_ID.unflatten(0, (len(self.counts), self.counts[0]))
 
 
 def split_heads(x_BSD: Tensor, heads: int) -> Tensor:
@@ -56,103 +72,129 @@ def prefix_mask(prefix: int, total: int, device: torch.device | None = None) -> 
     return mask_SS
 
 
-def packed_rows(num_image: int, parts: Parts, like: Tensor, head_width: int) -> Rows:
-    """Rows for the device and dtype of `like` `(B, K, D)`. Captions follow `num_image` image tokens of their row."""
-    lengths = [positions for rows, positions in parts for _ in range(rows)]
-    if takes_half_kernels(like, head_width):
-        return RaggedRows.of(num_image, lengths, like.device)
-    return GroupedRows(len(lengths), num_image, parts, like.device)
+@dataclass(frozen=True)
+class RowAttention:
+    """Attention of the queries of each row to the keys of the same row.
+
+    `runs`: (rows, queries, keys of each) of consecutive rows that are alike; each is one call, with its mask. `starts`:
+    where each row's queries and keys begin, `(2, B + 1)` int32, for FlashAttention-2, which takes all rows in one call;
+    None where there is no such kernel, and where one call of torch's attention does as well. `causal`: the last query
+    sees all keys, and each query before it one key less.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    causal: bool
+    masks: tuple[Tensor | None, ...]
+    starts: Tensor | None
+
+    @classmethod
+    def of(
+        cls, queries: Sequence[int], keys: Sequence[int], like: Tensor, head_width: int, *, causal: bool = False
+    ) -> RowAttention:
+        """Of so many queries and keys in each row, for the device and dtype of `like`, which is not waited for."""
+        pairs = groupby(zip(queries, keys, strict=True))
+        runs = tuple((sum(1 for _ in same), *pair) for pair, same in pairs)
+        plain = [not causal or q == k for _, q, k in runs]
+        if takes_half_kernels(like, head_width) and plain != [True]:
+            starts = F.pad(on_device([queries, keys], like.device).cumsum(1), (1, 0)).int()
+            return cls(runs, causal, (None,) * len(runs), starts)
+        masks = [
+            None if fine else _causal_mask(k - q, q, like.device) for fine, (_, q, k) in zip(plain, runs, strict=True)
+        ]
+        return cls(runs, causal, tuple(masks), None)
+
+    def __call__(self, q_qD: Tensor, kv_k2D: Tensor, heads: int) -> Tensor:
+        """`(q, D)`."""
+        if self.starts is not None:
+            q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q_qD, *kv_k2D.chunk(2, dim=-1)))
+            return self._flash(q, k, v, max(run[1] for run in self.runs), max(run[2] for run in self.runs)).flatten(1)
+        kv = kv_k2D.split([rows * keys for rows, _, keys in self.runs])
+        return self.by_runs(q_qD, [part.unflatten(0, run[::2]) for part, run in zip(kv, self.runs, strict=True)], heads)
+
+    def by_runs(self, q_qD: Tensor, kv: Sequence[Tensor], heads: int) -> Tensor:
+        """The same with the keys and values `(rows, keys, 2 D)` of each run."""
+        queries = q_qD.split([rows * queries for rows, queries, _ in self.runs])
+        out = [
+            attend(q.unflatten(0, run[:2]), key_value(own, heads), heads, mask, self.causal and mask is None)
+            for q, own, run, mask in zip(queries, kv, self.runs, self.masks, strict=True)
+        ]
+        return torch.cat([one.flatten(0, 1) for one in out])
+
+    def _flash(self, q_qHd: Tensor, k_kHd: Tensor, v_kHd: Tensor, most_q: int, most_k: int) -> Tensor:
+        assert self.starts is not None
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q_qHd, k_kHd, v_kHd, self.starts[0], self.starts[1], most_q, most_k, 0.0, self.causal, False
+        )
+        return out
 
 
-class GroupedRows:
-    """One call for each group of rows of the same length."""
-
-    def __init__(self, batch: int, num_image: int, parts: Parts, device: torch.device) -> None:
-        self.batch, self.num_image, self.parts = batch, num_image, parts
-        self.num_captions = sum(rows * positions for rows, positions in parts)
-        self._sizes = [rows * positions for rows, positions in parts]
-        self._rows = [rows for rows, _ in parts]
-        self._masks = [_caption_mask(num_image, positions, device) for _, positions in parts]
-
-    def after_image(self, q_tD: Tensor, kv_T2D: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Attention of the captions to the image tokens of their row and to the caption so far, `(t, D)`; and the keys
-        and values of the image tokens alone, `(B K, 2 D)`."""
-        image_kv, *captions = kv_T2D.split([self.batch * self.num_image, *self._sizes])
-        images = image_kv.unflatten(0, (self.batch, self.num_image)).split(self._rows)
-        out = []
-        for q, kv, image, part, mask in zip(
-            q_tD.split(self._sizes), captions, images, self.parts, self._masks, strict=True
-        ):
-            whole = torch.cat([image, kv.unflatten(0, part)], dim=1)
-            out.append(attend(q.unflatten(0, part), key_value(whole, heads), heads, mask).flatten(0, 1))
-        return torch.cat(out), image_kv
-
-    def across(self, q_tD: Tensor, context_BK2D: Tensor, heads: int) -> Tensor:
-        """Attention of the captions to all of the context of their row, `(t, D)`."""
-        parts = zip(q_tD.split(self._sizes), context_BK2D.split(self._rows), self.parts, strict=True)
-        out = [attend(q.unflatten(0, part), key_value(kv, heads), heads).flatten(0, 1) for q, kv, part in parts]
-        return torch.cat(out)
-
-
-def _caption_mask(before: int, length: int, device: torch.device) -> Tensor:
-    """`(length, before + length)`: captions see `before` image tokens, and what came before in the caption."""
+def _causal_mask(before: int, length: int, device: torch.device) -> Tensor:
+    """`(length, before + length)`: each token sees the `before` tokens of a prefix, and those up to itself."""
     if device.type == "cuda" and torch.version.cuda is not None:
         return causal_lower_right(length, before + length)  # a form that fused kernels know, without a mask in memory
     return prefix_mask(before, before + length, device)[before:]
 
 
-@dataclass(frozen=True)
-class RaggedRows:
-    """One call for all rows: FlashAttention-2 takes the position at which each row begins.
+class Rows:
+    """The decoder's rows: the image tokens of each, then its caption.
 
-    `starts_q`, `starts_k` `(B + 1,)` int32: of the captions' queries, and of the rows' keys, image tokens before the
-    caption. `place_T` int64: where each token stands among those keys; `source_T`: the other way round.
+    `images`: attention of image tokens among themselves; `captions`: of a caption to what stands before it in its row
+    and to itself; `context`: of a caption to image tokens that are not in the sequence (cross-attention).
     """
 
-    batch: int
-    num_image: int
-    num_captions: int
-    longest: int
-    starts_q: Tensor
-    starts_k: Tensor
-    place_T: Tensor
-    source_T: Tensor
-
-    @classmethod
-    def of(cls, num_image: int, lengths: list[int], device: torch.device) -> RaggedRows:
-        """Made on the device without waiting for it."""
-        on_host = torch.tensor(lengths)
-        lengths_B = (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
-        batch, captions = len(lengths), sum(lengths)
-        rows_B = torch.arange(batch + 1, device=device)
-        starts_q = F.pad(lengths_B.cumsum(0), (1, 0))
-        starts_k = starts_q + num_image * rows_B
-        row_t = torch.repeat_interleave(rows_B[:-1], lengths_B, output_size=captions)
-        images_BK = starts_k[:-1, None] + torch.arange(num_image, device=device)
-        captions_t = torch.arange(captions, device=device) + num_image * (row_t + 1)
-        place_T = torch.cat([images_BK.flatten(), captions_t])
-        source_T = torch.empty_like(place_T).scatter_(0, place_T, torch.arange(len(place_T), device=device))
-        return cls(batch, num_image, captions, max(lengths), starts_q.int(), starts_k.int(), place_T, source_T)
+    def __init__(
+        self, images: Sequence[int], parts: Parts, like: Tensor, head_width: int, *, fusion: str = "prefix"
+    ) -> None:
+        """`images`: image tokens of each row, in the order of `parts`; `like`: of the device and dtype."""
+        lengths = [positions for rows, positions in parts for _ in range(rows)]
+        within = (0,) * len(lengths) if fusion == "cross_attn" else images
+        before = [image + length for image, length in zip(within, lengths, strict=True)]
+        self.num_image, self.num_captions = sum(within), sum(lengths)
+        self.captions = RowAttention.of(lengths, before, like, head_width, causal=True)
+        if fusion == "cross_attn":
+            self.context = RowAttention.of(lengths, images, like, head_width)
+        else:
+            self.images = RowAttention.of(images, images, like, head_width, causal=fusion == "causal")
+            if self.captions.starts is not None:
+                self._place_T, self._source_T = by_row(images, lengths, like.device)
 
     def after_image(self, q_tD: Tensor, kv_T2D: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """As GroupedRows'."""
-        kv_by_row_T2D, image_kv = _ByRow.apply(kv_T2D, self.source_T, self.place_T, self.batch * self.num_image)
-        most = self.num_image + self.longest
-        return self._flash(q_tD, kv_by_row_T2D, self.starts_k, most, heads, causal=True), image_kv
-
-    def across(self, q_tD: Tensor, context_BK2D: Tensor, heads: int) -> Tensor:
-        """As GroupedRows'."""
-        batch, context, _ = context_BK2D.shape
-        starts_k = torch.arange(0, (batch + 1) * context, context, dtype=torch.int32, device=q_tD.device)
-        return self._flash(q_tD, context_BK2D.flatten(0, 1), starts_k, context, heads, causal=False)
-
-    def _flash(self, q_tD: Tensor, kv: Tensor, starts_k: Tensor, most: int, heads: int, *, causal: bool) -> Tensor:
-        """A causal query sees the keys of its row up to its own, the last query the last key."""
-        q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q_tD, *kv.chunk(2, dim=-1)))
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, self.starts_q, starts_k, self.longest, most, 0.0, causal, False
+        """What captions find among the image tokens of their row and in the caption so far, `(t, D)`; and the keys and
+        values of the image tokens alone, `(I, 2 D)`."""
+        if not self.num_image:
+            return self.captions(q_tD, kv_T2D, heads), kv_T2D[:0]
+        if self.captions.starts is not None:
+            kv_by_row_T2D, image_kv = _ByRow.apply(kv_T2D, self._source_T, self._place_T, self.num_image)
+            return self.captions(q_tD, kv_by_row_T2D, heads), image_kv
+        image_kv, captions_kv = kv_T2D.split([self.num_image, self.num_captions])
+        runs = self.captions.runs
+        parts = zip(
+            image_kv.split([rows * (keys - own) for rows, own, keys in runs]),
+            captions_kv.split([rows * own for rows, own, _ in runs]),
+            runs,
+            strict=True,
         )
-        return out.flatten(1)
+        kv = [torch.cat([part.unflatten(0, (run[0], -1)) for part in (image, own)], dim=1) for image, own, run in parts]
+        return self.captions.by_runs(q_tD, kv, heads), image_kv
+
+
+def by_row(first: Sequence[int], second: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For tokens of which the first part of all rows comes before the second part of all rows: where each stands when
+    the rows stand one after the other, and which token stands at each place; `(T,)` int64, made on the device."""
+    counts_2B, totals = on_device([first, second], device), (sum(first), sum(second))
+    starts_2B = F.pad(counts_2B.cumsum(1), (1, 0))
+    skipped = (starts_2B[1, :-1], starts_2B[0, 1:])  # tokens of the other kind that come before, of each row
+    place_T = torch.cat([
+        torch.arange(total, device=device) + torch.repeat_interleave(others_B, counts_B, output_size=total)
+        for others_B, counts_B, total in zip(skipped, counts_2B, totals, strict=True)
+    ])  # fmt: skip
+    return place_T, torch.empty_like(place_T).scatter_(0, place_T, torch.arange(len(place_T), device=device))
+
+
+def on_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """int64, from integers on the host, which does not wait for the copy."""
+    on_host = torch.as_tensor(values)
+    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
 
 
 class _ByRow(torch.autograd.Function):
@@ -173,6 +215,3 @@ class _ByRow(torch.autograd.Function):
         if d_first is not None:  # None in a last block, which does not use them
             d_x[: ctx.first] += d_first
         return d_x, None, None, None
-
-
-Rows = GroupedRows | RaggedRows

@@ -8,10 +8,14 @@ encoder; OpenCLIP's `--force-patch-dropout` (FLIP) drops at the encoder's input 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_clip_ov2.core.rows import on_device
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,21 @@ def sample_kept_indices(
     return noise_BN.topk(kept, dim=1, sorted=False).indices
 
 
+def sample_kept_of_rows(counts: Sequence[int], kept: Sequence[int], device: torch.device) -> Tensor:
+    """The same for examples with `counts` tokens each, side by side: places among all of them, `kept` of each example
+    in turn, int64 on `device`, by its default generator; in their order if all are kept."""
+    if list(counts) == list(kept):
+        return torch.arange(sum(counts), device=device)
+    rows_B, counts_B = torch.arange(len(counts), device=device), on_device(counts, device)
+    row_n = torch.repeat_interleave(rows_B, counts_B, output_size=sum(counts))
+    noise_n = torch.rand(len(row_n), device=device).argsort()
+    shuffled_n = noise_n[row_n[noise_n].argsort(stable=True)]  # row by row, at random within each
+    kept_B = on_device(kept, device)
+    skipped_B = F.pad((counts_B - kept_B).cumsum(0)[:-1], (1, 0))  # of the rows before
+    first_I = torch.arange(sum(kept), device=device)
+    return shuffled_n[first_I + torch.repeat_interleave(skipped_B, kept_B, output_size=sum(kept))]
+
+
 def gather_tokens(tokens_BND: Tensor, kept_idx_BK: Tensor) -> Tensor:
     """`(B, N, D)`, `(B, K)` int64 -> `(B, K, D)`."""
     return tokens_BND.gather(1, kept_idx_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
@@ -118,7 +137,11 @@ class TokenDrop(nn.Module):
         `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
         if kept_idx is not None:
             return kept_idx
-        if keep_ratio is None:
-            keep_ratio = self.keep_ratio.draw() if self.training else self.eval_keep_ratio
-        kept = num_kept(num_tokens, keep_ratio)
+        kept = num_kept(num_tokens, self.ratio(keep_ratio))
         return None if kept == num_tokens else sample_kept_indices(batch_size, num_tokens, kept, device=device)
+
+    def ratio(self, given: float | None = None) -> float:
+        """The ratio of one step: the one that is given, or the model's own."""
+        if given is not None:
+            return given
+        return self.keep_ratio.draw() if self.training else self.eval_keep_ratio

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip_ov2.core import native
+from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.core.positions import sincos_2d
+from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.vit_fast import image_features
 
 PositionTable = Literal["interpolate", "recompute"]
@@ -40,21 +43,24 @@ class ImageModel(nn.Module):
     def reset_position_table(self) -> None:
         self.visual.positional_embedding.copy_(self.position_table())
 
-    def encode_image_tokens(self, image: Tensor) -> Tensor:
-        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm."""
-        return self.visual(image)[1]
+    def encode_image_tokens(self, image: Images) -> Tensor | RaggedTokens:
+        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm; of NativeImages as many as each
+        has."""
+        return native.kept_tokens(self.visual, image) if isinstance(image, NativeImages) else self.visual(image)[1]
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
         """Pooled features, `(B, D)`: final norm of the mean patch token, times the projection."""
-        pooled_BD = self.visual(image)[0]
+        pooled_BD = native.pooled(self.visual, image) if isinstance(image, NativeImages) else self.visual(image)[0]
         return F.normalize(pooled_BD, dim=-1) if normalize else pooled_BD
 
     def features(self, image: Tensor, *, layer: int = -1, norm: bool = False, class_token: bool = False) -> Tensor:
         """Patch tokens of any layer, see `core.image_features`."""
         return image_features(self.visual, image, layer=layer, norm=norm, class_token=class_token)
 
-    def image_outputs(self, image: Tensor) -> Outputs:
+    def image_outputs(self, image: Images) -> Outputs:
         """`{"image_features": (B, D), "image_embs": (B, N, D)}`, or that pair as a tuple if `output_dict` is off."""
+        if isinstance(image, NativeImages):
+            raise ValueError("NativeImages differ in their tokens: take encode_image or encode_image_tokens")
         pooled_BD, tokens_BND = self.visual(image)
         return self.outputs({"image_features": pooled_BD, "image_embs": tokens_BND})
 

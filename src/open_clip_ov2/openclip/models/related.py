@@ -16,12 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, CaptionModel, DecoderConfig, caption_targets, gather_tokens
+from open_clip_ov2.core import (
+    IGNORE_INDEX,
+    CaptionLoss,
+    CaptionModel,
+    DecoderConfig,
+    caption_targets,
+    gather_tokens,
+    native,
+)
 from open_clip_ov2.core.blocks import SelfBlock
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.core.loss import CaptionLossSums
+from open_clip_ov2.core.model import KeptIdx
+from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.core.packing import PackedCaptions
+from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.vision import Outputs
 from open_clip_ov2.core.vit_fast import embedded
 
@@ -51,7 +62,7 @@ class ContrastiveCaptionModel(CaptionModel):
 
     def forward(
         self,
-        image: Tensor | None = None,
+        image: Images | None = None,
         text: Tensor | None = None,
         *,
         captions: PackedCaptions | None = None,
@@ -62,6 +73,8 @@ class ContrastiveCaptionModel(CaptionModel):
         have the contrastive loss."""
         if image is None or text is None or captions is None or caption_loss is None or caption_loss.contrast is None:
             return super().forward(image, text, captions=captions, caption_loss=caption_loss, **drop)
+        if isinstance(image, NativeImages):
+            raise ValueError("a contrastive loss takes images of one shape")
         with torch.no_grad():
             self.logit_scale.clamp_(0, MAX_SCALE)
         pooled_BD, tokens_BND = self.visual(image)
@@ -106,11 +119,13 @@ class OneTransformerModel(CaptionModel):
         self.text_decoder.use_blocks([_as_decoder_block(block) for block in blocks])
 
     def encode_kept_tokens(
-        self, image: Tensor, *, kept_idx: Tensor | None = None, keep_ratio: float | None = None
-    ) -> Tensor:
+        self, image: Images, *, kept_idx: KeptIdx | None = None, keep_ratio: float | None = None
+    ) -> Tensor | RaggedTokens:
         """What the first block gets, `(B, 3, H, W)` -> `(B, 1 + N, D)`."""
         if kept_idx is not None or keep_ratio not in (None, 1.0):
             raise ValueError("one transformer over image and caption drops no token")
+        if isinstance(image, NativeImages):
+            return RaggedTokens(native.embedded(self.visual, image), tuple(count + 1 for count in image.counts))
         return embedded(self.visual, image)
 
 
