@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from test_generate import BOS, EOS, tiny
 
-from open_clip_ov2.core.sampling import RowSampler, RowSampling
+from open_clip_ov2.core.generate import RowSampler, RowSampling
 
 
 def test_tokens_come_in_proportion_to_the_softmax_over_the_k_likeliest() -> None:

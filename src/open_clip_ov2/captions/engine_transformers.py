@@ -12,7 +12,7 @@ import torch
 
 from open_clip_ov2.captions.engines import INSTRUCTION, WITH_TEXT, Defaults, small
 from open_clip_ov2.captions.requests import Request
-from open_clip_ov2.core.sampling import RowSampler
+from open_clip_ov2.core.generate import RowSampler
 from open_clip_ov2.errors import UserError, first_line
 
 DEFAULTS = Defaults(batch_size=16, with_text=WITH_TEXT, without=INSTRUCTION)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from open_clip_ov2.core.sampling import RowSampling
+from open_clip_ov2.core.generate import RowSampling
 from open_clip_ov2.data.captions import CaptionKey, cleaned, group_text
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.tables import from_table, key, pairs, real, whole

@@ -25,7 +25,7 @@ from open_clip_ov2.core import (
 from open_clip_ov2.core.candidates import candidate_nll
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.decoder import DecoderCache
-from open_clip_ov2.core.sampling import RowSampler
+from open_clip_ov2.core.generate import RowSampler
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
