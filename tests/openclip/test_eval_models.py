@@ -80,6 +80,7 @@ def pair_nll(model: nn.Module, image_1CHW: Tensor, key: str, ids_1L: Tensor) -> 
     with torch.no_grad():
         logits = model(image_1CHW, ids_1L, **more)["logits"]
     labels = caption_targets(ids_1L, EOS)
+    logits = logits[:, : labels.shape[1]]  # OpenCLIP 4's CoCa has one more
     return float(nn.functional.cross_entropy(logits[0].double(), labels[0], reduction="sum"))
 
 
@@ -179,7 +180,7 @@ def test_what_follows_prompts_of_unequal_length(kind: str, how: dict[str, Any], 
         while len(ids) < 12 and ids[-1] != EOS:
             with torch.no_grad():
                 logits = model(images()[i : i + 1], torch.tensor([[*ids, 0]]), **more)["logits"]
-            ids.append(int(logits[0, -1].argmax()))
+            ids.append(int(logits[0, len(ids) - 1].argmax()))
         assert found[i] == tokenizer.decode([token for token in ids[start:] if token != EOS]).strip()
 
 

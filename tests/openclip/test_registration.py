@@ -17,7 +17,8 @@ import torch
 from patches_page import PAGE, with_tables
 
 import open_clip_ov2
-from open_clip_ov2.openclip import patches, private_names
+import open_clip_ov2.cli
+from open_clip_ov2.openclip import patches, private_names, version
 from open_clip_ov2.openclip.models.factory import MODEL_CONFIGS
 
 PUBLISHED = ["ti-16", "ti-8", "s-16", "s-8", "b-16", "b-8", "l-14", "so400m-14", "h-14", "g-14"]
@@ -39,7 +40,7 @@ FINGERPRINT = """
         out = model(torch.randn(2, 3, *model.visual.image_size), tokens)
         args = SimpleNamespace(distill=False, model=name, siglip=False, local_loss=False, gather_with_grad=False,
             rank=0, world_size=1, horovod=False, coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0)
-        loss = open_clip.create_loss(args)(**out, output_dict=True)
+        loss = {} if hasattr(open_clip, "create_task") else open_clip.create_loss(args)(**out, output_dict=True)
         buffer = io.BytesIO(); torch.save([list(out.items()), list(loss.items()), tokens], buffer)
         values = [v for v in [*out.values(), *loss.values(), tokens] if torch.is_tensor(v)]
         sums = hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in values)).hexdigest()
@@ -238,9 +239,17 @@ def test_the_page_lists_what_the_code_lists() -> None:
     assert page == with_tables(page), "run python tests/openclip/patches_page.py"
 
 
-def test_another_open_clip_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from open_clip_ov2.openclip import version
-
-    monkeypatch.setattr(version, "version", lambda name: "4.2.0")
-    with pytest.raises(ImportError, match=r"3\.3\.x, and found 4\.2\.0"):
-        version.check_open_clip()
+def test_another_open_clip_version_is_refused_or_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below 3.3 and from 5 on an ImportError; between, one warning, and training is a one-line error."""
+    for found in ("3.2.0", "5.0.0"):
+        monkeypatch.setattr(open_clip, "__version__", found)
+        with pytest.raises(ImportError, match=rf"open_clip_torch >= 3\.3, < 5, and found {found}: pip install"):
+            version.check_open_clip()
+    monkeypatch.setattr(open_clip, "__version__", "4.0.1")
+    version.check_open_clip()
+    (record,) = caplog.records
+    assert "open_clip_torch 4.0.1: loading, embedding, captioning, evaluation and export" in record.getMessage()
+    assert open_clip_ov2.cli.main(["train", "--model", "ov2-vit-nano-8"]) == 2
+    assert "training needs open_clip_torch 3.3.x, and found 4.0.1" in capsys.readouterr().err

@@ -191,8 +191,8 @@ class CaptionModel(ImageModel):
             raise ValueError(f"{len(text)} prompts for {len(image)} images")
         return text
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        super().set_grad_checkpointing(enable, **options)
         self.text_decoder.grad_checkpointing = enable
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:

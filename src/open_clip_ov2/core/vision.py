@@ -67,8 +67,9 @@ class ImageModel(nn.Module):
     def outputs(self, named: Mapping[str, Tensor]) -> Outputs:
         return dict(named) if self.output_dict else tuple(named.values())
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.visual.set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        """`options` are those of OpenCLIP's encoder."""
+        self.visual.set_grad_checkpointing(enable, **options)
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the encoder (LiT, arXiv 2111.07991) but for its last groups, as OpenCLIP counts them."""

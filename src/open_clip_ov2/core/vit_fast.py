@@ -9,6 +9,8 @@ Shapes: B batch, S tokens, N patches, K kept patches, D width, H heads (core/__i
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -36,6 +38,7 @@ PRIVATE_NAMES = (
     ),
     ("torch.nn.Conv2d", "__class__", "a patch embedding becomes LinearPatches: one matrix product"),
     ("torch.nn.MultiheadAttention", "__class__", "attention of a block becomes SelfAttention: no copies of its inputs"),
+    ("open_clip.transformer.Attention", "__class__", "the same for the attention of a block in OpenCLIP 4"),
 )
 
 
@@ -62,6 +65,9 @@ def use_fast_parts(visual: nn.Module) -> None:
     for block in tower.transformer.resblocks:
         if type(block.attn) is nn.MultiheadAttention and block.attn.batch_first:
             block.attn.__class__ = SelfAttention
+        elif _is_of_open_clip_4(block.attn):
+            kind: Any = type(block.attn)
+            block.attn.__class__ = _fused(kind)
 
 
 @contextlib.contextmanager
@@ -155,6 +161,51 @@ class LinearPatches(nn.Conv2d):
         return out_BND.transpose(1, 2).unflatten(2, (rows, columns))
 
 
+def _attended(attention: Any, query: Tensor, key: Tensor) -> Tensor:
+    """`(B, S, D)` queries, and keys and values of `(B, S', D)` -> `(B, S, D)`; one product where they are the same."""
+    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
+    if query is key:
+        parts = F.linear(query, weight, bias).chunk(3, dim=-1)
+    else:
+        kv = F.linear(key, weight[width:], bias[width:]).chunk(2, dim=-1)
+        parts = (F.linear(query, weight[:width], bias[:width]), *kv)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
+    return attention.out_proj(scaled_dot_product(q, k, v).transpose(1, 2).flatten(2))
+
+
+@functools.cache
+def _fused(kind: type) -> type:
+    """OpenCLIP 4's class of a block's attention, which takes three products where one will do."""
+
+    def forward(
+        self: Any, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Any:
+        if attn_mask is not None or k_x is not v_x:
+            return kind.forward(self, x, k_x, v_x, attn_mask)  # type: ignore[attr-defined]
+        return _attended(self, x, x if k_x is None else k_x)
+
+    def reduce(self: Any, _: int) -> Any:
+        return _unpickled, (kind,), self.__getstate__()
+
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__reduce_ex__": reduce})
+
+
+def _unpickled(kind: type) -> Any:
+    fused: Any = _fused(kind)
+    return fused.__new__(fused)
+
+
+def _is_of_open_clip_4(attention: Any) -> bool:
+    """Whether it is that class, and none of its options is on."""
+    return (
+        "k_x" in inspect.signature(attention.forward).parameters
+        and getattr(attention, "in_proj_bias", None) is not None
+        and attention.logit_scale is attention.head_scale is None
+        and all(isinstance(norm, nn.Identity) for norm in (attention.ln_q, attention.ln_k, attention.ln_inner))
+        and attention.attn_drop.p == attention.out_drop.p == 0
+    )
+
+
 class SelfAttention(nn.MultiheadAttention):
     """torch's own copies queries, keys and values to another order and back; fused kernels read them where they are."""
 
@@ -163,15 +214,7 @@ class SelfAttention(nn.MultiheadAttention):
         given = {name for name, option in kwargs.items() if option is not None}
         if args or given != {"need_weights"} or kwargs["need_weights"] or key is not value or not self._plain:
             return super().forward(query, key, value, *args, **kwargs)
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        if query is key:
-            parts = F.linear(query, weight, bias).chunk(3, dim=-1)
-        else:
-            kv = F.linear(key, weight[width:], bias[width:]).chunk(2, dim=-1)
-            parts = (F.linear(query, weight[:width], bias[:width]), *kv)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        out_BHSd = scaled_dot_product(q, k, v)
-        return self.out_proj(out_BHSd.transpose(1, 2).flatten(2)), None
+        return _attended(self, query, key), None
 
     @property
     def _plain(self) -> bool:

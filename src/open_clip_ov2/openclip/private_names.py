@@ -69,7 +69,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         PrivateName(
             "open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py openclip/models/related.py", _COCA_PARTS
         )
-        for name in ("image_latent", "image_embs", "output_labels", "text", "text_decoder", "pad_id")
+        for name in ("image_latent", "image_embs", "text", "text_decoder", "pad_id")
     ),
     PrivateName(
         "torch.ops.aten",

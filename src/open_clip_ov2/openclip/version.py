@@ -1,10 +1,10 @@
 """Which OpenCLIP this plugin was checked with, and what is where in which version.
 
-| | 3.3 | main (4.2.0.dev0) |
+| | 3.3 | 4.2.0.dev0 |
 |---|---|---|
-| training | `open_clip_train.main`, `.train`, `.data` | the same names in `legacy_main`, `legacy_train`, `legacy_data`; `main` has tasks |
-| attention of a block | `torch.nn.MultiheadAttention`, made faster by core/vit_fast.py | `open_clip.transformer.Attention`, as it is |
-| `CoCa.forward` | `output_labels` | without |
+| training | `open_clip_train.main`, `.train`, `.data` | `.legacy_main`, `.legacy_train`, `.legacy_data` |
+| a block's attention (core/vit_fast.py) | `torch.nn.MultiheadAttention` | `open_clip.transformer.Attention` |
+| `CoCa.forward` (models/related.py) | has `output_labels` | one more row of logits instead |
 | `set_grad_checkpointing` | `(enable)` | `(enable, impl)` |
 """
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 
 import open_clip
+
+from open_clip_ov2.errors import UserError
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -33,17 +35,17 @@ def check_open_clip() -> str:
         )
     if number != OLDEST:
         logger.warning(
-            "open_clip_torch %s: loading, embedding, captioning, evaluation and export were checked with %s; encoders "
-            "run OpenCLIP's own attention, and training needs %s",
+            "open_clip_torch %s: loading, embedding, captioning, evaluation and export were checked with %s; training "
+            "needs %s",
             found, LATER, CHECKED,
         )  # fmt: skip
     return found
 
 
 def check_can_train() -> None:
-    """Raises ImportError, with what to do, for an OpenCLIP whose training code is another."""
+    """Raises UserError for an OpenCLIP whose training code is another."""
     if not open_clip.__version__.startswith(f"{CHECKED}."):
-        raise ImportError(
+        raise UserError(
             f"training needs open_clip_torch {CHECKED}.x, and found {open_clip.__version__}: "
             f"pip install 'open_clip_torch[training]=={CHECKED}.*'"
         )

@@ -269,7 +269,7 @@ class CocaModel(_Captions, ContrastModel):
     def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         images, texts = self.compute.pixels(images_BCHW), texts_BL.to(self.device)
         with self.compute.attention(), self.compute.autocast():
-            logits = self.model(images, texts)["logits"]  # aligned with texts[:, 1:]
+            logits = self.model(images, texts)["logits"][:, : texts.shape[1] - 1]  # aligned with texts[:, 1:]
             sums = CaptionLoss()(logits, caption_targets(texts, self.compute.eos_id))
         return float(sums.nll), float(sums.num_targets)
 

@@ -9,6 +9,7 @@ Sources: OpenVision (arXiv 2505.04601), whose caption loss stands beside CLIP's 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, NamedTuple, cast
 
@@ -85,9 +86,9 @@ class ContrastiveCaptionModel(CaptionModel):
         )
         return self._loss_sums(kept_BKD, captions, caption_loss)._replace(contrastive=contrastive)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.text.set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
+        super().set_grad_checkpointing(enable, **options)
+        self.text.set_grad_checkpointing(enable, **options)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"text.token_embedding.weight", "text.positional_embedding"}
@@ -109,7 +110,7 @@ class OneTransformerModel(CaptionModel):
     def __init__(self, visual: nn.Module, decoder: DecoderConfig, *args: Any, **options: Any) -> None:
         blocks = list(cast(Any, visual).transformer.resblocks)
         own = DecoderConfig(
-            blocks[0].attn.embed_dim, len(blocks), blocks[0].attn.num_heads, blocks[0].mlp.c_fc.out_features
+            blocks[0].attn.out_proj.in_features, len(blocks), blocks[0].attn.num_heads, blocks[0].mlp.c_fc.out_features
         )
         if decoder != own:
             raise ValueError(f"one transformer has the decoder of its encoder, {own}, not {decoder}")
@@ -132,7 +133,7 @@ class OneTransformerModel(CaptionModel):
 def _as_decoder_block(block: Any) -> SelfBlock:
     """A block of the encoder, with the same parameters, as one of a decoder."""
     with torch.device("meta"):
-        shared = SelfBlock(block.attn.embed_dim, block.attn.num_heads, block.mlp.c_fc.out_features)
+        shared = SelfBlock(block.attn.out_proj.in_features, block.attn.num_heads, block.mlp.c_fc.out_features)
     shared.ln_1, shared.ln_2, shared.mlp = block.ln_1, block.ln_2, block.mlp
     shared.attn.in_proj_weight, shared.attn.in_proj_bias = block.attn.in_proj_weight, block.attn.in_proj_bias
     shared.attn.out_proj = block.attn.out_proj
@@ -157,12 +158,14 @@ class CocaStream(CaptionStream):
 
     def __init__(self, model: Any, images: CocaImages, ids_BT: Tensor) -> None:
         self._model, self._images, self._ids_BT = model, images, ids_BT[:, :0]
+        self._takes_labels = "output_labels" in inspect.signature(model.forward).parameters  # OpenCLIP 4's has none
         self.advance(ids_BT)
 
     def advance(self, ids_BT: Tensor) -> None:
         self._ids_BT = torch.cat([self._ids_BT, ids_BT], dim=1)
         latent, tokens = self._images
-        out = self._model(None, self._ids_BT, image_latent=latent, image_embs=tokens, output_labels=False)
+        labels = {"output_labels": False} if self._takes_labels else {}
+        out = self._model(None, self._ids_BT, image_latent=latent, image_embs=tokens, **labels)
         self.logits_BV = out["logits"][:, -1].float()
 
     def select(self, rows: Tensor) -> None:
