@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import open_clip
 
@@ -19,7 +20,7 @@ from open_clip_ov2.errors import UserError
 logger = logging.getLogger("open_clip_ov2")
 
 CHECKED = "3.3"
-LATER = "4.2.0.dev0, commit 89fb801"  # by scripts/check_openclip.py; docs/openclip.md has the table
+LATER = "4.2.0.dev0 (89fb801)"  # by scripts/check_openclip.py; docs/openclip.md has the table
 OLDEST, BELOW = (3, 3), (5,)
 
 
@@ -27,7 +28,7 @@ def check_open_clip() -> str:
     """The version of open_clip in use; a warning for one later than CHECKED. Raises ImportError, with what to do, for
     one that is out of range."""
     found: str = open_clip.__version__
-    number = tuple(int(part) for part in found.split(".")[:2])
+    number = tuple(map(int, re.findall(r"\d+", found)[:2]))
     if not OLDEST <= number < BELOW:
         raise ImportError(
             f"open_clip_ov2 works with open_clip_torch >= {CHECKED}, < {BELOW[0]}, and found {found}: "
@@ -35,9 +36,9 @@ def check_open_clip() -> str:
         )
     if number != OLDEST:
         logger.warning(
-            "open_clip_torch %s: loading, embedding, captioning, evaluation and export were checked with %s; training "
-            "needs %s",
-            found, LATER, CHECKED,
+            "open_clip_torch %s is installed: loading, embedding, captioning, evaluation and export were checked with "
+            "%s and %s, training with %s alone",
+            found, CHECKED, LATER, CHECKED,
         )  # fmt: skip
     return found
 
@@ -46,7 +47,7 @@ def check_can_train() -> None:
     """Raises UserError for an OpenCLIP whose training code is another."""
     if not open_clip.__version__.startswith(f"{CHECKED}."):
         raise UserError(
-            f"training needs open_clip_torch {CHECKED}.x, and found {open_clip.__version__}: "
+            f"open_clip_torch {open_clip.__version__} is installed, and training was checked with {CHECKED} alone: "
             f"pip install 'open_clip_torch[training]=={CHECKED}.*'"
         )
 

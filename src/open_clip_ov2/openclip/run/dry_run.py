@@ -14,7 +14,6 @@ from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.openclip.run.run_folder import check_same_run
 from open_clip_ov2.openclip.run.stage_costs import stage_cost, stage_facts
 from open_clip_ov2.openclip.run.stage_model import model_options
-from open_clip_ov2.openclip.version import check_can_train
 from open_clip_ov2.recipe.costs import Checked, Machine
 
 
@@ -23,7 +22,6 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
 
     `world_size`, `gpu` and `gpu_memory_gb` are what the run will have, not what this machine has.
     """
-    check_can_train()
     plan = parse(argv, world_size, gpu)
     samples = sum(_check_data(stage, world_size) for stage in plan.stages)
     parameters = [_check_model(stage) for stage in plan.stages]

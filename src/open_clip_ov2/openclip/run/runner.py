@@ -15,7 +15,6 @@ from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_run import StageRun
-from open_clip_ov2.openclip.version import check_can_train
 from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
@@ -26,7 +25,6 @@ def train(argv: Sequence[str]) -> Path:
 
     Raises UserError (a mistake of the user's), RunFailed (the run cannot continue), Interrupted (a signal; all saved).
     """
-    check_can_train()
     plan = parse(argv)
     with StopSignals() as signals, Session(plan, signals) as session, session.monitor.status.outcome():
         _run_stages(plan, session)
