@@ -37,6 +37,7 @@ from open_clip_ov2.openclip.models.factory import is_ov2_model
 from open_clip_ov2.openclip.run.data_parts import train_loaders
 from open_clip_ov2.openclip.run.dry_run import check_run
 from open_clip_ov2.openclip.run.stage_costs import plan_costs
+from open_clip_ov2.openclip.version import check_can_train
 from open_clip_ov2.recipe.costs import Checked, Machine, Plan
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def as_argv(flags: Flags) -> list[str]:
     return to_argv(flags) if isinstance(flags, Mapping) else list(flags)
 
 
+def _to_train(flags: Flags) -> list[str]:
+    """Flags of `ov2 train` as argv. Raises UserError where OpenCLIP is one that cannot train here."""
+    check_can_train()
+    return as_argv(flags)
+
+
 def train(flags: Flags) -> Path:
     """Train as `ov2 train` does; the same flags resume a run that was stopped. Returns the run's folder.
 
@@ -67,7 +74,7 @@ def train(flags: Flags) -> Path:
     """
     from open_clip_ov2.openclip.run.runner import train as run
 
-    return run(as_argv(flags))
+    return run(_to_train(flags))
 
 
 def open_model(source: str | Path, device: str = "cpu", **options: Any) -> opening.LoadedModel:
@@ -172,7 +179,7 @@ def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = Non
     `mean_caption_tokens` are real tokens of a caption, end of text included (default: the context length); `machine`
     takes `tflops`, `memory_gb` and `images_per_second` of one GPU, and `mfu`.
     """
-    parsed = parse(as_argv(flags), world_size=gpus, gpu=True, needs_data=False)
+    parsed = parse(_to_train(flags), world_size=gpus, gpu=True, needs_data=False)
     return plan_costs(parsed, Machine(gpus, **machine), mean_caption_tokens)
 
 
@@ -184,7 +191,7 @@ def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: f
     check({"recipe": "run.toml", "train_data": "shards/{000..099}.tar"}, world_size=64, gpu_memory_gb=80).parameters
     ```
     """
-    argv = as_argv(flags)
+    argv = _to_train(flags)
     if set(argv) & {"-h", "--help"}:
         raise UserError("after `--` come the flags of `ov2 train` (`ov2 train --help` lists them)")
     return check_run(argv, world_size, gpus, gpu_memory_gb)
@@ -249,7 +256,7 @@ class PlannedRun:
 
 def planned_run(flags: Flags) -> PlannedRun:
     """Parse and check flags of `ov2 train` for one process, without looking at the data. Raises UserError."""
-    plan = parse(as_argv(flags), world_size=1)
+    plan = parse(_to_train(flags), world_size=1)
     flops = tuple(cost.flops_per_image for cost in plan_costs(plan, Machine()).stages)
     return PlannedRun(plan.name, plan.folder, flops, plan.config)
 
@@ -262,4 +269,4 @@ def bench_model(argv: Sequence[str], device: str, flags_of_ov2: Sequence[str], m
     from open_clip_ov2.openclip.run import bench_model as bench
 
     bench.add_models(models)
-    return bench.BenchModel(argv, device, flags_of_ov2)
+    return bench.BenchModel(_to_train(argv), device, flags_of_ov2)

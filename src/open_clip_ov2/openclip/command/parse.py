@@ -20,7 +20,6 @@ from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
 from open_clip_ov2.openclip.models import factory
-from open_clip_ov2.openclip.version import check_can_train
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
 SEED_STEP = 1_000_003  # between stages: far from the `seed + rank` that OpenCLIP seeds each process with
@@ -31,7 +30,6 @@ def parse(
 ) -> RunPlan:
     """The plan of a command line of `ov2 train`. `world_size` (processes) and `gpu` are what the run will have, by
     default this environment's; without `needs_data`, --train-data may be missing. Raises UserError."""
-    check_can_train()
     gpu = torch.cuda.is_available() if gpu is None else gpu
     world_size = world_info_from_env()[2] if world_size is None else world_size
     schedule = options(ScheduleOptions, build_parser().parse_known_args(list(argv))[0])
