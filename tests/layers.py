@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "tar, csv, folder or synthetic samples to batches; bad samples counted; smaller copies of shards",
     ),
     "train": Layer(
-        f"{BASE} core data", "torch numpy", "the training step, checkpoints, signals, the guard, random states"
+        f"{BASE} core data", "torch numpy", "the training step, checkpoints, copies of a run, signals, the guard"
     ),
     "evaluate.text": Layer(
         f"{BASE} data", "pycocoevalcap numpy", "scores of captions, of reading and of answers; outcomes by picture"

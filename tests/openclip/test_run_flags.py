@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
+import fsspec
+import open_clip
+import open_clip_train
+import open_clip_train.main as open_clip_main
+import pytest
 import torch
-from training import TINY, data_flags
+from training import (
+    TINY,
+    assert_equal_weights,
+    data_flags,
+    figures,
+    results,
+    samples_of,
+    weights,
+)
 
+import open_clip_ov2
 from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 
@@ -33,3 +54,153 @@ def test_save_most_recent_and_delete_previous_checkpoint(squares: Path, vocabula
         path.unlink()
     assert ov2(["train", *flags, "--save-most-recent", "--delete-previous-checkpoint"]) == 0
     assert checkpoints(tmp_path / "run") == ["stage_1.pt"]
+
+
+def test_copy_codebase(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Oracle: the files of the packages that are imported here. A copy that is there already stays as it is."""
+    flags = [*run_flags(squares, vocabulary, tmp_path), "--copy-codebase"]
+    assert ov2(["train", *flags]) == 0
+    code = tmp_path / "run" / "code"
+    for package in (open_clip_ov2, open_clip, open_clip_train):
+        source = Path(str(package.__file__)).parent
+        names = {path.relative_to(source) for path in source.rglob("*.py")}
+        assert {path.relative_to(code / source.name) for path in (code / source.name).rglob("*.py")} == names
+        assert all((code / source.name / name).read_bytes() == (source / name).read_bytes() for name in names)
+    (code / "open_clip" / "note").touch()
+    assert ov2(["train", *flags]) == 0
+    assert (code / "open_clip" / "note").exists()
+
+
+SAVING = ["--epochs", "2", "--save-every-steps", "1", "--keep-checkpoints", "99"]
+
+
+def test_resume_from_a_file_is_the_run_from_there_on(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of its own, and in the run's own folder, where later checkpoints are moved aside and later records
+    dropped. Oracle: the run that was not interrupted, bit for bit. The same command, repeated, goes on from the newest.
+    """
+    flags = [*run_flags(squares, vocabulary, tmp_path), *SAVING]
+    assert ov2(["train", *flags]) == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    whole, last = figures(run), weights(run / "checkpoints" / "stage_1.pt")
+    file = run / "checkpoints" / "stage_1_samples_16.pt"
+    assert ov2(["train", *flags, "--name", "other", "--resume", str(file)]) == 0
+    assert figures(other) == [record for record in whole if record["samples_seen"] > 16]
+    assert_equal_weights(weights(other / "checkpoints" / "stage_1.pt"), last)
+    back = ["train", *flags, "--resume", str(file)]
+    assert ov2(back) == 0
+    assert figures(run) == whole
+    assert_equal_weights(weights(run / "checkpoints" / "stage_1.pt"), last)
+    (aside,) = (run / "checkpoints").glob("replaced-*")
+    assert [path.name for path in list_checkpoints(aside)] == ["stage_1_samples_24.pt", "stage_1.pt"]
+    (run / "checkpoints" / "stage_1.pt").unlink()
+    assert ov2(back) == 0
+    assert f"resuming from {run}/checkpoints/stage_1_samples_24.pt" in (run / "out.log").read_text()
+    assert figures(run) == whole
+    assert_equal_weights(weights(run / "checkpoints" / "stage_1.pt"), last)
+    assert len(list((run / "checkpoints").glob("replaced-*"))) == 1
+
+    capsys.readouterr()
+    bare = tmp_path / "bare.pt"
+    torch.save(last, bare)
+    for wrong, why in (
+        ([str(file), "--wd", "0.5"], "with another configuration (wd: 0.2 before, 0.5 now)"),
+        ([str(bare)], "has no epoch; --pretrained"),
+        ([str(run / "run.json")], "cannot be read"),
+    ):
+        assert ov2(["train", *flags, "--name", "new", "--resume", *wrong]) == 2
+        assert why in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "new" / "run.json").exists()
+
+
+def test_resume_from_open_clips_own_checkpoint_is_open_clips_run(
+    baselines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CoCa on samples that are all equal, in float32 on the CPU. Oracle: OpenCLIP's own `main` over both epochs."""
+    name = f"local-dir:{baselines / 'coca_tiny'}"
+    model = open_clip.create_model(name)
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # which OpenCLIP leaves uninitialized
+    torch.save(model.state_dict(), tmp_path / "begin.pt")
+    flags = [
+        "--model", name, "--dataset-type", "synthetic", "--train-num-samples", "4", "--batch-size", "2",
+        "--workers", "0",
+        "--epochs", "2", "--lr", "1e-2", "--warmup", "1", "--log-every-n-steps", "1", "--device", "cpu",
+        "--precision", "fp32", "--logs", str(tmp_path),
+    ]  # fmt: skip
+    monkeypatch.setattr(open_clip_main, "setup_logging", lambda *_: None)  # it would leave handlers behind
+    assert open_clip_main.main([*flags, "--name", "stock", "--resume", str(tmp_path / "begin.pt")]) is None
+    theirs = tmp_path / "stock" / "checkpoints"
+    assert ov2(["train", *flags, "--name", "ours", "--resume", str(theirs / "epoch_1.pt")]) == 0
+    assert_equal_weights(weights(tmp_path / "ours" / "checkpoints" / "stage_1.pt"), weights(theirs / "epoch_2.pt"))
+    assert [record["samples_seen"] for record in results(tmp_path / "ours", "train")] == [6, 8]
+    assert ov2(["train", *flags, "--name", "no", "--resume", str(theirs / "epoch_2.pt")]) == 2
+
+
+def test_remote_sync_keeps_a_copy_from_which_an_empty_machine_resumes(
+    squares: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """In fsspec's `memory:` store. Oracles: the files of the run's folder, and the run that was not interrupted."""
+    flags = [*run_flags(squares, vocabulary, tmp_path), *SAVING, "--save-most-recent"]
+    flags += ["--remote-sync", "memory://runs", "--remote-sync-frequency", "1", "--remote-sync-protocol", "fsspec"]
+    store, run = fsspec.filesystem("memory"), tmp_path / "run"
+    assert ov2(["train", *flags]) == 0
+    here = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert here.pop("checkpoints/epoch_latest.pt") == here["checkpoints/stage_1.pt"]
+    there = {name.removeprefix("/runs/run/"): store.cat(name) for name in store.find("/runs/run")}
+    assert there.keys() == here.keys()
+    assert {name for name in here if here[name] != there[name]} <= {"out.log"}  # which says that all is there
+    whole, last = figures(run), weights(run / "checkpoints" / "stage_1.pt")
+
+    shutil.rmtree(run)
+    store.rm_file("/runs/run/checkpoints/stage_1.pt")  # as if the machine had died before
+    assert ov2(["train", *flags, "--resume", "latest"]) == 0
+    assert checkpoints(run) == ["stage_1_samples_24.pt", "stage_1.pt"]
+    assert figures(run) == whole
+    assert_equal_weights(weights(run / "checkpoints" / "stage_1.pt"), last)
+
+    assert ov2(["train", *flags, "--resume", "memory://runs/run/checkpoints/stage_1_samples_16.pt"]) == 0
+    (aside,) = (run / "checkpoints").glob("replaced-*")
+    names = {name.removeprefix("/runs/run/checkpoints/") for name in store.find("/runs/run/checkpoints")}
+    assert {f"{aside.name}/stage_1_samples_24.pt", f"{aside.name}/stage_1.pt"} < names
+    assert figures(run) == whole
+    assert store.cat("/runs/run/results.jsonl") == (run / "results.jsonl").read_bytes()
+
+
+def test_remote_sync_that_fails_is_counted_and_the_run_continues(
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where the copy needs a folder. Oracles: the run's end and its log; nothing is made of a wrong address."""
+    remote = tmp_path / "remote"
+    (remote / "run").mkdir(parents=True)
+    (remote / "run" / "checkpoints").touch()
+    flags = [*run_flags(squares, vocabulary, tmp_path), "--remote-sync"]
+    assert ov2(["train", *flags, f"file://{remote}"]) == 0
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert "REMOTE SYNC FAILED: checkpoints/stage_1.pt" in log
+    assert "1 failures so far" in log
+    assert (remote / "run" / "results.jsonl").read_bytes() == (tmp_path / "run" / "results.jsonl").read_bytes()
+    for address, why in (
+        (f"file://{remote}/run/checkpoints", "cannot be written"),
+        ("https://host/runs", "cannot be written; expected a folder or one of s3:"),
+    ):
+        capsys.readouterr()
+        assert ov2(["train", *flags, address, "--name", "new"]) == 2
+        assert why in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_remote_sync_after_a_signal(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """To this process, once it trains. Oracle: the checkpoint that the signal made is there when the run has ended."""
+    run, remote = tmp_path / "run", tmp_path / "remote" / "run"
+    flags = [*run_flags(squares, vocabulary, tmp_path), "--train-num-samples", "40000"]
+
+    def stop() -> None:
+        while samples_of(run) < 16:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert ov2(["train", *flags, "--remote-sync", f"file://{remote.parent}"]) == INTERRUPTED_STATUS
+    (saved,) = list_checkpoints(run / "checkpoints")
+    assert (remote / "checkpoints" / saved.name).read_bytes() == saved.read_bytes()
+    assert json.loads((remote / "status.json").read_text())["state"] == "interrupted"

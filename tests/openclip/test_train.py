@@ -314,7 +314,7 @@ SLIPS = {
     "negative lr": (["--lr", "-1"], "--lr: -1"),
     "negative warm-up": (["--warmup", "-5"], "--warmup: -5: expected an integer >= 0"),
     "no such folder of a model": (["--model", "local-dir:/nowhere"], "local-dir:/nowhere"),
-    "resume from a file": (["--resume", "x.pt"], "--pretrained"),
+    "resume from a file": (["--resume", "x.pt"], "--resume x.pt: no such file"),
     "weights beside a folder": (["--model", TINY_MODEL, "--pretrained", "x.pt"], "OpenCLIP ignores it beside --model"),
     "keep and delete": (["--delete-previous-checkpoint", "--keep-checkpoints", "2"], "give one or the other"),
     "a name that leads out": (["--name", "../run"], "--name ../run: leads out of --logs"),

@@ -1,4 +1,5 @@
-"""Addresses of files: paths, `file:`, `pipe:` and http(s) as webdataset opens them, object stores through fsspec.
+"""Addresses of files: paths, `file:`, `pipe:` and http(s) as webdataset opens them, object stores through fsspec, which
+are written too.
 
 Importing this module teaches webdataset the schemes of the stores, in data workers too. Credentials and endpoints are
 the libraries' business (for s3:// the environment and files of the AWS command line).
@@ -12,8 +13,10 @@ import importlib.util
 import io
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlparse
 
@@ -21,6 +24,7 @@ import fsspec
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url
 
 from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -208,3 +212,54 @@ def matching(pattern: str) -> list[str]:
     except Exception as error:
         raise UserError(f"{pattern}: cannot be listed ({first_line(error)})") from error
     return sorted(str(fs.unstrip_protocol(name)) for name in found)
+
+
+def check_writable(address: str) -> None:
+    """Raises UserError unless it is a path, `file:` or in an object store whose library is installed."""
+    name = scheme(address)
+    if name in STORES:
+        _store_class(address, name)
+    elif name not in ("", "file"):
+        known = ", ".join(f"{store}:" for store in STORES if store != "memory")
+        raise UserError(f"{address}: cannot be written; expected a folder or one of {known}")
+
+
+def names_below(folder: str) -> list[str]:
+    """All files of a folder, with what leads to each; none where there is no such folder. Raises whatever the library
+    raises."""
+    fs, path = fsspec.url_to_fs(folder)
+    return [str(name)[len(path) :].lstrip("/") for name in retried(folder, lambda: fs.find(path))]
+
+
+def put(path: Path, address: str) -> None:
+    """Copy a file to where `check_writable` allows, whole or not at all. Raises whatever the library raises."""
+    fs, place = fsspec.url_to_fs(address)
+    if is_store(address):
+        fs.put_file(str(path), place)
+        return
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "rb") as source, written_whole(Path(place)) as file:
+        shutil.copyfileobj(source, file)
+
+
+def get(address: str, path: Path) -> None:
+    """Copy a file from there, whole or not at all. Raises whatever the library raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_address(address) as source, written_whole(path) as file:
+        shutil.copyfileobj(source, file, BUFFER)
+
+
+def is_current(path: Path, address: str) -> bool:
+    """Whether the file is there: as large, and not older (the rule of `aws s3 sync`)."""
+    fs, place = fsspec.url_to_fs(address)
+    with contextlib.suppress(Exception):  # it is not there, or the store does not say
+        stat = path.stat()
+        return bool(fs.info(place)["size"] == stat.st_size and fs.modified(place).timestamp() >= stat.st_mtime)
+    return False
+
+
+def remove(address: str) -> None:
+    """Delete a file, if it is there. Raises whatever the library raises."""
+    fs, place = fsspec.url_to_fs(address)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(place)

@@ -17,6 +17,7 @@ import open_clip_ov2
 from open_clip_ov2.argv import value_of, without
 from open_clip_ov2.captions.write import Task
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import copy_package
 from open_clip_ov2.launch import captions_job, state, submitted
 from open_clip_ov2.launch import executor as executors
 from open_clip_ov2.launch.cluster import ClusterOptions
@@ -150,7 +151,7 @@ def _stages_done(run_dir: Path) -> int:
 
 def _keep_code(submission: Submission, command: Sequence[str]) -> None:
     """So that the job runs what was submitted: the package, the command line, versions, git's state."""
-    shutil.copytree(PACKAGE, submission.code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    copy_package(PACKAGE, submission.code)
     texts = {"command.txt": shlex.join(command) + "\n", "versions.txt": _versions(), "git.txt": _git_state(PACKAGE)}
     for name, text in texts.items():
         if text:

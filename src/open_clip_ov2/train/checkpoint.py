@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 RESUME_KEY, CONFIG_KEY, LIVE_KEY = "open_clip_ov2", "open_clip_config", "open_clip_ov2_live"
 BEST_FILE = "best.json"
 LATEST_FILE = "epoch_latest.pt"  # OpenCLIP's name
+ASIDE = "replaced-"  # folders of what --resume FILE moves aside
 LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
 State = Mapping[str, torch.Tensor]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

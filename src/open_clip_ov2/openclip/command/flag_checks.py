@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from open_clip.factory import get_model_config
 
 from open_clip_ov2.argv import is_given
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.data import storage
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
-from open_clip_ov2.openclip.command.data_flags import check_data
+from open_clip_ov2.openclip.command.data_flags import check_data, data_kind
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
@@ -35,7 +37,7 @@ def _numbers(read: Reader, *counts: int) -> Reader:
 # What OpenCLIP's parser leaves unchecked.
 _READERS = {
     **dict.fromkeys(("batch_size", "accum_freq", "epochs", "log_every_n_steps", "force_context_length"), whole(1)),
-    **dict.fromkeys(("train_num_samples", "val_num_samples"), whole(1)),
+    **dict.fromkeys(("train_num_samples", "val_num_samples", "remote_sync_frequency"), whole(1)),
     "force_image_size": _numbers(whole(1), 1, 2),  # a square, or height and width
     "image_mean": _numbers(real(0, 1), 3),  # one for each channel
     "image_std": _numbers(real(0, above=True), 3),
@@ -48,11 +50,6 @@ _READERS = {
 }
 # Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
 REFUSED = {
-    "copy_codebase": "`ov2 submit` takes a snapshot of the code; otherwise note the commit",
-    **dict.fromkeys(
-        ("remote_sync", "remote_sync_frequency", "remote_sync_protocol"),
-        "copy the run's folder with a tool of your own; every file in checkpoints/ is complete",
-    ),
     "trace": "a traced model cannot be trained",
     "horovod": "use torchrun",
 }
@@ -69,6 +66,10 @@ REFUSED_OV2 = {
 }
 # Obeyed, with what docs/train_flags.md adds to OpenCLIP's help.
 HERE = {
+    "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
+    "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
+    "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",
+    "resume": "or latest, as without the flag; docs/openclip.md",
     "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
     "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
 }
@@ -94,8 +95,6 @@ def check_stage(
     _refuse(argv, REFUSED)
     if needs_data:
         check_data(argv, theirs)
-    if theirs.resume not in (None, "latest"):
-        raise UserError("--resume: the same command resumes by itself; to load weights alone use --pretrained FILE")
     if theirs.pretrained and ":" in theirs.model:
         raise UserError(
             f"--pretrained: OpenCLIP ignores it beside --model {theirs.model}, which brings weights of its own; leave "
@@ -147,6 +146,9 @@ def _check_captions(options: TrainOptions) -> None:
 
 
 def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
+    _check_remote(argv, theirs)
+    if theirs.resume not in (None, "latest") and data_kind(theirs, train=True) is None:
+        raise UserError("--resume: a run without --train-data has nothing to resume; give its weights by --pretrained")
     if theirs.delete_previous_checkpoint and is_given(argv, "--keep-checkpoints"):
         raise UserError("--delete-previous-checkpoint and --keep-checkpoints: give one or the other")
     if options.activation_memory_budget is not None and not theirs.torchcompile:
@@ -158,6 +160,17 @@ def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse
     if options.tokens_per_step is not None:
         why = "with --tokens-per-step the number of images in a step is not fixed"
         _refuse(argv, {"accum_freq": why, "global_batch": why, "base_lr": f"{why}; give --lr"})
+
+
+def _check_remote(argv: Sequence[str], theirs: argparse.Namespace) -> None:
+    address, protocol = theirs.remote_sync, "--remote-sync-protocol"
+    if address is None:
+        _refuse(argv, dict.fromkeys(("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync URL"))
+        return
+    with naming("--remote-sync"):
+        storage.check_writable(address)
+    if theirs.remote_sync_protocol == "s3" and is_given(argv, protocol) and not address.startswith("s3"):
+        raise UserError(f"{protocol} s3: --remote-sync {address} is not s3://; give fsspec, or leave the flag out")
 
 
 def check_stages(stages: Sequence[TrainOptions], carry_optimizer: bool) -> None:
@@ -237,7 +250,10 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
 
 def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argparse.Namespace) -> None:
     """Check that the flags say what --pretrained was trained with, as far as its weights' shapes do not, and that a
-    run's folder has weights. Raises UserError."""
+    run's folder has weights; that the file of --resume exists. Raises UserError."""
+    resumed = theirs.resume
+    if resumed not in (None, "latest") and not storage.is_store(resumed) and not Path(resumed).is_file():
+        raise UserError(f"--resume {resumed}: no such file; expected a checkpoint, such as RUN/checkpoints/stage_1.pt")
     family = PIXELS if is_given(argv, "--augmentation") else ()  # it states those of ov2 models
     stated = [flag for flag in STATED if is_given(argv, flag) or flag in family]
     if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_clip import factory as open_clip_factory
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text
+from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text
 from open_clip_ov2.locks import LOCK
 from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
+from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.recipe.run_difference import differences
 from open_clip_ov2.train.checkpoint import list_checkpoints
@@ -42,8 +46,9 @@ def check_same_run(plan: RunPlan) -> bool:
     return True
 
 
-def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
-    """Begin the run in its folder, which is locked, or find it again. Returns whether it existed. Raises UserError.
+def enter_run_folder(plan: RunPlan, trains: bool) -> tuple[bool, str]:
+    """Begin the run in its folder, which is locked, or find it again. Returns whether it existed, or begins from the
+    file of --resume, and what the log should say of that. Raises UserError.
 
     A run that exists continues if its configuration is the same, or with --override.
     """
@@ -57,11 +62,41 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> bool:
     if others and not existed:
         raise UserError(f"{plan.folder}: exists, but is not a run of ov2 (it has no {RUN_FILE}); choose another --name")
     versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
-    about = {"config": plan.config, "command": ["ov2", "train", *plan.argv], "versions": versions}
+    args, note = plan.stages[0].args, ""
+    about = {
+        "config": plan.config,
+        "command": ["ov2", "train", *plan.argv],
+        "versions": versions,
+        "resume": args.resume,
+    }
+    if trains and args.resume not in (None, "latest") and not _is_repeated(plan):
+        content = read_beginning(plan, args.resume)
+        if not existed:
+            write_json(
+                file, {**about, "resume": None}
+            )  # or the folder would be no run's, if the process is killed here
+        note, existed = put_beginning(plan, args.resume, content), True
     write_json(file, about)
     if plan.recipe is not None:
         write_text(plan.folder / "recipe.toml", dump_recipe(plan.recipe))
-    return existed
+    if args.copy_codebase and not (plan.folder / "code").exists():
+        _copy_code(plan.folder / "code")
+    return existed, note
+
+
+def _copy_code(folder: Path) -> None:
+    made = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(made, ignore_errors=True)
+    for package in ("open_clip_ov2", "open_clip", "open_clip_train"):
+        copy_package(Path(str(import_module(package).__file__)).parent, made)
+    made.rename(folder)
+
+
+def _is_repeated(plan: RunPlan) -> bool:
+    """Whether the run was last started with the same --resume FILE, and so continues from its own newest checkpoint."""
+    file = plan.folder / RUN_FILE
+    before = read_json(file, dict).get("resume") if file.is_file() else None
+    return before == plan.stages[0].args.resume and bool(list_checkpoints(plan.folder / "checkpoints"))
 
 
 def own_config(

@@ -13,17 +13,19 @@ import torch
 from open_clip_train.distributed import init_distributed_device
 from rich.console import Console
 
+from open_clip_ov2.data import storage
 from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.run_config import hyperparameters
 from open_clip_ov2.openclip.command.run_plan import RunPlan
-from open_clip_ov2.openclip.run.run_folder import enter_run_folder
+from open_clip_ov2.openclip.run.run_folder import RUN_FILE, enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint
+from open_clip_ov2.train.remote_sync import ON_SIGNAL_S, RemoteSync
 from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 
 logger = logging.getLogger("open_clip_ov2")
@@ -43,7 +45,8 @@ class Session:
         self.signals = signals
         self.console = Console()
         self.checkpoint: dict[str, Any] | None = None
-        self._lock: FolderLock | None = None  # of rank 0
+        self._lock: FolderLock | None = None  # of rank 0, as is `sync`
+        self.sync: RemoteSync | None = None
         self.samples_before = 0  # samples seen in the stages before the present one
         self.trains = data_kind(plan.stages[0].args, train=True) is not None
 
@@ -61,10 +64,14 @@ class Session:
 
     def _open(self) -> None:
         plan, args = self.plan, self.plan.stages[0].args
-        existed = self.on_rank_0(self._enter_folder)
+        existed, notes = self.on_rank_0(self._enter_folder)
         first = self.rank == 0
         log = setup_logging(plan.folder if first else None, self.rank, self.console if first else None, args.debug)
         self._opened.callback(log.close)
+        for note in notes:
+            logger.info("%s", note)
+        if self.sync is not None:
+            self._opened.callback(self.sync.close)
         checkpoints = plan.folder / "checkpoints"
         keep = 0 if args.delete_previous_checkpoint else plan.options.keep_checkpoints
         self.writer = CheckpointWriter(checkpoints, keep, latest=args.save_most_recent) if first else None
@@ -88,12 +95,20 @@ class Session:
         if state:
             self.monitor.restore(state["monitor"])
         self.agreement = Agreement(self.world_size, self.device, flags=2)
+        self.on_rank_0(self.sync.start if self.sync else str, RUN_FILE)
         logger.info("command: ov2 train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
 
-    def _enter_folder(self) -> bool:
-        """Of rank 0: lock the run's folder, then enter it. Raises UserError."""
-        self._lock = self._opened.enter_context(FolderLock(self.plan.folder))
-        return enter_run_folder(self.plan, self.trains)
+    def _enter_folder(self) -> tuple[bool, list[str]]:
+        """Of rank 0: lock the run's folder, fetch it if --remote-sync alone has it, and enter it. Returns whether it
+        existed, and lines for the log. Raises UserError."""
+        plan, args = self.plan, self.plan.stages[0].args
+        self._lock = self._opened.enter_context(FolderLock(plan.folder))
+        if args.remote_sync is not None:
+            address = storage.join(args.remote_sync, plan.name)
+            self.sync = RemoteSync(plan.folder, address, args.remote_sync_frequency)
+        fetched = self.sync.fetch(RUN_FILE) if self.sync and self.trains else ""
+        existed, begun = enter_run_folder(plan, self.trains)
+        return existed, [note for note in (fetched, begun) if note]
 
     def check_lock(self) -> None:
         """Raises InUse on rank 0 if another process has taken the folder over."""
@@ -141,6 +156,8 @@ class Session:
         return self.device
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.sync is not None and kind is not None:
+            self.sync.within_s = ON_SIGNAL_S
         self._opened.close()
         # After an error the other ranks may be gone, and destroying the group would wait for them.
         if (kind is None or issubclass(kind, Interrupted)) and torch.distributed.is_initialized():

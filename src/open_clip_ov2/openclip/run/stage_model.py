@@ -51,14 +51,6 @@ def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"keep_ratio": config.get("keep_ratio", 0.35), "eval_keep_ratio": config.get("eval_keep_ratio")}
 
 
-def _check_model(what: str, state: dict[str, Any], model: nn.Module) -> None:
-    """Raises UserError if --override has changed the model itself."""
-    try:
-        check_fit(what, state, model.state_dict())
-    except ValueError as error:
-        raise UserError(f"--override: another model than before: {error}; start another run for it (--name)") from error
-
-
 class StageModel:
     """`model`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
@@ -125,7 +117,7 @@ class StageModel:
             open_clip_factory.resize_pos_embed(state, model)
             if hasattr(model, "positional_embedding") or hasattr(getattr(model, "text", None), "positional_embedding"):
                 open_clip_factory.resize_text_pos_embed(state, model)
-        _check_model("the previous stage", weights, model)
+        self._check("the previous stage", weights, model)
         model.load_state_dict(weights)
 
     def load_checkpoint(self, *_: Any, **__: Any) -> dict[str, Any]:
@@ -133,10 +125,19 @@ class StageModel:
         assert self.session.checkpoint is not None
         content = {key: value for key, value in self.session.checkpoint.items() if key != RESUME_KEY}
         content["state_dict"] = live_weights(self.session.checkpoint)
-        _check_model("the checkpoint to resume from", content["state_dict"], self.model)
+        self._check("the checkpoint to resume from", content["state_dict"], self.model)
         if self.session.world_size > 1:
             content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
         return content
+
+    def _check(self, what: str, state: dict[str, Any], model: nn.Module) -> None:
+        """Raises UserError if --override has changed the model itself, or --resume FILE has another."""
+        try:
+            check_fit(what, state, model.state_dict())
+        except ValueError as error:
+            flag = "--override" if self.session.plan.options.override else "--resume"
+            problem = f"{flag}: another model than before: {error}; start another run for it (--name)"
+            raise UserError(problem) from error
 
     def _model_options(self, name: str, context_length: int | None) -> dict[str, Any]:
         """A run goes on with the decoder that it began with, though the model of that name may have another by now."""

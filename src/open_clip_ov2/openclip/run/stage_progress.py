@@ -204,6 +204,7 @@ class StageProgress:
                 "stage_samples": self.entries_done * self.global_batch,
                 "stage_steps": self.steps_done,
                 "global_batch": self.global_batch,
+                "config": session.plan.config,
                 "bad_in_a_row": self._guard.in_a_row,
                 "monitor": session.monitor.state(),
                 "ranks": ranks,

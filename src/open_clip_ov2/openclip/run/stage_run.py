@@ -38,8 +38,8 @@ from open_clip_ov2.train.step import train_epoch
 logger = logging.getLogger("open_clip_ov2")
 
 # What `main` does not get, because it is done here: flags with a value, and switches.
-OURS = ("--report-to", "--resume", "--name")
-SWITCHES = ("--save-most-recent",)
+OURS = ("--report-to", "--resume", "--name", "--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol")
+SWITCHES = ("--save-most-recent", "--copy-codebase")
 VALIDATIONS = ("val", "imagenet-val", "imagenet-v2")  # entries of OpenCLIP's `data` that `evaluate` looks at
 
 

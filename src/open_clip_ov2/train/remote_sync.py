@@ -1,0 +1,126 @@
+"""`--remote-sync`: a run's folder copied to an object store or another folder, by one thread that no step waits for.
+
+What changed is copied every so often, records before checkpoints, so that they are there as far as a checkpoint needs
+them. Nothing is deleted there, but for a checkpoint that `--resume FILE` has moved aside. Links are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from open_clip_ov2.data import storage
+from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.files import TEMPORARY
+from open_clip_ov2.locks import LOCK
+from open_clip_ov2.train.checkpoint import ASIDE, CheckpointName, list_checkpoints
+
+logger = logging.getLogger(__name__)
+
+AT_END_S, ON_SIGNAL_S = 3600.0, 60.0  # ours: how long the last copy may take; schedulers kill a minute or two later
+MOST_FAILURES = 3  # of one pass, which then ends: the store is away
+
+
+class RemoteSync:
+    """`within_s`: how long `close` waits for the last copy. `failures`: of all tries to copy a file."""
+
+    def __init__(self, folder: Path, address: str, every_s: float) -> None:
+        self.folder, self.address, self.within_s, self.failures = folder, address, AT_END_S, 0
+        self._every_s, self._begun = every_s, time.time()
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
+        self._left, self._end = 0, threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def fetch(self, last: str) -> str:
+        """Bring a run back that is there and not here, its newest checkpoint alone. `last` is the file that makes it a
+        run. Returns a line for the log. Raises UserError."""
+        if (self.folder / last).exists():
+            return ""
+        try:
+            names = storage.names_below(self.address)
+            if last not in names:
+                return ""
+            saved = {one: name for name in names if (one := CheckpointName.of(name.removeprefix("checkpoints/")))}
+            newest = saved[max(saved)] if saved else "no checkpoint"
+            wanted = [name for name in names if not name.startswith("checkpoints/") or name == newest]
+            for name in sorted(wanted, key=lambda name: name == last):
+                if not (self.folder / name).exists():
+                    storage.get(storage.join(self.address, name), self.folder / name)
+        except Exception as error:  # whatever the store's library raises
+            raise UserError(f"--remote-sync {self.address}: the run cannot be read ({first_line(error)})") from error
+        return f"--remote-sync: fetched {len(wanted)} files of this run from {self.address} ({newest})"
+
+    def start(self, first: str) -> None:
+        """Copy the file `first`, then all else in the background. Raises UserError if that file cannot be copied."""
+        try:
+            self._send(self.folder / first)
+        except Exception as error:
+            raise UserError(f"--remote-sync {self.address}: cannot be written ({first_line(error)})") from error
+        self._thread = threading.Thread(target=self._work, name="remote-sync", daemon=True)
+        self._thread.start()
+        logger.info("--remote-sync: %s is copied to %s every %g s", self.folder, self.address, self._every_s)
+
+    def close(self) -> None:
+        """Copy what is left. Waits for `within_s` at most."""
+        self._end.set()
+        if self._thread is None:
+            return
+        self._thread.join(self.within_s)
+        if self._thread.is_alive():
+            logger.error("REMOTE SYNC: not all is in %s after %g s; the process ends", self.address, self.within_s)
+        elif not self._left:
+            logger.info("--remote-sync: all is in %s, %d failures on the way", self.address, self.failures)
+
+    def _work(self) -> None:
+        ends = False
+        while not ends:
+            ends = self._end.is_set()  # what changed until then is in the pass that begins now
+            self._left = self._pass()
+            if not ends:
+                self._end.wait(self._every_s)
+
+    def _pass(self) -> int:
+        """Copy what has changed. Returns how many files could not be copied."""
+        failed: list[str] = []
+        for path in self._files():
+            try:
+                self._send(path)
+            except Exception as error:  # of any kind: this is a thread, and the run continues
+                if path.exists():  # a checkpoint may have been deleted meanwhile
+                    failed.append(f"{path.relative_to(self.folder)}: {first_line(error)}")
+            if len(failed) == MOST_FAILURES:
+                break
+        self.failures += len(failed)
+        if failed:
+            logger.warning(
+                "REMOTE SYNC FAILED: %s not copied to %s. The run continues%s; %d failures so far",
+                "; ".join(failed), self.address,
+                "" if self._end.is_set() else f", and copies again in {self._every_s:g} s", self.failures,
+            )  # fmt: skip
+        return len(failed)
+
+    def _files(self) -> list[Path]:
+        """Records, then checkpoints, newest first."""
+        found: list[Path] = []
+        for root, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+            found += [Path(root, name) for name in files if not name.startswith((TEMPORARY, LOCK))]
+        saved = list_checkpoints(self.folder / "checkpoints")[::-1]
+        return [path for path in found if path not in saved and not path.is_symlink()] + saved
+
+    def _send(self, path: Path) -> None:
+        """Unless it is there already. Raises whatever the store's library raises."""
+        name, stat = path.relative_to(self.folder).as_posix(), path.stat()
+        stamp, address = (stat.st_size, stat.st_mtime_ns), storage.join(self.address, name)
+        if self._sent.get(name) == stamp:
+            return
+        earlier = name not in self._sent and stat.st_mtime < self._begun  # perhaps another process has copied it
+        if not (earlier and storage.is_current(path, address)):
+            storage.put(path, address)
+            folder, _, file = name.rpartition("/")
+            if ASIDE in folder and not (path.parents[1] / file).exists():
+                storage.remove(storage.join(self.address, f"checkpoints/{file}"))
+        self._sent[name] = stamp
