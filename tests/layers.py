@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "OpenCLIP's model factory to our models and back",
     ),
     "openclip.command": Layer(
-        f"{BASE} core data evaluate recipe tracking openclip.models",
+        f"{BASE} core data data.order evaluate recipe tracking openclip.models",
         "torch open_clip open_clip_train",
         "argv to `RunPlan`: our flags and OpenCLIP's, checked",
     ),

@@ -27,10 +27,15 @@ def loader(source: Source, **changed: Any) -> TrainLoader:
     return TrainLoader(source, random_crop, byte_tokens, **settings(**{"caption_keys": KEYS, **changed}))
 
 
+def passes(batch: Batch) -> set[int]:
+    """The passes that a batch is of."""
+    return {position.pass_index for position in batch.positions.values()}
+
+
 def assert_same(old: Batch, new: Batch) -> None:
     assert torch.equal(old.images_BCHW, new.images_BCHW)
     assert torch.equal(old.texts_BL, new.texts_BL)
-    assert (old.keys, old.captions, old.skipped, old.position) == (new.keys, new.captions, new.skipped, new.position)
+    assert (old.keys, old.captions, old.skipped, old.positions) == (new.keys, new.captions, new.skipped, new.positions)
 
 
 def stopped(made: TrainLoader, batches: int) -> dict[str, Any]:

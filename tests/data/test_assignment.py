@@ -11,6 +11,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from open_clip_ov2.data import order
+from open_clip_ov2.data.order import layout
 from open_clip_ov2.data.order.assignment import Assignment, Position, ShardRange, shuffler, unread
 
 
@@ -57,6 +58,7 @@ def test_unread_is_what_was_not_given_out(
 
 
 def test_the_worked_example_is_true() -> None:
-    """Oracle: the outputs written in the package's docstring."""
-    failed, attempted = doctest.testmod(order)
-    assert (failed, attempted > 10) == (0, True)
+    """Oracle: the outputs written in the docstrings of the package and of its layout."""
+    for module, examples in ((order, 10), (layout, 4)):
+        failed, attempted = doctest.testmod(module)
+        assert (failed, attempted > examples) == (0, True)

@@ -15,6 +15,7 @@ from stopped_runs import (
     bad_and_good_tars,
     folder,
     loader,
+    passes,
     saved,
     write_table,
 )
@@ -30,8 +31,9 @@ def emitted(loaders: list[TrainLoader], batches: int | None, seen: dict[int, Cou
     for made in loaders:
         iterator = iter(made)
         for batch in itertools.islice(iterator, batches):
-            assert batch.position is not None
-            seen.setdefault(batch.position.pass_index, Counter())[batch.keys[0]] += 1
+            assert batch.positions
+            (pass_index,) = passes(batch)
+            seen.setdefault(pass_index, Counter())[batch.keys[0]] += 1
             taken += 1
     return taken
 
@@ -97,7 +99,7 @@ def test_changed_workers_and_batch_size(tmp_path: Path) -> None:
     assert len(rest) == 76
     counts = Counter(key for batch in [*batches, *rest] for key in batch.keys)
     assert set(counts) == usable
-    first_pass = [batch for batch in rest if batch.position and batch.position.pass_index == 0]
+    first_pass = [batch for batch in rest if passes(batch) == {0}]
     early = Counter(key for batch in [*batches, *first_pass] for key in batch.keys)
     assert max(early.values()) == 1
     assert max(counts.values()) - min(counts.values()) <= 3  # consumers go through their parts at their own pace

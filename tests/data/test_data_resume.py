@@ -17,6 +17,7 @@ from stopped_runs import (
     bad_and_good_tars,
     folder,
     loader,
+    passes,
     recorded,
     saved,
     stopped,
@@ -119,7 +120,7 @@ def test_resampled_shards_with_weights(tmp_path: Path, num_workers: int) -> None
     last_pass = max(position[0] for state in states for position in state["positions"])
     rest = list(alone)
     assert len(rest) == (60 - 36) // 3
-    assert min(batch.position.pass_index for batch in rest if batch.position) > last_pass
+    assert min(min(passes(batch)) for batch in rest) > last_pass
     again = make()
     assert again.resume([alone.state()]) is True  # all done
     assert list(again) == []

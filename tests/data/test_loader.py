@@ -16,6 +16,7 @@ from broken_shards import TXT, byte_tokens, good_tars, random_crop, settings, to
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from stopped_runs import passes
 
 from open_clip_ov2.data.loader import Batch, EvalLoader, TrainLoader
 from open_clip_ov2.data.shards import WebDatasetSource
@@ -79,8 +80,8 @@ def test_crops_and_captions_are_the_samples_own(tmp_path: Path) -> None:
         for rank in range(world_size):
             flags = {"world_size": world_size, "num_workers": num_workers, "rank": rank, "batch_size": 1}
             for batch in train(source, num_samples=16, **flags):
-                assert batch.position is not None
-                if batch.position.pass_index == 0:
+                assert batch.positions
+                if passes(batch) == {0}:
                     crops.setdefault(batch.keys[0], set()).add(batch.images_BCHW.numpy().tobytes())
     assert len(crops) == 16
     assert all(len(seen) == 1 for seen in crops.values())

@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> None:
         loader = loader_of(workers)
         loaders.append((workers, loader_speed(loader, workers, args.samples)))
         loader.close()
-    print(f"{args.resolution} px, batches of {stream.batch_size}, at most {args.samples} samples, {args.model}\n")
+    print(
+        f"{args.resolution} px, batches of {stream.layout.batch_size}, at most {args.samples} samples, {args.model}\n"
+    )
     print(pipeline_table(found, loaders))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,11 @@ class KeepRatio:
 
     def draw(self) -> float:
         """The ratio of one step. A range is drawn from by the CPU's default generator, so no device is waited for."""
-        if not self.is_range:
-            return self.low
-        return self.low + (self.high - self.low) * float(torch.rand(()))
+        return self.at(float(torch.rand(()))) if self.is_range else self.low
+
+    def at(self, draw: float) -> float:
+        """The ratio at `draw`, 0 to 1, of the range."""
+        return self.low + (self.high - self.low) * draw
 
     def __str__(self) -> str:
         return f"{self.low:g}:{self.high:g}" if self.is_range else f"{self.low:g}"
@@ -106,6 +109,20 @@ def sample_kept_of_rows(counts: Sequence[int], kept: Sequence[int], device: torc
     return shuffled_n[first_I + torch.repeat_interleave(skipped_B, kept_B, output_size=sum(kept))]
 
 
+def noise_of(seeds_B: Tensor, num_tokens: int) -> Tensor:
+    """`(B, N)` int64 from 0 to 2^32 - 1, each row a function of its seed's lower 32 bits alone, on any device.
+
+    Source: the hash lowbias32 (Chris Wellons, "Prospecting for Hash Functions", nullprogram.com, 2018).
+    """
+
+    def mixed(x: Tensor) -> Tensor:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x
+
+    return mixed(mixed(seeds_B & 0xFFFFFFFF)[:, None] ^ mixed(torch.arange(num_tokens, device=seeds_B.device)))
+
+
 def gather_tokens(tokens_BND: Tensor, kept_idx_BK: Tensor) -> Tensor:
     """`(B, N, D)`, `(B, K)` int64 -> `(B, K, D)`."""
     return tokens_BND.gather(1, kept_idx_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1]))
@@ -122,6 +139,15 @@ class TokenDrop(nn.Module):
         super().__init__()
         self.keep_ratio = keep_ratio
         self.eval_keep_ratio = keep_ratio.high if eval_keep_ratio is None else KeepRatio.of(eval_keep_ratio).high
+
+    def of_samples(self, seeds_B: Tensor, num_tokens: int, draw: float) -> dict[str, Any]:
+        """Options of `forward` with which each sample's tokens follow from its seed `(B,)` int64 alone, and the ratio
+        from `draw`, see `KeepRatio.at`."""
+        ratio = self.keep_ratio.at(draw)
+        kept = num_kept(num_tokens, ratio)
+        if kept == num_tokens:
+            return {"keep_ratio": ratio}
+        return {"kept_idx": noise_of(seeds_B, num_tokens).topk(kept, dim=1, sorted=False).indices}
 
     def forward(
         self,

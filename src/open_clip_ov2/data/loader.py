@@ -14,6 +14,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.order.layout import Elastic, Layout
 from open_clip_ov2.data.order.resume import VERSION, Progress, Start, check_states, pack, start_from
 from open_clip_ov2.data.receive import Receiver, torch_loader, watched
 from open_clip_ov2.data.samples import Decoder
@@ -31,7 +32,8 @@ class TrainLoader(Receiver):
     """`num_batches` full batches an epoch, the same for every process, whatever the number of workers.
 
     `num_samples` (over all processes) is rounded up to whole updates of `accum_freq` global batches. When a consumer
-    has read its part of the data, another pass begins. `state()` and `resume()` let a stopped run continue.
+    has read its part of the data, another pass begins. `state()` and `resume()` let a stopped run continue. With
+    `elastic` global batches depend on it and on the seed, and not on the number of processes and workers, see Layout.
     Raises UserError: no usable sample, too few shards, a dead worker.
     """
 
@@ -52,6 +54,7 @@ class TrainLoader(Receiver):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         shuffle_buffer: int = 5000,
         prompt_keys: tuple[CaptionKey, ...] = (),
+        elastic: Elastic | None = None,
         pin_memory: bool = False,
         stall_warning_s: float = STALL_WARNING_S,
     ) -> None:
@@ -59,14 +62,15 @@ class TrainLoader(Receiver):
         if num_samples < 1:
             raise UserError(f"--train-num-samples {num_samples}: expected an integer >= 1")
         self._workers = max(1, num_workers)
-        source.check_consumers(self._workers * world_size)
+        layout = Layout.of(elastic, batch_size, accum_freq, world_size, num_workers)
+        source.check_consumers(layout.streams)
         self._asked, self._global_batch, self._accum_freq = num_samples, batch_size * world_size, accum_freq
         self.num_batches = self._batches_for(num_samples)
         self.num_samples = self.num_batches * self._global_batch
         self._stall_warning_s = stall_warning_s
         decoder = Decoder(transform, caption_keys, max_image_pixels, prompt_keys)
         self.stream = TrainStream(
-            source, decoder, tokenizer, batch_size, self.num_batches, seed, rank, world_size, shuffle_buffer,
+            source, decoder, tokenizer, layout, elastic is not None, self.num_batches, seed, rank, shuffle_buffer,
             reading=multiprocessing.RawArray("q", [-1] * self._workers),
         )  # fmt: skip
         self._make_loader = partial(torch_loader, num_workers=num_workers, pin_memory=pin_memory, persistent=True)
@@ -77,7 +81,8 @@ class TrainLoader(Receiver):
         return math.ceil(num_samples / (self._global_batch * self._accum_freq)) * self._accum_freq
 
     def _progress_at(self, start: Start, samples_done: int = 0) -> Progress:
-        return Progress(start, self.stream.rank, self._workers, samples_done)
+        layout = self.stream.layout
+        return Progress(start, self.stream.rank, layout.streams // layout.processes, samples_done)
 
     @property
     def batches_done(self) -> int:
@@ -111,7 +116,7 @@ class TrainLoader(Receiver):
     def _deliver(self, items: Iterator[Any], progress: Progress) -> Iterator[Batch]:
         first = progress.batches_done
         for batch in self.receive(watched(items, self._stall_warning_s, lambda: self._reading(progress, first))):
-            progress.add(batch.position, self._global_batch)
+            progress.add(batch.positions, self._global_batch)
             yield batch
 
     def _reading(self, progress: Progress, first: int) -> str:
@@ -132,9 +137,11 @@ class TrainLoader(Receiver):
             "version": VERSION,
             "epoch": int(stream.epoch.value),
             "rank": stream.rank,
-            "world_size": stream.world_size,
+            "world_size": stream.layout.processes,
             "workers": self._workers,
-            "batch_size": stream.batch_size,
+            "batch_size": stream.layout.batch_size,
+            "accum_freq": stream.layout.accum_freq,
+            "order": stream.layout.order,
             "batches_done": done.batches_done,
             "samples_done": done.samples_done,
             "positions": pack(done.positions),
@@ -153,22 +160,24 @@ class TrainLoader(Receiver):
     def resume(self, states: Sequence[dict[str, Any]], moved: bool = False) -> bool:
         """Continue where `states`, of all processes in the order of their ranks, were taken.
 
-        Sets the epoch; the next iteration gives the batches that are left of it. True: exactly those of the old run.
-        False, if the number of processes or workers or the batch size has changed: other batches, but no sample of a
-        pass is lost or comes twice (resampled data draws anew). `moved`: see check_states.
+        Sets the epoch; the next iteration gives the batches that are left of it. True: exactly those of the old run,
+        which with `elastic` is so for other numbers of processes and workers too. False: other batches, but no sample
+        of a pass is lost or comes twice (resampled data draws anew). `moved`: see check_states.
         Raises UserError: other data, seed or shuffle buffer, or states missing.
         """
         check_states(states, self._identity(), moved)
-        stream, old = self.stream, states[0]
-        now = (stream.world_size, self._workers, stream.batch_size)
-        same = now == (old["world_size"], old["workers"], old["batch_size"])
+        stream, layout, old = self.stream, self.stream.layout, states[0]
+        old_order = old.get("order", [old["world_size"], old["workers"], old["batch_size"]])
+        old_accum_freq, done = old.get("accum_freq", 1), old["batches_done"]
+        same_cut = (layout.processes, layout.accum_freq) == (len(states), old_accum_freq)
+        same = layout.order == old_order and (same_cut or done % old_accum_freq == 0)
         left = self._batches_for(max(0, self._asked - old["samples_done"]))
-        batches_done = min(self.num_batches, old["batches_done"]) if same else max(0, self.num_batches - left)
-        stream.start = start_from(states, stream.world_size * self._workers, stream.source.resampled, batches_done)
+        done = min(self.num_batches, done * layout.accum_freq // old_accum_freq) if same else self.num_batches - left
+        stream.start = start_from(states, layout.streams, stream.source.resampled, max(0, done))
         stream.epoch.value, stream.resuming.value = old["epoch"], 1
         self._progress, self._resumed = self._progress_at(stream.start, old["samples_done"]), True
         self._loader = self._make_loader(stream)  # running workers have the old start
-        if same:
+        if same and layout.processes == len(states):
             self.skips = dict(states[stream.rank]["skips"])
         else:  # process 0 counts what no process can be given
             self.skips = merge_counts(state["skips"] for state in states) if stream.rank == 0 else {}

@@ -18,7 +18,7 @@ from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, 
 from open_clip_ov2.data.order.shuffled import ShuffledPass
 from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter
-from open_clip_ov2.data.sources import Source
+from open_clip_ov2.data.sources import SHARES, Source
 from open_clip_ov2.data.storage import check_readable
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
@@ -96,8 +96,8 @@ class WebDatasetSource(Source):
     def check_consumers(self, consumers: int) -> None:
         if not self.resampled and len(self.urls) < consumers:
             raise UserError(
-                f"{len(self.urls)} training shards for {consumers} data workers over all processes: use fewer "
-                "--workers, more shards, or --dataset-resampled"
+                f"{len(self.urls)} training shards for {consumers} {SHARES}: use fewer, more shards, or "
+                "--dataset-resampled"
             )
 
     def fingerprint(self) -> dict[str, str | int]:

@@ -21,6 +21,8 @@ from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.skips import BAD_ROW, SkipCounter, SkipSample
 from open_clip_ov2.errors import UserError, unknown_key
 
+SHARES = "data workers over all processes (with --elastic: streams)"
+
 
 class Source:
     """Gives raw samples: `__key__`, `__url__`, and bytes or text by suffix or column.
@@ -60,20 +62,23 @@ class Source:
     def check_consumers(self, consumers: int) -> None:
         """Raises UserError if so many consumers cannot share this source."""
         if (rows := self.count() or 0) < consumers:
-            raise UserError(f"{self.name}: {rows} samples for {consumers} data workers; use fewer --workers")
+            raise UserError(f"{self.name}: {rows} samples for {consumers} {SHARES}; use fewer")
 
     def train_samples(
         self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
     ) -> Iterator[dict[str, Any]]:
         """One pass over a consumer's part, shuffled, from `cursor` on; no sample twice."""
         cursor = cursor or Cursor()
-        order = list(range(self.count() or 0))
-        if self.shuffled:
-            assignment.rng("rows").shuffle(order)
-        for row in itertools.islice(assigned_rows(order, assignment), cursor.taken, None):
+        for row in itertools.islice(assigned_rows(self._order(assignment), assignment), cursor.taken, None):
             cursor.on_open(row)
             cursor.taken += 1
             yield from self._usable(row, skips)
+
+    def _order(self, assignment: Assignment) -> list[int]:
+        order = list(range(self.count() or 0))
+        if self.shuffled:
+            assignment.rng("rows").shuffle(order)
+        return order
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         """Everything, in file order."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from open_clip_ov2.data.captions import PROMPT_END, CaptionKey, group_text
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position
+from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.data.order.resume import Start
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
-from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample
+from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample, merge_counts
 from open_clip_ov2.data.sources import Source
 from open_clip_ov2.errors import UserError
 
@@ -34,7 +36,8 @@ class Batch(NamedTuple):
     """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause. One
     without keys comes last and tells what was skipped after the last samples.
 
-    In training, `position` is where its consumer stands after it, with the sizes of shards since its last batch.
+    In training, `positions` is where its consumers stand after it, with the sizes of shards since their last batch, and
+    `seeds` are the samples' own; with --elastic, `draw`, in [0, 1), is the global batch's own.
     In evaluation, `indices` are the samples' places in the file order and `skipped_keys` the samples that were skipped;
     the one without keys has the counter's `example`. `prompts` are what stands before the captions, where that is
     asked for.
@@ -46,11 +49,34 @@ class Batch(NamedTuple):
     captions: list[str]
     groups: list[str]
     skipped: dict[str, int]
-    position: Position | None = None
+    positions: Mapping[int, Position] = {}
     indices: tuple[int, ...] = ()
     skipped_keys: Mapping[str, list[str]] = {}
     prompts: tuple[str, ...] = ()
     example: str = ""
+    seeds: tuple[int, ...] = ()
+    draw: float | None = None
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Batches of several consumers as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def chained(name: str) -> Iterator[Any]:
+        return itertools.chain.from_iterable(getattr(part, name) for part in parts)
+
+    return Batch(
+        images_BCHW=torch.cat([part.images_BCHW for part in parts]),
+        texts_BL=torch.cat([part.texts_BL for part in parts]),
+        keys=list(chained("keys")),
+        captions=list(chained("captions")),
+        groups=list(chained("groups")),
+        skipped=merge_counts(part.skipped for part in parts),
+        positions={consumer: position for part in parts for consumer, position in part.positions.items()},
+        prompts=tuple(chained("prompts")),
+        seeds=tuple(chained("seeds")),
+    )
 
 
 class _Row(NamedTuple):
@@ -60,6 +86,7 @@ class _Row(NamedTuple):
     url: str
     group: str
     place: int
+    seed: int
 
 
 class _Collector:
@@ -69,7 +96,9 @@ class _Collector:
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
         self.rows: list[_Row] = []
 
-    def add(self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]], index: int = -1) -> None:
+    def add(
+        self, raw: dict[str, Any], decode: Callable[[], tuple[Tensor, str]], index: int = -1, seed: int = 0
+    ) -> None:
         """Add the sample, or count why not."""
         try:
             image_CHW, caption = decode()
@@ -77,7 +106,7 @@ class _Collector:
             self._skips.add(error.cause, error.detail, raw["__key__"], raw["__url__"])
             return
         group = group_text(raw, self._group_by)
-        self.rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group, index))
+        self.rows.append(_Row(image_CHW, caption, raw["__key__"], raw["__url__"], group, index, seed))
         self._skips.used += 1
 
     def batch(self) -> Batch | None:
@@ -85,7 +114,7 @@ class _Collector:
         texts_BL = self.tokenized()
         if texts_BL is None:
             return None
-        images, captions, keys, _, groups, indices = zip(*self.rows, strict=True)
+        images, captions, keys, _, groups, indices, seeds = zip(*self.rows, strict=True)
         self.rows = []
         parts = [text.partition(PROMPT_END) for text in captions]
         prompts: tuple[str, ...] = ()
@@ -93,7 +122,7 @@ class _Collector:
             prompts, captions = tuple(part[0] for part in parts), tuple(part[2] for part in parts)
         return Batch(
             torch.stack(images), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
-            indices=indices, skipped_keys=self._skips.take_keys(), prompts=prompts,
+            indices=indices, skipped_keys=self._skips.take_keys(), prompts=prompts, seeds=seeds,
         )  # fmt: skip
 
     def tokenized(self) -> Tensor | None:
@@ -144,18 +173,18 @@ class _Stream(IterableDataset[Any]):
 class TrainStream(_Stream):
     """One worker's batches of one epoch: every `workers`-th of those that are left.
 
-    torch asks the workers in turns, always from worker 0 on. After n batches of an epoch it is the turn of consumer
-    n mod workers, so worker w then stands for consumer (w + n) mod workers.
+    torch asks the workers in turns, always from worker 0 on; after n batches of an epoch, worker w begins with number
+    n + w. `layout` says which consumers make a batch, and they are always the same worker's.
     """
 
     source: Source
     decoder: Decoder
     tokenizer: Tokenizer
-    batch_size: int
+    layout: Layout
+    elastic: bool
     num_batches: int
     seed: int
     rank: int
-    world_size: int
     shuffle_buffer: int
     # Shared with the workers, which persist: what each reads, the epoch, and whether it begins at `start`.
     reading: Any
@@ -166,23 +195,33 @@ class TrainStream(_Stream):
 
     def _items(self) -> Iterator[Batch]:
         self.skips.begin()
-        start = self.start if self.resuming.value else Start()
+        start, epoch = self.start if self.resuming.value else Start(), self.epoch.value
         worker, workers = _worker()
-        first = Assignment(
+        consumers: dict[int, Iterator[Batch]] = {}
+        for number in range(start.batches_done + worker, self.num_batches, workers):
+            numbers, samples = self.layout.pieces(self.rank, number)
+            for consumer in numbers:
+                if consumer not in consumers:
+                    consumers[consumer] = self._endless(self._first(consumer, start), start, worker, samples)
+            batch = joined([next(consumers[consumer]) for consumer in numbers])
+            step = number // self.layout.accum_freq
+            yield batch._replace(draw=random.Random(f"{self.seed}/{epoch}/{step}").random()) if self.elastic else batch
+
+    def _first(self, consumer: int, start: Start) -> Assignment:
+        return Assignment(
             seed=self.seed,
             epoch=self.epoch.value,
             pass_index=0,
-            consumer=self.rank * workers + (worker + start.batches_done) % workers,
-            consumers=self.world_size * workers,
+            consumer=consumer,
+            consumers=self.layout.streams,
             shuffle_buffer=self.shuffle_buffer,
             history=start.history,
         )
-        position = start.positions[first.consumer] if start.positions else Position()
-        batches = len(range(start.batches_done + worker, self.num_batches, workers))
-        return itertools.islice(self._endless(first, position, worker), batches)
 
-    def _endless(self, first: Assignment, position: Position, worker: int) -> Iterator[Batch]:
-        """Pass after pass. Raises UserError after too many without a usable sample."""
+    def _endless(self, first: Assignment, start: Start, worker: int, samples: int) -> Iterator[Batch]:
+        """A consumer's samples, so many at a time, pass after pass. Raises UserError after too many passes without a
+        usable one."""
+        position = start.positions[first.consumer] if start.positions else Position()
         collector = _Collector(self.tokenizer, self.skips)
         empty, most = 0, 1 if first.consumers == 1 and not self.source.resampled else EMPTY_PASSES
         cursor = Cursor(position.taken, list(position.sizes))
@@ -192,20 +231,21 @@ class TrainStream(_Stream):
             whole = not cursor.taken and assignment.before() is None
             self.skips.used += cursor.taken > 0  # a batch had come of it, or nothing would have been taken
             used_before = self.skips.used
-            yield from self._pass(collector, assignment, cursor)
+            yield from self._pass(collector, assignment, cursor, samples)
             collector.tokenized()  # removes what the tokenizer refuses, so that `used` says what this pass gave
             empty = 0 if self.skips.used > used_before or not whole else empty + 1
             if empty == most:
                 raise self.skips.nothing_usable()
             cursor = Cursor()
 
-    def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor) -> Iterator[Batch]:
+    def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor, samples: int) -> Iterator[Batch]:
         sent = len(cursor.sizes)
         for raw in self.source.train_samples(assignment, self.skips, cursor):
             seed = sample_seed(assignment.seed, assignment.epoch, assignment.pass_index, raw["__key__"])
-            collector.add(raw, partial(self.decoder.train, raw, seed))
-            if len(collector.rows) == self.batch_size and (batch := collector.batch()) is not None:
-                yield batch._replace(position=Position(assignment.pass_index, cursor.taken, cursor.sizes[sent:]))
+            collector.add(raw, partial(self.decoder.train, raw, seed), seed=seed)
+            if len(collector.rows) == samples and (batch := collector.batch()) is not None:
+                position = Position(assignment.pass_index, cursor.taken, cursor.sizes[sent:])
+                yield batch._replace(positions={assignment.consumer: position})
                 sent = len(cursor.sizes)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.core.rows import on_device
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.data.skips import merge_counts
 from open_clip_ov2.train.guard import gradient_norm, not_finite, step_unless
@@ -146,8 +147,9 @@ def optimizer_step(
         images, packed = settings.compute.pixels(batch.images_BCHW), packed.to(settings.compute.device)
         with settings.compute.attention(), _sync_only(model, index == len(window) - 1):
             with settings.compute.autocast():
-                text = {"text": batch.texts_BL.to(settings.compute.device)} if contrastive else {}
-                sums = model(images, captions=packed, caption_loss=loss, **text)
+                more = {"text": batch.texts_BL.to(settings.compute.device)} if contrastive else {}
+                more |= _token_drop(model, batch, images.device)
+                sums = model(images, captions=packed, caption_loss=loss, **more)
                 contrast = torch.zeros_like(sums.nll) if sums.contrastive is None else sums.contrastive
                 weighted = sums.objective * scale + settings.contrastive_weight * contrast
             (weighted if scaler is None else scaler.scale(weighted)).backward()
@@ -158,6 +160,17 @@ def optimizer_step(
     step_unless(optimizer, scaler, bad)
     mean = totals[2] / settings.compute.world_size if contrastive else None
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
+
+
+def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Options of the forward pass with which samples keep tokens of their own (--elastic)."""
+    if batch.draw is None:
+        return {}
+    inner: Any = getattr(model, "module", model)  # of the model inside DDP
+    rows, columns = inner.visual.grid_size
+    seeds_B = on_device(batch.seeds, device)
+    drop: dict[str, Any] = inner.token_drop.of_samples(seeds_B, rows * columns, batch.draw)
+    return drop
 
 
 def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:

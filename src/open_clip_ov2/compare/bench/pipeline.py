@@ -23,7 +23,7 @@ from open_clip_ov2.errors import UserError
 
 def stages(stream: TrainStream, samples: int) -> dict[str, float]:
     """Processor seconds of an image in each stage alone, over the same samples. Raises UserError if none is usable."""
-    decoder, batch_size = stream.decoder, stream.batch_size
+    decoder, batch_size = stream.decoder, stream.layout.batch_size
     begin = time.process_time()
     raws = list(itertools.islice(stream.source.in_order(), samples))
     reading = time.process_time() - begin

@@ -1,9 +1,10 @@
 """Which sample comes when, and how a run finds its place again. A test runs the example below.
 
-A consumer is one data worker of one process. In each pass over the data the shards are shuffled and dealt out to the
-consumers in turns; each consumer reads its shards one after the other and mixes their samples in a shuffle buffer. All
-of this follows from seed, epoch, pass, consumer and counts, never from what the samples contain, so it can be repeated
-without reading them. An example: two shards of three samples, two consumers, and a buffer of two samples.
+A consumer is a stream of samples: that of one data worker of one process, or, with --elastic, one of a number that the
+user sets (layout.py). In each pass over the data the shards are shuffled and dealt out to the consumers in turns; each
+consumer reads its shards one after the other and mixes their samples in a shuffle buffer. All of this follows from
+seed, epoch, pass, consumer and counts, never from what the samples contain, so it can be repeated without reading them.
+An example: two shards of three samples, two consumers, and a buffer of two samples.
 
 >>> from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position, assigned_shards
 >>> from open_clip_ov2.data.order.shuffled import ShuffledPass

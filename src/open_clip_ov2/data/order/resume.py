@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,23 +30,24 @@ class Start:
 class Progress:
     """How far one process has come in an epoch: batches delivered, and the position of each of its consumers.
 
-    `samples_done` counts over all processes.
+    `samples_done` counts over all processes; `consumers` is how many each process has.
     """
 
-    def __init__(self, start: Start, rank: int, workers: int, samples_done: int) -> None:
+    def __init__(self, start: Start, rank: int, consumers: int, samples_done: int) -> None:
         self.batches_done, self.samples_done, self.history = start.batches_done, samples_done, start.history
-        mine = start.positions[rank * workers : (rank + 1) * workers] or (Position(),) * workers
+        self._first = rank * consumers
+        mine = start.positions[self._first : self._first + consumers] or (Position(),) * consumers
         self.positions = [Position(one.pass_index, one.taken, list(one.sizes)) for one in mine]
 
-    def add(self, after: Position | None, global_batch: int) -> None:
-        """Count a delivered batch; `after` is where its consumer stands now. Consumers take turns."""
-        assert after is not None
-        consumer = self.batches_done % len(self.positions)
-        before = self.positions[consumer]
-        sizes = before.sizes if after.pass_index == before.pass_index else []
-        assert isinstance(sizes, list)
-        sizes.extend(after.sizes)  # in place: there may be very many
-        self.positions[consumer] = Position(after.pass_index, after.taken, sizes)
+    def add(self, after: Mapping[int, Position], global_batch: int) -> None:
+        """Count a delivered batch; `after` is where the consumers that it came from stand now."""
+        assert after
+        for consumer, now in after.items():
+            before = self.positions[consumer - self._first]
+            sizes = before.sizes if now.pass_index == before.pass_index else []
+            assert isinstance(sizes, list)
+            sizes.extend(now.sizes)  # in place: there may be very many
+            self.positions[consumer - self._first] = Position(now.pass_index, now.taken, sizes)
         self.batches_done += 1
         self.samples_done += global_batch
 

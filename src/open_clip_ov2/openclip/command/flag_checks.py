@@ -155,6 +155,10 @@ def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse
         raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if options.lora_rank and theirs.lock_image:
         raise UserError("--lock-image: --lora-rank freezes the vision tower already, and trains its adapters")
+    if options.elastic and theirs.force_patch_dropout:
+        raise UserError(
+            "--force-patch-dropout: the patches that it drops do not follow the samples, as --elastic wants it"
+        )
     if options.lora_alpha and not options.lora_rank:
         raise UserError("--lora-alpha is for adapters; add --lora-rank R")
     if options.tokens_per_step is not None:

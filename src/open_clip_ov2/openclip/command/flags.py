@@ -13,6 +13,7 @@ from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.core import FUSIONS, KeepRatio
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.order.layout import Elastic, parse_elastic
 from open_clip_ov2.data.sidecars import CaptionSet, caption_sets
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg
@@ -166,7 +167,16 @@ class TrainOptions:
         "N", whole(1), f"skip images with more pixels (default: {MAX_IMAGE_PIXELS})", default=MAX_IMAGE_PIXELS
     )
     shuffle_buffer: int = flag(
-        "N", whole(1), "samples in the shuffle buffer of each data worker (default: 5000)", default=5000
+        "N",
+        whole(1),
+        "samples in the shuffle buffer of each data worker, or with --elastic of each stream (default: 5000)",
+        default=5000,
+    )
+    elastic: Elastic | None = flag(
+        "PROCESSESxWORKERS",
+        parse_elastic,
+        "the same global batches on any number of processes that divides PROCESSES, with any number of --workers that "
+        "divides WORKERS: the data is read as PROCESSES x WORKERS streams (64x8)",
     )
     caption_keys_given: bool = False  # whether a csv file's own --csv-caption-key is overridden
 

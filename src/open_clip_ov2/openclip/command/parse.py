@@ -13,6 +13,7 @@ from open_clip_train.distributed import world_info_from_env
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.argv import is_given, to_argv, without
+from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
@@ -107,12 +108,13 @@ def _stage(
         theirs = _parse_theirs(rest)
         train = options(TrainOptions, ours)
         check_stage(flags, train, theirs, gpu, needs_data)
+        layout = Layout.of(train.elastic, theirs.batch_size, theirs.accum_freq, world_size, theirs.workers)
         if ours.eval_every_samples and not ours.eval:
             raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
         if ours.eval and needs_data:
             check_eval(ours.eval, theirs)
     summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
-    return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"))
+    return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"), layout)
 
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.openclip.command.flags import RunOptions, TrainOptions
 from open_clip_ov2.recipe import Recipe
 
@@ -24,6 +25,7 @@ class StagePlan:
     args: argparse.Namespace
     argv: tuple[str, ...]
     precision_given: bool
+    layout: Layout
 
     @property
     def number(self) -> int:

@@ -23,7 +23,7 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
     `world_size`, `gpu` and `gpu_memory_gb` are what the run will have, not what this machine has.
     """
     plan = parse(argv, world_size, gpu)
-    samples = sum(_check_data(stage, world_size) for stage in plan.stages)
+    samples = sum(_check_data(stage) for stage in plan.stages)
     parameters = [_check_model(stage) for stage in plan.stages]
     if data_kind(plan.stages[0].args, train=True) is None:
         raise UserError("--train-data is missing after `--`: there is nothing to train on")
@@ -44,12 +44,12 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
     )
 
 
-def _check_data(stage: StagePlan, world_size: int) -> int:
+def _check_data(stage: StagePlan) -> int:
     """Samples that the stage will see."""
     args, samples = stage.args, 0
     source = make_source(args, stage.options, train=True)
     if source is not None:
-        source.check_consumers(max(1, args.workers) * world_size)
+        source.check_consumers(stage.layout.streams)
         samples = samples_per_epoch(args, source) * args.epochs
     make_source(args, stage.options, train=False)
     return samples

@@ -103,6 +103,7 @@ def make_data(
             num_samples=samples_per_epoch(args, source),
             accum_freq=args.accum_freq,
             shuffle_buffer=options.shuffle_buffer,
+            elastic=options.elastic,
             stall_warning_s=stall_warning_s,
             **_shared_options(args, options, train=True),
         )
