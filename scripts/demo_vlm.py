@@ -5,8 +5,7 @@
 Draws pictures (scripts/rendered_data.py), writes LLaVA's JSON and held-out questions from their captions, trains a
 small language model on text alone, then `ov2 vlm train` and `ov2 vlm eval` for each encoder: the one in the package,
 the same with random weights, and those of --encoder (such as a CLIP of the same pictures). OUT/table.md has exact match
-by kind.
-What is there already is reused, so that a run that was interrupted goes on.
+by kind. An OUT with the same settings is continued where it was interrupted; more --seeds and --encoder may be added.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sample_sets import SETTINGS, reusable, write_json
+
 SHIPPED, IMAGE_SIZE = "ov2-vit-nano-8:rendered", 64
 KINDS = {
     "charts": ("charts",), "shapes": ("shapes",), "short words": ("short words",), "words": ("words", "letters"),
@@ -30,6 +31,7 @@ KINDS = {
 }  # fmt: skip
 PLURAL = {"circles": "circle", "squares": "square", "triangles": "triangle", "stars": "star", "crosses": "cross",
           "hearts": "heart"}  # fmt: skip
+LINES = 32  # of text in a step of the language model
 RECIPE = """
 kind = "llava"
 feature-layer = -1
@@ -155,7 +157,7 @@ def tokenizer_of(captions: list[str]) -> Any:
 
 
 def make_language_model(folder: Path, captions: list[str], steps: int, seed: int) -> None:
-    """A Llama of 1.8 M parameters that answers questions about a caption which is given as text: what a picture will
+    """A Llama of 0.7 M parameters that answers questions about a caption which is given as text: what a picture will
     stand for. Loss on all tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -163,15 +165,15 @@ def make_language_model(folder: Path, captions: list[str], steps: int, seed: int
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), tokenizer_of(captions)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
     for step in range(1, steps + 1):
         texts = []
-        for kind, caption in map(json.loads, rng.sample(captions, min(64, len(captions)))):
+        for kind, caption in map(json.loads, rng.sample(captions, min(LINES, len(captions)))):
             asked = questions_of(kind, caption)
             rng.shuffle(asked)
             turns = [f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in asked]
@@ -213,19 +215,21 @@ def run(words: list[Any]) -> None:
 
 
 def one_run(args: argparse.Namespace, name: str, encoder: str, language_model: str, seed: int) -> dict[str, Any]:
-    """Scores by kind of one encoder and seed, and under `shuffled` those with other pictures."""
+    """Scores by kind of one encoder and seed, and under `shuffled` those of the shipped one with other pictures."""
     folder, scores = args.out / "vlm" / f"{name}-{seed}", {}
     ov2 = [sys.executable, "-m", "open_clip_ov2", "vlm"]
     data = args.out / "data"
     run([*ov2, "train", encoder, "--out", folder, "--recipe", args.out / "recipe.toml",
          "--language-model", language_model, "--align-data", args.out / "align.json", "--align-images", data,
          "--tune-data", args.out / "tune.json",
-         "--tune-images", data, "--batch-size", 32, "--workers", 0, "--seed", seed,
+         "--tune-images", data, "--batch-size", 32, "--workers", 1, "--seed", seed,
          *(["--image-size", IMAGE_SIZE] if encoder == SHIPPED else [])])  # fmt: skip
-    for file in ("questions", "shuffled"):
-        run([*ov2, "eval", folder, "--questions", args.out / f"{file}.jsonl", "--question-images", data,
-             "--batch-size", 64, "--max-new-tokens", 16])  # fmt: skip
-        scores[file] = json.loads((folder / "eval" / f"{file}-scores.json").read_text())["found"]
+    for file in ("questions", "shuffled") if name == "ov2" else ("questions",):
+        found = folder / "eval" / f"{file}-scores.json"
+        if not found.is_file():
+            run([*ov2, "eval", folder, "--questions", args.out / f"{file}.jsonl", "--question-images", data,
+                 "--batch-size", 64, "--max-new-tokens", 16])  # fmt: skip
+        scores[file] = json.loads(found.read_text())["found"]
     return scores
 
 
@@ -247,12 +251,14 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=8000, help="training pictures of all kinds")
+    parser.add_argument("--pictures", type=int, default=10000, help="training pictures of all kinds")
     parser.add_argument("--short", type=int, default=4000, help="and of text of at most four letters")
     parser.add_argument("--align", type=int, default=4000, help="pictures of the alignment")
     parser.add_argument("--held-out", type=int, default=60, help="held-out pictures of each kind")
     parser.add_argument("--epochs", type=int, default=1, help="of tuning")
-    parser.add_argument("--language-steps", type=int, default=400, help="of 64 lines, for the small language model")
+    parser.add_argument(
+        "--language-steps", type=int, default=300, help=f"of {LINES} lines, for the small language model"
+    )
     parser.add_argument("--language-model", help="default: a small one is trained here")
     parser.add_argument("--encoder", action="append", default=[], metavar="NAME=SOURCE", help="one more encoder")
     parser.add_argument("--seeds", type=int, default=1)
@@ -262,7 +268,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Data, language model, then each encoder and seed, and the table."""
     args, started = parse(), time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "seeds", "encoder")}
+    if not reusable(args.out, settings):
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / SETTINGS, settings)
     captions = write_data(args)
     small = args.language_model is None
     recipe = RECIPE.format(

@@ -34,6 +34,7 @@ from open_clip_ov2.openclip.models import conversion, exports, shipped
 from open_clip_ov2.openclip.models import open_model as opening
 from open_clip_ov2.openclip.models.eval_models import open_eval_model
 from open_clip_ov2.openclip.models.factory import is_ov2_model
+from open_clip_ov2.openclip.models.model_facts import ModelFacts, model_facts
 from open_clip_ov2.openclip.run.data_parts import train_loaders
 from open_clip_ov2.openclip.run.dry_run import check_run
 from open_clip_ov2.openclip.run.stage_costs import plan_costs
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PlannedRun", "bench_model", "caption", "check", "check_evaluation", "convert", "evaluate", "export",
     "is_lost_peer", "is_ov2_model", "load", "open_evaluated", "open_model", "plan", "planned_run", "push",
-    "shipped_model", "train", "train_help", "train_loaders",
+    "registered_facts", "shipped_model", "train", "train_help", "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
 
@@ -181,6 +182,15 @@ def plan(flags: Flags, gpus: int = 1, *, mean_caption_tokens: float | None = Non
     """
     parsed = parse(_to_train(flags), world_size=gpus, gpu=True, needs_data=False)
     return plan_costs(parsed, Machine(gpus, **machine), mean_caption_tokens)
+
+
+def registered_facts(model: str, image_size: int | None = None) -> ModelFacts | None:
+    """Sizes of a model of OpenCLIP's registry, which is not loaded; None if there is none of this name, or if it is not
+    made of plain transformers."""
+    try:
+        return model_facts(model, resolution=image_size)
+    except UserError:
+        return None
 
 
 def check(flags: Flags, world_size: int = 1, gpus: bool = True, gpu_memory_gb: float | None = None) -> Checked:

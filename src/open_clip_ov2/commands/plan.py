@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,8 +15,9 @@ from rich.table import Table
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, flag_type
 from open_clip_ov2.recipe import costs, short_count
-from open_clip_ov2.recipe.costs import Plan, StageCost
+from open_clip_ov2.recipe.costs import Machine, Plan, StageCost
 from open_clip_ov2.tables import real, whole
+from open_clip_ov2.vlm import vlm_costs, vlm_plan
 
 GB, GFLOP = 1e9, 1e9
 DESCRIPTION = (
@@ -26,25 +28,37 @@ DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> None:
     args, flags = _parser().parse_known_args(argv)
+    if args.vlm is not None:
+        _show_vlm(args, flags)
+        return
     for index, word in enumerate(flags):  # RECIPE, which is first, or anywhere if its name tells
         if (index == 0 and not word.startswith("-")) or (word.endswith(".toml") and flags[index - 1] != "--recipe"):
             flags[index : index + 1] = ["--recipe", word]
             break
     if args.context_length is not None:
         flags += ["--force-context-length", args.context_length]
-    plan = training.plan(
-        flags,
-        args.gpus,
-        mean_caption_tokens=args.mean_caption_tokens,
-        tflops=args.device_tflops,
-        mfu=args.mfu,
-        memory_gb=args.gpu_memory_gb,
-        images_per_second=args.images_per_second,
-    )
+    machine = _machine(args)
+    plan = training.plan(flags, args.gpus, mean_caption_tokens=args.mean_caption_tokens, **machine)
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
     else:
         show(plan)
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Of one GPU."""
+    measured = {"memory_gb": args.gpu_memory_gb, "images_per_second": args.images_per_second}
+    return {"tflops": args.device_tflops, "mfu": args.mfu, **measured}
+
+
+def _show_vlm(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    plan = vlm_plan.plan_of_recipe(args.vlm, flags)
+    costs = vlm_costs.plan_costs(plan, Machine(args.gpus, **_machine(args)))
+    if args.json:
+        print(json.dumps(as_json(costs), indent=2))
+        return
+    show(costs)
+    print("An image is a conversation with its picture.", *vlm_plan.commands(plan, args.gpus), sep="\n")
 
 
 def _parser() -> Parser:
@@ -52,6 +66,10 @@ def _parser() -> Parser:
     parser = Parser(prog="ov2 plan", description=DESCRIPTION, usage=usage)
     above_zero = flag_type(real(0, above=True))
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--vlm", metavar="RECIPE",
+        help=f"plan `ov2 vlm train` instead: its recipe, then ENCODER (default: {vlm_plan.ENCODER}) and its flags",
+    )  # fmt: skip
     parser.add_argument("--context-length", metavar="N", help="the same as --force-context-length of ov2 train")
     parser.add_argument(
         "--mean-caption-tokens", type=above_zero, metavar="M",

@@ -55,6 +55,7 @@ class StageCost:
     memory: Memory
     machine: Machine
     speed: float | None  # measured images per second of one GPU
+    remedy: str = "--grad-checkpointing"  # where not even one image fits
 
     @property
     def global_batch(self) -> int:
@@ -85,7 +86,7 @@ class StageCost:
         needed, fits = self.memory.of(self.batch_size), self.memory.most_images(limit)
         if needed <= limit:
             return ""
-        way = "not even one image fits; use --grad-checkpointing or more memory"
+        way = f"not even one image fits; use {self.remedy} or more memory"
         if fits:
             size = largest_divisor(self.batch_size * self.accum_freq, fits)
             way = f"--batch-size {size} fits (about {fits:,} images would); --grad-checkpointing makes room for more"

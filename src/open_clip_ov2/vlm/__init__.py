@@ -14,9 +14,9 @@ from pathlib import Path
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.costs import Checked
+from open_clip_ov2.vlm.vlm_costs import samples_of
 from open_clip_ov2.vlm.vlm_folder import check_same_run
 from open_clip_ov2.vlm.vlm_options import VlmPlan, parse
-from open_clip_ov2.vlm.vlm_plan import samples_of
 
 
 def load() -> None:

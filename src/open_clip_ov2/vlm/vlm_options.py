@@ -64,7 +64,7 @@ class VlmOptions:
     )
     until_stage: int | None = flag("N", whole(1), "stop when stage N is done", group=RUN)
     gpus: int | None = flag("N", whole(1), "for --dry-run: on so many GPUs (default: one process)", group=RUN)
-    dry_run: bool = switch_flag("show stages, steps and commands; train nothing", group=RUN)
+    dry_run: bool = switch_flag("show stages, steps, memory, hours and commands; train nothing", group=RUN)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ class VlmPlan:
 DESCRIPTION = "Train a multimodal model on an encoder: its projector first, then the language model too."
 
 
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("encoder", metavar="ENCODER", help="what `ov2 export` takes")
+def add_train_flags(parser: argparse.ArgumentParser, *, needs_encoder: bool = True) -> None:
+    more: dict[str, Any] = {} if needs_encoder else {"nargs": "?"}
+    parser.add_argument("encoder", metavar="ENCODER", help="what `ov2 export` takes", **more)
     add_flags(parser, VlmOptions)
 
 

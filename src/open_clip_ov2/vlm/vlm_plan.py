@@ -1,26 +1,32 @@
-"""What a run of `ov2 vlm train` will do: steps and commands, before anything is downloaded or trained."""
+"""What a run of `ov2 vlm train` will do: steps, memory, hours and commands, before anything is trained."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
-from open_clip_ov2.argv import without
+from open_clip_ov2.argv import Parser, without
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.vlm.conversations import read_rows
-from open_clip_ov2.vlm.vlm_options import VlmPlan
-from open_clip_ov2.vlm.vlm_recipe import VlmStage
+from open_clip_ov2.recipe.costs import Machine, StageCost
+from open_clip_ov2.vlm.vlm_costs import plan_costs, samples_of
+from open_clip_ov2.vlm.vlm_options import VlmPlan, add_train_flags, plan_of
+
+ENCODER = "ov2-vit-l-14"  # of `ov2 plan --vlm` without one
 
 
-def samples_of(plan: VlmPlan, stage: VlmStage) -> int:
-    """Rows of the stage's file or, if it was not given, of its published data. Raises UserError."""
-    file = getattr(plan.options, f"{stage.data}_data")
-    if file is not None and file.is_file():
-        return len(read_rows(file))
-    if stage.samples is None:
-        raise UserError(
-            f"--{stage.data}-data is missing: recipe {plan.options.recipe} does not say how many rows it has"
-        )
-    return stage.samples
+def plan_of_recipe(recipe: str, flags: Sequence[str]) -> VlmPlan:
+    """Of `ov2 plan --vlm RECIPE`, with flags of `ov2 vlm train`; encoder and --out may be missing. Raises UserError."""
+    parser = Parser(prog="ov2 vlm train")
+    add_train_flags(parser, needs_encoder=False)
+    argv = [*flags, "--recipe", recipe]
+    parsed = parser.parse_args(argv)
+    if parsed.encoder is None:
+        parsed.encoder, argv = ENCODER, [ENCODER, *argv]
+    if parsed.out is None:
+        parsed.out = Path("vlm") / Path(recipe).name.removesuffix(".toml")
+        argv += ["--out", str(parsed.out)]
+    return plan_of(parsed, argv, needs_data=False)
 
 
 def described(plan: VlmPlan) -> list[str]:
@@ -31,6 +37,10 @@ def described(plan: VlmPlan) -> list[str]:
         f"encoder         {plan.encoder}, layer {plan.recipe.feature_layer}, projector {plan.recipe.projector}",
         f"language model  {plan.language_model}, chat template {plan.recipe.chat_template}",
     ]
+    try:
+        costs = [_costs(cost) for cost in plan_costs(plan, Machine(world_size)).stages]
+    except UserError as error:
+        costs = [f"memory and hours are unknown: {error}"] * len(plan.recipe.stages)
     for number, stage in enumerate(plan.recipe.stages, 1):
         samples, (batch, accumulation) = samples_of(plan, stage), plan.accumulation(stage, world_size)
         times = f" x {accumulation} accumulated" if accumulation > 1 else ""
@@ -38,8 +48,15 @@ def described(plan: VlmPlan) -> list[str]:
             f"stage {number}         {stage.summary}",
             f"                {samples:,} samples, {stage.steps(samples):,} steps: {batch} on each of {world_size} "
             f"process{'es' if world_size > 1 else ''}{times}, template {stage.template}",
+            f"                {costs[number - 1]}",
         ]
     return [*lines, "", *commands(plan, world_size), "dry run: nothing was written or trained"]
+
+
+def _costs(cost: StageCost) -> str:
+    machine, used = cost.machine, cost.memory.of(cost.batch_size) / 1e9
+    told = f"about {used:,.0f} GB on each GPU (an H100 has {machine.memory_gb:g}), {cost.hours:.1f} hours"
+    return ". ".join(filter(None, (told, cost.memory_advice())))
 
 
 def commands(plan: VlmPlan, world_size: int) -> list[str]:
