@@ -2,11 +2,13 @@
 
     taskset -c 0 python scripts/loader_bench.py                  # makes its shards in a temporary folder
     taskset -c 0 python scripts/loader_bench.py --color-jitter --resolution 224 --train-data 'shards/{0..9}.tar'
+    taskset -c 0 python scripts/loader_bench.py --caption-set     # what a set of captions costs
 
 Stock is `open_clip_train.data.get_data` with its own transform at the crop of ov2 models (area 40% to 100%), bicubic as
 it is. All run without worker processes, one after the other in each repetition, so that what slows the machine slows
 all of them. The processor's time is taken, as other programs' turns are not ours. A repetition reads every sample once;
-the first one warms up and is not counted.
+the first one warms up and is not counted. With `--caption-set`, captions come in turns from `txt`
+and from a set that has the same ones.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -30,12 +33,14 @@ from open_clip_train.data import get_data
 from open_clip_train.params import parse_args
 from PIL import Image, ImageDraw
 
-from open_clip_ov2.data.captions import parse_caption_keys
+from open_clip_ov2.data.captions import choose_caption, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.resize import Resize
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
+from open_clip_ov2.data.sidecars import CaptionSet, begin_set, sidecar_path, write_sidecar
+from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.openclip.models.preprocess import CROP_AREA, color_jitter_cfg, train_crop
 from open_clip_ov2.openclip.models.tokenizer import caching
 
@@ -109,6 +114,16 @@ def resized(shards: str, folder: Path, short_side: int) -> str:
         return "::".join(str(folder / name) for name in resize.finish())
 
 
+def caption_set(shards: str, folder: Path) -> CaptionSet:
+    """A set of the captions in `txt`, each with a score as the published ones have it."""
+    begin_set(folder, {"made_by": "loader_bench.py"})
+    for url in expand_shards(shards)[0]:
+        samples = enumerate(read_tar(url, print))
+        lines = ({"key": one["__key__"], "caption": one["txt"].decode(), "clip": row / 7} for row, one in samples)
+        write_sidecar(sidecar_path(folder, url), lines)
+    return CaptionSet("recap", str(folder))
+
+
 def seconds(start: Callable[[], Iterator[Any]], samples: int) -> float:
     begin, seen = time.process_time(), 0
     for batch in start():
@@ -136,6 +151,29 @@ def measure(pipelines: dict[str, Callable[[], Iterator[Any]]], samples: int, rep
     return rows
 
 
+def reading(source: WebDatasetSource, keys: str) -> float:
+    """Seconds for reading all samples of a source, and the caption of each."""
+    begin, rng, parsed = time.process_time(), random.Random(0), parse_caption_keys(keys)
+    for sample in source.in_order():
+        choose_caption(sample, parsed, rng)
+    return time.process_time() - begin
+
+
+def cost_of_set(shards: str, args: argparse.Namespace, samples: int, captions: CaptionSet) -> dict[str, float]:
+    """Microseconds of an image: reading it and its caption, from txt and from the set, and the loader; the least of all
+    repetitions, as other programs only add. The cost is the difference of the first two as a share of the last."""
+    urls = expand_shards(shards)[0]
+    from_txt, from_set = WebDatasetSource(urls), WebDatasetSource(urls, captions=(captions,))
+    times: dict[str, list[float]] = {"txt": [], "set": [], "loader": []}
+    for _ in range(args.repetitions):
+        for _ in range(10):  # in short turns
+            times["txt"].append(reading(from_txt, "txt"))
+            times["set"].append(reading(from_set, f"{captions.name}:caption"))
+        times["loader"].append(seconds(ours(shards, args, samples, fast=True), samples))
+    found = {name: round(1e6 * min(taken) / samples, 1) for name, taken in times.items()}
+    return found | {"cost": round((found["set"] - found["txt"]) / found["loader"], 4)}
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--train-data", help="default: shards made for this, with JPEGs of 512 px")
@@ -146,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--color-jitter", action="store_true")
+    parser.add_argument("--caption-set", action="store_true", help="a set of captions against txt, at both sizes")
     return parser
 
 
@@ -158,6 +197,11 @@ def main() -> None:
         full.mkdir()
         shards = args.train_data or write_shards(full, samples)
         small = resized(shards, Path(temporary) / "small", args.short_side)
+        if args.caption_set:
+            captions = caption_set(shards, Path(temporary) / "captions")
+            for name, tars in (("as they are", shards), (f"of {args.short_side} px", small)):
+                print(f"shards {name}: {json.dumps(cost_of_set(tars, args, samples, captions))}", flush=True)
+            return
         pipelines = {
             "stock": stock(shards, args, samples),
             "ours, exact": ours(shards, args, samples, fast=False),

@@ -145,7 +145,7 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
     missing.
     """
     found: list[tuple[CaptionKey, list[str]]] = []
-    problem = missing(MISSING_CAPTION, sample, [key.entry.lower() for key in keys], map(str, keys))
+    problem: SkipSample | None = None
     parsed: dict[str, Any] = {}
     for key in keys:
         try:
@@ -155,10 +155,10 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
             continue
         if captions:
             found.append((key, captions))
-        elif captions is not None and problem.cause == MISSING_CAPTION:
+        elif captions is not None and problem is None:
             problem = SkipSample(EMPTY_CAPTION, str(key))
     if not found:
-        raise problem
+        raise problem or missing(MISSING_CAPTION, sample, [key.entry.lower() for key in keys], map(str, keys))
     return found
 
 
