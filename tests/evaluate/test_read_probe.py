@@ -96,9 +96,16 @@ def test_it_is_the_plain_loop(seed: int) -> None:
     expected, texts = plain_loop(train, test, SHORT, seed)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert write(decoder, standardised(test.tokens.values), spelling) == texts
-    scores = probe_layer(train, test, SHORT, seed + 1, "cpu")
+    scores = probe_layer(train, test, SHORT, seed + 2, "cpu")
     right = sum(text == true for text, true in zip(texts, test.captions, strict=True))
     assert scores["exact_match_by_seed"][seed] == right / len(texts)
+    both = zip(*(plain_loop(train, test, SHORT, one)[1] for one in range(seed + 2)), strict=True)
+    each = [sum(text == true for text in texts) / (seed + 2) for texts, true in zip(both, test.captions, strict=True)]
+    pairs = sorted(zip(test.tokens.keys, each, strict=True))
+    assert scores["outcomes"]["exact_match"] == {
+        "keys": [key for key, _ in pairs],
+        "values": pytest.approx([value for _, value in pairs]),
+    }
 
 
 def test_it_reads_what_is_there_and_nothing_else() -> None:

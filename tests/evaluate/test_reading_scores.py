@@ -33,6 +33,15 @@ def test_letters_and_words_by_hand() -> None:
     assert one("the wordcat", "the word c a t").exact == 1
 
 
+def test_the_error_of_each_picture_by_hand() -> None:
+    """One edit of 10 letters, and a caption with more edits than letters counts as wholly wrong: (0.1 + 1) / 2."""
+    rows = [("b", "x", "a cat", "much too long a caption"), ("a", "y", "the word cat", "the word cut")]
+    scores = reading_scores(rows)
+    assert scores["picture_error"] == pytest.approx(0.55)
+    assert {kind: row["picture_error"] for kind, row in scores["by_kind"].items()} == {"x": 1.0, "y": 0.1}
+    assert scores["outcomes"]["picture_error"] == {"keys": ["a", "b"], "values": [0.1, 1.0]}
+
+
 @pytest.mark.parametrize("text", ["a chart with red 13 and blue 2", "a dog, a cat.", "it's a man's hat, 3.5"])
 def test_a_tokenizers_spaces_are_no_errors(text: str) -> None:
     """Oracle: OpenCLIP's own tokenizer, there and back."""

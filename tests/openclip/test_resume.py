@@ -62,7 +62,9 @@ def as_if_killed_after(run: Path, checkpoint: Path, logs: Path) -> Path:
     with open(folder / "results.jsonl", "a") as file:
         file.write('{"kind": "train", "samples_seen": 9')  # torn
     (folder / "tensorboard").mkdir()
-    for file in (run / "tensorboard").iterdir():  # TensorBoard reads files of one second in no order: killed an hour ago
+    for file in (
+        run / "tensorboard"
+    ).iterdir():  # TensorBoard reads files of one second in no order: killed an hour ago
         *before, second, host = file.name.split(".", 4)[:5]
         shutil.copy(file, folder / "tensorboard" / ".".join([*before, f"{int(second) - 3600:010d}", host]))
     order = list_checkpoints(run / "checkpoints")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,8 @@ from open_clip_ov2.evaluate.attentive import BLOCK_ROWS, adamw, standardiser
 from open_clip_ov2.evaluate.eval_job import EvalJob, Readable
 from open_clip_ov2.evaluate.extraction import Kind
 from open_clip_ov2.evaluate.text.normalise import plain
-from open_clip_ov2.evaluate.text.reading import reading_scores
+from open_clip_ov2.evaluate.text.outcomes import OUTCOMES
+from open_clip_ov2.evaluate.text.reading import PICTURE_ERROR, reading_scores
 
 HEAD_WIDTH = 32
 FREQUENT = 1 / 100  # a word in that many of the training captions is one token, every other one is spelled
@@ -35,7 +37,7 @@ LONGEST = 64  # tokens of a caption at most
 PAD, BOS, EOS, UNKNOWN = range(4)
 INSIDE = "##"  # before a character that does not begin a word
 LAYERS: Mapping[str, Kind] = {"last": "tokens", "penultimate": "penultimate"}
-RATES = {"exact_match": ".1%", "character_error_rate": ".3f", "number_accuracy": ".1%"}
+RATES = {"exact_match": ".1%", "character_error_rate": ".3f", PICTURE_ERROR: ".3f", "number_accuracy": ".1%"}
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,13 @@ def read_probe(job: EvalJob) -> dict[str, Any]:
         sets = [job.readable(data, kind) for data in (options.train_data, options.data)]
         layers[layer] = probe_layer(sets[0][0], sets[1][0], training, options.read_seeds, job.model.device)
         skipped = {"train": sets[0][1], "test": sets[1][1]}
+    outcomes = {
+        f"by_layer.{layer}.{path}": one for layer in LAYERS for path, one in layers[layer].pop(OUTCOMES).items()
+    }
+    outcomes |= {name: outcomes[f"by_layer.last.{name}"] for name in ("exact_match", PICTURE_ERROR)}
     rates = {name: layers["last"][name] for name in RATES}
     about = {"training": asdict(training), "seeds": options.read_seeds, "skipped_samples": skipped}
-    return {**rates, "by_layer": layers, **about}
+    return {**rates, "by_layer": layers, **about, OUTCOMES: outcomes}
 
 
 def read_probe_line(found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -121,6 +127,7 @@ def read_probe_table(found: Mapping[str, Any]) -> list[dict[str, str]]:
             f"{name.replace('_', ' ')}, {layer} layer": _spread(rows["by_kind"][kind], name)
             for layer, rows in found["by_layer"].items()
             for name in RATES
+            if name != PICTURE_ERROR
         }
         for kind, last in found["by_layer"]["last"]["by_kind"].items()
     ]
@@ -145,6 +152,7 @@ def probe_layer(train: Readable, test: Readable, training: ReadTraining, seeds: 
         **_over_seeds(scores),
         "by_kind": {kind: _over_seeds([score["by_kind"][kind] for score in scores]) for kind in scores[0]["by_kind"]},
         "train_loss": statistics.mean(score["train_loss"] for score in scores),
+        OUTCOMES: _mean_outcomes([score[OUTCOMES] for score in scores]),
     }
 
 
@@ -220,3 +228,13 @@ def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
         found[f"{name}_by_seed"] = values
     return found
+
+
+def _mean_outcomes(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each rate of right or wrong that the probe reports: the share of seeds in which a picture is right."""
+    paths = [path for path in by_seed[0] if path.rpartition(".")[2] in RATES]
+    columns = {path: [one[path] for one in by_seed] for path in paths}
+    return {
+        path: {"keys": ones[0]["keys"], "values": np.mean([one["values"] for one in ones], axis=0).tolist()}
+        for path, ones in columns.items()
+    }

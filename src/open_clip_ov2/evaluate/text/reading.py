@@ -8,6 +8,7 @@ them where they like.
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -32,6 +33,7 @@ RATES = {
     "number_relaxed_accuracy": ("numbers_relaxed", "numbers"),  # within 5%
     "all_numbers_exact": ("all_numbers_exact", "with_numbers"),  # of pictures with numbers: none too many or too few
 }
+PICTURE_ERROR = "picture_error"  # the mean over pictures of a picture's character error rate, 1 at most
 RIGHT_OR_WRONG = ("exact_match", "text_exact_match", "all_numbers_exact")  # rates of which a picture has 0 or 1
 _NUMBER_OR_WORD = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?%?|[^\W\d_]+")
 
@@ -43,7 +45,7 @@ def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
     """
     overall: Counter[str] = Counter()
     by_kind: dict[str, Counter[str]] = {}
-    each: dict[str, list[tuple[str, int]]] = {}  # by metric: a picture's key, and whether it is right
+    each: dict[str, list[tuple[str, float]]] = {}  # by metric: a picture's key, and whether it is right or how wrong
     skipped: list[Skipped] = []
     for key, kind, true, generated in rows:
         if not true.strip():
@@ -53,15 +55,20 @@ def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
         overall.update(counts)
         if kind:
             by_kind.setdefault(kind, Counter()).update(counts)
-        for name in RIGHT_OR_WRONG:
-            part, whole = RATES[name]
-            for path in (name, *([f"by_kind.{kind}.{name}"] if kind else [])) if counts[whole] else ():
-                each.setdefault(path, []).append((key, counts[part]))
+        values = {name: float(counts[RATES[name][0]]) for name in RIGHT_OR_WRONG if counts[RATES[name][1]]}
+        values[PICTURE_ERROR] = min(1.0, counts["letter_edits"] / max(1, counts["letters"]))
+        for name, value in values.items():
+            for path in (name, *([f"by_kind.{kind}.{name}"] if kind else [])):
+                each.setdefault(path, []).append((key, value))
     if not overall:
         raise UserError(f"no image has a caption to be read ({summary(skipped) or 'no image at all'})")
+
+    def with_error(counts: Mapping[str, int], prefix: str = "") -> dict[str, Any]:
+        return rates(counts) | {PICTURE_ERROR: statistics.fmean(value for _, value in each[prefix + PICTURE_ERROR])}
+
     return {
-        **rates(overall),
-        "by_kind": {kind: rates(counts) for kind, counts in sorted(by_kind.items())},
+        **with_error(overall),
+        "by_kind": {kind: with_error(counts, f"by_kind.{kind}.") for kind, counts in sorted(by_kind.items())},
         "skipped": [asdict(one) for one in skipped],
         OUTCOMES: {path: outcome(*zip(*rows, strict=True)) for path, rows in each.items()},
     }
