@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from square_shards import write_square_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import NANO, TINY, TINY_MODEL, data_flags, finish, results, start
+from training import NANO, TINY, TINY_MODEL, data_flags, finish, results, start, weights
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core import IGNORE_INDEX, caption_targets
@@ -232,6 +233,32 @@ def test_baselines_run_through_the_stock_step(
     assert "fixed: CoCa's decoder head" in log
     assert "val_generative_loss" not in val
     assert val["caption_loss"] == pytest.approx(coca_loss(tmp_path / "run", squares), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flag", "option"),
+    [
+        ("--siglip", {"init_logit_bias": -10}),
+        ("--force-quick-gelu", {"force_quick_gelu": True}),
+        ("--force-custom-text", {"force_custom_text": True}),
+    ],
+)
+def test_a_run_opens_as_what_it_was_trained_as(
+    squares: Path, baselines: Path, tmp_path: Path, flag: str, option: dict[str, Any]
+) -> None:
+    """Flags that change a baseline's model are in its configuration. Oracle: OpenCLIP's factory, as `main` calls it."""
+    from open_clip_ov2.openclip.models.open_model import open_model
+
+    name = f"local-dir:{baselines / 'clip_tiny'}"
+    flags = ["--model", name, *data_flags(squares, 8), flag, "--logs", str(tmp_path), "--name", "run"]
+    assert ov2(["train", *flags]) == 0
+    model = open_clip.create_model(name, load_weights=False, **option)
+    model.load_state_dict(weights(tmp_path / "run" / "checkpoints" / "stage_1.pt"))
+    images, texts = torch.rand(2, 3, 24, 24), open_clip.get_tokenizer(name)(["a dog", "two cats"])
+    found = open_model(tmp_path / "run").model
+    with torch.no_grad():
+        for mine, theirs in zip(found(images, texts), model(images, texts), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def coca_loss(run: Path, squares: Path) -> float:

@@ -15,6 +15,7 @@ from open_clip import factory as open_clip_factory
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text
 from open_clip_ov2.locks import LOCK
+from open_clip_ov2.openclip.models.factory import is_ov2_config
 from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
@@ -23,6 +24,8 @@ from open_clip_ov2.recipe.run_difference import differences
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
+    import argparse
+
     from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
@@ -112,6 +115,19 @@ def own_config(
         cfg["vision_cfg"]["image_size"] = stage.image_size
     if args.force_context_length is not None:
         cfg["text_cfg"]["context_length"] = args.force_context_length
+    if not is_ov2_config(cfg):
+        cfg.update(_forced(args))
     plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))
     vocabulary = tokenizer.vocabulary if isinstance(tokenizer, WordPieceTokenizer) else None
     return OwnConfig(plain["model"], plain["preprocess"], vocabulary)
+
+
+def _forced(args: argparse.Namespace) -> dict[str, Any]:
+    """What other flags of OpenCLIP's `main` give a model of its own: without it the weights do not fit, or compute
+    something else."""
+    forced = {
+        "quick_gelu": (args.force_quick_gelu, True),
+        "custom_text": (args.force_custom_text, True),
+        "init_logit_bias": (args.siglip, -10),  # whatever number: the weights have the trained one
+    }
+    return {key: value for key, (given, value) in forced.items() if given}
