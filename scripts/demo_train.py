@@ -1,9 +1,9 @@
 """Train the demo's model from nothing within a given time.
 
-    python scripts/demo_train.py --recipe configs/demo.toml --minutes 6 --logs demo/logs --name ov2-nano \\
+    python scripts/demo_train.py --recipe configs/demo.toml --minutes 8 --logs demo/logs --name ov2-nano \\
         [flags of ov2 train]
 
-Measures how many images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that
+One process a core, four at most: a model this small is no faster with two threads (dev/LOG.md). Measures how many images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that
 training takes that long, and trains with `ov2 train`. If the run is there already, it is resumed as it was planned.
 """
 
@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip_ov2 as ov2
 from open_clip_ov2.recipe import Recipe, Stage, dump_recipe, load_recipe
 
+PROCESSES = min(4, os.cpu_count() or 1)
 MEASURED_STEPS = 40
 STARTING = 15  # seconds that a run spends before its first step, between stages and in validation
+
+
+def train(flags: list[str]) -> None:
+    """`ov2 train` in PROCESSES processes; exits with their status if they fail."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    done = subprocess.run([sys.executable, *launcher, "-m", "open_clip_ov2", "train", *flags], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def with_batches(stage: Stage, number: int) -> Stage:
@@ -38,10 +49,9 @@ def measured(recipe: Recipe, flags: list[str]) -> list[float]:
         ]
         path = Path(scratch) / "measure.toml"
         path.write_text(dump_recipe(replace(recipe, stages=tuple(short))), encoding="utf-8")
-        run = ov2.train(
-            ["--recipe", str(path), *flags, "--logs", scratch, "--name", "measure", "--log-every-n-steps", "20"]
-        )
-        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        train(["--recipe", str(path), *flags, "--logs", scratch, "--name", "measure", "--log-every-n-steps", "20"])
+        lines = (Path(scratch) / "measure" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
     last = {row["stage"]: row["images_per_second"] for row in rows if row["kind"] == "train"}
     return [last[number] for number in range(1, len(short) + 1)]
 
@@ -77,7 +87,7 @@ def main() -> None:
         planned.write_text(dump_recipe(recipe), encoding="utf-8")
     else:
         print(f"{planned}: the stages as they were planned before; remove it and the run for another time", flush=True)
-    ov2.train(["--recipe", str(planned), *flags, "--logs", str(args.logs), "--name", args.name])
+    train(["--recipe", str(planned), *flags, "--logs", str(args.logs), "--name", args.name])
 
 
 if __name__ == "__main__":
