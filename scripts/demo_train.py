@@ -3,8 +3,9 @@
     python scripts/demo_train.py --recipe configs/demo.toml --minutes 8 --logs demo/logs --name ov2-nano \\
         [flags of ov2 train]
 
-One process a core, four at most: a model this small is no faster with two threads (dev/LOG.md). Measures how many images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that
-training takes that long, and trains with `ov2 train`. If the run is there already, it is resumed as it was planned.
+One process a core, four at most: a model this small is no faster with two threads (dev/LOG.md). Measures how many
+images/s each stage of the recipe reaches on this machine, scales the samples of the stages so that training takes that
+long, and trains with `ov2 train`. If the run is there already, it is resumed as it was planned.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_baselines_run_through_the_stock_step(
 def test_a_run_opens_as_what_it_was_trained_as(
     squares: Path, baselines: Path, tmp_path: Path, flag: str, option: dict[str, Any]
 ) -> None:
-    """Flags that change a baseline's model are in its configuration. Oracle: OpenCLIP's factory, as `main` calls it."""
+    """Its configuration has the flags that change a baseline's model. Oracle: OpenCLIP's factory, as in `main`."""
     from open_clip_ov2.openclip.models.open_model import open_model
 
     name = f"local-dir:{baselines / 'clip_tiny'}"
