@@ -117,7 +117,12 @@ class Bench:
         backends = {"fused (flash)": SDPBackend.FLASH_ATTENTION, "plain": SDPBackend.MATH}
         if self.device.type == "cuda":
             backends |= {"cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-        self.show(f"attention {shape}, {dtype}", {name: partial(attend, which) for name, which in backends.items()})
+        variants: Variants = {name: partial(attend, which) for name, which in backends.items()}
+        if self.device.type == "cuda":
+            variants["written out, compiled"] = torch.compile(
+                lambda: ((q @ k.mT * shape[-1] ** -0.5).float().softmax(-1).to(v.dtype) @ v).sum()
+            )
+        self.show(f"attention {shape}, {dtype}", variants)
 
     def captions(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Caption tokens that see the image tokens and the captions before them."""

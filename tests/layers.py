@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "openclip.run": Layer(
         f"{BASE} core data train evaluate recipe tracking openclip openclip.models openclip.command",
-        "torch numpy open_clip open_clip_train rich timm peft",
+        "torch numpy open_clip open_clip_train rich timm peft torchao",
         "one run over `open_clip_train`",
     ),
     "training": Layer(

@@ -186,7 +186,7 @@ def test_the_memory_budget_reaches_the_blocks(
 ) -> None:
     """What a budget does is tested in test_recompute.py."""
     budgets: list[float] = []
-    monkeypatch.setattr(core_model, "within_budget", lambda budget: budgets.append(budget) or "eager")
+    monkeypatch.setattr(core_model, "compile_backend", lambda budget, _: budgets.append(budget) or "eager")
     flags = [*TINY, *data_flags(squares, 16), "--logs", str(tmp_path), "--name", "run", "--sample-captions", "0"]
     flags += ["--tokenizer", str(vocabulary), "--torchcompile", "--activation-memory-budget", "0.25"]
     assert ov2(["train", *flags]) == 0
@@ -308,6 +308,13 @@ SLIPS = {
     "label smoothing": (["--label-smoothing", "1"], "--label-smoothing"),
     "budget uncompiled": (["--activation-memory-budget", "0.5"], "add --torchcompile"),
     "budget": (["--activation-memory-budget", "1.5", "--torchcompile"], "--activation-memory-budget"),
+    "whole encoder uncompiled": (["--compile-encoder", "whole"], "--compile-encoder whole is for torch.compile; add"),
+    "CUDA graphs": (["--torchcompile", "--compile-encoder", "cuda-graphs", "--device", "cpu"], "needs a GPU"),
+    "whole encoder": (["--model", "genlip-of-ov2-vit-nano-8", "--torchcompile", "--compile-encoder", "whole"], "alone"),
+    "recomputed twice": (["--recompute-elementwise", "--grad-checkpointing"], "recomputes whole blocks"),
+    "attention kernel": (["--attention-kernel", "FA3", "--device", "cpu"], "--attention-kernel FA3: needs a GPU"),
+    "fp8": (["--fp8", "on", "--device", "cpu"], "--fp8 on: needs a GPU"),
+    "fp8 adapters": (["--fp8", "emulated", "--lora-rank", "2"], "--lora-rank"),
     "z-loss": (["--z-loss", "-1"], "--z-loss"),
     "tokenizer": (["--tokenizer", "./nowhere"], "--tokenizer ./nowhere"),
     "pixels": (["--max-image-pixels", "zero"], "--max-image-pixels"),

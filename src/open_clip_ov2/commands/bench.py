@@ -22,10 +22,7 @@ def main(argv: Sequence[str]) -> None:
 
         bench_data.main(argv[1:])
         return
-    args = _parser().parse_args(argv)
-    given = {name: value for name, value in flag_values(BenchSettings, args).items() if value is not None}
-    setting = SETTINGS[args.setting or ("large" if args.device.startswith("cuda") else "small")]
-    settings = BenchSettings(device=args.device, **{**setting, **given})
+    settings, args = parsed(argv)
     paths = {kind: getattr(args, kind) or args.out / f"bench.{kind}" for kind in ("json", "md")}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +35,14 @@ def main(argv: Sequence[str]) -> None:
         write_text(paths["md"], as_markdown(settings, results, *written))
     print(paths["md"].read_text(encoding="utf-8"))
     print(", ".join(str(path) for path in paths.values()))
+
+
+def parsed(argv: Sequence[str]) -> tuple[BenchSettings, argparse.Namespace]:
+    """What these flags say, and all of them. Raises UserError."""
+    args = _parser().parse_args(argv)
+    given = {name: value for name, value in flag_values(BenchSettings, args).items() if value is not None}
+    setting = SETTINGS[args.setting or ("large" if args.device.startswith("cuda") else "small")]
+    return BenchSettings(device=args.device, **{**setting, **given}), args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,6 +27,21 @@ def scaled_dot_product(q_BHSd: Tensor, k_BHCd: Tensor, v_BHCd: Tensor, *, causal
     return F.scaled_dot_product_attention(q_BHSd, k_BHCd, v_BHCd, is_causal=causal)
 
 
+def use_flash_attention(version: str) -> None:
+    """Let another FlashAttention, "FA3" or "FA4", take the place of torch's FlashAttention-2 in this process, and of
+    cuDNN's attention, which torch would prefer. Raises ValueError in one line if it cannot."""
+    try:
+        from torch.nn.attention import activate_flash_attention_impl as activate
+    except ImportError:
+        raise ValueError(f"torch {torch.__version__} cannot exchange its FlashAttention; 2.14 can") from None
+    try:
+        activate(version)
+    except Exception as error:  # which ones is not documented; most often the package with the kernels is missing
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"torch cannot use {version} here: {why}") from None
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def takes_half_kernels(x: Tensor, head_width: int) -> bool:
     """Whether FlashAttention-2 and the memory-efficient kernel take this tensor."""
     half = x.dtype in (torch.float16, torch.bfloat16)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip_ov2.core.compute import product_of
 from open_clip_ov2.core.rows import KeyValue, Rows, attend, key_value
 
 EPS = 1e-6  # flax's LayerNorm, as the reference uses it
@@ -65,15 +66,20 @@ class _Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         gelu = nn.GELU(approximate="tanh")  # the encoder's is exact, the decoder's is not (docs/reference.md)
-        self.mlp = nn.Sequential(
+        self.mlp: Any = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=gelu, c_proj=nn.Linear(mlp_width, width))
         )
+        self.recompute_elementwise = False  # norms and the GELU, in the backward pass
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block, after attention."""
-        x = x + self.attn.out_proj(attended)
-        return x + self.mlp(self.ln_2(x))
+        x, elementwise = x + self.attn.out_proj(attended), self.recompute_elementwise
+        hidden = product_of(self.ln_2, self.mlp.c_fc, x, elementwise)
+        return x + product_of(self.mlp.gelu, self.mlp.c_proj, hidden, elementwise)
+
+    def _projection(self, norm: nn.Module, x: Tensor, first: int, stop: int) -> Tensor:
+        return product_of(norm, lambda x: self.attn.project(x, first, stop), x, self.recompute_elementwise)
 
     def compile_tokenwise(self, **options: Any) -> None:
         """With torch.compile, for any number of tokens."""
@@ -94,8 +100,12 @@ class SelfBlock(_Block):
 
     def before(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Queries of the tokens from `first` on, `(t, D)`, and keys and values of all, `(T, 2 D)`."""
+        if not first:
+            width = x.shape[-1]
+            q, kv = self._projection(self.ln_1, x, 0, 3).split([width, 2 * width], dim=-1)
+            return q, kv
         x = self.ln_1(x)
-        return self.attn.project(x[first:] if first else x, 0, 1), self.attn.project(x, 1, 3)
+        return self.attn.project(x[first:], 0, 1), self.attn.project(x, 1, 3)
 
     def packed(self, x_TD: Tensor, rows: Rows, last: bool) -> Tensor:
         """`(T, D)` -> `(T, D)`; the `last` block gives the captions alone, `(t, D)`: nobody reads its image tokens."""
@@ -128,11 +138,11 @@ class CrossBlock(_Block):
 
     def context(self, context: Tensor) -> Tensor:
         """Keys and values of the image tokens, `(..., D)` -> `(..., 2 D)`."""
-        return self.attn.project(self.ln_context(context), 1, 3)
+        return self._projection(self.ln_context, context, 1, 3)
 
     def before(self, x: Tensor) -> Tensor:
         """Queries, `(..., D)`."""
-        return self.attn.project(self.ln_1(x), 0, 1)
+        return self._projection(self.ln_1, x, 0, 1)
 
     def packed(self, x_tD: Tensor, context_ID: Tensor, rows: Rows) -> Tensor:
         """Captions `(t, D)`, image tokens `(I, D)` -> `(t, D)`."""

@@ -22,6 +22,8 @@ from open_clip_ov2.core.packing import CPU_TOKENS, GPU_HALF_TOKENS, GPU_TOKENS, 
 # OpenCLIP's names of precisions (open_clip_train/params.py of 3.3.0); all others are float32.
 AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}
 INPUT = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16, "pure_fp16": torch.float16}
+ENCODERS = ("blocks", "whole", "cuda-graphs")  # how an encoder is compiled
+FLOAT8 = ("on", "emulated")  # whether its matrix products are in float8
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,41 @@ def recompute(enabled: bool, function: Callable[..., Tensor], *arguments: Any) -
     return checkpoint(function, *arguments, use_reentrant=False) if enabled else function(*arguments)
 
 
-def within_budget(memory_budget: float) -> Callable[..., Any]:
-    """A backend for torch.compile: its own, keeping `memory_budget`, 0 to 1, of what it would keep for backward.
+def product_of(
+    cheap: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor], x: Tensor, elementwise: bool
+) -> Tensor:
+    """`product(cheap(x))`, of a norm or a GELU and a matrix product.
 
-    0 keeps the inputs alone, 1 what it keeps by itself (torch._functorch.config.activation_memory_budget, which solves
-    a knapsack of operators by their FLOPs and bytes). Raises ValueError; ImportError if torch has no such option.
+    If `elementwise`, only `x` is kept for the backward pass, which computes `cheap` again, but never the product: torch
+    stops as soon as it has the product's input.
     """
-    if not 0.0 <= memory_budget <= 1.0:
+    if not elementwise:
+        return product(cheap(x))
+    return checkpoint(lambda x: product(cheap(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_backend(
+    memory_budget: float | None = None, elementwise: bool = False, cuda_graphs: bool = False
+) -> Callable[..., Any]:
+    """A backend for torch.compile: its own, that keeps less for the backward pass, or replays CUDA graphs.
+
+    `memory_budget`, 0 to 1, is the part that is kept: 0 keeps the inputs alone, 1 what it keeps by itself
+    (torch._functorch.config.activation_memory_budget, which solves a knapsack of operators by their FLOPs and bytes).
+    `elementwise` computes norms and GELUs again even where a matrix product of the backward pass reads them.
+    Raises ValueError; ImportError if torch has no such option.
+    """
+    if memory_budget is not None and not 0.0 <= memory_budget <= 1.0:
         raise ValueError(f"memory_budget must lie in [0, 1], got {memory_budget}")
+    options: dict[str, Any] = {} if memory_budget is None else {"activation_memory_budget": memory_budget}
+    options |= {"ban_recompute_materialized_backward": False} if elementwise else {}
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._functorch import config  # here: importing inductor costs seconds
         from torch._inductor.compile_fx import compile_fx
 
-        if not hasattr(config, "activation_memory_budget"):
-            raise ImportError(
-                "torch._functorch.config.activation_memory_budget is missing in this torch; pip install 'torch>=2.6'"
-            )
-        with config.patch(activation_memory_budget=memory_budget):
-            return compile_fx(graph, inputs)
+        if missing := [name for name in options if not hasattr(config, name)]:
+            raise ImportError(f"this torch has no torch._functorch.config.{missing[0]}; pip install 'torch>=2.6'")
+        with config.patch(**options):
+            return compile_fx(graph, inputs, config_patches={"triton.cudagraphs": cuda_graphs})
 
     return backend

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.blocks import CrossBlock, SelfBlock
-from open_clip_ov2.core.compute import within_budget
+from open_clip_ov2.core.compute import compile_backend
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.core.loss import CaptionLoss, CaptionLossSums, caption_targets
@@ -25,7 +26,7 @@ from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
 from open_clip_ov2.core.vision import ImageModel, Outputs
-from open_clip_ov2.core.vit_fast import block_at, check_tower, kept_tokens
+from open_clip_ov2.core.vit_fast import block_at, check_tower, kept_tokens, recompute_elementwise, through_blocks
 
 KeptIdx = Tensor | Sequence[Tensor]  # `(B, K)` int64, or `(K,)` for each of NativeImages
 
@@ -65,7 +66,7 @@ class CaptionModel(ImageModel):
         self.text_config = text
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
-        self._last_block: Any = block_at
+        self._through_blocks: Any = through_blocks
         self._block_parts = BlockParts()
         self.reset_position_table()
         self._freeze_untrained()
@@ -74,7 +75,7 @@ class CaptionModel(ImageModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code is neither copied nor pickled.
-        return {**super().__getstate__(), "_last_block": block_at, "_block_parts": BlockParts()}
+        return {**super().__getstate__(), "_through_blocks": through_blocks, "_block_parts": BlockParts()}
 
     def _freeze_untrained(self) -> None:
         """What the caption loss cannot reach must not be trainable: DDP would wait for it for ever."""
@@ -91,7 +92,7 @@ class CaptionModel(ImageModel):
         drop: dict[str, Any] = {"kept_idx": kept_idx, "keep_ratio": keep_ratio}
         if isinstance(image, NativeImages):
             return native_kept_tokens(self.visual, image, self.token_drop, self._block_parts, **drop)
-        return kept_tokens(self.visual, image, self.token_drop, self._last_block, **drop)
+        return kept_tokens(self.visual, image, self.token_drop, self._through_blocks, **drop)
 
     def stacked_kept_tokens(self, image: Images, **drop: Any) -> Tensor:
         """The same as `(B, K, D)`. Raises ValueError for NativeImages that differ in their number of tokens."""
@@ -205,18 +206,33 @@ class CaptionModel(ImageModel):
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"text_decoder.token_embedding.weight"}
 
-    def compile_blocks(self, *, memory_budget: float | None = None, **options: Any) -> None:
+    def recompute_elementwise(self) -> None:
+        """Keep the inputs alone of each block's norms and GELU, and recompute them in the backward pass, but no matrix
+        product. For a model that is not compiled; `compile_blocks` has an option of this name."""
+        recompute_elementwise(self.visual)
+        for block in self.text_decoder.blocks:
+            cast(SelfBlock | CrossBlock, block).recompute_elementwise = True
+
+    def compile_blocks(
+        self, *, memory_budget: float | None = None, elementwise: bool = False, encoder: str = "blocks", **options: Any
+    ) -> None:
         """Compile each block in place, with torch.compile's `options`. The state dict's keys stay as they are.
 
         Of the decoder's blocks only what works token by token is compiled, for any number of tokens. `memory_budget`, 0
         to 1, is the part of the activations that is kept for the backward pass, which recomputes the cheapest others;
-        None keeps what torch.compile keeps by itself.
+        None keeps what torch.compile keeps by itself. `elementwise`: see `compile_backend`. `encoder`: its "blocks",
+        the "whole" of them as one graph, or that replayed as "cuda-graphs".
         """
-        if memory_budget is not None:
-            options["backend"] = within_budget(memory_budget)
-        for block in self.visual.transformer.resblocks:
-            block.compile(**options)
-        self._last_block = torch.compile(block_at, **options)
+        less = memory_budget is not None or elementwise
+        options = {"backend": compile_backend(memory_budget, elementwise) if less else "inductor"} | options
         self._block_parts = BlockParts.compiled(**options)
         for block in self.text_decoder.blocks:
             cast(SelfBlock | CrossBlock, block).compile_tokenwise(**options)
+        if encoder == "blocks":
+            for block in self.visual.transformer.resblocks:
+                block.compile(**options)
+            self._through_blocks = partial(through_blocks, last_block=torch.compile(block_at, **options))
+            return
+        if encoder == "cuda-graphs":
+            options["backend"] = compile_backend(memory_budget, elementwise, cuda_graphs=True)
+        self._through_blocks = torch.compile(through_blocks, **options)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip_ov2.core.compute import recompute
 from open_clip_ov2.core.positions import sincos_at
 from open_clip_ov2.core.rows import RaggedTokens, RowAttention, by_row, on_device
 from open_clip_ov2.core.tokens import TokenDrop, num_kept, sample_kept_of_rows
+from open_clip_ov2.core.vit_fast import after_attention, normed_projections
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,14 @@ def joined(one: Images, other: Images) -> Images:
 
 def before(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Queries `(..., D)`, and keys and values `(..., 2 D)`, of an encoder's block."""
-    attention, width = block.attn, x.shape[-1]
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    return qkv[..., :width], qkv[..., width:]
+    width = x.shape[-1]
+    q, kv = normed_projections(block, x).split([width, 2 * width], dim=-1)
+    return q, kv
 
 
 def after(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     """The rest of the block, after attention."""
-    x = x + block.ls_1(block.attn.out_proj(attended))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return after_attention(block, x, block.attn.out_proj(attended))
 
 
 class BlockParts(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip_ov2.core.attention import scaled_dot_product
-from open_clip_ov2.core.compute import recompute
+from open_clip_ov2.core.compute import product_of, recompute
 from open_clip_ov2.core.tokens import TokenDrop, gather_tokens
 
 # Attributes that are used of the tower, of its transformer and of each block; those of open_clip_torch 3.3.0.
@@ -87,30 +87,68 @@ def embedded(visual: Any, images: Tensor) -> Tensor:
     return visual._embeds(images)
 
 
-def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, last_block: Any, **drop: Any) -> Tensor:
+def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, through_blocks: Any, **drop: Any) -> Tensor:
     """`(B, 3, H, W)` -> `(B, K, D)`: what `token_drop` keeps of the patch tokens after the last block.
 
+    `through_blocks`: the function of this name, with or without `last_block`, or that compiled. `drop`: options of
+    `TokenDrop`.
+    """
+    x_BSD = embedded(visual, images)
+    kept_idx_BK = token_drop(len(x_BSD), x_BSD.shape[1] - 1, x_BSD.device, **drop)
+    return through_blocks(visual, x_BSD, kept_idx_BK)
+
+
+def through_blocks(visual: Any, x_BSD: Tensor, kept_idx_BK: Tensor | None, last_block: Any = None) -> Tensor:
+    """`(B, 1 + N, D)` -> `(B, K, D)`: the kept patch tokens, or all, after the last block.
+
     That block is computed for the kept tokens alone: nobody reads its other outputs. `last_block` is `block_at`, or
-    that compiled. `drop`: options of `TokenDrop`.
+    that compiled.
     """
     blocks = visual.transformer.resblocks
     recomputes = visual.transformer.grad_checkpointing and visual.training
-    x_BSD = embedded(visual, images)
     for block in blocks[:-1]:
         x_BSD = recompute(recomputes, block, x_BSD)
-    batch, sequence, _ = x_BSD.shape
-    kept_idx_BK = token_drop(batch, sequence - 1, x_BSD.device, **drop)
     if kept_idx_BK is None:
         return recompute(recomputes, blocks[-1], x_BSD)[:, 1:]
-    return recompute(recomputes, last_block, blocks[-1], x_BSD, kept_idx_BK + 1)
+    return recompute(recomputes, last_block or block_at, blocks[-1], x_BSD, kept_idx_BK + 1)
 
 
 def block_at(block: Any, x_BSD: Tensor, index_BK: Tensor) -> Tensor:
     """A block's outputs at some positions, `(B, S, D)`, `(B, K)` int64 -> `(B, K, D)`; keys and values are of all."""
-    x_BKD = gather_tokens(x_BSD, index_BK)
     all_BSD = block.ln_1(x_BSD)
-    x_BKD = x_BKD + block.ls_1(block.attention(gather_tokens(all_BSD, index_BK), all_BSD, all_BSD))
-    return x_BKD + block.ls_2(block.mlp(block.ln_2(x_BKD)))
+    attended_BKD = block.attention(gather_tokens(all_BSD, index_BK), all_BSD, all_BSD)
+    return after_attention(block, gather_tokens(x_BSD, index_BK), attended_BKD)
+
+
+def recompute_elementwise(visual: Any) -> None:
+    """In place: of the norms and the GELU of a block, the inputs alone are kept for the backward pass."""
+    for block in visual.transformer.resblocks:
+        block.recompute_elementwise = True
+        block.forward = functools.partial(_keeping_inputs, block)
+
+
+def _keeping_inputs(block: Any, x_BSD: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    if attn_mask is None and getattr(block.attn, "is_fused", False):
+        attended_BSD = _of_projections(block.attn, normed_projections(block, x_BSD))
+    else:  # with adapters
+        attended_BSD = block.attention(block.ln_1(x_BSD), attn_mask=attn_mask)
+    return after_attention(block, x_BSD, attended_BSD)
+
+
+def normed_projections(block: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values side by side, `(..., D)` -> `(..., 3 D)`."""
+    return product_of(block.ln_1, functools.partial(projections, block.attn), x, _recomputes(block))
+
+
+def after_attention(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a block, `(..., D)` -> the same."""
+    x, mlp = x + block.ls_1(attended), block.mlp
+    hidden = product_of(block.ln_2, mlp.c_fc, x, _recomputes(block))
+    return x + block.ls_2(product_of(mlp.gelu, mlp.c_proj, hidden, _recomputes(block)))
+
+
+def _recomputes(block: Any) -> bool:
+    return getattr(block, "recompute_elementwise", False)
 
 
 def image_features(
@@ -163,12 +201,31 @@ class LinearPatches(nn.Conv2d):
 
 def _attended(attention: Any, query: Tensor, key: Tensor) -> Tensor:
     """`(B, S, D)` queries, and keys and values of `(B, S', D)` -> `(B, S, D)`; one product where they are the same."""
-    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
     if query is key:
-        parts = F.linear(query, weight, bias).chunk(3, dim=-1)
-    else:
-        kv = F.linear(key, weight[width:], bias[width:]).chunk(2, dim=-1)
-        parts = (F.linear(query, weight[:width], bias[:width]), *kv)
+        return _of_projections(attention, projections(attention, query))
+    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
+    kv = F.linear(key, weight[width:], bias[width:])
+    return _of_projections(attention, F.linear(query, weight[:width], bias[:width]), *kv.chunk(2, dim=-1))
+
+
+def projections(attention: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values side by side, `(..., D)` -> `(..., 3 D)`."""
+    layer = getattr(attention, "projects_by", None)
+    return layer(x) if layer else F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+
+
+def project_by(attention: Any, kind: Callable[[nn.Linear], nn.Module]) -> None:
+    """Project by what `kind` makes of a linear layer with the same parameters. It becomes no submodule, so the state
+    dict stays as it is."""
+    rows, columns = attention.in_proj_weight.shape
+    linear = nn.Linear(columns, rows, device="meta")
+    linear.weight, linear.bias = attention.in_proj_weight, attention.in_proj_bias
+    attention.__dict__["projects_by"] = kind(linear)
+
+
+def _of_projections(attention: Any, *parts: Tensor) -> Tensor:
+    """Queries, keys and values, or all side by side, -> `(B, S, D)`."""
+    parts = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
     return attention.out_proj(scaled_dot_product(q, k, v).transpose(1, 2).flatten(2))
 
@@ -187,7 +244,7 @@ def _fused(kind: type) -> type:
     def reduce(self: Any, _: int) -> Any:
         return _unpickled, (kind,), self.__getstate__()
 
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__reduce_ex__": reduce})
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__reduce_ex__": reduce, "is_fused": True})
 
 
 def _unpickled(kind: type) -> Any:
@@ -212,10 +269,10 @@ class SelfAttention(nn.MultiheadAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`(B, S, D)` queries, keys and values of the same `(B, S', D)` -> `(B, S, D)`, None."""
         given = {name for name, option in kwargs.items() if option is not None}
-        if args or given != {"need_weights"} or kwargs["need_weights"] or key is not value or not self._plain:
+        if args or given != {"need_weights"} or kwargs["need_weights"] or key is not value or not self.is_fused:
             return super().forward(query, key, value, *args, **kwargs)
         return _attended(self, query, key), None
 
     @property
-    def _plain(self) -> bool:
+    def is_fused(self) -> bool:
         return self.in_proj_bias is not None and self.bias_k is None and not self.add_zero_attn and self.dropout == 0.0

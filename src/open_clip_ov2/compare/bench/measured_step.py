@@ -123,6 +123,16 @@ class MeasuredStep:
         torch.cuda.empty_cache()
         return {"step_s": seconds / steps, "cpu_s": worked_s / steps}
 
+    def kernels(self, rows: int) -> str:
+        """torch.profiler's table of the kernels (on a CPU: operators) that take the most time in a step."""
+        kind = "cuda" if self._on_gpu else "cpu"
+        pairs = self._pool[:1] or self._pairs(1, self.trained.args.batch_size)
+        with profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU]) as profiler:
+            self.trained.run(pairs)
+            self._wait()
+        table: str = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=rows)
+        return table
+
     def fits(self, batch_size: int) -> bool:
         """Whether two steps run; on a CPU, whether a step stays below the limit by its allocator's count."""
         pairs = self._pairs(1, batch_size)

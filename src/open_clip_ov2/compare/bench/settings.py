@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -110,6 +111,10 @@ class BenchSettings:
     )  # fmt: skip
     compile: bool = switch_flag("ov2 block by block, the others as OpenCLIP's --torchcompile does it")
     memory_budget: float | None = flag("F", real(0, 1), "with --compile: ov2 train's --activation-memory-budget")
+    ov2_flags: tuple[str, ...] = flag(
+        "'FLAGS'", lambda value: tuple(shlex.split(value)), default=(),
+        help="further flags of `ov2 train` for ov2 models: --ov2-flags='--recompute-elementwise'",
+    )  # fmt: skip
     device: str = "cpu"
     threads: int | None = flag("N", _count, "torch's threads on a CPU")
     repetitions: int = flag("N", _count, "of each variant, in turns (default: %(default)s)", default=5)
@@ -136,9 +141,10 @@ class BenchSettings:
             "dataset-type": "synthetic", "train-num-samples": case.batch_size,
         }  # fmt: skip
         flags_of_ov2 = {"activation-memory-budget": self.memory_budget, "keep-ratio": self.keep_ratio}
+        of_ov2 = (*to_argv(flags_of_ov2), *self.ov2_flags)
         return Job(
-            variant, tuple(to_argv(argv)), self.model, self.device, self.caption_tokens, tuple(to_argv(flags_of_ov2)),
-            self.memory_limit_gb, self.threads,
+            variant, tuple(to_argv(argv)), self.model, self.device, self.caption_tokens, of_ov2, self.memory_limit_gb,
+            self.threads,
         )  # fmt: skip
 
 

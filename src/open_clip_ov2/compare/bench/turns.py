@@ -21,6 +21,7 @@ from open_clip_ov2.errors import RunFailed, UserError, first_line
 OUT_OF_MEMORY = "out of memory"
 MOST_IMAGES = 1 << 16  # of a batch that is looked for, ours: beyond what one device holds of any of these models
 BATCH_STEP = 8  # images; tensor cores want multiples of 8
+CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 END_S = 10.0  # a process that is asked to end does so at once; after this it is killed
 Log = Callable[[str], None]
 
@@ -146,9 +147,8 @@ class Variant:
         self.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self.job, theirs), daemon=True)
+        self._connection, theirs = CONTEXT.Pipe()
+        self._process: Any = CONTEXT.Process(target=_serve, args=(self.job, theirs), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 

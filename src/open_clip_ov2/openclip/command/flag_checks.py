@@ -76,7 +76,7 @@ HERE = {
 _OF_OV2 = dict.fromkeys(
     (
         "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
-        "prompt_keys", "tokens_per_step",
+        "prompt_keys", "tokens_per_step", "recompute_elementwise", "compile_encoder", "attention_kernel", "fp8",
     ),
     "leave it out",
 )  # fmt: skip
@@ -91,6 +91,7 @@ def check_stage(
     """Check the flags of one stage: `argv`, and what the two parsers made of it. `gpu`: whether the machine that will
     run it has one. Raises UserError."""
     _check_device(theirs, gpu)
+    _check_compute(options, theirs, gpu and theirs.device != "cpu")
     _check_values(theirs, options)
     _refuse(argv, REFUSED)
     if needs_data:
@@ -151,8 +152,6 @@ def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse
         raise UserError("--resume: a run without --train-data has nothing to resume; give its weights by --pretrained")
     if theirs.delete_previous_checkpoint and is_given(argv, "--keep-checkpoints"):
         raise UserError("--delete-previous-checkpoint and --keep-checkpoints: give one or the other")
-    if options.activation_memory_budget is not None and not theirs.torchcompile:
-        raise UserError("--activation-memory-budget is for torch.compile; add --torchcompile")
     if options.lora_rank and theirs.lock_image:
         raise UserError("--lock-image: --lora-rank freezes the vision tower already, and trains its adapters")
     if options.elastic and theirs.force_patch_dropout:
@@ -216,6 +215,29 @@ def _check_device(theirs: argparse.Namespace, gpu: bool) -> None:
         raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
     if (theirs.device == "cpu" or not gpu) and theirs.precision in ("amp", "fp16", "pure_fp16"):
         raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
+
+
+def _check_compute(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
+    """Flags of kernels, and of what is kept for the backward pass. `gpu`: whether the run is on one."""
+    model, whole = get_model_config(theirs.model) or {}, options.compile_encoder != "blocks"
+    encoder = f"--compile-encoder {options.compile_encoder}"
+    if not theirs.torchcompile and (whole or options.activation_memory_budget is not None):
+        name = encoder if whole else "--activation-memory-budget"
+        raise UserError(f"{name} is for torch.compile; add --torchcompile")
+    if whole and (model.get(factory.CONTRASTIVE_KEY) or model.get(factory.ONE_TRANSFORMER_KEY)):
+        raise UserError(f"{encoder}: only for models that train by the caption loss alone; leave it out")
+    if options.recompute_elementwise and theirs.grad_checkpointing:
+        raise UserError("--recompute-elementwise: --grad-checkpointing recomputes whole blocks; give one of the two")
+    if options.fp8 and options.lora_rank:
+        raise UserError("--fp8: adapters (--lora-rank) do not multiply in float8; give one of the two")
+    of_gpus = {
+        encoder: options.compile_encoder == "cuda-graphs",
+        f"--attention-kernel {options.attention_kernel}": options.attention_kernel is not None,
+        "--fp8 on": options.fp8 == "on",
+    }
+    for name, used in of_gpus.items():
+        if used and not gpu:
+            raise UserError(f"{name}: needs a GPU")
 
 
 def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transform: str) -> None:

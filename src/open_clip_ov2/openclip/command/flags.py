@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.core import FUSIONS, KeepRatio
+from open_clip_ov2.core.compute import ENCODERS, FLOAT8
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.order.layout import Elastic, parse_elastic
@@ -91,6 +92,26 @@ class TrainOptions:
         real(0, 1),
         "with --torchcompile: the fraction of its activations that a block keeps for the backward pass; the others are "
         "recomputed (default: torch.compile's choice, 1)",
+    )
+    recompute_elementwise: bool = switch_flag(
+        "keep less for the backward pass, which then computes norms and GELUs again, but no matrix product"
+    )
+    compile_encoder: str = flag(
+        "|".join(ENCODERS),
+        one_of(*ENCODERS),
+        "with --torchcompile: compile the vision tower block by block, as one graph, or as one that CUDA graphs replay "
+        "(default: blocks)",
+        default="blocks",
+    )
+    attention_kernel: str | None = flag(
+        "FA3|FA4",
+        one_of("FA3", "FA4"),
+        "use this FlashAttention, from a package of its own, for attention (default: the fastest that torch brings)",
+    )
+    fp8: str | None = flag(
+        "|".join(FLOAT8),
+        one_of(*FLOAT8),
+        "compute the matrix products of the vision tower's blocks in float8; emulated runs without such units, slowly",
     )
     gradient_reduction: str = flag(
         "fp32|bf16",

@@ -38,6 +38,7 @@ from open_clip_ov2.core.vision import Outputs
 from open_clip_ov2.core.vit_fast import embedded
 
 HEAD_BYTES = 1 << 28  # ours: logits held at once, float32
+OF_OV2 = ("memory_budget", "elementwise", "encoder")  # options of compile_blocks that torch.compile does not have
 INIT_SCALE, MAX_SCALE = math.log(1 / 0.07), math.log(100)  # CLIP, section 2.5
 
 
@@ -96,7 +97,7 @@ class ContrastiveCaptionModel(CaptionModel):
     def compile_blocks(self, **options: Any) -> None:
         super().compile_blocks(**options)
         for block in self.text.transformer.resblocks:
-            block.compile(**{key: value for key, value in options.items() if key != "memory_budget"})
+            block.compile(**{key: value for key, value in options.items() if key not in OF_OV2})
 
 
 class OneTransformerModel(CaptionModel):

@@ -13,6 +13,7 @@ from open_clip import factory as open_clip_factory
 from torch import nn
 
 from open_clip_ov2.core import CaptionLoss
+from open_clip_ov2.core.attention import use_flash_attention
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
@@ -24,6 +25,7 @@ from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching,
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.finetune import add_lora, freeze
+from open_clip_ov2.openclip.run.float8 import use_float8
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY, average_of, live_weights
 from open_clip_ov2.train.step import StepSettings
@@ -91,8 +93,7 @@ class StageModel:
             if checkpoint is not None and not self.session.state_within:
                 self._load_previous_stage(model, checkpoint)
             freeze(model, self.options.freeze)
-            if self.compile_blocks:
-                model.compile_blocks(memory_budget=self.options.activation_memory_budget)
+            self._use_kernels(model, torch.device(kwargs["device"]))
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
             self.val_transform = eval_transform(self.preprocess_cfg)
             if self.is_ov2:  # a crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats
@@ -101,6 +102,25 @@ class StageModel:
             return model, train_tf, self.val_transform
 
         return create_model
+
+    def _use_kernels(self, model: Any, device: torch.device) -> None:
+        """Raises UserError for kernels that are not here."""
+        options = self.options
+        if options.attention_kernel:
+            try:
+                use_flash_attention(options.attention_kernel)
+            except ValueError as error:
+                raise UserError(f"--attention-kernel: {error}") from None
+        if options.fp8:
+            use_float8(model, options.fp8, device)
+        if self.compile_blocks:
+            model.compile_blocks(
+                memory_budget=options.activation_memory_budget,
+                elementwise=options.recompute_elementwise,
+                encoder=options.compile_encoder,
+            )
+        elif options.recompute_elementwise:
+            model.recompute_elementwise()
 
     def _pixel_options(self, given: dict[str, Any]) -> dict[str, Any]:
         """Options of `create_model_and_transforms` that follow from those that `main` gives and our flags."""
