@@ -23,6 +23,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
     export_fixtures.make_run(folder / "encoder")
     tiny_llava.make_language_model(folder / "lm")
-    tiny_llava.make_conversations(folder / "data")
+    tiny_llava.make_conversations(folder / "data", 20)
     tiny_llava.write_recipe(folder / "recipe.toml")
     return folder

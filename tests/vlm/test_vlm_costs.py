@@ -113,11 +113,11 @@ def test_a_plan_counts_the_data_that_is_given(parts: Path) -> None:
     more = ["--language-model", str(parts / "lm"), "--batch-size", "2"]
     plan = plan_of_recipe(str(parts / "recipe.toml"), [str(parts / "encoder"), *data, *more])
     costs = plan_costs(plan, Machine(1))
-    assert [stage.samples for stage in costs.stages] == [12, 12]
+    assert [stage.samples for stage in costs.stages] == [20, 20]
     rows = json.loads((parts / "data" / "align.json").read_text())
     words = sum(len(turn["value"].split()) for row in rows for turn in row["conversations"])
     assert (costs.stages[0].tokens.encoder, costs.stages[0].tokens.kept) == (17, 16)
-    assert costs.stages[0].tokens.text == round(4 / 3 * words / 12)
+    assert costs.stages[0].tokens.text == round(4 / 3 * words / 20)
     grids = plan_of_recipe("open-llava-next", ["ov2-vit-l-14"])
     tokens = plan_costs(grids, Machine(8)).stages[1].tokens
     assert (tokens.encoder, tokens.kept) == (5 * 257, 256 + 32 * 33)

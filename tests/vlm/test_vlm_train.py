@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ def _vlm_train(*flags: str) -> int:
 
 
 def flags(parts: Path, out: Path, **more: object) -> list[str]:
-    """A run of two stages of three steps each; saved after each step."""
+    """A run of two stages of five steps each; saved after each step."""
     values = {
         "recipe": parts / "recipe.toml", "language-model": parts / "lm", "out": out, "workers": 0, "batch-size": 2,
         "save-every-steps": 1, "log-every-n-steps": 1,
@@ -62,39 +61,50 @@ def one(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_processes_train_the_same_model(parts: Path, one: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    train(flags(parts, run), processes=2)
+    return run
+
+
+def test_two_processes_train_the_same_model(one: Path, two: Path) -> None:
     """Oracle: one process with the same global batches, in two steps of accumulation: losses and weights."""
-    train(flags(parts, tmp_path / "two"), processes=2)
-    losses = [[row["loss"] for row in results(run, "train")] for run in (one, tmp_path / "two")]
-    assert len(losses[0]) == 6
+    losses = [[row["loss"] for row in results(run, "train")] for run in (one, two)]
+    assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    first, second = weights(one), weights(tmp_path / "two")
+    first, second = weights(one), weights(two)
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], atol=1e-4, rtol=0, msg=name)
 
 
-def test_a_stopped_run_continues_bit_for_bit(parts: Path, one: Path, tmp_path: Path) -> None:
-    """SIGTERM in stage 1, SIGKILL in stage 2. Oracle: the undisturbed run's weights and records. It fails if Trainer
-    alone loads the weights: transformers 5.24 then continues with those of the stage's beginning."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_continues_bit_for_bit(
+    processes: int, parts: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The last rank alone gets SIGTERM in stage 1 and SIGKILL in stage 2. Oracle: the undisturbed run's weights and
+    records. It fails if Trainer alone loads the weights: transformers 5.24 then continues with those of the stage's
+    beginning."""
+    undisturbed = request.getfixturevalue("one" if processes == 1 else "two")
     run, argv = tmp_path / "run", flags(parts, tmp_path / "run")
-    for samples, number in ((4, signal.SIGTERM), (16, signal.SIGKILL)):
-        ranks = start(argv)
+    for samples, number in ((4, signal.SIGTERM), (28, signal.SIGKILL)):
+        ranks = start(argv, processes)
         assert wait_for(lambda samples=samples: seen(run) >= samples, ranks)
-        if number == signal.SIGKILL:
-            os.killpg(os.getpgid(ranks[0].pid), number)
-        else:
-            ranks[0].send_signal(number)
-        ((status, errors),) = finish(ranks)
-        assert status == (INTERRUPTED_STATUS if number == signal.SIGTERM else -number), errors
-        assert seen(run) < 24, "the run was over before it was stopped"
-    train(argv)
+        ranks[-1].send_signal(number)
+        *others, last = finish(ranks)
+        assert last[0] == (INTERRUPTED_STATUS if number == signal.SIGTERM else -number), last
+        for status, errors in others:  # they save and stop with it, or notice that it is gone
+            assert (status == INTERRUPTED_STATUS) if number == signal.SIGTERM else status > 0, errors
+        assert seen(run) < (20 if number == signal.SIGTERM else 40), "the stage was over before it was stopped"
+    train(argv, processes)
     again = weights(run)
-    assert [name for name, value in weights(one).items() if not torch.equal(value, again[name])] == []
-    rows = [[(row["samples_seen"], row["loss"]) for row in results(folder, "train")] for folder in (one, run)]
+    assert [name for name, value in weights(undisturbed).items() if not torch.equal(value, again[name])] == []
+    rows = [[(row["samples_seen"], row["loss"]) for row in results(folder, "train")] for folder in (undisturbed, run)]
     assert rows[0] == rows[1]
     status = read_status(run)
     assert status is not None
-    assert (status.state, status.samples_seen, status.restarts) == (FINISHED, 24, 2)
+    assert (status.state, status.samples_seen, status.restarts) == (FINISHED, 40, 2)
 
 
 def seen(run: Path) -> int:

@@ -62,7 +62,7 @@ def make_language_model(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(folder)
 
 
-def make_conversations(folder: Path, count: int = 12) -> None:
+def make_conversations(folder: Path, count: int) -> None:
     """`count` rows in align.json and tune.json, and their pictures: colored rectangles of many sizes. Every fourth row
     of tune.json has no picture."""
     (folder / "pictures").mkdir(parents=True)
