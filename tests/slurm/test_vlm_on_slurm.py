@@ -1,4 +1,5 @@
-"""`ov2 submit -- vlm train` on a real SLURM. Oracle: the weights of the same run on this machine, bit for bit."""
+"""`ov2 submit -- vlm train` on a real SLURM, two processes on two nodes. Oracle: the weights of the same run by two
+processes on this machine, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "vlm"))
 
 import export_fixtures
 import tiny_llava
-from faults import job_of, ov2, requeue, wait_finished, wait_for_steps
+from faults import ONE_A_NODE, job_of, ov2, requeue, wait_finished, wait_for_steps
 from safetensors.torch import load_file
 from slurm_cluster import Cluster
 from training import finish, start_ranks
@@ -36,18 +37,17 @@ def test_a_requeued_run_ends_in_the_same_weights(cluster: Cluster, tmp_path: Pat
     ]
     argv = [
         str(tmp_path / "encoder"), "--recipe", str(tmp_path / "recipe.toml"), "--language-model", str(tmp_path / "lm"),
-        *data, "--workers", "0", "--batch-size", "4", "--save-every-steps", "2", "--log-every-n-steps", "1",
+        *data, "--workers", "0", "--batch-size", "2", "--save-every-steps", "2", "--log-every-n-steps", "1",
     ]  # fmt: skip
     run = tmp_path / "slurm"
-    where = ["--nodes", "1", "--tasks-per-node", "1", "--time", "20m"]
-    ov2("submit", *where, "--", "vlm", "train", *argv, "--out", str(run), cwd=tmp_path)
+    ov2("submit", *ONE_A_NODE, "--", "vlm", "train", *argv, "--out", str(run), cwd=tmp_path)
     assert wait_for_steps(run, 0), "the run was over before it was requeued"
     requeue(cluster, job_of(run))
     found = wait_finished(run)
     assert found.status is not None
     assert (found.status.restarts, found.status.samples_seen) == (1, 192)
-    ((status, errors),) = finish(start_ranks(_vlm_train, [*argv, "--out", str(tmp_path / "here")], 1))
-    assert status == 0, errors
+    done = finish(start_ranks(_vlm_train, [*argv, "--out", str(tmp_path / "here")], 2))
+    assert [status for status, _ in done] == [0, 0], done
     first, second = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "here"))
     assert first.keys() == second.keys()
     assert [name for name in first if not first[name].equal(second[name])] == []
