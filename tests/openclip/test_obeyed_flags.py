@@ -479,8 +479,12 @@ REFUSED: list[tuple[str, list[str], Sequence[str], str]] = [
     ("train_num_samples", ["--train-num-samples", "0"], OV2, "--train-num-samples: 0: expected an integer >= 1"),
     ("val_num_samples", ["--val-num-samples", "0"], OV2, "--val-num-samples: 0: expected an integer >= 1"),
     ("workers", ["--workers", "-1"], OV2, "--workers: -1: expected an integer >= 0"),
-    ("imagenet_val", ["--imagenet-val", "{parts}/a"], OV2, "`ov2 eval --tasks likelihood` classifies by captions"),
-    ("imagenet_v2", ["--imagenet-v2", "{parts}/a"], OV2, "`ov2 eval --tasks likelihood` classifies by captions"),
+    ("imagenet_val", ["--imagenet-val", "{parts}/c"], OV2, "/c: no such folder"),
+    ("imagenet_v2", ["--imagenet-v2", "{parts}/c"], CLIP, "/c: no such folder"),
+    ("remote_sync", ["--remote-sync", "pipe:cat"], OV2, "cannot be written; expected a folder or one of s3:"),
+    ("remote_sync_protocol", ["--remote-sync", "/runs", "--remote-sync-protocol", "s3"], OV2, "/runs is not s3://"),
+    ("remote_sync_frequency", ["--remote-sync", "/runs", "--remote-sync-frequency", "0"], CLIP, "an integer >= 1"),
+    ("remote_sync_frequency", ["--remote-sync-frequency", "60"], CLIP, "there is no --remote-sync URL"),
 ]
 
 

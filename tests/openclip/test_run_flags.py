@@ -8,14 +8,20 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import open_clip
 import open_clip_train
 import open_clip_train.main as open_clip_main
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data.imagenet_info import ImageNetInfo
+from torch.nn.functional import cross_entropy
 from training import (
     TINY,
     assert_equal_weights,
@@ -27,8 +33,11 @@ from training import (
 )
 
 import open_clip_ov2
+from open_clip_ov2 import open_model
 from open_clip_ov2.cli import main as ov2
+from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
 from open_clip_ov2.errors import INTERRUPTED_STATUS
+from open_clip_ov2.openclip.models.tokenizer import caching
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 
@@ -107,7 +116,8 @@ def test_resume_from_a_file_is_the_run_from_there_on(
     for wrong, why in (
         ([str(file), "--wd", "0.5"], "with another configuration (wd: 0.2 before, 0.5 now)"),
         ([str(bare)], "has no epoch; --pretrained"),
-        ([str(run / "run.json")], "cannot be read"),
+        ([str(run / "run.json")], "run.json: not a checkpoint; expected one such as RUN/checkpoints/stage_1.pt"),
+        ([str(run)], "no such file; expected a checkpoint, such as RUN/checkpoints/stage_1.pt"),
     ):
         assert ov2(["train", *flags, "--name", "new", "--resume", *wrong]) == 2
         assert why in capsys.readouterr().err.strip().splitlines()[-1]
@@ -204,3 +214,91 @@ def test_remote_sync_after_a_signal(squares: Path, vocabulary: Path, tmp_path: P
     (saved,) = list_checkpoints(run / "checkpoints")
     assert (remote / "checkpoints" / saved.name).read_bytes() == saved.read_bytes()
     assert json.loads((remote / "status.json").read_text())["state"] == "interrupted"
+
+
+def images_by_class(
+    folder: Path, ranked: Sequence[Sequence[int]], names: Sequence[str], images: Sequence[Path]
+) -> None:
+    """The first image in the folder of the class that is first in its row of `ranked`, the others as 3rd and 901st."""
+    for image, row, place in zip(images, ranked, (0, 2, 900)[: len(images)], strict=True):
+        (folder / names[row[place]]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / names[row[place]] / image.name)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+SYNSETS, NUMBERS = ImageNetInfo().label_names(), [str(number) for number in range(1000)]
+
+
+def test_imagenet_val_and_v2_of_an_ov2_model_go_by_likelihood(
+    squares: Path, vocabulary: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the sum of cross-entropies of each class's caption from the model's plain forward pass, one image at a
+    time, after which the images are put into folders of known rank. In training they come at --zeroshot-frequency."""
+    flags = [*run_flags(squares, vocabulary, tmp_path), "--keep-ratio", "1", "--report-to", "tensorboard"]
+    assert ov2(["train", *flags, "--name", "first"]) == 0
+    run = open_model(tmp_path / "first")
+    texts = run.tokenizer([f"a photo of a {name}." for name in open_clip.IMAGENET_CLASSNAMES])
+    ranked = []
+    for path in images:
+        pixels = run.preprocess(Image.open(path).convert("RGB")).expand(1000, -1, -1, -1)
+        targets = caption_targets(texts, run.model.text_config.eos_id)
+        with torch.no_grad():
+            logits = run.model(pixels, texts)["logits"]
+        nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        ranked.append(nll.view(1000, -1).sum(dim=1).double().round(decimals=4).argsort(stable=True).tolist())
+    sets = {"--imagenet-val": tmp_path / "val", "--imagenet-v2": tmp_path / "v2"}
+    images_by_class(sets["--imagenet-val"], ranked, SYNSETS, images)
+    images_by_class(sets["--imagenet-v2"] / "ImageNetV2-matched-frequency", ranked[:1], NUMBERS, images[:1])
+    more = [str(word) for pair in sets.items() for word in pair]
+    alone = ["--model", f"local-dir:{tmp_path / 'first'}", "--keep-ratio", "1", "--workers", "0", "--batch-size", "2"]
+    assert ov2(["train", *alone, *more, "--logs", str(tmp_path), "--name", "alone"]) == 0
+    (row,) = results(tmp_path / "alone", "val")
+    found = {name: value for name, value in row.items() if "zeroshot" in name}
+    assert found == {
+        "imagenet-zeroshot-val-top1": pytest.approx(1 / 3), "imagenet-zeroshot-val-top5": pytest.approx(2 / 3),
+        "imagenetv2-zeroshot-val-top1": 1.0, "imagenetv2-zeroshot-val-top5": 1.0,
+    }  # fmt: skip
+
+    assert ov2(["train", *flags, *more, "--epochs", "3", "--zeroshot-frequency", "2"]) == 0
+    rows = results(tmp_path / "run", "val")
+    assert [row["samples_seen"] for row in rows] == [32, 48]
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    shown = [event.value for event in board.Scalars("val/imagenet-zeroshot-val-top5")]
+    assert shown == pytest.approx([row["imagenet-zeroshot-val-top5"] for row in rows])
+    assert "imagenetv2-zeroshot-val-top1" in (tmp_path / "run" / "out.log").read_text()
+    (tmp_path / "val" / "cat").mkdir()
+    capsys.readouterr()
+    assert ov2(["train", *flags, *more, "--name", "wrong"]) == 2
+    assert "one for each class, called by its synset" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_imagenet_val_of_clip_is_open_clips(baselines: Path, images: list[Path], tmp_path: Path) -> None:
+    """Oracle: OpenCLIP's own build_zero_shot_classifier with its names and prompts."""
+    folder = tmp_path / "clip"
+    shutil.copytree(baselines / "clip_tiny", folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"context_length": 10, "width": 16, "heads": 1}  # of 80,000 prompts
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    names, prompts = open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
+    tokenizer = caching(open_clip.get_tokenizer(f"local-dir:{folder}"))  # the same ids (test_caching.py), in a tenth
+    classifier = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, prompts)
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in images])
+        ranked = (model.encode_image(pixels, normalize=True) @ classifier).argsort(dim=1, descending=True).tolist()
+    images_by_class(tmp_path / "val", ranked, SYNSETS, images)
+    flags = ["--model", f"local-dir:{folder}", "--imagenet-val", str(tmp_path / "val"), "--workers", "0"]
+    assert ov2(["train", *flags, "--logs", str(tmp_path), "--name", "run"]) == 0
+    (row,) = results(tmp_path / "run", "val")
+    assert row["imagenet-zeroshot-val-top1"] == pytest.approx(1 / 3)
+    assert row["imagenet-zeroshot-val-top5"] == pytest.approx(2 / 3)

@@ -59,13 +59,11 @@ REFUSED_OV2 = {
     "distill_model": "distillation is for contrastive models",
     "torchscript": "use --torchcompile",
     "use_bnb_linear": "not for caption models",
-    **dict.fromkeys(
-        ("imagenet_val", "imagenet_v2"),
-        "OpenCLIP classifies by features of texts; `ov2 eval --tasks likelihood` classifies by captions",
-    ),
 }
 # Obeyed, with what docs/train_flags.md adds to OpenCLIP's help.
 HERE = {
+    "imagenet_val": 'ov2 models classify by the likelihood of "a photo of a CLASS."',
+    "imagenet_v2": "the same; a folder of folders 0 to 999, which is not downloaded",
     "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
     "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
     "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",

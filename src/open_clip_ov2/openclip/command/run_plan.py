@@ -6,9 +6,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from open_clip_ov2.argv import without
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.openclip.command.flags import RunOptions, TrainOptions
 from open_clip_ov2.recipe import Recipe
+
+# What `main` does not get, because it is done here: flags with a value, and switches.
+OURS = ("--report-to", "--resume", "--name", "--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol")
+SWITCHES = ("--save-most-recent", "--copy-codebase")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,11 @@ class StagePlan:
     def number(self) -> int:
         """As users count: from 1."""
         return self.index + 1
+
+    def main_argv(self, is_ov2: bool) -> list[str]:
+        """`argv` as OpenCLIP's `main` gets it."""
+        switches = (*SWITCHES, *(("--torchcompile",) if is_ov2 else ()))  # StageModel compiles blocks
+        return [word for word in without(self.argv, OURS) if word not in switches]
 
     @property
     def image_size(self) -> int | list[int] | None:

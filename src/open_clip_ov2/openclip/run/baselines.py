@@ -121,10 +121,10 @@ def stock_metrics(
     tokenizer: Any,
 ) -> dict[str, float]:
     """OpenCLIP's own validation metrics of the whole set, computed on rank 0; OpenCLIP logs none of them."""
+    if "val" not in data:
+        return {}
     view = SimpleNamespace(**{**vars(args), "save_logs": False, "wandb": False})
-    seen = {key: value for key, value in data.items() if key != "train"}
-    if "val" in data:
-        loader = data["val"].dataloader
-        seen["val"] = SimpleNamespace(dataloader=_Feed(loader, loader.full()))
+    loader = data["val"].dataloader
+    seen = {"val": SimpleNamespace(dataloader=_Feed(loader, loader.full()))}
     metrics = stock(model, seen, epoch, view, None, tokenizer)
     return {key: float(value) for key, value in metrics.items() if key not in ("epoch", "num_samples")}

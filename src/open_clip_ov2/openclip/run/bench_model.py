@@ -35,7 +35,7 @@ from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.step import optimizer_step
 
 Pair = tuple[Tensor, Tensor]
-NOT_HERE = ("--report-to", "--resume", "--name", "--logs", "--val-data", "--imagenet-val", "--imagenet-v2")
+NOT_HERE = ("--logs", "--val-data", "--imagenet-val", "--imagenet-v2")
 
 
 def add_models(folder: Path) -> None:
@@ -63,16 +63,13 @@ class BenchModel:
         session: Any = SimpleNamespace(plan=plan, checkpoint=None, world_size=1)
         self._built = StageModel(session, self.stage)
         with tempfile.TemporaryDirectory() as logs, quiet(), patches.run_patches(self._replacements()):
-            result = open_clip_main.main([*self._argv(plan.is_ov2), "--logs", logs, "--name", "bench"])
+            argv = without(self.stage.main_argv(plan.is_ov2), NOT_HERE)
+            result = open_clip_main.main([*argv, "--logs", logs, "--name", "bench"])
         if result == -1:
             raise UserError(f"--model {plan.model}: OpenCLIP's main refused these flags")
         self.model: Any = self._built.model
         self.is_ov2 = isinstance(self.model, CaptionModel)
         self.facts = facts_of(plan.model, self.model)
-
-    def _argv(self, is_ov2: bool) -> list[str]:
-        argv = without(self.stage.argv, NOT_HERE)
-        return [word for word in argv if not (is_ov2 and word == "--torchcompile")]  # StageModel compiles blocks
 
     def _replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """Only what changes the model and its optimizer; everything else stays OpenCLIP's own."""

@@ -9,6 +9,7 @@ import io
 import math
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ def read_beginning(plan: RunPlan, address: str) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
         missing = [key for key in NEEDED if key not in content]
     except Exception as error:  # zip, pickle and I/O errors, and whatever a store's library raises
-        problem = f"cannot be read ({first_line(error)}); expected a checkpoint such as RUN/checkpoints/stage_1.pt"
-        raise UserError(f"--resume {address}: {problem}") from error
+        torchs = isinstance(error, (RuntimeError, TypeError, EOFError, UnpicklingError))  # whose texts are of no help
+        problem = "not a checkpoint" if torchs else f"cannot be read ({first_line(error)})"
+        raise UserError(f"--resume {address}: {problem}; expected one such as RUN/checkpoints/stage_1.pt") from error
     if missing:
         raise UserError(f"--resume {address}: has no {missing[0]}; --pretrained {address} loads weights alone")
     if RESUME_KEY not in content:

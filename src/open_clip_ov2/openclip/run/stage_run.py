@@ -17,7 +17,6 @@ import open_clip_train.main as open_clip_main
 import torch
 from torch import nn
 
-from open_clip_ov2.argv import without
 from open_clip_ov2.data.receive import worker_death
 from open_clip_ov2.errors import RunFailed, UserError
 from open_clip_ov2.evaluate.gathering import gathered_counts
@@ -30,17 +29,14 @@ from open_clip_ov2.openclip.run.run_folder import own_config
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageProgress
-from open_clip_ov2.openclip.run.validation import Validation
+from open_clip_ov2.openclip.run.validation import SETS, Validation, imagenet_folders
 from open_clip_ov2.train.checkpoint import average_of, live_weights, snapshot
 from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.step import train_epoch
 
 logger = logging.getLogger("open_clip_ov2")
 
-# What `main` does not get, because it is done here: flags with a value, and switches.
-OURS = ("--report-to", "--resume", "--name", "--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol")
-SWITCHES = ("--save-most-recent", "--copy-codebase")
-VALIDATIONS = ("val", "imagenet-val", "imagenet-v2")  # entries of OpenCLIP's `data` that `evaluate` looks at
+VALIDATIONS = ("val", *SETS)  # entries of OpenCLIP's `data` that `evaluate` looks at
 
 
 class StageRun:
@@ -93,9 +89,7 @@ class StageRun:
 
     def _argv(self) -> list[str]:
         """The stage's flags for `main`. With `--resume latest` it accepts the folder, and asks what to load."""
-        switches = (*SWITCHES, *(("--torchcompile",) if self.is_ov2 else ()))  # StageModel compiles blocks
-        argv = [word for word in without(self.stage.argv, OURS) if word not in switches]
-        return [*argv, "--resume", "latest", "--name", self.session.plan.name]
+        return [*self.stage.main_argv(self.is_ov2), "--resume", "latest", "--name", self.session.plan.name]
 
     def replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """For each name of patches.RUN a function from the original to what takes its place."""
@@ -126,11 +120,7 @@ class StageRun:
         self._loader = data["train"].dataloader if "train" in data else None
         if "val" in data and self._loader is not None:  # before hours of training, not after
             self.session.on_rank_0(data["val"].dataloader.check)
-        for split, path in (("val", args.imagenet_val), ("v2", args.imagenet_v2)):
-            if path:
-                from open_clip_train.data import get_imagenet
-
-                data[f"imagenet-{split}"] = get_imagenet(args, transforms, split)
+        data |= {flag: LoaderInfo(folder) for flag, folder in imagenet_folders(args).items()}
         self._config = own_config(self.stage, self.built.extra, self.built.preprocess_cfg, self.built.tokenizer)
         if self.session.rank == 0:
             self._config.write(self.session.plan.folder)
@@ -149,7 +139,7 @@ class StageRun:
         loader, monitor = data["train"].dataloader, self.session.monitor
         progress = self._progress = self._progress or self._begin(loader, optimizer, scaler)
         if "val" in data:
-            progress.validate = lambda: self._validate(model, data, epoch, args)
+            progress.validate = lambda: self._validate(model, {"val": data["val"]}, epoch, args)
         done = progress.entries_in_epoch
         if not done:
             loader.set_epoch(epoch)
@@ -210,10 +200,13 @@ class StageRun:
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, tb_writer: Any = None,
         tokenizer: Any = None,
     ) -> dict[str, float]:  # fmt: skip
-        progress, metrics = self._progress, {}
-        due = args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs or "train" not in data)
-        if (due or (progress is not None and progress.validation_due)) and set(data) - {"train"}:
-            metrics = self._validate(model, data, epoch, args)
+        progress, metrics, last = self._progress, {}, epoch == args.epochs or "train" not in data
+        val, zero_shot = (
+            every and (epoch % every == 0 or last) for every in (args.val_frequency, args.zeroshot_frequency)
+        )
+        due = {"val": val or (progress is not None and progress.validation_due), **dict.fromkeys(SETS, zero_shot)}
+        if seen := {split: data[split] for split in data if due.get(split)}:
+            metrics = self._validate(model, seen, epoch, args)
         if "train" in data and progress is not None:
             progress.end_epoch()
         return metrics

@@ -1,24 +1,34 @@
-"""A validation during training: caption loss, OpenCLIP's own metrics of CLIP and CoCa, --eval's tasks, captions."""
+"""A validation during training: caption loss, OpenCLIP's own metrics of CLIP and CoCa, --eval's tasks, captions, and
+zero-shot accuracy on ImageNet under OpenCLIP's names (--imagenet-val, --imagenet-v2).
+
+There models with a text tower classify by embeddings of OpenCLIP's 80 prompts, as OpenCLIP does, and ov2 models by the
+likelihood of one caption for each class.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CoCa
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, CoCa
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss
+from open_clip_ov2.evaluate.classes import PLACE, TEMPLATES, Classes
 from open_clip_ov2.evaluate.eval_job import EvalJob
+from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.evaluation import headlines, run_tasks
-from open_clip_ov2.evaluate.options import options_of
+from open_clip_ov2.evaluate.options import EvalOptions, options_of
+from open_clip_ov2.evaluate.zero_shot import zero_shot_contrastive, zero_shot_likelihood
 from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run.session import Session
@@ -27,6 +37,9 @@ from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
+
+SETS = {"imagenet-val": "imagenet", "imagenet-v2": "imagenetv2"}  # flag, and how its metrics begin
+V2_FOLDER = "ImageNetV2-matched-frequency"  # where the package that OpenCLIP reads V2 with has put it
 
 
 def until_signal(
@@ -60,7 +73,8 @@ class Validation:
         tasks: bool,
         average: WeightAverage | None = None,
     ) -> dict[str, float]:
-        """Metrics by name, all of them on rank 0; empty if a signal ended the validation. `tasks`: run --eval's too.
+        """Metrics by name, all of them on rank 0, of what is in `data`: captioned samples ("val"), folders of ImageNet.
+        Empty if a signal ended the validation. `tasks`: run --eval's too.
 
         With `average` they are of the averaged weights, and live_* of the weights without averaging.
         """
@@ -69,18 +83,19 @@ class Validation:
         with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
             with averaged():
                 metrics = self._losses(model, data, epoch, args, compute)
-                if metrics is not None and tasks:
+                if metrics is not None and tasks and "val" in data:
                     metrics |= self._tasks(model, args, compute)
+                if metrics is not None and set(data) - {"val"}:
+                    metrics = self._zero_shot(model, data, args, compute, metrics)
             live = self._losses(model, data, epoch, args, compute) if average and metrics is not None else {}
             if metrics is None or live is None:
                 logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                 return {}
             metrics |= {f"live_{name}": value for name, value in live.items() if name != "num_samples"}
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
-            if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions:
+            if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions and "val" in data:
                 with averaged():
-                    loader = data["val"].dataloader if "val" in data else None
-                    self._show_captions(model, loader, samples_seen, compute)
+                    self._show_captions(model, data["val"].dataloader, samples_seen, compute)
         return metrics
 
     def _losses(
@@ -91,8 +106,7 @@ class Validation:
         metrics: dict[str, float] = {}
         if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
             evaluated = as_eval_model(model, self.built.tokenizer, compute)
-            note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
-            metrics = caption_loss(evaluated, until_signal(loader, signals, note))
+            metrics = caption_loss(evaluated, self._watched(loader))
             if self.session.agreement.now(signals.name is not None):
                 return None
         if not self.is_ov2 and args.rank == 0:
@@ -101,18 +115,38 @@ class Validation:
 
     def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
         """The main figures of the tasks of --eval. Training draws the same random numbers as without them."""
-        if self.session.plan.options.eval is None:
+        if (flags := self.session.plan.options.eval) is None:
             return {}
+        options = options_of(flags, "--eval")
+        figures = lambda model: headlines(run_tasks(EvalJob(model, options), say=logger.info))  # noqa: E731
+        return self._figures("--eval", model, args, compute, figures)
+
+    def _zero_shot(
+        self, model: nn.Module, data: dict[str, Any], args: argparse.Namespace, compute: Compute,
+        metrics: dict[str, float],
+    ) -> dict[str, float] | None:  # fmt: skip
+        """`metrics` and those of ImageNet; None if a signal ended it."""
+        folders = {flag: data[flag].dataloader for flag in SETS if flag in data}
+        figures = lambda model: zero_shot(model, folders, args, self._watched)  # noqa: E731
+        found = self._figures("zero-shot", model, args, compute, figures)
+        return None if self.session.agreement.now(self.session.signals.name is not None) else {**metrics, **found}
+
+    def _figures(
+        self, what: str, model: nn.Module, args: argparse.Namespace, compute: Compute,
+        figures: Callable[[EvalModel], dict[str, float]],
+    ) -> dict[str, float]:  # fmt: skip
         preprocess, tokenizer = self.built.val_transform, self.built.tokenizer
         evaluated = as_eval_model(model, tokenizer, compute, name=args.model, preprocess=preprocess)
-        options = options_of(self.session.plan.options.eval, "--eval")
         with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
             try:
-                job = EvalJob(evaluated, options)
-                return headlines(run_tasks(job, say=logger.info))
+                return figures(evaluated)
             except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
-                logger.error("--eval: %s; training continues without these figures", error)
+                logger.error("%s: %s; training continues without these figures", what, error)
                 return {}
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
+        return until_signal(batches, self.session.signals, note)
 
     def _show_captions(self, model: Any, loader: Any, samples_seen: int, compute: Compute) -> None:
         batch = next(iter(loader.full()))
@@ -130,3 +164,48 @@ def _to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Normalized float `(B, 3, H, W)` -> uint8, for people to look at."""
     mean_C11, std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     return ((images.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def imagenet_folders(args: argparse.Namespace) -> dict[str, Path]:
+    """By flag, checked. Raises UserError."""
+    given = {flag: Path(path) for flag in SETS if (path := getattr(args, flag.replace("-", "_")))}
+    found = {flag: path / V2_FOLDER if (path / V2_FOLDER).is_dir() else path for flag, path in given.items()}
+    for flag, folder in found.items():
+        _classes(flag, folder)
+    return found
+
+
+def _classes(flag: str, folder: Path) -> Classes:
+    """The folders' names are synsets (n01440764), numbers, or 1,000 others in the order of the classes, as OpenCLIP
+    takes any. Raises UserError."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    synsets = ImageNetInfo().label_names()
+    for known in (synsets, [str(number) for number in range(len(synsets))], names):
+        if names and set(names) <= set(known) and len(known) == len(IMAGENET_CLASSNAMES):
+            return Classes(tuple(IMAGENET_CLASSNAMES), {name: place for place, name in enumerate(known)})
+    raise UserError(
+        f"--{flag} {folder}: {len(names)} folders; expected one for each class, called by its synset (n01440764) or by "
+        "its number from 0 to 999"
+    )
+
+
+def zero_shot(
+    model: EvalModel,
+    folders: Mapping[str, Path],
+    args: argparse.Namespace,
+    watched: Callable[[Iterable[Batch]], Iterable[Batch]],
+) -> dict[str, float]:
+    """`imagenet-zeroshot-val-top1`, `-top5` and `imagenetv2-zeroshot-val-...`. All processes share the images, which
+    `watched` passes on. Raises UserError if none can be classified."""
+    by_text = "contrast" in model.abilities
+    templates = tuple(template(PLACE) for template in OPENAI_IMAGENET_TEMPLATES) if by_text else TEMPLATES
+    found: dict[str, float] = {}
+    for flag, folder in folders.items():
+        options = EvalOptions(
+            data=str(folder), classes=_classes(flag, folder), templates=templates, batch_size=args.batch_size,
+            workers=args.workers,
+        )  # fmt: skip
+        images: Any = watched(EvalJob(model, options).labelled())
+        result = (zero_shot_contrastive if by_text else zero_shot_likelihood)(model, images, options)
+        found |= {f"{SETS[flag]}-zeroshot-val-{name}": result[name] for name in ("top1", "top5")}
+    return found
