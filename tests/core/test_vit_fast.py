@@ -162,3 +162,27 @@ def without(owner: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         owner.__class__ = kind
+
+
+def test_another_flash_attention_is_used_or_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: torch's own registry, with kernels that are missing and some that are there; and a torch without it."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    registry = pytest.importorskip("torch.nn.attention._registry")
+    with pytest.raises(ValueError, match="cannot use FA3 here") as error:
+        attention.use_flash_attention("FA3")
+    assert "\n" not in str(error.value)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    removed: list[bool] = []
+    handle = type("Handle", (), {"remove": lambda self: removed.append(True)})
+    monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, "FA3", handle)
+    try:
+        attention.use_flash_attention("FA3")
+        assert torch.nn.attention.current_flash_attention_impl() == "FA3"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    assert removed
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(ValueError, match="cannot exchange its FlashAttention"):
+        attention.use_flash_attention("FA3")
