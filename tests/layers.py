@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "errors", "torch numpy webdataset", "which sample comes when, and how a run finds its place again"
     ),
     "data": Layer(
-        f"{BASE} data.order",
+        f"{BASE} core data.order",
         "torch webdataset fsspec PIL numpy braceexpand simplejpeg",
         "tar, csv, folder or synthetic samples to batches; bad samples counted; smaller copies of shards",
     ),

@@ -32,9 +32,9 @@ from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.eval_processes import default_device, processes
 from open_clip_ov2.openclip.models import conversion, exports, shipped
 from open_clip_ov2.openclip.models import open_model as opening
-from open_clip_ov2.openclip.models.eval_models import open_eval_model
 from open_clip_ov2.openclip.models.factory import is_ov2_model
 from open_clip_ov2.openclip.models.model_facts import ModelFacts, model_facts
+from open_clip_ov2.openclip.models.open_evaluated import open_eval_model
 from open_clip_ov2.openclip.run.data_parts import train_loaders
 from open_clip_ov2.openclip.run.dry_run import check_run
 from open_clip_ov2.openclip.run.stage_costs import plan_costs
@@ -117,7 +117,8 @@ def evaluate(
     if out is not None:
         check_writable(Path(out))
     with processes(device) as place:
-        opened = open_eval_model(str(model), place.device, place.world_size)
+        aspect, tokens = options.aspect, options.max_tokens
+        opened = open_eval_model(str(model), place.device, place.world_size, aspect=aspect, max_tokens=tokens)
         check_files(options)
         job = EvalJob(opened, options)
         try:
@@ -152,7 +153,7 @@ def caption(
     be used is left out, logged and counted in `skips`. Raises UserError.
     """
     options = read_options(CaptionOptions, "captions", flags)
-    opened = open_eval_model(str(model), default_device(device))
+    opened = open_eval_model(str(model), default_device(device), aspect=options.aspect, max_tokens=options.max_tokens)
     return captions_of(opened, images, options, skips)
 
 

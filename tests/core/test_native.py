@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from open_clip_ov2.core import CaptionLoss, CaptionModel, reference, sincos_2d
 from open_clip_ov2.core import rows as core_rows
-from open_clip_ov2.core.native import NativeImages, joined, stacked
+from open_clip_ov2.core.native import NativeImages, concatenated, stacked
 from open_clip_ov2.core.packing import PackedCaptions, pack_captions
 from open_clip_ov2.core.rows import RowAttention
 from open_clip_ov2.core.tokens import sample_kept_of_rows
@@ -155,7 +155,7 @@ def test_images_are_cut_and_whole_again(grids: Grids, rows: list[int]) -> None:
         assert torch.equal(one, other)
     for one, row in zip(native[chosen].images(), chosen, strict=True):
         assert torch.equal(one, images[row])
-    both = joined(native[:1], native[1:])
+    both = concatenated([native[:1], native[1:]])
     assert torch.equal(both.patches_nCPP, native.patches_nCPP)
     assert both.grids == native.grids
 

@@ -26,7 +26,7 @@ from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.options import options_of
 from open_clip_ov2.evaluate.tasks import TASKS as ALL_TASKS
 from open_clip_ov2.evaluate.tasks import Task
-from open_clip_ov2.openclip.models.eval_models import open_eval_model
+from open_clip_ov2.openclip.models.open_evaluated import open_eval_model
 from open_clip_ov2.openclip.models.open_model import open_model
 from open_clip_ov2.openclip.run.baselines import init_coca_head
 

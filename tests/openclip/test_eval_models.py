@@ -19,8 +19,9 @@ from open_clip_ov2.core.candidates import caption_trees
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss, eval_kept_idx
-from open_clip_ov2.openclip.models.eval_models import as_eval_model, open_eval_model
+from open_clip_ov2.openclip.models.eval_models import as_eval_model
 from open_clip_ov2.openclip.models.factory import build_caption_model
+from open_clip_ov2.openclip.models.open_evaluated import open_eval_model
 
 BOS, EOS = 49406, 49407
 KEYS = ["a", "b", "c"]

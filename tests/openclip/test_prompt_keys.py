@@ -17,7 +17,7 @@ from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.packing import pack_captions
 from open_clip_ov2.data.captions import PROMPT_END, cleaned, parse_caption_keys, with_prompt
 from open_clip_ov2.openclip.models.open_model import open_model
-from open_clip_ov2.openclip.models.prompted import PromptTokenizer
+from open_clip_ov2.openclip.models.tokenizer import PromptTokenizer
 
 
 def test_the_loss_is_that_of_the_caption_after_its_prompt(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from open_clip_ov2 import training
 from open_clip_ov2.captions.engines import Defaults
 from open_clip_ov2.captions.requests import Request
 from open_clip_ov2.data.captions import PROMPT_TEMPLATE
+from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_model import lacking
 from open_clip_ov2.evaluate.text.normalise import detokenized
@@ -31,7 +30,8 @@ class Ov2Engine:
         self.special = _special_texts(self._model.tokenizer)
 
     def captions(self, requests: Sequence[Request]) -> list[str]:
-        images_BCHW = torch.stack([self._model.preprocess(request.image) for request in requests])
+        preprocess = self._model.preprocess
+        images_BCHW = as_batch([preprocess(request.image) for request in requests], preprocess)
         texts = self._model.generate(
             images_BCHW,
             [request.key for request in requests],

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2 import training
+from open_clip_ov2.core.native import Images
+from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.errors import UserError
@@ -54,12 +56,12 @@ class Gaps:
 
     def _score(self, count: int) -> None:
         rows, self._rows = self._rows[:count], self._rows[count:]
-        images_BCHW = torch.stack([pixels for _, pixels, _ in rows])
+        images_BCHW = as_batch([pixels for _, pixels, _ in rows], self._model.preprocess)
         found = gaps(self._model, images_BCHW, [line["key"] for line, _, _ in rows], [text for _, _, text in rows])
         self._scored += zip((line for line, _, _ in rows), found.tolist(), strict=True)
 
 
-def gaps(model: EvalModel, images_BCHW: Tensor, keys: list[str], texts: list[str]) -> Tensor:
+def gaps(model: EvalModel, images_BCHW: Images, keys: list[str], texts: list[str]) -> Tensor:
     """`(B,)` float64: the gap of each picture's caption, in nats per token, the end of the text among them."""
     ids_BL = model.tokenize(texts)
     log_p_BB = -model.nll(model.prefix(images_BCHW, keys), ids_BL).double().cpu()  # picture, caption

@@ -17,6 +17,10 @@ from open_clip_ov2.formats.targets import TARGETS
 def main(argv: Sequence[str]) -> None:
     args = vars(_parser().parse_args(argv))
     source, to = args.pop("run"), args.pop("to")
+    if sides := args.get("image_size"):
+        if len(sides) > 2:
+            raise UserError(f"--image-size: {len(sides)} numbers; expected 1 or 2")
+        args["image_size"] = sides[0] if len(sides) == 1 else tuple(sides)
     _check_target(args, to)
     with paths_checked():
         folder, lines = training.export(source, to, **args)
@@ -34,7 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default: RUN/export/TARGET)")
-    parser.add_argument("--image-size", type=int, metavar="N", help="export for this resolution (default: the model's)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="export for this resolution, or this height and width (default: the model's)",
+    )
     parser.add_argument(
         "--position-table",
         choices=("interpolate", "recompute"),

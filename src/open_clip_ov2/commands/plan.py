@@ -101,7 +101,7 @@ def show(plan: Plan) -> None:
     console = Console(highlight=False)
     parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
     console.print(f"{plan.model}: {sum(plan.parameters.values()) / 1e6:,.1f} M parameters ({parts})")
-    sizes = [f"{cost.resolution} px" for cost in plan.stages]
+    sizes = [cost.images for cost in plan.stages]
     titles = (
         size if cost.title == size else f"{cost.title}: {size}" for cost, size in zip(plan.stages, sizes, strict=True)
     )

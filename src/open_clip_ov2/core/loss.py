@@ -24,7 +24,7 @@ def caption_targets(ids_BL: Tensor, eos_id: int) -> Tensor:
 
     `ids_BL` is [bos] caption [eos] padding; what the padding's id is does not matter (OpenCLIP's tokenizer pads
     with 0, which is also "!"). A row without an end of text has no padding. Negative ids are a prompt's and no targets
-    (openclip/models/prompted.py).
+    (openclip/models/tokenizer.py).
     """
     is_eos_BL = ids_BL == eos_id
     after_eos_BL = (is_eos_BL.cumsum(dim=1) - is_eos_BL.long()) > 0

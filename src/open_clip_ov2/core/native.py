@@ -78,13 +78,13 @@ def stacked(images: Sequence[Tensor], patch_size: int | None) -> Images:
     return torch.stack(list(images)) if patch_size is None else NativeImages.of(images, patch_size)
 
 
-def joined(one: Images, other: Images) -> Images:
-    """Two batches as one."""
-    if isinstance(one, NativeImages) and isinstance(other, NativeImages):
-        return NativeImages(torch.cat([one.patches_nCPP, other.patches_nCPP]), one.grids + other.grids)
-    assert isinstance(one, Tensor)
-    assert isinstance(other, Tensor)
-    return torch.cat([one, other])
+def concatenated(batches: Sequence[Images]) -> Images:
+    """Batches as one."""
+    native = [batch for batch in batches if isinstance(batch, NativeImages)]
+    if not native:
+        return torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
+    grids = tuple(grid for batch in native for grid in batch.grids)
+    return NativeImages(torch.cat([batch.patches_nCPP for batch in native]), grids)
 
 
 # --- the encoder ---------------------------------------------------------------------------------------

@@ -140,10 +140,14 @@ class TokenDrop(nn.Module):
         self.keep_ratio = keep_ratio
         self.eval_keep_ratio = keep_ratio.high if eval_keep_ratio is None else KeepRatio.of(eval_keep_ratio).high
 
-    def of_samples(self, seeds_B: Tensor, num_tokens: int, draw: float) -> dict[str, Any]:
+    def of_samples(self, seeds_B: Tensor, num_tokens: int | Sequence[int], draw: float) -> dict[str, Any]:
         """Options of `forward` with which each sample's tokens follow from its seed `(B,)` int64 alone, and the ratio
-        from `draw`, see `KeepRatio.at`."""
+        from `draw`, see `KeepRatio.at`. Samples may differ in their number of tokens."""
         ratio = self.keep_ratio.at(draw)
+        if not isinstance(num_tokens, int):
+            rows = zip(noise_of(seeds_B, max(num_tokens)), num_tokens, strict=True)
+            kept_idx = [row[:count].topk(num_kept(count, ratio), sorted=False).indices for row, count in rows]
+            return {"kept_idx": kept_idx} if ratio < 1 else {"keep_ratio": ratio}
         kept = num_kept(num_tokens, ratio)
         if kept == num_tokens:
             return {"keep_ratio": ratio}

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, choose_caption, with_prompt
-from open_clip_ov2.data.crop import RandomCrop
+from open_clip_ov2.data.crop import RandomCrop, TokenBudget
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, EncodedImage, decode_image
 from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample, missing
 
@@ -104,6 +104,8 @@ def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int
     """
     first = next(iter(getattr(transform, "transforms", ())), None)
     size = getattr(first, "size", None)
+    if isinstance(size, TokenBudget):
+        return
     stretches = type(first).__name__ == "Resize" and not isinstance(size, int)
     if size is None or stretches or getattr(first, "longest", False):
         return  # the size after such a resize does not depend on the image

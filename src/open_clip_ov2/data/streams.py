@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from open_clip_ov2.core.native import Images, concatenated
 from open_clip_ov2.data.captions import PROMPT_END, CaptionKey, group_text
+from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.data.order.resume import Start
@@ -33,8 +35,8 @@ EMPTY_PASSES = 32
 
 
 class Batch(NamedTuple):
-    """`images_BCHW` from the transform, `texts_BL` int64; `skipped` since this worker's last batch, by cause. One
-    without keys comes last and tells what was skipped after the last samples.
+    """`images_BCHW` from the transform (NativeImages, if it keeps their shapes), `texts_BL` int64; `skipped` since this
+    worker's last batch, by cause. One without keys comes last and tells what was skipped after the last samples.
 
     In training, `positions` is where its consumers stand after it, with the sizes of shards since their last batch, and
     `seeds` are the samples' own; with --elastic, `draw`, in [0, 1), is the global batch's own.
@@ -43,7 +45,7 @@ class Batch(NamedTuple):
     asked for.
     """
 
-    images_BCHW: Tensor
+    images_BCHW: Images
     texts_BL: Tensor
     keys: list[str]
     captions: list[str]
@@ -67,7 +69,7 @@ def joined(parts: Sequence[Batch]) -> Batch:
         return itertools.chain.from_iterable(getattr(part, name) for part in parts)
 
     return Batch(
-        images_BCHW=torch.cat([part.images_BCHW for part in parts]),
+        images_BCHW=concatenated([part.images_BCHW for part in parts]),
         texts_BL=torch.cat([part.texts_BL for part in parts]),
         keys=list(chained("keys")),
         captions=list(chained("captions")),
@@ -92,7 +94,10 @@ class _Row(NamedTuple):
 class _Collector:
     """Decoded samples until a batch is full. Keeps `skips.used`: samples delivered or waiting."""
 
-    def __init__(self, tokenizer: Tokenizer | None, skips: SkipCounter, group_by: CaptionKey | None = None) -> None:
+    def __init__(
+        self, transform: Any, tokenizer: Tokenizer | None, skips: SkipCounter, group_by: CaptionKey | None = None
+    ) -> None:
+        self._transform = transform  # which has made the images
         self._tokenizer, self._skips, self._group_by = tokenizer, skips, group_by
         self.rows: list[_Row] = []
 
@@ -121,7 +126,7 @@ class _Collector:
         if all(end for _, end, _ in parts):  # the decoder puts a prompt before each caption or before none
             prompts, captions = tuple(part[0] for part in parts), tuple(part[2] for part in parts)
         return Batch(
-            torch.stack(images), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
+            as_batch(images, self._transform), texts_BL, list(keys), list(captions), list(groups), self._skips.take(),
             indices=indices, skipped_keys=self._skips.take_keys(), prompts=prompts, seeds=seeds,
         )  # fmt: skip
 
@@ -222,7 +227,7 @@ class TrainStream(_Stream):
         """A consumer's samples, so many at a time, pass after pass. Raises UserError after too many passes without a
         usable one."""
         position = start.positions[first.consumer] if start.positions else Position()
-        collector = _Collector(self.tokenizer, self.skips)
+        collector = _Collector(self.decoder.transform, self.tokenizer, self.skips)
         empty, most = 0, 1 if first.consumers == 1 and not self.source.resampled else EMPTY_PASSES
         cursor = Cursor(position.taken, list(position.sizes))
         for pass_index in itertools.count(position.pass_index):
@@ -272,7 +277,7 @@ class EvalStream(_Stream):
         worker, workers = _worker()
         mine, consumers = self.rank * workers + worker, self.world_size * workers
         skips = SkipCounter(keep_keys=True)
-        collector = _Collector(self.tokenizer, skips, self.group_by)
+        collector = _Collector(self.decoder.transform, self.tokenizer, skips, self.group_by)
         reading = skips if mine == 0 else SkipCounter(log=False)  # all read every tar: one counts the broken ones
         samples = enumerate(self.source.in_order(reading))
         for index, raw in itertools.islice(samples, mine, self.limit, consumers):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.core import CaptionModel, num_kept
+from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.gathering import all_gathered
@@ -30,8 +31,17 @@ def kept_by_key(keys: Sequence[str], num_tokens: int, kept: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def eval_kept_idx(model: CaptionModel, keys: Sequence[str], keep_ratio: float | None = None) -> Tensor | None:
-    """`kept_by_key` at `keep_ratio`, by default the model's own in evaluation; None if all tokens are kept."""
+def eval_kept_idx(
+    model: CaptionModel, keys: Sequence[str], keep_ratio: float | None = None, images: Images | None = None
+) -> Tensor | list[Tensor] | None:
+    """`kept_by_key` at `keep_ratio`, by default the model's own in evaluation; None if all tokens are kept. Of
+    NativeImages for each `(K,)`."""
+    if isinstance(images, NativeImages):
+        ratio = model.token_drop.eval_keep_ratio if keep_ratio is None else keep_ratio
+        if ratio == model.token_drop.eval_keep_ratio == 1:
+            return None
+        each = zip(keys, images.counts, strict=True)
+        return [kept_by_key([key], count, num_kept(count, ratio))[0] for key, count in each]
     rows, columns = model.visual.grid_size
     num_tokens = rows * columns
     own = num_kept(num_tokens, model.token_drop.eval_keep_ratio)

@@ -12,8 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from open_clip_ov2.core.native import concatenated
 from open_clip_ov2.data.captions import CaptionKey
 from open_clip_ov2.data.loader import Batch, EvalLoader
 from open_clip_ov2.data.shards import expand_shards
@@ -144,7 +143,7 @@ class EvalJob:
         first, rest, count = rows_of(begin, [0]), rows_of(begin, range(1, len(begin.keys))), 0
         before = first.images_BCHW
         for number, batch in enumerate(chain([rest], whole, [first])):
-            images_BCHW = torch.cat([before, batch.images_BCHW])
+            images_BCHW = concatenated([before, batch.images_BCHW])
             before, count = images_BCHW[-1:], count + len(batch.keys)
             if len(batch.keys) and number % world_size == rank:
                 yield batch._replace(images_BCHW=images_BCHW[:-1])

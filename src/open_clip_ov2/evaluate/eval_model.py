@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from open_clip_ov2.core.native import Images
+
 Ability = Literal["features", "caption", "contrast", "dropping", "resizing"]
 # What a model lacks that does not have an ability, for error messages.
 LACKS: dict[Ability, str] = {
@@ -41,7 +43,7 @@ class EvalModel(Protocol):
 
     @property
     def preprocess(self) -> Callable[[Any], Tensor]:
-        """PIL image -> `(3, H, W)`."""
+        """PIL image -> `(3, H, W)`. One that keeps the shape of images gives NativeImages (data/budget.py)."""
 
     @property
     def tokenizer(self) -> Any:
@@ -51,20 +53,20 @@ class EvalModel(Protocol):
     def checkpoint(self) -> Path | None:
         """The file or folder with its weights; None for a model in training."""
 
-    def pooled(self, images_BCHW: Tensor) -> Tensor:
+    def pooled(self, images_BCHW: Images) -> Tensor:
         """For "features": one vector an image, `(B, D)` float32, not normalized."""
 
-    def tokens(self, images_BCHW: Tensor, layer: int = -1) -> Tensor:
+    def tokens(self, images_BCHW: Images, layer: int = -1) -> Tensor:
         """For "features": all patch tokens after a block, counted from the end, `(B, N, D)` float32. Raises UserError
         if the encoder has none."""
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """For "caption" and "contrast": ids `(C, L)` int64 on the CPU, as the model was trained with."""
 
-    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+    def loss_sums(self, images_BCHW: Images, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         """For "caption": (nll of all real targets in nats, number of targets), of each image's own caption."""
 
-    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> Any:
+    def prefix(self, images_BCHW: Images, keys: Sequence[str]) -> Any:
         """For "caption": what the decoder needs of the images, computed once for any number of candidates."""
 
     def nll(self, prefix: Any, texts_CL: Tensor) -> Tensor:
@@ -74,12 +76,12 @@ class EvalModel(Protocol):
         """For "caption": real target tokens of each candidate, `(C,)` int64."""
 
     def generate(
-        self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
+        self, images_BCHW: Images, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
         """For "caption": generated captions, or the text after each prompt; options as for CaptionModel.generate. With
         `num_captions`, as many for each image, side by side."""
 
-    def contrast_images(self, images_BCHW: Tensor) -> Tensor:
+    def contrast_images(self, images_BCHW: Images) -> Tensor:
         """For "contrast": normalized, `(B, D)` float32."""
 
     def contrast_texts(self, texts_CL: Tensor) -> Tensor:
@@ -89,8 +91,9 @@ class EvalModel(Protocol):
         """For "dropping": the same model, which keeps this share of its image tokens. Raises UserError if that leaves
         none."""
 
-    def kept(self, keys: Sequence[str]) -> Tensor:
-        """For "dropping": which patches the decoder sees, `(B, rows, columns)` bool on the CPU."""
+    def kept(self, keys: Sequence[str], grid: tuple[int, int] | None = None) -> Tensor:
+        """For "dropping": which patches the decoder sees, `(B, rows, columns)` bool on the CPU; of images that keep
+        their shapes, at this grid."""
 
     def with_image_size(self, image_size: int) -> EvalModel:
         """For "resizing": the model opened anew at this resolution in px."""

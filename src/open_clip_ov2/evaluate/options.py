@@ -86,6 +86,16 @@ class GenerationOptions:
     """How captions are generated; `seq_len` counts tokens."""
 
     keep_ratio: float | None = flag("R", SHARE, "share of image tokens kept (default: the model's in evaluation)")
+    aspect: str | None = flag(
+        "square|native",
+        one_of("square", "native"),
+        "native: images keep their shapes, as with `ov2 train --aspect native` (default: as the model was trained)",
+    )
+    max_tokens: int | None = flag(
+        "N",
+        whole(1),
+        "with native: tokens of one image at most (default: as in training, or as many as a square)",
+    )
     generation_type: str = flag(
         "NAME", one_of(*GENERATION_TYPES), "how tokens are chosen (default: greedy)", default="greedy", group=GENERATION
     )
@@ -104,7 +114,7 @@ class GenerationOptions:
     @property
     def generation(self) -> dict[str, Any]:
         """Options of CaptionModel.generate."""
-        names = [one.name for one in fields(GenerationOptions) if one.name != "keep_ratio"]
+        names = [one.name for one in fields(GenerationOptions) if one.metadata["group"] == GENERATION]
         return {name: getattr(self, name) for name in names}
 
 

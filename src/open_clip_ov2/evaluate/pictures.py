@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
+from open_clip_ov2.data.crop import as_batch, budget_of
 from open_clip_ov2.data.csv_rows import read_lines
 from open_clip_ov2.data.decode import decode_image
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, Decoder, ImageFile, encoded_image
@@ -108,7 +109,7 @@ def _usable(images: Iterable[Picture], model: EvalModel, skips: SkipCounter) -> 
 def _captioned(
     model: EvalModel, batch: Sequence[tuple[Picture, Tensor]], options: CaptionOptions
 ) -> Iterator[tuple[Picture, str]]:
-    images_BCHW = torch.stack([pixels for _, pixels in batch])
+    images_BCHW = as_batch([pixels for _, pixels in batch], model.preprocess)
     names = [picture.name for picture, _ in batch]
     draws = [names] if options.draws == 1 else [[f"draw {n}"] * len(batch) for n in range(1, options.draws + 1)]
     each = 1 if options.generation_type == "greedy" else options.num_captions
@@ -121,7 +122,10 @@ def _captioned(
             picture = replace(picture, generated=_ranked(model, pixels_CHW, keys, found)[: options.num_captions])
             found = [one.text for one in picture.generated]
         if options.show_tokens:
-            kept = model.kept(keys).float().mean(dim=0).numpy()
+            budget = budget_of(model.preprocess)
+            height, width = pixels_CHW.shape[1:]
+            grid = (height // budget.patch, width // budget.patch) if budget else None
+            kept = model.kept(keys, grid).float().mean(dim=0).numpy()
             picture = replace(picture, seen=Seen(_plain_pixels(model.preprocess, pixels_CHW), kept))
         yield picture, found[0]
 
@@ -129,7 +133,8 @@ def _captioned(
 def _ranked(model: EvalModel, pixels_CHW: Tensor, keys: Sequence[str], texts: list[str]) -> tuple[Generated, ...]:
     """Captions of one image, likeliest first, by the mean over the keys."""
     ids_CL = model.tokenize(texts)
-    nll_KC = torch.cat([model.nll(model.prefix(pixels_CHW[None], [key]), ids_CL) for key in keys])
+    image = as_batch([pixels_CHW], model.preprocess)
+    nll_KC = torch.cat([model.nll(model.prefix(image, [key]), ids_CL) for key in keys])
     means = (-nll_KC.double().mean(dim=0)).tolist()
     return tuple(sorted(map(Generated, texts, means), key=lambda one: -one.log_likelihood))
 

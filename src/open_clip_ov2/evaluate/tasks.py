@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.data.eval_loader import EvalLoader
 from open_clip_ov2.errors import UserError, unknown_key
 from open_clip_ov2.evaluate.answering import answer_questions
@@ -159,6 +161,7 @@ def _questions(job: EvalJob) -> dict[str, Any]:
         lambda images_BCHW, keys, prompts: model.generate(images_BCHW, keys, prompts, **options.generation),
         model.preprocess,
         batch_size=options.batch_size,
+        collate=partial(as_batch, transform=model.preprocess),
         prompt=options.prompt,
         room=lambda prompt: longest - int(model.num_targets(model.tokenize([prompt]))),
     )

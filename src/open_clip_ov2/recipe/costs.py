@@ -41,6 +41,7 @@ class StageCost:
     `batch_size` images are computed at once on a GPU, `accum_freq` times in a step."""
 
     title: str
+    images: str  # "84 px", or "256 tokens" at most
     resolution: int
     samples: int
     tokens: Tokens

@@ -37,16 +37,18 @@ class Tower:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A ViT. Its pooled output is projected from `pooled_width` to `embed_dim`; `trained_head`: the loss reaches it."""
+    """A ViT. Its pooled output is projected from `pooled_width` to `embed_dim`; `trained_head`: the loss reaches it.
+    `budget`: patches of one image at most, where images keep their shapes; costs are those of all of it."""
 
     tower: Tower
     patch_size: int
     pooled_width: int
     embed_dim: int
     trained_head: bool = True
+    budget: int | None = None
 
     def patches(self, resolution: int) -> int:
-        return (resolution // self.patch_size) ** 2
+        return self.budget or (resolution // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)

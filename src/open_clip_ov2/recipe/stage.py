@@ -39,16 +39,18 @@ def _keep_ratio(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """Training at one resolution. The fields are the keys of `[[stage]]` and `--stage`; `flag` is the flag of
-    `ov2 train` that a key stands for, if it has another name.
+    """Training at one resolution, or with images that keep their shapes and have at most `tokens` patches.
+
+    The fields are the keys of `[[stage]]` and `--stage`; `flag` is the flag of `ov2 train` that a key stands for, if it
+    has another name.
 
     Durations are in samples; `batch_size` is the largest number of images at once in a process; `keep_ratio` is "0.35"
     or a range, "0.25:1.0"; `crop_scale` is the smallest and the largest fraction of the area that a training crop
     takes. Raises UserError for values that contradict each other.
     """
 
-    resolution: int = key(whole(1), example="84", flag="force-image-size")
-    samples: int = key(sample_count(1), example='2_000_000 or "2M"', flag="train-num-samples")
+    resolution: int | None = key(whole(1), default=None, flag="force-image-size")
+    samples: int = key(sample_count(1), default=0, flag="train-num-samples")
     global_batch: int | None = key(whole(1), default=None)
     batch_size: int | None = key(whole(1), default=None)
     lr: float | None = key(real(0, above=True), default=None)
@@ -64,9 +66,16 @@ class Stage:
     grad_checkpointing: bool | None = key(switch, default=None)
     context_length: int | None = key(whole(2), default=None, flag="force-context-length")  # begin of text, one target
     train_data: str | None = key(text, default=None)
+    tokens: int | None = key(whole(1), default=None, flag="max-tokens")
     name: str | None = key(text, default=None)
 
     def __post_init__(self) -> None:
+        if self.resolution is None and self.tokens is None:
+            raise UserError("resolution is missing, for example resolution = 84 (or tokens, for images of any shape)")
+        if self.resolution is not None and self.tokens is not None:
+            raise UserError("resolution and tokens are both given; a resolution is for squares, leave one out")
+        if not self.samples:
+            raise UserError('samples is missing, for example samples = 2_000_000 or "2M"')
         if self.lr is not None and self.base_lr is not None:
             raise UserError("lr and base-lr are both given; base-lr is the lr at a global batch of 256, leave one out")
         if self.warmup_samples is not None and self.warmup_samples > self.samples:
@@ -74,7 +83,11 @@ class Stage:
 
     @property
     def title(self) -> str:
-        return self.name or f"{self.resolution} px"
+        return self.name or self._images
+
+    @property
+    def _images(self) -> str:
+        return f"{self.tokens} tokens" if self.resolution is None else f"{self.resolution} px"
 
     def items(self) -> dict[str, Any]:
         """The values that are given, by key."""
@@ -86,13 +99,15 @@ class Stage:
         values = {FLAGS[name]: value for name, value in self.items().items() if name != "name"}
         if self.crop_scale is not None:
             values["aug-cfg"] = f"scale=({self.crop_scale[0]},{self.crop_scale[1]})"
+        if self.tokens is not None:
+            values["aspect"] = "native"
         off = {f"--{flag}" for flag, value in values.items() if value is False}
         return [*(word for word in flags if word not in off), *to_argv({**values, "epochs": 1})]
 
     def described(self, global_batch: int, lr: float) -> str:
         """One line for logs."""
         mantissa, exponent = f"{lr:.1e}".split("e")
-        parts = [f"{self.resolution} px", f"{short_count(self.samples)} samples", f"batch {global_batch:,}"]
+        parts = [self._images, f"{short_count(self.samples)} samples", f"batch {global_batch:,}"]
         parts += [f"lr {mantissa}e{int(exponent)}", *([f"keep {self.keep_ratio}"] if self.keep_ratio else [])]
         return (f"{self.name}: " if self.name else "") + ", ".join(parts)
 
@@ -102,12 +117,14 @@ FLAGS = {name: field.metadata["flag"] or name for name, field in keys_of(Stage).
 
 
 def parse_stage(text: str) -> Stage:
-    """`112:samples=2M,base-lr=8e-6,keep-ratio=0.35`, as after `--stage`. Raises UserError.
+    """`112:samples=2M,base-lr=8e-6,keep-ratio=0.35`, or `tokens=256:samples=2M`, as after `--stage`. Raises UserError.
 
     Commas within braces belong to the value: `train-data=shards/{0,7}.tar`.
     """
     where = f"--stage {text}"
     resolution, colon, rest = text.partition(":")
+    if resolution.startswith("tokens="):
+        return from_table(Stage, where, [("tokens", resolution.removeprefix("tokens=").strip()), *pairs(where, rest)])
     if not colon or "=" in resolution:
         raise UserError(f"{where}: begin with the resolution and a colon, for example 112:samples=2M,base-lr=8e-6")
     return from_table(Stage, where, [("resolution", resolution.strip()), *pairs(where, rest)])

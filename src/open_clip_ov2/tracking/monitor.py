@@ -220,8 +220,8 @@ class RunMonitor:
         logger.info("validation after %s samples: %s", f"{samples_seen:,}", shown)
         self.last |= {f"val_{name}": value for name, value in metrics.items()}
 
-    def captions(self, samples_seen: int, images: Tensor, true: list[str], generated: list[str]) -> None:
-        """A contact sheet of images, uint8 `(B, 3, H, W)`, with the generated and the true caption of each."""
+    def captions(self, samples_seen: int, images: Sequence[Tensor], true: list[str], generated: list[str]) -> None:
+        """A contact sheet of images, uint8 `(3, H, W)` each, with the generated and the true caption of each."""
         if len(self._trackers) <= 1:  # results.jsonl shows no images
             return
         from PIL import Image

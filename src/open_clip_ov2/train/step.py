@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core import IGNORE_INDEX, CaptionLoss, caption_targets
 from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.core.native import NativeImages
 from open_clip_ov2.core.rows import on_device
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.data.skips import merge_counts
@@ -137,7 +138,7 @@ def optimizer_step(
     contrastive = loss.contrast is not None
     if contrastive and len(window) > 1:
         raise ValueError("a contrastive loss is not accumulated over micro-batches")
-    captions = [settings.compute.packed(batch.texts_BL) for batch in window]
+    captions = [settings.compute.packed(batch.texts_BL, batch.images_BCHW) for batch in window]
     count = float(sum(packed.num_targets for packed in captions))
     num_targets = all_reduced(torch.full((), count, device=settings.compute.device), settings)
     scale = settings.loss_weight * settings.compute.world_size / num_targets
@@ -148,7 +149,7 @@ def optimizer_step(
         with settings.compute.attention(), _sync_only(model, index == len(window) - 1):
             with settings.compute.autocast():
                 more = {"text": batch.texts_BL.to(settings.compute.device)} if contrastive else {}
-                more |= _token_drop(model, batch, images.device)
+                more |= _token_drop(model, batch, settings.compute.device)
                 sums = model(images, captions=packed, caption_loss=loss, **more)
                 contrast = torch.zeros_like(sums.nll) if sums.contrastive is None else sums.contrastive
                 weighted = sums.objective * scale + settings.contrastive_weight * contrast
@@ -168,8 +169,11 @@ def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[st
         return {}
     inner: Any = getattr(model, "module", model)  # of the model inside DDP
     rows, columns = inner.visual.grid_size
-    seeds_B = on_device(batch.seeds, device)
-    drop: dict[str, Any] = inner.token_drop.of_samples(seeds_B, rows * columns, batch.draw)
+    if isinstance(batch.images_BCHW, NativeImages):  # whose places are computed on the host
+        seeds_B, tokens = torch.tensor(batch.seeds), batch.images_BCHW.counts
+    else:
+        seeds_B, tokens = on_device(batch.seeds, device), rows * columns
+    drop: dict[str, Any] = inner.token_drop.of_samples(seeds_B, tokens, batch.draw)
     return drop
 
 

@@ -133,7 +133,8 @@ def plan_costs(plan: VlmPlan, machine: Machine) -> Plan:
         head = 2.0 * text * words.width * words.vocabulary
         stages.append(
             StageCost(
-                title=f"{number + 1} {stage.data}", resolution=size, samples=samples * stage.epochs,
+                title=f"{number + 1} {stage.data}", images=f"{size} px", resolution=size,
+                samples=samples * stage.epochs,
                 tokens=Tokens(images * (side**2 + 1), seen, text, text), batch_size=batch, accum_freq=accumulated,
                 lr=stage.lr, warmup_steps=round(stage.warmup_ratio * stage.steps(samples)),
                 precision=plan.options.precision or "bf16", grad_checkpointing=plan.options.grad_checkpointing,

@@ -1,4 +1,5 @@
-"""OpenCLIP's flags of data: what kind of data they name, and errors for those that it ignores."""
+"""Flags of data: what kind of data OpenCLIP's name, errors for those that it ignores, and for those that do not go with
+images of any shape."""
 
 from __future__ import annotations
 
@@ -6,9 +7,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from open_clip.factory import get_model_config
+
 from open_clip_ov2.argv import is_given
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.flags import NATIVE, TrainOptions
+from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY
 
+NOT_NATIVE = {
+    "--force-patch-dropout": "it drops equally many patches of each image; --keep-ratio drops after the encoder",
+    "--lora-rank": "the adapters are for the encoder's attention over images of one shape",
+    "--compile-encoder": "the blocks are compiled for any number of tokens; leave it out",
+}
 CSV_FLAGS = ("--csv-separator", "--csv-img-key", "--csv-caption-key")
 
 
@@ -57,3 +67,18 @@ def check_data(argv: Sequence[str], args: argparse.Namespace) -> None:
             raise UserError(f"{flag}: captions stand beside tars, and no data is tars; leave the flag out")
     if is_given(argv, "--csv-caption-key") and is_given(argv, "--caption-keys"):
         raise UserError("--csv-caption-key and --caption-keys: give one or the other; --caption-keys names columns too")
+
+
+def check_aspect(argv: Sequence[str], options: TrainOptions, args: argparse.Namespace) -> None:
+    """Raises UserError for flags that --aspect native does not go with, or that need it."""
+    if options.aspect != NATIVE:
+        if options.max_tokens is not None:
+            raise UserError(f"--max-tokens is the budget of images that keep their shapes; add --aspect {NATIVE}")
+        return
+    for flag, why in NOT_NATIVE.items():
+        if is_given(argv, flag):
+            raise UserError(f"{flag} with --aspect {NATIVE}: {why}")
+    if args.aug_cfg.get("use_timm"):
+        raise UserError(f"--aug-cfg use_timm=True with --aspect {NATIVE}: timm's crop gives squares; leave it out")
+    if (get_model_config(args.model) or {}).get(CONTRASTIVE_KEY):
+        raise UserError(f"--aspect {NATIVE}: the contrastive loss of {args.model} takes images of one shape")

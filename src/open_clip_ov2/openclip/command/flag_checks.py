@@ -14,7 +14,7 @@ from open_clip_ov2.data import storage
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
-from open_clip_ov2.openclip.command.data_flags import check_data, data_kind
+from open_clip_ov2.openclip.command.data_flags import check_aspect, check_data, data_kind
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
@@ -75,6 +75,7 @@ _OF_OV2 = dict.fromkeys(
     (
         "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
         "prompt_keys", "tokens_per_step", "recompute_elementwise", "compile_encoder", "attention_kernel", "fp8",
+        "aspect", "max_tokens",
     ),
     "leave it out",
 )  # fmt: skip
@@ -116,6 +117,7 @@ def check_stage(
     else:
         jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
         _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
+    check_aspect(argv, options, theirs)
     _check_transform(options, theirs, "OpenCLIP" if their_pixels and not is_ov2 else "ov2")
     try:
         factory.check_named_size(theirs.model, theirs.force_image_size)
@@ -266,6 +268,8 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
     try:
         check_tasks(options, theirs.model, abilities_of(get_model_config(theirs.model) or {}))
         check_files(options)
+        if options.aspect or options.max_tokens:
+            raise UserError("--aspect, --max-tokens: images are those of the run; leave the flags out")
         if options.cache:
             raise UserError("--cache: features of a model in training cannot be cached; leave the flag out")
     except UserError as error:

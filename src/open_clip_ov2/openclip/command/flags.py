@@ -22,6 +22,7 @@ from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import one_of, real, text, whole
 
 DECODE = ("fast", "exact")
+SQUARE, NATIVE = "square", "native"
 FAMILY = "family"
 Options = TypeVar("Options")
 
@@ -48,7 +49,8 @@ class ScheduleOptions:
     stage: list[str] | None = flag(
         "PX:samples=N,KEY=VALUE,...",
         text,
-        "one stage, repeatable: 112:samples=2M,base-lr=8e-6; for keys that it does not set, the flags of the run apply",
+        "one stage, repeatable: 112:samples=2M,base-lr=8e-6, or tokens=256:samples=2M with --aspect native; for keys "
+        "that it does not set, the flags of the run apply",
         repeat=True,
     )
     global_batch: int | None = flag(
@@ -177,6 +179,18 @@ class TrainOptions:
         one_of(*DECODE),
         "fast: decode training JPEGs at a reduced scale where the crop stays at least twice the resolution; exact: "
         "decode them whole, as PIL does. The crops are the same (default: fast; CLIP and CoCa: exact)",
+    )
+    aspect: str | None = flag(
+        f"{SQUARE}|{NATIVE}",
+        one_of(SQUARE, NATIVE),
+        "native: images keep their shapes; each is resized to at most --max-tokens patches, and batches have no "
+        "padding (ov2 models; default: square, or native in a stage of tokens=N)",
+    )
+    max_tokens: int | None = flag(
+        "N",
+        whole(1),
+        "with --aspect native: image tokens of one image at most, so --batch-size times as many of a batch (default: "
+        "as many as a square of the model's resolution has)",
     )
     augmentation: str | None = flag(
         FAMILY,

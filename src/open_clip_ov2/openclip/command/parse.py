@@ -87,7 +87,8 @@ def _stages(
         found = [(stage.added_to(mine), stage) for stage in map(parse_stage, schedule.stage)]
     else:
         return [(mine, None)]
-    for flag in ("--epochs", "--train-num-samples", "--force-image-size"):
+    sized = any(stage.resolution for _, stage in found if stage)  # a model of tokens=N has its own size
+    for flag in ("--epochs", "--train-num-samples", *(("--force-image-size",) if sized else ())):
         if is_given(mine, flag):
             raise UserError(f"{flag}: each stage has its own resolution and samples; leave the flag out")
     return found

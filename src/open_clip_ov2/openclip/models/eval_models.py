@@ -26,15 +26,14 @@ from open_clip_ov2.core.candidates import candidate_nll
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.decoder import DecoderCache
 from open_clip_ov2.core.generate import RowSampler
+from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
-from open_clip_ov2.openclip.models.encoders import Pixels, patch_tokens, pixel_preprocess
+from open_clip_ov2.openclip.models.encoders import patch_tokens
 from open_clip_ov2.openclip.models.factory import OV2_ABILITIES, caption_model_class, is_ov2_config
-from open_clip_ov2.openclip.models.open_model import open_model
-from open_clip_ov2.openclip.models.prompted import most_prompt_ids, without_end
 from open_clip_ov2.openclip.models.related import CocaImages, coca_captions, coca_nll
-from open_clip_ov2.openclip.models.tokenizer import decode_caption, eos_id_of
+from open_clip_ov2.openclip.models.tokenizer import decode_caption, most_prompt_ids, without_end
 
 NO_TEXT = -1  # the end-of-text id of a model without text
 
@@ -43,28 +42,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile and DDP."""
     model = getattr(model, "_orig_mod", model)
     return getattr(model, "module", model)
-
-
-def open_eval_model(
-    source: str, device: torch.device, world_size: int = 1, *, image_size: int | None = None
-) -> EvalModel:
-    """Any model that `open_model` opens, or `pixels:SIDE`, under evaluation in float32. Raises UserError."""
-    if (gray := pixel_preprocess(source)) is not None:
-        return FeatureModel(Pixels(), None, Compute(device, "fp32", world_size, NO_TEXT), source, preprocess=gray)
-    run = open_model(source, str(device), image_size=image_size)
-    if isinstance(run.model, CaptionModel):
-        eos_id = run.model.text_config.eos_id
-    else:
-        eos_id = NO_TEXT if isinstance(run.model, VisionModel) else eos_id_of(run.tokenizer)
-    return as_eval_model(
-        run.model,
-        run.tokenizer,
-        Compute(device, "fp32", world_size, eos_id),
-        name=source,
-        preprocess=run.preprocess,
-        checkpoint=run.checkpoint,
-        reopen=lambda image_size: open_eval_model(source, device, world_size, image_size=image_size),
-    )
 
 
 def as_eval_model(
@@ -91,6 +68,17 @@ def _cannot(what: str) -> Any:
         raise UserError(f"{self.name}: a {type(self.model).__name__} cannot {what}")
 
     return refuse
+
+
+def _sizes(images: Images) -> list[tuple[int, ...]]:
+    """Patches of each image, where they differ."""
+    return [(count,) for count in images.counts] if isinstance(images, NativeImages) else [()] * len(images)
+
+
+def _alike(values: Sequence[tuple[int, ...]]) -> list[tuple[int, list[int]]]:
+    """The places of equal values, with the first number of each (0 without one), in ascending order."""
+    groups = sorted(set(values))
+    return [(next(iter(one), 0), [place for place, value in enumerate(values) if value == one]) for one in groups]
 
 
 @dataclass(frozen=True)
@@ -120,15 +108,18 @@ class FeatureModel:
         return self.compute.device
 
     @torch.no_grad()
-    def pooled(self, images_BCHW: Tensor) -> Tensor:
+    def pooled(self, images_BCHW: Images) -> Tensor:
         """What `encode_image` gives: CLIP's and CoCa's with their projection."""
         images = self.compute.pixels(images_BCHW)
         with self.compute.attention(), self.compute.autocast():
             return self.model.encode_image(images, normalize=False).float()
 
     @torch.no_grad()
-    def tokens(self, images_BCHW: Tensor, layer: int = -1) -> Tensor:
-        """Patch tokens after a block, without norm or pooler."""
+    def tokens(self, images_BCHW: Images, layer: int = -1) -> Tensor:
+        """Patch tokens after a block, without norm or pooler. Raises UserError for images that differ in their
+        number."""
+        if isinstance(images_BCHW, NativeImages):
+            raise UserError("probes of patch tokens take images of one shape; give --aspect square")
         images = self.compute.pixels(images_BCHW)
         with self.compute.attention(), self.compute.autocast():
             return patch_tokens(self.model.visual, images, layer, self.name).float()
@@ -159,7 +150,7 @@ class ContrastModel(FeatureModel):
     can: ClassVar[tuple[Ability, ...]] = ("features", "contrast")
 
     @torch.no_grad()
-    def contrast_images(self, images_BCHW: Tensor) -> Tensor:
+    def contrast_images(self, images_BCHW: Images) -> Tensor:
         return nn.functional.normalize(self.pooled(images_BCHW), dim=-1)
 
     @torch.no_grad()
@@ -178,7 +169,7 @@ class _Captions:
 
     @torch.no_grad()
     def generate(
-        self, images_BCHW: Tensor, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
+        self, images_BCHW: Images, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
         """With prompts, the text that follows each. The tokenizer cuts a prompt that fills the context. With
         `num_captions` as many texts for each image, side by side. `sampling`: a RowSampling for each image;
@@ -191,8 +182,7 @@ class _Captions:
         ids = [row[: most_prompt_ids(self.model.context_length)] for row in ids] if short else ids
         each = options.get("num_captions", 1)
         texts = [""] * len(keys) * each
-        for length in sorted({len(row) for row in ids}):
-            rows = [row for row, given in enumerate(ids) if len(given) == length]
+        for length, rows in _alike([(len(given), *size) for given, size in zip(ids, _sizes(images_BCHW), strict=True)]):
             prompt_BT = torch.stack([ids[row] for row in rows]).to(self.compute.device)
             images = self.compute.pixels(images_BCHW[rows])
             if new is not None:
@@ -225,37 +215,48 @@ class Ov2Model(_Captions, ContrastModel):
             raise UserError(f"keep ratio {keep_ratio:g}: {error}") from error
         return replace(self, keep_ratio=keep_ratio)
 
-    def kept(self, keys: Sequence[str]) -> Tensor:
-        rows, columns = self.model.visual.grid_size
-        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+    def kept(self, keys: Sequence[str], grid: tuple[int, int] | None = None) -> Tensor:
+        rows, columns = grid or self.model.visual.grid_size
+        images = None if grid is None else NativeImages(torch.empty(0), (grid,) * len(keys))
+        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio, images)
         if kept_idx is None:
             return torch.ones(len(keys), rows, columns, dtype=torch.bool)
-        kept_BN = torch.zeros(len(keys), rows * columns, dtype=torch.bool).scatter_(1, kept_idx.cpu(), True)
+        kept_BK = torch.stack(list(kept_idx)).cpu()
+        kept_BN = torch.zeros(len(keys), rows * columns, dtype=torch.bool).scatter_(1, kept_BK, True)
         return kept_BN.view(-1, rows, columns)
 
     @torch.no_grad()
-    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+    def loss_sums(self, images_BCHW: Images, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         images = self.compute.pixels(images_BCHW)
         with self.compute.attention(), self.compute.autocast():
-            captions = self.compute.packed(texts_BL).to(self.device)
-            kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+            captions = self.compute.packed(texts_BL, images).to(self.device)
+            kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio, images)
             sums = self.model(images, kept_idx=kept_idx, captions=captions, caption_loss=CaptionLoss())
         return float(sums.nll), float(sums.num_targets)
 
     @torch.no_grad()
-    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> DecoderCache:
-        images = self.compute.pixels(images_BCHW)
+    def prefix(self, images_BCHW: Images, keys: Sequence[str]) -> list[tuple[list[int], DecoderCache]]:
+        """Of images of equal size together, with their places in the batch."""
+        caches = []
         with self.compute.attention(), self.compute.autocast():
-            kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
-            return self.model.text_decoder.image_cache(self.model.encode_kept_tokens(images, kept_idx=kept_idx))
+            for _, rows in _alike(_sizes(images_BCHW)):
+                images = self.compute.pixels(images_BCHW[rows])
+                kept_idx = eval_kept_idx(self.model, [keys[row] for row in rows], self.keep_ratio, images)
+                kept_BKD = self.model.stacked_kept_tokens(images, kept_idx=kept_idx)
+                caches.append((rows, self.model.text_decoder.image_cache(kept_BKD)))
+        return caches
 
     @torch.no_grad()
-    def nll(self, prefix: DecoderCache, texts_CL: Tensor) -> Tensor:
+    def nll(self, prefix: list[tuple[list[int], DecoderCache]], texts_CL: Tensor) -> Tensor:
         with self.compute.attention(), self.compute.autocast():
-            return candidate_nll(self.model.text_decoder, prefix, texts_CL, self.compute.eos_id)
+            parts = [
+                candidate_nll(self.model.text_decoder, cache, texts_CL, self.compute.eos_id) for _, cache in prefix
+            ]
+        places = torch.tensor([row for rows, _ in prefix for row in rows], device=self.device)
+        return torch.cat(parts)[places.argsort()]
 
     def _continued(self, images: Tensor, keys: Sequence[str], prompt_BT: Tensor, **options: Any) -> Tensor:
-        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio)
+        kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio, images)
         return self.model.generate(images, prompt_BT, kept_idx=kept_idx, **options)
 
 
@@ -266,7 +267,7 @@ class CocaModel(_Captions, ContrastModel):
     can: ClassVar[tuple[Ability, ...]] = ("features", "caption", "contrast")
 
     @torch.no_grad()
-    def loss_sums(self, images_BCHW: Tensor, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
+    def loss_sums(self, images_BCHW: Images, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         images, texts = self.compute.pixels(images_BCHW), texts_BL.to(self.device)
         with self.compute.attention(), self.compute.autocast():
             logits = self.model(images, texts)["logits"][:, : texts.shape[1] - 1]  # aligned with texts[:, 1:]
@@ -274,7 +275,7 @@ class CocaModel(_Captions, ContrastModel):
         return float(sums.nll), float(sums.num_targets)
 
     @torch.no_grad()
-    def prefix(self, images_BCHW: Tensor, keys: Sequence[str]) -> CocaImages:
+    def prefix(self, images_BCHW: Images, keys: Sequence[str]) -> CocaImages:
         images = self.compute.pixels(images_BCHW)
         with self.compute.attention(), self.compute.autocast():
             out = self.model(images)

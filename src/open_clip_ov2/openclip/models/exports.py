@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,24 @@ from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.card import card, run_facts
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import new_folder, upload, write_tensors
-from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, preprocess_cfg, vision_cfg
+from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, WHOLE_TARGET, preprocess_cfg, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY, ONE_TRANSFORMER_KEY
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
+from open_clip_ov2.openclip.models.own_config import MAX_TOKENS
 from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel, OneTransformerModel
 from open_clip_ov2.openclip.models.shipped import shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import MODE, VOCAB, WordPieceTokenizer
 from open_clip_ov2.train.checkpoint import CheckpointName
+
+# Not "for every shape": timm's and transformers' NaFlex models stretch one table over all grids, and the table of an
+# ov2 model counts patches from the corner.
+ONE_SHAPE = (
+    "note: the model was trained with images of any shape, and {target} has one: images are squeezed to {height} x "
+    "{width} px (--image-size HEIGHT WIDTH). For other grids its position table would be stretched, where an ov2 model "
+    "counts patches; --to ov2 keeps all shapes"
+)
 
 
 def export(
@@ -36,13 +45,14 @@ def export(
     to: str,
     out: Path | None = None,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     position_table: str | None = None,
     license: str | None = None,
     dataset: str | None = None,
     **options: Any,
 ) -> tuple[Path, list[str]]:
-    """(new folder, lines for the user). `options` are the target's own. Raises UserError."""
+    """(new folder, lines for the user). `image_size`: of a square, or height and width. `options` are the target's own.
+    Raises UserError."""
     target = target_of(to)
     run = open_model(source, image_size=image_size, position_table=position_table)
     if out is None:
@@ -79,7 +89,11 @@ def push(
 def _write(run: LoadedModel, target: Target, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
     source = export_source(run, name)
     with stock_patches(source.visual):  # OpenCLIP's own convolution, which exporters know
-        return list(target.write(source, folder, **options) or ())
+        lines = list(target.write(source, folder, **options) or ())
+    if run.max_tokens is None or target is WHOLE_TARGET:
+        return lines
+    height, width = source.encoder.image_size
+    return [*lines, ONE_SHAPE.format(target=target.name, height=height, width=width)]
 
 
 def _write_card(
@@ -94,11 +108,14 @@ def _write_card(
 
 def export_source(run: LoadedModel, name: str) -> ExportSource:
     """What the formats may take from a model. Raises UserError for a model that is not ours."""
-    encoder, visual = encoder_of(run.model, run.preprocess_cfg), run.model.visual
+    whole = encoder = encoder_of(run.model, run.preprocess_cfg)
+    visual = run.model.visual
     assert isinstance(visual, nn.Module)
+    if run.max_tokens is not None:  # nothing is cut off where images keep their shapes
+        encoder = replace(whole, preprocessing=replace(whole.preprocessing, resize_mode="squash"))
 
     def write_whole(folder: Path) -> None:
-        write_model_folder(caption_model(run), encoder, run.tokenizer, folder, name)
+        write_model_folder(caption_model(run), whole, run.tokenizer, folder, name, run.max_tokens)
 
     decoder = released_decoder(run.model, run.tokenizer)
     return ExportSource(encoder, visual, name, clip_shapes, write_whole, decoder)
@@ -135,8 +152,10 @@ def released_decoder(model: Any, tokenizer: Any) -> CaptionDecoder | str:
     return CaptionDecoder(about, model.text_decoder.state_dict(), tokenizer.vocabulary)
 
 
-def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str) -> None:
-    """Write the whole model as OpenCLIP's `local-dir:` or hub folder.
+def write_model_folder(
+    model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str, max_tokens: int | None = None
+) -> None:
+    """Write the whole model as OpenCLIP's `local-dir:` or hub folder; `max_tokens` of one trained with --aspect native.
 
     `name` is what the folder will be called, or its hub name; OpenCLIP looks for the tokenizer under it.
     """
@@ -147,7 +166,8 @@ def write_model_folder(model: CaptionModel, encoder: Encoder, tokenizer: Any, fo
     elif isinstance(tokenizer, HFTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name}
         tokenizer.save_pretrained(str(folder))
-    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": preprocess_cfg(encoder)})
+    more = {} if max_tokens is None else {MAX_TOKENS: max_tokens}
+    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": {**preprocess_cfg(encoder), **more}})
     write_tensors(folder / WEIGHTS, model.state_dict())
 
 

@@ -24,6 +24,7 @@ from open_clip_ov2.openclip.models.own_config import (
     LOCAL,
     OwnConfig,
     as_folder,
+    config_in,
     config_of,
     has_weights,
     newest_of_run,
@@ -42,7 +43,8 @@ RANDOM = "random"  # weights as a model of this name starts with: the floor unde
 
 @dataclass
 class LoadedModel:
-    """A trained model in evaluation mode with its preprocessing and tokenizer, and where it was found."""
+    """A trained model in evaluation mode with its preprocessing and tokenizer, and where it was found. `max_tokens`: of
+    one that was trained with images that keep their shapes (--aspect native); `preprocess` makes squares even so."""
 
     model: nn.Module
     preprocess: Any
@@ -50,6 +52,7 @@ class LoadedModel:
     preprocess_cfg: dict[str, Any]
     folder: Path
     checkpoint: Path
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ class Where:
 
 
 def open_model(
-    source: str | Path, device: str = "cpu", *, image_size: int | None = None, position_table: str | None = None
+    source: str | Path,
+    device: str = "cpu",
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    position_table: str | None = None,
 ) -> LoadedModel:
     """A trained model in evaluation mode. Raises UserError.
 
@@ -106,7 +113,16 @@ def open_model(
     elif folder is None:
         folder = Path(_hub_file(where.name, CONFIG)).parent
     preprocess_cfg = dict(model.visual.preprocess_cfg)
-    return LoadedModel(model, eval_transform(preprocess_cfg), tokenizer, preprocess_cfg, folder, checkpoint or folder)
+    transform, tokens = eval_transform(preprocess_cfg), _max_tokens(where, folder)
+    return LoadedModel(model, transform, tokenizer, preprocess_cfg, folder, checkpoint or folder, tokens)
+
+
+def _max_tokens(where: Where, folder: Path) -> int | None:
+    """Of one image, as the configuration says that the weights brought along."""
+    own = where.config
+    if own is None and where.pretrained is None and (folder / CONFIG).is_file():
+        own = config_in(folder)
+    return own.max_tokens if own else None
 
 
 def _create(name: str, pretrained: str | None, **options: Any) -> Any:

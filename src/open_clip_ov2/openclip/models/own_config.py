@@ -29,7 +29,7 @@ from open_clip_ov2.openclip.models.released import LINK, check_config
 from open_clip_ov2.openclip.models.tokenizer import MODE, VOCAB
 from open_clip_ov2.train.checkpoint import CONFIG_KEY, list_checkpoints
 
-LOCAL = "local-dir:"
+LOCAL, MAX_TOKENS = "local-dir:", "max_tokens"
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,18 @@ class OwnConfig:
         return found | _pixels(self.preprocess())
 
     @property
+    def max_tokens(self) -> int | None:
+        """Of one image, if the model was trained with --aspect native. Stock OpenCLIP ignores this key."""
+        return self.preprocess_cfg.get(MAX_TOKENS)
+
+    @property
     def is_ours(self) -> bool:
         return is_ov2_config(self.model_cfg) or is_vision_only(self.model_cfg)
 
     def preprocess(self) -> dict[str, Any]:
         """OpenCLIP's `preprocess_cfg` that a model with this configuration gets."""
         if self.is_ours:
-            return ov2_preprocess_cfg(self.preprocess_cfg)
+            return ov2_preprocess_cfg({key: one for key, one in self.preprocess_cfg.items() if key != MAX_TOKENS})
         return {**asdict(PreprocessCfg()), **self.preprocess_cfg}
 
 

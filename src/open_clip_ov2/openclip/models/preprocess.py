@@ -19,8 +19,8 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, ResizeKeepRatio,
 from torch import nn
 from torchvision import transforms as T
 
-from open_clip_ov2.core import CaptionModel, VisionModel
-from open_clip_ov2.data.crop import Box, RandomCrop
+from open_clip_ov2.core import CaptionModel, VisionModel, num_kept
+from open_clip_ov2.data.crop import Box, RandomCrop, ToBudget, TokenBudget
 from open_clip_ov2.errors import UserError, unknown_key
 from open_clip_ov2.tables import each, real, whole
 
@@ -61,22 +61,49 @@ def train_transform(cfg: PreprocessCfg, aug_cfg: Any = None) -> T.Compose:
     return T.Compose([T.Lambda(_to_rgb), crop, to_float, T.Normalize(mean=cfg.mean, std=cfg.std)])
 
 
-def eval_transform(preprocess_cfg: Mapping[str, Any]) -> T.Compose:
+def eval_transform(preprocess_cfg: Mapping[str, Any], budget: TokenBudget | None = None) -> T.Compose:
     """OpenCLIP's transform for evaluation, PIL image -> normalized float32 `(3, H, W)`, but with the configured
-    interpolation for images that are not square too, where OpenCLIP's is bicubic whatever is asked for."""
+    interpolation for images that are not square too, where OpenCLIP's is bicubic whatever is asked for. With a budget
+    images keep their shapes."""
+    bilinear = preprocess_cfg["interpolation"] == "bilinear"
+    if budget is not None:
+        normalize = T.Normalize(mean=preprocess_cfg["mean"], std=preprocess_cfg["std"])
+        return T.Compose([ToBudget(budget, "bilinear" if bilinear else "bicubic"), T.ToTensor(), normalize])
     transform: T.Compose = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
     resize = transform.transforms[0]
     if isinstance(resize, ResizeKeepRatio):
-        bilinear = preprocess_cfg["interpolation"] == "bilinear"
         resize.interpolation = T.InterpolationMode.BILINEAR if bilinear else T.InterpolationMode.BICUBIC
     return transform
 
 
-def train_crop(preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | None, fast: bool) -> RandomCrop | None:
-    """`train_transform` up to its floats, for our loader: the same draws, uint8. None for timm's augmentation."""
+def native_budget(model: Any, max_tokens: int | None) -> TokenBudget:
+    """The budget of images that keep their shapes, by default the tokens of the model's own grid. Raises UserError if
+    token dropping would leave an image none."""
+    rows, columns = model.visual.grid_size
+    budget = TokenBudget(max_tokens or rows * columns, model.visual.conv1.kernel_size[0])
+    if isinstance(model, CaptionModel):
+        ratio = min(model.token_drop.keep_ratio.low, model.token_drop.eval_keep_ratio)
+        try:
+            num_kept(max(1, budget.most // 2), ratio)
+        except ValueError:
+            raise UserError(
+                f"--max-tokens {budget.most}: an image may get half as many, of which a keep ratio of {ratio:g} keeps "
+                "none; give more, or another --keep-ratio"
+            ) from None
+    return budget
+
+
+def train_crop(
+    preprocess_cfg: Mapping[str, Any],
+    aug_cfg: Mapping[str, Any] | None,
+    fast: bool,
+    budget: TokenBudget | None = None,
+) -> RandomCrop | None:
+    """`train_transform` up to its floats, for our loader: the same draws, uint8. None for timm's augmentation. With a
+    budget the box has the image's own ratio, times one that is drawn as that of a square's box."""
     if aug_cfg and aug_cfg.get("use_timm"):
         return None
-    return _random_crop(preprocess_cfg["size"], preprocess_cfg["interpolation"], aug_cfg, fast)
+    return _random_crop(budget or preprocess_cfg["size"], preprocess_cfg["interpolation"], aug_cfg, fast)
 
 
 def _random_crop(size: Any, interpolation: str, aug_cfg: Any, fast: bool) -> RandomCrop:
@@ -86,12 +113,17 @@ def _random_crop(size: Any, interpolation: str, aug_cfg: Any, fast: bool) -> Ran
     else:
         check_aug_cfg(aug_cfg or {}, "ov2")
         aug = AugmentationCfg(**{"scale": CROP_AREA, **(aug_cfg or {})})
-    draw = partial(_draw_box, scale=tuple(aug.scale), ratio=tuple(aug.ratio or (3 / 4, 4 / 3)))
-    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    keeps_shape = isinstance(size, TokenBudget)
+    draw = partial(_draw_box, scale=tuple(aug.scale), ratio=tuple(aug.ratio or (3 / 4, 4 / 3)), of_image=keeps_shape)
+    sides = (size, size) if isinstance(size, int) else size if keeps_shape else (int(size[0]), int(size[1]))
     return RandomCrop(sides, draw, _jitter(aug), fast, str(interpolation))
 
 
-def _draw_box(width: int, height: int, *, scale: tuple[float, ...], ratio: tuple[float, ...]) -> Box:
+def _draw_box(
+    width: int, height: int, *, scale: tuple[float, ...], ratio: tuple[float, ...], of_image: bool = False
+) -> Box:
+    """`ratio` of width to height; with `of_image`, as many times the image's own."""
+    ratio = tuple(one * width / height for one in ratio) if of_image else ratio
     empty = torch.empty(0, height, width)  # torchvision asks it for its size alone
     top, left, box_height, box_width = T.RandomResizedCrop.get_params(empty, list(scale), list(ratio))
     return Box(left, top, box_width, box_height)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip import CoCa
@@ -69,7 +69,7 @@ class _Feed:
         self._batches = batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.images_BCHW, batch.texts_BL) for batch in self._batches)
+        return ((cast(Tensor, batch.images_BCHW), batch.texts_BL) for batch in self._batches)
 
 
 def stock_epoch(

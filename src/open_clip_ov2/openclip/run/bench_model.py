@@ -24,6 +24,7 @@ from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip import patches
+from open_clip_ov2.openclip.command.flags import NATIVE
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.models import baseline_configs
 from open_clip_ov2.openclip.models.factory import is_ov2_config
@@ -54,6 +55,8 @@ class BenchModel:
 
     def __init__(self, argv: Sequence[str], device: str, flags_of_ov2: Sequence[str] = ()) -> None:
         plan = parse(argv, world_size=1, gpu=device != "cpu")
+        if plan.stages[-1].options.aspect == NATIVE:
+            raise UserError(f"--aspect {NATIVE}: benchmarks of a step take images of one shape; leave the flag out")
         if plan.is_ov2:
             argv = [*argv, *flags_of_ov2]
             ratio = parse(argv, world_size=1, gpu=device != "cpu").stages[-1].options.keep_ratio

@@ -14,7 +14,7 @@ from open_clip_ov2.data.sources import CsvSource, Source, SyntheticSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.flags import TrainOptions
-from open_clip_ov2.openclip.models.prompted import PromptTokenizer
+from open_clip_ov2.openclip.models.tokenizer import PromptTokenizer
 
 
 @dataclass

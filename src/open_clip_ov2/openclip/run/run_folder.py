@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from open_clip import factory as open_clip_factory
 
+from open_clip_ov2.data.crop import TokenBudget
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text
 from open_clip_ov2.locks import LOCK
 from open_clip_ov2.openclip.models.factory import is_ov2_config
-from open_clip_ov2.openclip.models.own_config import OwnConfig
+from open_clip_ov2.openclip.models.own_config import MAX_TOKENS, OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
 from open_clip_ov2.recipe import dump_recipe
@@ -103,7 +104,11 @@ def _is_repeated(plan: RunPlan) -> bool:
 
 
 def own_config(
-    stage: StagePlan, model_options: dict[str, Any], preprocess_cfg: dict[str, Any], tokenizer: Any
+    stage: StagePlan,
+    model_options: dict[str, Any],
+    preprocess_cfg: dict[str, Any],
+    tokenizer: Any,
+    budget: TokenBudget | None = None,
 ) -> OwnConfig:
     """The configuration of the model in training, with every flag that changed it folded in."""
     args = stage.args
@@ -118,6 +123,8 @@ def own_config(
     if not is_ov2_config(cfg):
         cfg.update(_forced(args))
     plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))
+    if budget is not None:
+        plain["preprocess"][MAX_TOKENS] = budget.most
     vocabulary = tokenizer.vocabulary if isinstance(tokenizer, WordPieceTokenizer) else None
     return OwnConfig(plain["model"], plain["preprocess"], vocabulary)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.flags import NATIVE
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.models.model_facts import ModelFacts, facts_of, model_facts
 from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
@@ -46,14 +47,25 @@ def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | Non
 def stage_facts(stage: StagePlan) -> ModelFacts:
     """The model of a stage, built without memory. Raises UserError."""
     args, options = stage.args, stage.options
-    return model_facts(
-        args.model,
-        resolution=stage.image_size,
-        context_length=args.force_context_length,
-        patch_dropout=args.force_patch_dropout,
-        tokenizer=options.tokenizer,
-        **options.model_options(),
+    return _with_budget(
+        stage,
+        model_facts(
+            args.model,
+            resolution=stage.image_size,
+            context_length=args.force_context_length,
+            patch_dropout=args.force_patch_dropout,
+            tokenizer=options.tokenizer,
+            **options.model_options(),
+        ),
     )
+
+
+def _with_budget(stage: StagePlan, facts: ModelFacts) -> ModelFacts:
+    """With the patches that an image has at most under --aspect native."""
+    if stage.options.aspect != NATIVE:
+        return facts
+    encoder = replace(facts.sizes.encoder, budget=stage.options.max_tokens)
+    return replace(facts, sizes=replace(facts.sizes, encoder=encoder))
 
 
 def stage_cost(
@@ -74,8 +86,11 @@ def stage_cost(
         fixed_bytes(facts.trained, facts.frozen, precision, machine.gpus) + loss_bytes(facts.sizes, precision),
         activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
     )
+    budget = facts.sizes.encoder.budget
+    images = f"{resolution} px" if budget is None else f"{budget} tokens"
     return StageCost(
-        title=stage.title or f"{resolution} px",
+        title=stage.title or images,
+        images=images,
         resolution=resolution,
         samples=(args.train_num_samples or 0) * args.epochs,
         tokens=tokens,
@@ -116,7 +131,7 @@ def stage_meter(model: Any, stage: StagePlan, device: torch.device, world_size: 
         logger.info("MFU is not measured: a part of the model is frozen")
         return None
     try:
-        facts = facts_of(args.model, model)
+        facts = _with_budget(stage, facts_of(args.model, model))
     except (UserError, AttributeError) as error:
         logger.info("MFU is not measured: %s", error)
         return None

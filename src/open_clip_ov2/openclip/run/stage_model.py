@@ -15,11 +15,17 @@ from torch import nn
 from open_clip_ov2.core import CaptionLoss
 from open_clip_ov2.core.attention import use_flash_attention
 from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.data.crop import TokenBudget
 from open_clip_ov2.errors import UserError, first_line
-from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
+from open_clip_ov2.openclip.command.flags import FAMILY, NATIVE, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.own_config import brings_weights, named_config
-from open_clip_ov2.openclip.models.preprocess import eval_transform, ov2_preprocess_options, train_crop
+from open_clip_ov2.openclip.models.preprocess import (
+    eval_transform,
+    native_budget,
+    ov2_preprocess_options,
+    train_crop,
+)
 from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
@@ -68,6 +74,7 @@ class StageModel:
         self.tokenizer: Any = None
         self.val_transform: Any = None
         self.preprocess_cfg: dict[str, Any] = {}
+        self.budget: TokenBudget | None = None  # of --aspect native
         self.extra: dict[str, Any] = {}  # see `model_options`
         self.averages: dict[str, Any] | None = None  # what --ema-decay begins with; None: the weights themselves
 
@@ -95,10 +102,11 @@ class StageModel:
             freeze(model, self.options.freeze)
             self._use_kernels(model, torch.device(kwargs["device"]))
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
-            self.val_transform = eval_transform(self.preprocess_cfg)
+            self.budget = native_budget(model, self.options.max_tokens) if self.options.aspect == NATIVE else None
+            self.val_transform = eval_transform(self.preprocess_cfg, self.budget)
             if self.is_ov2:  # a crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats
                 fast = self.options.decode != "exact"
-                train_tf = train_crop(self.preprocess_cfg, kwargs["aug_cfg"], fast) or train_tf
+                train_tf = train_crop(self.preprocess_cfg, kwargs["aug_cfg"], fast, self.budget) or train_tf
             return model, train_tf, self.val_transform
 
         return create_model

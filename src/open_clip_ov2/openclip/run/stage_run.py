@@ -121,7 +121,9 @@ class StageRun:
         if "val" in data and self._loader is not None:  # before hours of training, not after
             self.session.on_rank_0(data["val"].dataloader.check)
         data |= {flag: LoaderInfo(folder) for flag, folder in imagenet_folders(args).items()}
-        self._config = own_config(self.stage, self.built.extra, self.built.preprocess_cfg, self.built.tokenizer)
+        self._config = own_config(
+            self.stage, self.built.extra, self.built.preprocess_cfg, self.built.tokenizer, self.built.budget
+        )
         if self.session.rank == 0:
             self._config.write(self.session.plan.folder)
         return data

@@ -20,6 +20,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from open_clip_ov2.core.compute import Compute
+from open_clip_ov2.core.native import NativeImages
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import caption_loss
@@ -156,14 +157,15 @@ class Validation:
             images, keys, batch.prompts[:count] or None, short_prompts=True
         )
         cfg = self.built.preprocess_cfg
-        pictures = _to_uint8(images, cfg["mean"], cfg["std"])
+        each = images.images() if isinstance(images, NativeImages) else images
+        pictures = [_to_uint8(image, cfg["mean"], cfg["std"]) for image in each]
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
 
 
-def _to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalized float `(B, 3, H, W)` -> uint8, for people to look at."""
+def _to_uint8(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized float `(3, H, W)` -> uint8, for people to look at."""
     mean_C11, std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return ((images.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((image.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def imagenet_folders(args: argparse.Namespace) -> dict[str, Path]:
