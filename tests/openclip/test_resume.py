@@ -106,6 +106,28 @@ def test_resumed_after_any_step_it_is_the_same_run(squares: Path, vocabulary: Pa
         assert [event.value for event in board.Scalars("run/stage")] == [1.0] * 6 + [2.0] * 4
 
 
+def test_elastic_runs_go_on_alike_with_other_numbers(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Four batches to accumulate, and two data workers; oracle: the uninterrupted run's losses, to rounding.
+
+    scripts/kill_soak.py --elastic does it with real processes, killed, on one and on two.
+    """
+    more = ["--elastic", "2x2", "--shuffle-buffer", "5", "--keep-ratio", "0.3:0.9", "--save-every-steps", "1"]
+    more += ["--keep-checkpoints", "99", "--caption-keys", "json:recaption=0.6,txt=0.4", "--global-batch", "8"]
+    assert ov2(["train", *two_stages(squares, vocabulary, tmp_path / "whole"), *more]) == 0
+    whole, rows = tmp_path / "whole" / "run", dict[Path, list[tuple[int, float]]]()
+    (whole / "tensorboard").mkdir()
+    files = list_checkpoints(whole / "checkpoints")
+    folder = as_if_killed_after(whole, files[3], tmp_path / "other")
+    flags = [*two_stages(squares, vocabulary, tmp_path / "other"), *more, "--batch-size", "2", "--workers", "2"]
+    assert ov2(["train", *flags]) == 0
+    for run in (whole, folder):
+        rows[run] = [(row["samples_seen"], row["loss"]) for row in results(run, "train")]
+    assert len(rows[folder]) == 10
+    for (seen, loss), (other_seen, other_loss) in zip(rows[whole], rows[folder], strict=True):
+        assert seen == other_seen
+        assert other_loss == pytest.approx(loss, rel=2e-5)
+
+
 @pytest.mark.parametrize("model", ["coca_tiny", "clip_tiny"])
 def test_baselines_go_on_too(squares: Path, baselines: Path, vocabulary: Path, tmp_path: Path, model: str) -> None:
     """Learned position tables, the stock step with accumulation, two resolutions."""
