@@ -3,6 +3,7 @@
     taskset -c 0 python scripts/loader_bench.py                  # makes its shards in a temporary folder
     taskset -c 0 python scripts/loader_bench.py --color-jitter --resolution 224 --train-data 'shards/{0..9}.tar'
     taskset -c 0 python scripts/loader_bench.py --caption-set     # what a set of captions costs
+    taskset -c 0 python scripts/loader_bench.py --shards 16 --elastic 16x1     # and 16 streams in one data worker
 
 Stock is `open_clip_train.data.get_data` with its own transform at the crop of ov2 models (area 40% to 100%), bicubic as
 it is. All run without worker processes, one after the other in each repetition, so that what slows the machine slows
@@ -36,6 +37,7 @@ from PIL import Image, ImageDraw
 from open_clip_ov2.data.captions import choose_caption, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.loader import TrainLoader
+from open_clip_ov2.data.order.layout import Elastic, parse_elastic
 from open_clip_ov2.data.resize import Resize
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
@@ -88,7 +90,9 @@ def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], I
     return lambda: iter(data["train"].dataloader)
 
 
-def ours(shards: str, args: argparse.Namespace, samples: int, fast: bool) -> Callable[[], Iterator[Any]]:
+def ours(
+    shards: str, args: argparse.Namespace, samples: int, fast: bool, elastic: Elastic | None = None
+) -> Callable[[], Iterator[Any]]:
     cfg = {"size": args.resolution, "interpolation": "bilinear"}
     crop = train_crop(cfg, color_jitter_cfg() if args.color_jitter else None, fast)
     assert crop is not None
@@ -103,6 +107,7 @@ def ours(shards: str, args: argparse.Namespace, samples: int, fast: bool) -> Cal
         world_size=1,
         caption_keys=parse_caption_keys("txt"),
         num_samples=samples,
+        elastic=elastic,
     )
     return lambda: iter(loader)
 
@@ -174,6 +179,14 @@ def cost_of_set(shards: str, args: argparse.Namespace, samples: int, captions: C
     return found | {"cost": round((found["set"] - found["txt"]) / found["loader"], 4)}
 
 
+def cost_of_streams(shards: str, args: argparse.Namespace, samples: int) -> dict[str, float]:
+    """Microseconds of an image in the loader, without and with --elastic; the least of all repetitions."""
+    loaders = {"plain": ours(shards, args, samples, True), "elastic": ours(shards, args, samples, True, args.elastic)}
+    taken = [{name: seconds(start, samples) for name, start in loaders.items()} for _ in range(args.repetitions)]
+    found = {name: round(1e6 * min(one[name] for one in taken) / samples, 1) for name in loaders}
+    return found | {"ratio": round(found["plain"] / found["elastic"], 3)}
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--train-data", help="default: shards made for this, with JPEGs of 512 px")
@@ -184,6 +197,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--color-jitter", action="store_true")
+    parser.add_argument("--shards", type=int, default=4, help="that are made (default: 4)")
+    parser.add_argument("--elastic", type=parse_elastic, help="these streams against one, at both sizes: 16x1")
     parser.add_argument("--caption-set", action="store_true", help="a set of captions against txt, at both sizes")
     return parser
 
@@ -195,8 +210,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         full = Path(temporary) / "full"
         full.mkdir()
-        shards = args.train_data or write_shards(full, samples)
+        shards = args.train_data or write_shards(full, samples, args.shards)
         small = resized(shards, Path(temporary) / "small", args.short_side)
+        if args.elastic:
+            for name, tars in (("as they are", shards), (f"of {args.short_side} px", small)):
+                print(f"shards {name}: {json.dumps(cost_of_streams(tars, args, samples))}", flush=True)
+            return
         if args.caption_set:
             captions = caption_set(shards, Path(temporary) / "captions")
             for name, tars in (("as they are", shards), (f"of {args.short_side} px", small)):
