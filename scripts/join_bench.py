@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--samples", type=int, default=400_000)
-    parser.add_argument("--memory-gb", default="0.5")
+    parser.add_argument("--memory-gb", default="0.2")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     shards = write_tars(args.folder, args.samples, args.rows)

@@ -1,4 +1,5 @@
-"""The walk of docs/data.md, from DataComp's tars and the published tables to an encoder. Oracle: its commands run."""
+"""The walk of docs/data.md, from img2dataset's or DataComp's tars and the published tables to an encoder. Oracle: its
+commands run."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 TINY = Path(__file__).parents[1] / "openclip" / "old_run" / "tiny"
 SMALL = [
     "--train-num-samples", "16", "--model", f"local-dir:{TINY}", "--force-image-size", "24", "--force-context-length",
-    "12", "--batch-size", "8", "--workers", "0", "--epochs", "1", "--name", "run",
+    "12", "--batch-size", "8", "--workers", "0", "--epochs", "1",
 ]  # fmt: skip
 COLORS = ("red", "green", "blue", "black")
 
@@ -30,6 +32,7 @@ def test_from_tars_and_tables_to_an_encoder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     Path("datacomp").mkdir()
     Path("recap").mkdir()
+    Path("shards").mkdir()
     rows = []
     for shard in range(4):
         with wds.TarWriter(f"datacomp/{shard:08d}.tar") as tar:
@@ -38,17 +41,22 @@ def test_from_tars_and_tables_to_an_encoder(tmp_path: Path, monkeypatch: pytest.
                 buffer = io.BytesIO()
                 Image.new("RGB", (32, 32), color).save(buffer, "jpeg")
                 digest = hashlib.sha256(str(number).encode()).hexdigest()
-                about = json.dumps({"sha256": digest, "uid": f"{number:032x}"}).encode()
+                fields = {"sha256": digest, "uid": f"{number:032x}", "org_caption": color, "status": "success"}
+                about = json.dumps(fields).encode()
                 tar.write({"__key__": f"{number:012d}", "jpg": buffer.getvalue(), "txt": color, "json": about})
                 caption = f"a plain square that is {color} all over" if index else color
                 rows.append({"sha256": digest, "re_caption_condition_diverse_topk": caption})
+        shutil.copy(f"datacomp/{shard:08d}.tar", f"shards/{shard:05d}.tar")
+        Path(f"shards/{shard:05d}_stats.json").write_text("{}")  # img2dataset's, beside its tar
     pd.DataFrame(rows).to_parquet("recap/train-0.parquet")
     blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (direct,) = [text for text in blocks if "json:org_caption" in text]
+    assert ov2([*shlex.split(direct)[1:], *SMALL, "--name", "direct"]) == 0
     (walk,) = [text for text in blocks if "captions join" in text]
     lines = [shlex.split(line)[1:] for line in walk.splitlines()]
     assert [line[:2] for line in lines[:4]] == [["captions", name] for name in ("join", "filter", "report", "write")]
     for line in lines:
-        assert ov2([*line, *(SMALL if line[0] == "train" else [])]) == 0, line
+        assert ov2([*line, *([*SMALL, "--name", "run"] if line[0] == "train" else [])]) == 0, line
     kept = list(read_sidecar("good/00000000.jsonl.gz"))
     assert [line.get("dropped") for line in kept] == ["min-words", None, None, None]
-    assert list(Path("logs/run/checkpoints").iterdir())
+    assert all(list(Path(f"logs/{name}/checkpoints").iterdir()) for name in ("direct", "run"))

@@ -1,7 +1,8 @@
 """Published captions joined to tars: three steps on disk, each of which continues where it was stopped.
 
 1. index: the id, the url and the key of each sample of each tar, a file of JSON lines for each tar;
-2. match: one query of DuckDB finds the rows of the tables that have these ids, sorted by tar and sample;
+2. match: DuckDB finds the rows of the tables that have these ids, and then their captions, sorted by tar and sample;
+   what it holds in memory is the ids of the samples, and captions only in its sort, which uses the disk;
 3. write: a sidecar for each tar.
 
 Several rows of one id: that with the sample's own url counts, then one with a caption, then the first in the order of
@@ -138,17 +139,22 @@ class Join:
         files = literal([str(_index_file(work / "index", name)) for name in left])
         index = f"read_json({files}, columns = {INDEX}, format = 'newline_delimited')"
         more = "".join(f", t.also_{place} AS {identifier(name)}" for place, name in enumerate(self.tables.also))
-        temporary = work / "matched.tmp"
-        query = (
-            f"COPY (SELECT i.shard AS shard, i.row AS row, t.caption AS caption{more} "
-            f"FROM ({self.tables.rows(self.on)}) t JOIN {index} i ON t.id = i.id ORDER BY i.shard, i.row, "
-            "coalesce(t.row_url = i.url, false) DESC, coalesce(trim(t.caption), '') = '', t.file, t.place) "
-            f"TO {literal(str(temporary))} (FORMAT parquet)"
+        temporary, rows = work / "matched.tmp", self.tables.rows(self.on)
+        find = (
+            "CREATE OR REPLACE TEMP TABLE found AS SELECT i.shard, i.row, t.file, t.place, "
+            f"coalesce(t.row_url = i.url, false) AS same_url FROM ({rows}) t JOIN {index} i ON t.id = i.id"
+        )
+        fetch = (
+            f"COPY (SELECT f.shard AS shard, f.row AS row, t.caption AS caption{more} "
+            f"FROM ({rows}) t JOIN found f ON t.file = f.file AND t.place = f.place "
+            "ORDER BY f.shard, f.row, f.same_url DESC, coalesce(trim(t.caption), '') = '', f.file, f.place) "
+            f"TO {literal(str(temporary))} (FORMAT parquet, ROW_GROUP_SIZE {2 * CHUNK})"
         )
         about.unlink(missing_ok=True)
         with database_errors():
             self.tables.database.execute(f"SET temp_directory = {literal(str(work / 'spill'))}")
-            self.tables.database.execute(query)
+            for one in (find, fetch, "DROP TABLE found"):
+                self.tables.database.execute(one)
         temporary.replace(matched)
         write_json(about, left)
         return matched

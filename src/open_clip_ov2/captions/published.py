@@ -111,8 +111,8 @@ class Tables:
         return [name for name in IDS if any({self.column, name} <= names for names in self.columns.values())]
 
     def rows(self, on: str) -> str:
-        """A query: id, url, caption, columns of `also`, and where the row stands."""
-        files = self.files(on)
+        """A query: id, url, caption, columns of `also`, number of the file by name, and of the row."""
+        files = sorted(self.files(on))
         present = set[str]().union(*(self.columns[file] for file in files))
         for name in self.also:
             self._check(name, "--also")
@@ -121,8 +121,9 @@ class Tables:
         more = "".join(f", {name} AS also_{place}" for place, name in enumerate(kept))
         return (
             f"SELECT CAST({identifier(on)} AS VARCHAR) AS id, {url} AS row_url, "
-            f"CAST({identifier(self.column)} AS VARCHAR) AS caption{more}, filename AS file, file_row_number AS place "
-            f"FROM read_parquet({literal(files)}, union_by_name = true, filename = true, file_row_number = true)"
+            f"CAST({identifier(self.column)} AS VARCHAR) AS caption{more}, "
+            "file_index AS file, file_row_number AS place "
+            f"FROM read_parquet({literal(files)}, union_by_name = true, file_row_number = true)"
         )
 
     def digest(self) -> str:
