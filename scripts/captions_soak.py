@@ -3,14 +3,15 @@
     python scripts/captions_soak.py OUT [--kills 36] [--seed 0]
 
 For the package's own model and a tiny LLaVA of transformers, in one process and in three: each kill comes at a random
-moment, and half of them tear the journal's last line as a machine that loses power may. A kill counts if it hit a
-process that was at work.
+moment after a line that was drawn among those still to be written, and half of them tear the journal's last line as a
+machine that loses power may. A kill counts if it hit a process that was at work.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ SERVER.set_forkserver_preload(  # seconds of imports, once
     ["open_clip_ov2.captions.write_options", "open_clip_ov2.captions.engine_ov2", "captions_soak", "transformers"]
 )
 TESTS = Path(__file__).parents[1] / "tests"
+TARS, EACH = 6, 60  # samples of each tar
+PAUSE_S = 0.05  # a batch of either engine takes about as long
 
 
 def write(argv: Sequence[str], task: str) -> None:
@@ -44,43 +47,45 @@ def start(argv: Sequence[str], tasks: int) -> list[Any]:
     return processes
 
 
-def finish(argv: Sequence[str], tasks: int, timeout_s: float = 600) -> float:
-    """Run the command to its end; seconds. Raises RuntimeError if a process fails."""
-    begun = time.monotonic()
+def finish(argv: Sequence[str], tasks: int, timeout_s: float = 600) -> None:
+    """Run the command to its end. Raises RuntimeError if a process fails."""
     processes = start(argv, tasks)
     for process in processes:
         process.join(timeout_s)
         if process.exitcode != 0:
             raise RuntimeError(f"a process ended with {process.exitcode}")
-    return time.monotonic() - begun
 
 
 def sidecars(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.jsonl.gz")}
 
 
-def journal_bytes(folder: Path) -> int:
+def written(folder: Path) -> int:
+    """Lines on disk, in journals and finished sidecars."""
     total = 0
-    for path in folder.glob(".writing/*/lines.jsonl"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
-    return total + sum(path.stat().st_size for path in folder.glob("*.jsonl.gz"))
+    for path in (*folder.glob(".writing/*/lines.jsonl"), *folder.glob("*.jsonl.gz")):
+        with contextlib.suppress(OSError):  # a journal goes when its sidecar is whole
+            data = path.read_bytes()
+            total += (gzip.decompress(data) if path.suffix == ".gz" else data).count(b"\n")
+    return total
 
 
-def soak(argv: Sequence[str], out: Path, tasks: int, kills: int, rng: random.Random, pause_s: float) -> int:
-    """Kill one process of the command after another, then let it finish; how many were killed at work.
+def soak(argv: Sequence[str], out: Path, tasks: int, kills: int, samples: int, rng: random.Random) -> int:
+    """Kill the command's processes again and again, then let it finish; how many kills hit a process at work.
 
-    A process is killed up to `pause_s` after its set has grown, so that each start gets a little further.
+    A kill comes up to PAUSE_S after a line that was drawn is on disk; the lines are drawn from those still to come, one
+    after the other, with room for the kills that follow.
     """
     hit = 0
-    for _ in range(kills):
-        processes, before = start([*argv, "--out", str(out)], tasks), journal_bytes(out)
-        deadline = time.monotonic() + 120
-        while journal_bytes(out) == before and any(one.is_alive() for one in processes):
+    for kill in range(kills):
+        processes, before = start([*argv, "--out", str(out)], tasks), written(out)
+        step = max(1, (samples - before) // (kills - kill + 1))
+        line, deadline = before + rng.randint(1, step), time.monotonic() + 300
+        while written(out) < line and any(one.is_alive() for one in processes):
             if time.monotonic() > deadline:
-                raise RuntimeError("no caption was written in two minutes")
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, pause_s))
+                raise RuntimeError("no caption was written in five minutes")
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, PAUSE_S))
         hit += any(one.is_alive() for one in processes)
         for one in processes:
             one.kill()
@@ -104,7 +109,7 @@ def main() -> None:
     from square_shards import write_square_shards
 
     args.out.mkdir(parents=True)
-    write_square_shards(args.out / "squares", 6, 60)
+    write_square_shards(args.out / "squares", TARS, EACH)
     language_model = args.out / "language_model"
     make_language_model(language_model)
     llava = make_run(args.out / "run").export("llava", args.out / "llava", "--language-model", str(language_model))
@@ -114,12 +119,12 @@ def main() -> None:
     for engine, model in (("ov2", []), ("transformers", ["--model", str(llava)])):
         argv = [*shared, *model]
         whole = args.out / f"{engine}-undisturbed"
-        seconds = finish([*argv, "--out", str(whole)], 1)
+        finish([*argv, "--out", str(whole)], 1)
         wanted = sidecars(whole)
         for tasks in (1, 3):
             folder = args.out / f"{engine}-{tasks}"
-            hit = soak(argv, folder, tasks, args.kills, rng, seconds / args.kills)
-            same = sidecars(folder) == wanted and len(wanted) == 6
+            hit = soak(argv, folder, tasks, args.kills, TARS * EACH, rng)
+            same = sidecars(folder) == wanted and len(wanted) == TARS
             print(
                 f"{engine}, {tasks} process(es): {hit} of {args.kills} kills at work, sidecars equal: {same}",
                 flush=True,

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from export_fixtures import make_language_model, make_run
+from PIL import Image
 from square_shards import write_square_shards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import captions_soak
 
-from open_clip_ov2.captions import engine_ov2
+from open_clip_ov2.captions import engine_ov2, engine_vllm
 from open_clip_ov2.captions.engine_transformers import open_processor, special_texts
 from open_clip_ov2.captions.requests import Prompts, Request, read_sampler, row_sampling
 from open_clip_ov2.captions.write import NO_TEXT, Task, Writing, task_here, write_captions
@@ -61,7 +62,7 @@ def test_kills_and_processes_change_no_byte(folder: Path, tmp_path: Path, model:
     """Oracle: the sidecars of a run that nobody disturbs. scripts/captions_soak.py does it 36 times each."""
     argv = flags(folder, model, "--batch-size", "2", "--condition", "txt")
     assert main(["captions", "write", *argv, "--out", str(tmp_path / "whole")]) == 0
-    captions_soak.soak(argv, tmp_path / "killed", tasks, 2, random.Random(0), 0.05)
+    captions_soak.soak(argv, tmp_path / "killed", tasks, 2, 18, random.Random(0))
     wanted = captions_soak.sidecars(tmp_path / "whole")
     assert len(wanted) == 2
     assert captions_soak.sidecars(tmp_path / "killed") == wanted
@@ -163,3 +164,22 @@ def test_tasks_and_samplers_follow_from_what_they_are_given() -> None:
     for text in ("greedy,top-k=3", "temperature=1", "top-k=0", "top-k=3,weight=0", "beam"):
         with pytest.raises(UserError, match=r"greedy|top-k|weight|KEY=VALUE"):
             read_sampler(text)
+
+
+def test_what_vllm_is_given_is_what_it_takes(folder: Path) -> None:
+    """Oracle: vLLM's own request types, which check their values. Writing with it needs a GPU."""
+    vllm = pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'open_clip_ov2[vllm]'")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.inputs import TextPrompt
+
+    processor, picture = open_processor(str(folder / "llava")), Image.new("RGB", (64, 48))
+    for text, temperature in (("greedy", 0.0), ("top-k=5,temperature=0.7", 0.7)):
+        request = Request("a", picture, "red", row_sampling([read_sampler(text)], 0, "a"))
+        taken = vllm.SamplingParams(**engine_vllm.sampling_options(request, 12))
+        assert (taken.temperature, taken.max_tokens) == (temperature, 12)
+        assert temperature == 0 or (taken.top_k, taken.seed) == (5, request.sampling.seed)
+        prompt = engine_vllm.text_prompt(processor, request, 32)
+        assert set(prompt) <= TextPrompt.__required_keys__ | TextPrompt.__optional_keys__
+        assert min(prompt["multi_modal_data"]["image"].size) == 32
+    arguments = EngineArgs(model="any", **engine_vllm.LLM_OPTIONS)
+    assert all(getattr(arguments, name) == value for name, value in engine_vllm.LLM_OPTIONS.items())

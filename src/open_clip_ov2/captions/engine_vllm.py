@@ -33,15 +33,15 @@ class VllmEngine:
         self._sampling_params, self._llm = vllm.SamplingParams, vllm.LLM(model=model, **LLM_OPTIONS)
 
     def captions(self, requests: Sequence[Request]) -> list[str]:
-        prompts = [
-            {
-                "prompt": conversation(self._processor, request.prompt),
-                "multi_modal_data": {"image": small(request.image, self._image_size)},
-            }
-            for request in requests
-        ]
+        prompts = [text_prompt(self._processor, request, self._image_size) for request in requests]
         sampling = [self._sampling_params(**sampling_options(request, self._max_tokens)) for request in requests]
         return [done.outputs[0].text.strip() for done in self._llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def text_prompt(processor: Any, request: Request, image_size: int | None) -> dict[str, Any]:
+    """A vllm.inputs.TextPrompt."""
+    image = small(request.image, image_size)
+    return {"prompt": conversation(processor, request.prompt), "multi_modal_data": {"image": image}}
 
 
 def sampling_options(request: Request, max_tokens: int) -> dict[str, Any]:
