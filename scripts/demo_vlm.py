@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+import resource
 import string
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def one_run(args: argparse.Namespace, name: str, encoder: str, language_model: s
     run([*ov2, "train", encoder, "--out", folder, "--recipe", args.out / "recipe.toml",
          "--language-model", language_model, "--align-data", args.out / "align.json", "--align-images", data,
          "--tune-data", args.out / "tune.json",
-         "--tune-images", data, "--batch-size", 32, "--workers", 1, "--seed", seed,
+         "--tune-images", data, "--batch-size", 32, "--workers", 0, "--seed", seed,
          *(["--image-size", IMAGE_SIZE] if encoder == SHIPPED else [])])  # fmt: skip
     for file in ("questions", "shuffled") if name == "ov2" else ("questions",):
         found = folder / "eval" / f"{file}-scores.json"
@@ -251,9 +252,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=int, default=10000, help="training pictures of all kinds")
-    parser.add_argument("--short", type=int, default=4000, help="and of text of at most four letters")
-    parser.add_argument("--align", type=int, default=4000, help="pictures of the alignment")
+    parser.add_argument("--pictures", type=int, default=7000, help="training pictures of all kinds")
+    parser.add_argument("--short", type=int, default=2500, help="and of text of at most four letters")
+    parser.add_argument("--align", type=int, default=2500, help="pictures of the alignment")
     parser.add_argument("--held-out", type=int, default=60, help="held-out pictures of each kind")
     parser.add_argument("--epochs", type=int, default=1, help="of tuning")
     parser.add_argument(
@@ -292,7 +293,9 @@ def main() -> None:
             if name == "ov2":
                 found.setdefault("ov2, pictures shuffled", []).append(scores["shuffled"])
             (args.out / "table.md").write_text(table(found))
-    print(f"\n{table(found)}\n{time.monotonic() - started:.0f} s; the table is in {args.out / 'table.md'}")
+    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    seconds = f"{time.monotonic() - started:.0f} s, {used:.0f} s of processor time"
+    print(f"\n{table(found)}\n{seconds}; the table is in {args.out / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -124,31 +124,40 @@ def lmms_environment() -> Path | None:
 
 def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
     """The task's own columns, with made content."""
-    common = {"image": {"bytes": picture.read_bytes(), "path": None}}
-    if task == "chartqa":
-        return [{**common, "type": "human_test", "question": f"q{i}?", "answer": str(i + 1)} for i in range(count)]
-    return [
-        {**common, "id": str(i), "question_id": str(i), "question": f"Is there a cat {i}?", "answer": "yes",
-         "image_source": "x", "category": "random"}
-        for i in range(count)
-    ]  # fmt: skip
+    more: dict[str, dict[str, Any]] = {
+        "chartqa": {"type": "human_test", "answer": "1"},
+        "textvqa": {"answers": ["red"] * 10, "answer": "red", "ocr_tokens": ["red"]},
+        "ocrbench": {"answer": ["red", "RED"], "dataset": "SVT", "question_type": "Regular Text Recognition"},
+        "mme": {"answer": "Yes"},
+        "pope": {"answer": "yes", "image_source": "x", "category": "random"},
+    }
+    made = []
+    for index in range(count):
+        image = {"bytes": picture.read_bytes(), "path": f"{index}.png"}
+        row = {"id": str(index), "question_id": str(index), "question": f"Is there a cat {index}?", "image": image}
+        if task == "mme":  # two questions about each picture
+            half = index // 2
+            row |= {"question_id": f"{half}.png", "category": ("existence", "code_reasoning")[half % 2]}
+        made.append({**row, **more[task]})
+    return made
 
 
 @pytest.mark.skipif(lmms_environment() is None, reason=f"{lmms.VARIABLE} names no environment with lmms-eval")
 def test_lmms_eval_runs_its_tasks_offline(parts: Path, model: Path, tmp_path: Path) -> None:
     """Oracle: lmms-eval itself, in its own environment, on files of this disk, gives a score for each task."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset
     from datasets import Image as Picture
 
-    for task in ("chartqa", "pope"):
-        rows = rows_for(task, parts / "data" / "pictures" / "0.png")
+    tasks = ("chartqa", "textvqa", "ocrbench", "mme", "pope")
+    for task in tasks:
+        rows = Dataset.from_list(rows_for(task, parts / "data" / "pictures" / "0.png"))
         (tmp_path / task).mkdir()
-        names = Features({name: Picture() if name == "image" else Value("string") for name in rows[0]})
-        Dataset.from_list(rows, features=names).to_parquet(str(tmp_path / task / "test.parquet"))
-    words = ["vlm", "eval", str(model), "--tasks", "chartqa,pope", "--data", str(tmp_path), "--device", "cpu"]
+        rows.cast_column("image", Picture()).to_parquet(str(tmp_path / task / "test.parquet"))
+    words = ["vlm", "eval", str(model), "--tasks", ",".join(tasks), "--data", str(tmp_path), "--device", "cpu"]
     assert main(words) == 0
     scores = json.loads((model / "eval" / "lmms-eval-scores.json").read_text())
-    assert set(scores["scores"]) == {"chartqa", "pope", "pope_f1"}
+    names = {"chartqa", "textvqa", "ocrbench", "mme_perception", "mme_cognition", "pope", "pope_f1"}
+    assert set(scores["scores"]) == names
 
 
 def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
