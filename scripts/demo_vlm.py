@@ -275,10 +275,8 @@ def main() -> None:
         write_json(args.out / SETTINGS, settings)
     captions = write_data(args)
     small = args.language_model is None
-    recipe = RECIPE.format(
-        template="vicuna-v1" if small else "chatml", lr="1e-3" if small else "1e-4", epochs=args.epochs
-    )
-    (args.out / "recipe.toml").write_text(recipe)
+    template, lr = ("vicuna-v1", "1e-3") if small else ("chatml", "1e-4")
+    (args.out / "recipe.toml").write_text(RECIPE.format(template=template, lr=lr, epochs=args.epochs))
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
         language_model, untrained = args.out / f"language-model-{seed}", args.out / f"random-encoder-{seed}"
