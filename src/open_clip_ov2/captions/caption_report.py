@@ -38,32 +38,7 @@ from open_clip_ov2.tables import text, whole
 PAGE = "report.html"
 SIDE_PX, BARS = 224, 40
 WITH_PICTURES = 2000  # samples of the first tars whose alt-texts are compared
-STOPWORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "for",
-        "from",
-        "in",
-        "is",
-        "it",
-        "its",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "this",
-        "to",
-        "with",
-    ]
-)
+STOPWORDS = frozenset("a an and are as at be by for from in is it its of on or that the this to with".split())  # noqa: SIM905
 
 
 @dataclass(frozen=True)
