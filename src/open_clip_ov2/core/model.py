@@ -6,7 +6,7 @@ Source: OpenVision 2 (arXiv 2509.01644); docs/reference.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -213,6 +213,15 @@ class CaptionModel(ImageModel):
         for block in self.text_decoder.blocks:
             cast(SelfBlock | CrossBlock, block).recompute_elementwise = True
 
+    def hook_blocks(self, hook: Callable[[nn.Module, str], None]) -> None:
+        """`hook(block, name)` for each method of a block that runs in the place of its `forward`: FSDP gathers the
+        block's parameters around it."""
+        last: Any = self.visual.transformer.resblocks[-1]
+        last.at = partial(getattr(self._through_blocks, "keywords", {}).get("last_block", block_at), last)
+        self._through_blocks = partial(through_blocks, last_block=_at)
+        for block, name in [(last, "at"), *((block, "packed") for block in self.text_decoder.blocks)]:
+            hook(block, name)
+
     def compile_blocks(
         self, *, memory_budget: float | None = None, elementwise: bool = False, encoder: str = "blocks", **options: Any
     ) -> None:
@@ -236,3 +245,8 @@ class CaptionModel(ImageModel):
         if encoder == "cuda-graphs":
             options["backend"] = compile_backend(memory_budget, elementwise, cuda_graphs=True)
         self._through_blocks = torch.compile(through_blocks, **options)
+
+
+def _at(block: Any, x_BSD: Tensor, index_BK: Tensor) -> Tensor:
+    """`block_at` as a method of the block, which `hook_blocks` has given it."""
+    return cast(Tensor, block.at(x_BSD, index_BK))

@@ -5,6 +5,7 @@ resume from under RESUME_KEY, and under CONFIG_KEY the model's configuration, pr
 weights that one uses are not those that training goes on from (an average of them, or adapters merged), `state_dict` is
 what every reader opens, and LIVE_KEY has the difference.
 `stage_1_samples_4096.pt` is from within stage 1, `stage_1.pt` from its end; `epoch_latest.pt` may lead to the newest.
+With --fsdp-checkpoint sharded the first is a folder, `stage_1_samples_4096.dcp` (train/sharded.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import errno
 import logging
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ import torch
 
 from open_clip_ov2.errors import RunFailed, UserError, first_line
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
+from open_clip_ov2.train.parallel import Layout
+from open_clip_ov2.train.sharded import read_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -34,42 +39,55 @@ ASIDE = "replaced-"  # folders of what --resume FILE moves aside
 LONG_WAIT_S = 5.0  # ours: a shorter wait for the disk is not worth a warning
 State = Mapping[str, torch.Tensor]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NAME = re.compile(r"stage_(\d+)(?:_samples_(\d+))?\.pt")
+_NAME = re.compile(r"stage_(\d+)(?:_samples_(\d+))?\.(pt|dcp)")
 
 
 @dataclass(frozen=True, order=True)
 class CheckpointName:
-    """When in a run a checkpoint was saved; later ones are greater. `stage` counts from 1."""
+    """When in a run a checkpoint was saved; later ones are greater. `stage` counts from 1; `kind` is `pt` or `dcp`."""
 
     stage: int
     done: bool
     samples_seen: int
+    kind: str = field(default="pt", compare=False)
 
     @property
     def file(self) -> str:
-        return f"stage_{self.stage}.pt" if self.done else f"stage_{self.stage}_samples_{self.samples_seen}.pt"
+        return f"stage_{self.stage}" + ("" if self.done else f"_samples_{self.samples_seen}") + f".{self.kind}"
 
     @classmethod
     def of(cls, file: str) -> CheckpointName | None:
         found = _NAME.fullmatch(file)
-        return found and cls(int(found[1]), found[2] is None, int(found[2] or 0))
+        return found and cls(int(found[1]), found[2] is None, int(found[2] or 0), found[3])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a folder, oldest first."""
-    named = [(name, path) for path in folder.glob("*.pt") if (name := CheckpointName.of(path.name)) is not None]
+    named = [(name, path) for path in folder.glob("*") if (name := CheckpointName.of(path.name)) is not None]
     return [path for _, path in sorted(named)]
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, with its content on the CPU; a warning names each that cannot.
+def read_checkpoint(path: Path, layout: Layout | None = None) -> dict[str, Any]:
+    """Its content on the CPU; of a sharded one with a layout, what this process has of it on its device."""
+    if not path.is_dir():
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    content = read_sharded(path, layout)
+    live, average = content.pop("state_dict"), content.pop("average")
+    if not average:
+        return {**content, "state_dict": live}
+    published = {**live, **{name: value.to(live[name].dtype) for name, value in average.items()}}
+    return {**content, **_with_live(published, {name: live[name] for name in average}, [], average)}
+
+
+def newest_checkpoint(folder: Path, layout: Layout | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, with what `read_checkpoint` gives; a warning names each that cannot.
 
     None if there is no checkpoint. Raises UserError if there are checkpoints, and none can be read.
     """
     found = list_checkpoints(folder)
     for path in reversed(found):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_checkpoint(path, layout)
             if RESUME_KEY in content:
                 return path, content
             logger.warning("%s has no training state to resume from: skipped", path)
@@ -96,9 +114,12 @@ def weights_content(published: State, live: State, average: State) -> dict[str, 
     }
     if not changed:
         return {"state_dict": published}
+    return _with_live(published, changed, [name for name in published if name not in live], average)
+
+
+def _with_live(published: State, weights: State, replaced: list[str], average: State) -> dict[str, Any]:
     rest = {k: v for k, v in average.items() if k not in published or published[k].dtype != v.dtype}
-    replaced = [name for name in published if name not in live]
-    return {"state_dict": published, LIVE_KEY: {"weights": changed, "replaced": replaced, "average": rest}}
+    return {"state_dict": published, LIVE_KEY: {"weights": weights, "replaced": replaced, "average": rest}}
 
 
 def live_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -141,10 +162,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
 
-    def save(self, name: CheckpointName, content: dict[str, Any], metric: float | None = None) -> None:
-        """`content` is copied now and written later. `metric` is the validation loss at this point, if there is one."""
+    def save(
+        self,
+        name: CheckpointName,
+        content: dict[str, Any],
+        metric: float | None = None,
+        write: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """`content` is copied now and written later, to one file or as `write` does it. `metric` is the validation loss
+        at this point, if there is one."""
         copied = snapshot(content)
         start = time.monotonic()
         self.wait()
@@ -154,7 +182,8 @@ class CheckpointWriter:
                 "(--save-every-steps, --save-every-minutes)", waited, name.file,
             )  # fmt: skip
         self.last_saved = time.monotonic()
-        self._thread = threading.Thread(target=self._write, args=(name, copied, metric), name="checkpoint")
+        write = write or partial(self._write_file, name)
+        self._thread = threading.Thread(target=self._write, args=(name, copied, metric, write), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -177,10 +206,15 @@ class CheckpointWriter:
                 + ("the beginning" if newest == "none yet" else newest)
             )
 
-    def _write(self, name: CheckpointName, content: dict[str, Any], metric: float | None) -> None:
+    def _write_file(self, name: CheckpointName, content: dict[str, Any]) -> None:
+        with written_whole(self.folder / name.file) as file:
+            torch.save(content, file)
+
+    def _write(
+        self, name: CheckpointName, content: dict[str, Any], metric: float | None, write: Callable[[dict[str, Any]], None]
+    ) -> None:
         try:
-            with written_whole(self.folder / name.file) as file:
-                torch.save(content, file)
+            write(content)
             self.failure = None
             if metric is not None:
                 self._note_best(name.file, metric)
@@ -218,7 +252,16 @@ class CheckpointWriter:
         partial = [path for path in found if "_samples_" in path.name]
         for path in partial[: max(0, len(partial) - self.keep)]:
             if path != found[-1] and (best is None or path.name != best[0]):
-                path.unlink(missing_ok=True)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder, of which no part keeps its name if this is interrupted."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    gone = path if path.name.startswith(TEMPORARY) else path.rename(path.with_name(f"{TEMPORARY}{path.name}.old"))
+    shutil.rmtree(gone)
 
 
 def read_best(folder: Path) -> tuple[str, float] | None:

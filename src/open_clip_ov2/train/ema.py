@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from open_clip_ov2.train.parallel import held
+
 
 class WeightAverage:
     """Of the trained parameters `w` of a model, in float32: after each step `a <- decay * a + (1 - decay) * w`.
@@ -18,6 +20,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, state: Mapping[str, Tensor] | None = None) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._decay = decay
         self._names, self._weights = list(trained), list(trained.values())
         begin = trained if state is None else state
         self._averages = [
@@ -27,7 +30,12 @@ class WeightAverage:
 
     def update(self) -> None:
         """After an optimizer step, one that was left out included."""
-        self._average(self._averages, [weight.detach().float() for weight in self._weights], 0)
+        weights = [held(weight.detach()).float() for weight in self._weights]
+        self._average([held(average) for average in self._averages], weights, 0)
+
+    def of(self, model: nn.Module, state: Mapping[str, Tensor]) -> WeightAverage:
+        """The same for a copy of the model, with these averages."""
+        return WeightAverage(model, self._decay, state)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters, float32; not copies."""

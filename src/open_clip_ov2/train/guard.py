@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.errors import RunFailed
+from open_clip_ov2.train.parallel import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class StepGuard:
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """L2 norm of all gradients together, a scalar on their device, which is not waited for."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:

@@ -159,6 +159,8 @@ def optimizer_step(
     totals = all_reduced(totals, settings)
     bad = not_finite(totals, grad_norm, scaler)
     step_unless(optimizer, scaler, bad)
+    if contrastive:
+        getattr(model, "module", model).after_step()  # of the model inside DDP
     mean = totals[2] / settings.compute.world_size if contrastive else None
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
 

@@ -227,8 +227,21 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Checkpoints, validation and progress. None of these changes what is trained."""
+    """Processes, checkpoints, validation and progress. None of these changes what is trained, but for rounding."""
 
+    fsdp: bool = switch_flag("shard the model over the processes, block by block (torch's FSDP2), instead of DDP")
+    fsdp_hybrid: int | None = flag(
+        "N",
+        whole(2),
+        "with --fsdp: shard within groups of N processes, those of one node, and replicate between the groups",
+    )
+    fsdp_checkpoint: str = flag(
+        "full|sharded",
+        one_of("full", "sharded"),
+        "sharded: between the ends of stages, each process writes its part of a checkpoint, in the background, to one "
+        "folder (`ov2 convert` makes a file of it; default: full, one file)",
+        default="full",
+    )
     save_every_steps: int | None = flag(
         "N", whole(1), "write a checkpoint every N steps, in addition to --save-frequency"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,6 +37,7 @@ from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.vision import Outputs
 from open_clip_ov2.core.vit_fast import embedded
+from open_clip_ov2.errors import UserError
 
 HEAD_BYTES = 1 << 28  # ours: logits held at once, float32
 OF_OV2 = ("memory_budget", "elementwise", "encoder")  # options of compile_blocks that torch.compile does not have
@@ -77,8 +79,6 @@ class ContrastiveCaptionModel(CaptionModel):
             return super().forward(image, text, captions=captions, caption_loss=caption_loss, **drop)
         if isinstance(image, NativeImages):
             raise ValueError("a contrastive loss takes images of one shape")
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, MAX_SCALE)
         pooled_BD, tokens_BND = self.visual(image)
         kept_idx_BK = self.token_drop(len(tokens_BND), tokens_BND.shape[1], tokens_BND.device, **drop)
         kept_BKD = tokens_BND if kept_idx_BK is None else gather_tokens(tokens_BND, kept_idx_BK)
@@ -90,6 +90,10 @@ class ContrastiveCaptionModel(CaptionModel):
     def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
         super().set_grad_checkpointing(enable, **options)
         self.text.set_grad_checkpointing(enable, **options)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.logit_scale.clamp_(0, MAX_SCALE)
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"text.token_embedding.weight", "text.positional_embedding"}
@@ -119,6 +123,9 @@ class OneTransformerModel(CaptionModel):
         if min(self.token_drop.keep_ratio.low, self.token_drop.eval_keep_ratio) < 1:
             raise ValueError("one transformer over image and caption drops no token: keep_ratio must be 1")
         self.text_decoder.use_blocks([_as_decoder_block(block) for block in blocks])
+
+    def hook_blocks(self, hook: Callable[[nn.Module, str], None]) -> None:
+        raise UserError("--fsdp: one transformer over image and caption uses each block in two places; train with DDP")
 
     def encode_kept_tokens(
         self, image: Images, *, kept_idx: KeptIdx | None = None, keep_ratio: float | None = None

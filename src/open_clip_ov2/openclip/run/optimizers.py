@@ -193,7 +193,6 @@ def ddp_on_any_device(original: type, reduction: str = "fp32") -> Callable[..., 
         ddp = wrapped(module, device_ids, **kwargs)
         if reduction == "bf16":
             ddp.register_comm_hook(None, bf16_compress_hook)
-            logger.info("gradients are summed between processes in bfloat16")
         return ddp
 
     def wrapped(module: nn.Module, device_ids: Any, **kwargs: Any) -> Any:

@@ -24,8 +24,10 @@ from open_clip_ov2.openclip.run.run_folder import RUN_FILE, enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
-from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint
+from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint, read_checkpoint
+from open_clip_ov2.train.parallel import Layout
 from open_clip_ov2.train.remote_sync import ON_SIGNAL_S, RemoteSync
+from open_clip_ov2.train.sharded import ShardWriter
 from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
 
 logger = logging.getLogger("open_clip_ov2")
@@ -54,6 +56,8 @@ class Session:
         self._ranks = argparse.Namespace(**vars(self.plan.stages[0].args))
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
+        options, several = self.plan.options, self.world_size > 1
+        self.layout = Layout(self.device, self.world_size, options.fsdp_hybrid) if options.fsdp and several else None
         self._opened = contextlib.ExitStack()
         try:
             self._open()
@@ -77,6 +81,10 @@ class Session:
         self.writer = CheckpointWriter(checkpoints, keep, latest=args.save_most_recent) if first else None
         if self.writer is not None:
             self._opened.callback(self.writer.wait)
+        sharded = self.layout is not None and plan.options.fsdp_checkpoint == "sharded"
+        self.shards = ShardWriter(checkpoints) if sharded else None
+        if self.shards is not None:
+            self._opened.callback(self.shards.wait)
         if existed and self.trains:
             self._find_checkpoint(checkpoints)
         state = self.state
@@ -94,6 +102,8 @@ class Session:
         self._opened.callback(self.monitor.close)
         if state:
             self.monitor.restore(state["monitor"])
+        if plan.options.fsdp and self.layout is None:
+            logger.info("--fsdp: there is one process, so all of the model is on it")
         self.agreement = Agreement(self.world_size, self.device, flags=2)
         self.on_rank_0(self.sync.start if self.sync else str, RUN_FILE)
         logger.info("command: ov2 train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
@@ -129,7 +139,7 @@ class Session:
         """Rank 0 looks for the newest checkpoint, and all ranks load it."""
 
         def newest() -> Path | None:
-            path, self.checkpoint = newest_checkpoint(folder) or (None, None)
+            path, self.checkpoint = newest_checkpoint(folder, self.layout) or (None, None)
             return path
 
         path = self.on_rank_0(newest)
@@ -137,7 +147,7 @@ class Session:
             logger.info("no checkpoint in %s yet: training starts from the beginning", self.plan.folder)
             return
         if self.checkpoint is None:
-            self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            self.checkpoint = read_checkpoint(path, self.layout)
         logger.info("resuming from %s: %s samples seen", path, f"{self.checkpoint[RESUME_KEY]['samples_seen']:,}")
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:

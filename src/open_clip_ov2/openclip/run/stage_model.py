@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,10 @@ from open_clip_ov2.openclip.run.finetune import add_lora, freeze
 from open_clip_ov2.openclip.run.float8 import use_float8
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY, average_of, live_weights
+from open_clip_ov2.train.parallel import Sharded, Whole, blocks_of
 from open_clip_ov2.train.step import StepSettings
+
+logger = logging.getLogger("open_clip_ov2")
 
 
 def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class StageModel:
-    """`model`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
+    """`model`, `parallel`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
     Weights come from the session's checkpoint, or --pretrained, or are new.
     """
@@ -69,7 +73,8 @@ class StageModel:
         self.session = session
         self.options = stage.options
         self.is_ov2 = session.plan.is_ov2
-        self.compile_blocks = self.is_ov2 and stage.args.torchcompile
+        self.compiles, self.precision = stage.args.torchcompile, stage.args.precision
+        self.compile_blocks = self.is_ov2 and self.compiles
         self.model: Any = None
         self.tokenizer: Any = None
         self.val_transform: Any = None
@@ -102,6 +107,7 @@ class StageModel:
             freeze(model, self.options.freeze)
             self._use_kernels(model, torch.device(kwargs["device"]))
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)
+            self.parallel = Whole(model)
             self.budget = native_budget(model, self.options.max_tokens) if self.options.aspect == NATIVE else None
             self.val_transform = eval_transform(self.preprocess_cfg, self.budget)
             if self.is_ov2:  # a crop to uint8 for our step; OpenCLIP's, of CLIP and CoCa, wants normalized floats
@@ -152,13 +158,13 @@ class StageModel:
         """In the place of OpenCLIP's `pt_load`: the checkpoint to resume from, with the names of a model in DDP."""
         assert self.session.checkpoint is not None
         content = {key: value for key, value in self.session.checkpoint.items() if key != RESUME_KEY}
-        content["state_dict"] = live_weights(self.session.checkpoint)
-        self._check("the checkpoint to resume from", content["state_dict"], self.model)
-        if self.session.world_size > 1:
-            content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
+        weights = self.parallel.place_weights(live_weights(self.session.checkpoint))
+        self._check("the checkpoint to resume from", weights, self.model)
+        content["state_dict"] = {f"{self.parallel.prefix}{name}": value for name, value in weights.items()}
+        content["optimizer"] = self.parallel.place_optimizer(content["optimizer"])
         return content
 
-    def _check(self, what: str, state: dict[str, Any], model: nn.Module) -> None:
+    def _check(self, what: str, state: Mapping[str, Any], model: nn.Module) -> None:
         """Raises UserError if --override has changed the model itself, or --resume FILE has another."""
         try:
             check_fit(what, state, model.state_dict())
@@ -166,6 +172,24 @@ class StageModel:
             flag = "--override" if self.session.plan.options.override else "--resume"
             problem = f"{flag}: another model than before: {error}; start another run for it (--name)"
             raise UserError(problem) from error
+
+    def distribute(self, original: type) -> Callable[..., nn.Module]:
+        """In the place of DistributedDataParallel."""
+
+        def distributed(module: nn.Module, **kwargs: Any) -> nn.Module:
+            layout, reduction = self.session.layout, self.options.gradient_reduction
+            if reduction == "bf16":
+                logger.info("gradients are summed between processes in bfloat16")
+            if layout is None:
+                self.parallel = Whole(self.model, prefix="module.")
+                return optimizers.ddp_on_any_device(original, reduction)(module, **kwargs)
+            if self.compiles and not self.compile_blocks:
+                for block in blocks_of(module):
+                    block.compile()
+            self.parallel = Sharded(module, layout, self.precision, torch.bfloat16 if reduction == "bf16" else None)
+            return module
+
+        return distributed
 
     def _model_options(self, name: str, context_length: int | None) -> dict[str, Any]:
         """A run goes on with the decoder that it began with, though the model of that name may have another by now."""

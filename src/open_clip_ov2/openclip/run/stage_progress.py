@@ -18,6 +18,7 @@ from open_clip_ov2.tracking.monitor import StageInfo
 from open_clip_ov2.train.checkpoint import CONFIG_KEY, RESUME_KEY, CheckpointName
 from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.guard import StepGuard
+from open_clip_ov2.train.parallel import Whole
 from open_clip_ov2.train.random_state import get_random_state, set_random_state
 from open_clip_ov2.train.step import StepReport
 
@@ -40,6 +41,7 @@ class StageProgress:
         state: dict[str, Any] | None,
         *,
         model: torch.nn.Module,
+        parallel: Whole,
         optimizer: torch.optim.Optimizer,
         scaler: Any,
         loader: Any,
@@ -48,7 +50,7 @@ class StageProgress:
     ) -> None:
         self._session, self._options, self._stage = session, session.plan.options, stage
         self._model, self.optimizer, self._scaler, self._loader = model, optimizer, scaler, loader
-        self._config, self.average = config, average
+        self._config, self.average, self._parallel = config, average, parallel
         self.global_batch = stage.args.batch_size * stage.args.accum_freq * session.world_size
         self._entries_per_epoch = loader.num_batches // stage.args.accum_freq
         self._entries = self._entries_per_epoch * stage.args.epochs
@@ -187,14 +189,20 @@ class StageProgress:
         if session.world_size > 1:
             ranks = [None] * session.world_size
             torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
+        shards = None if self.finished else session.shards  # a stage ends with a file that any tool opens
+        samples = 0 if self.finished else self.samples_seen
+        name, write = CheckpointName(self._stage.number, self.finished, samples, "dcp" if shards else "pt"), None
+        if shards is not None:
+            trained, write = shards.begin(name.file, self._parallel.shards(self.average, self.optimizer))
+        else:
+            trained = self._parallel.read(checkpoint_weights, self.average, self.optimizer)
         if session.writer is None:
             return
         session.check_lock()
         content = {
             "epoch": self._epochs_done,
             "name": session.plan.name,
-            **checkpoint_weights(self._model, self.average),
-            "optimizer": self.optimizer.state_dict(),
+            **trained,
             CONFIG_KEY: self._config,
             RESUME_KEY: {
                 "format": 1,
@@ -213,5 +221,4 @@ class StageProgress:
         if self._scaler is not None:
             content["scaler"] = self._scaler.state_dict()
         at, loss = self.validated or (-1, None)
-        name = CheckpointName(self._stage.number, self.finished, 0 if self.finished else self.samples_seen)
-        session.writer.save(name, content, loss if at == self.samples_seen else None)
+        session.writer.save(name, content, loss if at == self.samples_seen else None, write)

@@ -82,14 +82,15 @@ class StageRun:
         if progress is not None:
             self.session.samples_before = progress.samples_seen
             if self.stage.number < len(self.session.plan.stages):
-                state = checkpoint_weights(self.built.model, progress.average)
-                if self.session.plan.carry_optimizer:
-                    state["optimizer"] = progress.optimizer.state_dict()
+                state = self.built.parallel.read(checkpoint_weights, progress.average, progress.optimizer, everywhere=True)
+                if not self.session.plan.carry_optimizer:
+                    del state["optimizer"]
                 self.session.checkpoint = snapshot(state)
 
     def _argv(self) -> list[str]:
         """The stage's flags for `main`. With `--resume latest` it accepts the folder, and asks what to load."""
-        return [*self.stage.main_argv(self.is_ov2), "--resume", "latest", "--name", self.session.plan.name]
+        by_block = self.is_ov2 or self.session.layout is not None  # StageModel compiles blocks
+        return [*self.stage.main_argv(by_block), "--resume", "latest", "--name", self.session.plan.name]
 
     def replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """For each name of patches.RUN a function from the original to what takes its place."""
@@ -108,9 +109,7 @@ class StageRun:
             (main, "optim"): self.built.optim,
             ("timm.optim", "create_optimizer_v2"): self.built.timm_optimizer,
             ("open_clip_train.train", "maybe_compute_generative_loss"): lambda _: lambda model_out: None,
-            ("torch.nn.parallel", "DistributedDataParallel"): partial(
-                optimizers.ddp_on_any_device, reduction=self.options.gradient_reduction
-            ),
+            ("torch.nn.parallel", "DistributedDataParallel"): self.built.distribute,
         }
 
     def get_data(
@@ -169,6 +168,7 @@ class StageRun:
             self.stage,
             state,
             model=self.built.model,
+            parallel=self.built.parallel,
             optimizer=optimizer,
             scaler=scaler,
             loader=loader,
@@ -176,7 +176,7 @@ class StageRun:
             average=self._average(),
         )
         if state is None and session.plan.carry_optimizer and session.checkpoint is not None:
-            optimizers.carry_optimizer(optimizer, session.checkpoint["optimizer"])
+            optimizers.carry_optimizer(optimizer, self.built.parallel.place_optimizer(session.checkpoint["optimizer"]))
         session.checkpoint = None  # as large as the model
         return progress
 
@@ -192,7 +192,7 @@ class StageRun:
         begin = self.built.averages  # of the stage before
         if self.session.state_within and checkpoint is not None:
             begin = {**live_weights(checkpoint), **average_of(checkpoint)}
-        return WeightAverage(self.built.model, decay, begin)
+        return WeightAverage(self.built.model, decay, begin and self.built.parallel.place_weights(begin))
 
     def _replace_evaluate(self, original: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
         self._validation = Validation(self.session, self.built, original)
@@ -217,10 +217,11 @@ class StageRun:
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         progress = self._progress
-        if progress is None:  # without training
-            return self._validation.run(model, data, epoch, args, 0, tasks=True)
-        seen, tasks = progress.samples_seen, progress.tasks_due
-        metrics = self._validation.run(model, data, epoch, args, seen, tasks, progress.average)
+        with self.built.parallel.readable(model, progress and progress.average) as (model, average):
+            if progress is None:  # without training
+                return self._validation.run(model, data, epoch, args, 0, tasks=True)
+            seen, tasks = progress.samples_seen, progress.tasks_due
+            metrics = self._validation.run(model, data, epoch, args, seen, tasks, average)
         loss = metrics.get("caption_loss", metrics.get("clip_val_loss"))
         if loss is not None:
             progress.validated = (progress.samples_seen, loss)
