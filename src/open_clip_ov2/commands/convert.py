@@ -1,4 +1,5 @@
-"""`ov2 convert`: the authors' checkpoints to a model folder of ours, and a model back to their Flax parameters."""
+"""`ov2 convert`: the authors' checkpoints to a model folder of ours, a model back to their Flax parameters, and a
+sharded checkpoint to one file."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="ov2 convert",
-        description="Flax parameters or a released checkpoint -> a model folder; a model -> Flax parameters.",
+        description="Flax parameters or a released checkpoint -> a model folder; a model -> Flax parameters; a sharded "
+        "checkpoint -> a file.",
     )
-    parser.add_argument("source", metavar="SOURCE", help=".npz, Orbax folder; or a run, folder or hf-hub: name")
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="FOLDER|FILE.npz", help="a new folder, or a new .npz of Flax"
+        "source", metavar="SOURCE", help=".npz, Orbax folder, .dcp folder; or a run, folder or hf-hub: name"
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER|FILE", help="a new folder, a new .npz of Flax, or a new .pt"
     )
     group = parser.add_argument_group("what Flax parameters do not say")
     group.add_argument("--image-size", type=int, metavar="N", help="default: 224, or the model's own")

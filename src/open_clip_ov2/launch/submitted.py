@@ -53,6 +53,9 @@ def newest_checkpoint(run_dir: Path) -> str:
     """The newest one by its time, below the run's folder; empty if there is none. It tells progress alone, so nothing
     is loaded."""
     found = [*run_dir.glob("checkpoints/stage_*.pt"), *run_dir.glob("checkpoints/stage_*/*/complete.json")]
+    found += run_dir.glob("checkpoints/stage_*.dcp")
     found += run_dir.glob("stages/*/config.json")
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return "" if newest is None else newest.name if newest.suffix == ".pt" else str(newest.parent.relative_to(run_dir))
+    if newest is None:
+        return ""
+    return newest.name if newest.suffix in (".pt", ".dcp") else str(newest.parent.relative_to(run_dir))

@@ -167,7 +167,8 @@ RUN: dict[tuple[str, str], str] = {
 # The same, while an optimizer takes a step: `while_stepping` has the replacement.
 STEP: dict[tuple[str, str], str] = {
     ("timm.optim.muon", "zeropower_via_newtonschulz"): (
-        "--opt timm/muon on a CPU without bfloat16 units: float32, where timm has no option; emulation is slower"
+        "--opt timm/muon on a CPU without bfloat16 units: float32, where timm has no option; emulation is slower. With "
+        "--fsdp: the whole matrix, gathered once; timm's own code communicates in each of its iterations"
     ),
 }
 

@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from open_clip_ov2.errors import RunFailed, UserError, first_line
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
 from open_clip_ov2.train.parallel import Layout
-from open_clip_ov2.train.sharded import read_sharded
+from open_clip_ov2.train.sharded import Write, read_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class CheckpointWriter:
         name: CheckpointName,
         content: dict[str, Any],
         metric: float | None = None,
-        write: Callable[[dict[str, Any]], None] | None = None,
+        write: Write | None = None,
     ) -> None:
         """`content` is copied now and written later, to one file or as `write` does it. `metric` is the validation loss
         at this point, if there is one."""
@@ -210,9 +210,7 @@ class CheckpointWriter:
         with written_whole(self.folder / name.file) as file:
             torch.save(content, file)
 
-    def _write(
-        self, name: CheckpointName, content: dict[str, Any], metric: float | None, write: Callable[[dict[str, Any]], None]
-    ) -> None:
+    def _write(self, name: CheckpointName, content: dict[str, Any], metric: float | None, write: Write) -> None:
         try:
             write(content)
             self.failure = None

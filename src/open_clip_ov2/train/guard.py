@@ -61,7 +61,8 @@ class StepGuard:
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """L2 norm of all gradients together, a scalar on their device, which is not waited for."""
-    return gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm: Tensor = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return norm
 
 
 def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:

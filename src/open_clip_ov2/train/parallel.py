@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.core.compute import AUTOCAST
@@ -25,6 +27,8 @@ from open_clip_ov2.errors import UserError
 
 if TYPE_CHECKING:
     from open_clip_ov2.train.ema import WeightAverage
+
+logger = logging.getLogger("open_clip_ov2")
 
 Read = Callable[[nn.Module, Optional["WeightAverage"]], dict[str, Any]]
 
@@ -38,21 +42,26 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+@dataclass(frozen=True)
 class Layout:
-    """The processes that share one copy of a model: all of them, or `within` (--fsdp-hybrid), so that copies are
-    replicated between groups of so many processes."""
+    """How tensors are split: over the last dimension of the mesh of processes."""
 
-    def __init__(self, device: torch.device, world_size: int, within: int | None = None) -> None:
-        self.device, groups = device, world_size // (within or world_size)
-        shape, names = ((groups, within), ("replicate", "shard")) if within else ((world_size,), ("shard",))
-        self.mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self.placements = (Replicate(), Shard(0)) if within else (Shard(0),)
+    mesh: DeviceMesh
+    placements: Sequence[Placement]
 
-    def part(self, shape: torch.Size) -> slice:
-        """The rows that this process has of a tensor."""
-        size, own = self.mesh.size(-1), self.mesh.get_local_rank("shard")
-        each = -(-shape[0] // size)
-        return slice(min(own * each, shape[0]), min((own + 1) * each, shape[0]))
+    @classmethod
+    def over(cls, device: torch.device, world_size: int, within: int | None = None) -> Layout:
+        """Over all processes, or over each group of `within` (--fsdp-hybrid), which then has a copy of the model."""
+        if within is None:
+            return cls(init_device_mesh(device.type, (world_size,)), (Shard(0),))
+        shape, names = (world_size // within, within), ("replicate", "shard")
+        return cls(init_device_mesh(device.type, shape, mesh_dim_names=names), (Replicate(), Shard(0)))
+
+    def part(self, count: int) -> slice:
+        """Which of so many rows this process has."""
+        last = self.mesh.ndim - 1
+        each, own = -(-count // self.mesh.size(last)), self.mesh.get_local_rank(last)
+        return slice(min(own * each, count), min((own + 1) * each, count))
 
     def wrap(self, own: Tensor, shape: torch.Size) -> DTensor:
         """This process's rows as a tensor of the whole shape, contiguous."""
@@ -64,20 +73,30 @@ class Layout:
         if isinstance(value, DTensor):
             return value
         value = value.reshape(1) if value.ndim == 0 else value
-        return self.wrap(value[self.part(value.shape)].to(self.device, copy=True), value.shape)
+        return self.wrap(value[self.part(len(value))].to(self.mesh.device_type, copy=True), value.shape)
 
 
 def gathered(value: Any) -> Any:
     """A sharded tensor in whole, on its device; anything else as it is. All processes have to ask."""
     if not isinstance(value, DTensor):
         return value
-    full = value.detach().full_tensor()
+    full = value.full_tensor().detach()
     return full.reshape(()) if full.shape == (1,) else full
 
 
 def held(value: Tensor) -> Tensor:
     """The part of a tensor that this process has, which shares its memory."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def on_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of a matrix, for a sharded one too: of all of it, on every process, which keeps its part."""
+
+    def of_whole(matrix: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        out = function(gathered(matrix), *arguments, **options)
+        return Layout(matrix.device_mesh, matrix.placements).place(out) if isinstance(matrix, DTensor) else out
+
+    return of_whole
 
 
 class Whole:
@@ -129,8 +148,11 @@ class Sharded(Whole):
                     module.register_parameter(name, nn.Parameter(parameter.detach()[None], parameter.requires_grad))
         dtype = AUTOCAST.get(precision)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduction or (dtype and torch.float32))
-        for module in [*blocks_of(model), model]:
+        blocks = blocks_of(model)
+        for module in [*blocks, model]:
             fully_shard(module, mesh=layout.mesh, mp_policy=policy)
+        own, all_ = (sum(each(p) for p in model.parameters()) for each in (lambda p: held(p).numel(), Tensor.numel))
+        logger.info("FSDP2: %s of %s parameters in this process, %d blocks", f"{own:,}", f"{all_:,}", len(blocks))
         if isinstance(model, CaptionModel):
             model.hook_blocks(register_fsdp_forward_method)
 

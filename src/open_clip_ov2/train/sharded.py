@@ -1,8 +1,8 @@
 """Sharded checkpoints: a folder in which each process has written its part, by torch.distributed.checkpoint.
 
-`content.pt` has all that is not sharded, with {SHARDED: key} where a sharded tensor belongs; the other files are torch's.
-They hold the weights in training (`state_dict`), their average, and the optimizer's state. The folder gets its name when
-every process has written.
+`content.pt` has all that is not sharded, with {SHARDED: key} where a sharded tensor belongs; the other files are
+torch's. They hold the weights in training (`state_dict`), their average, and the optimizer's state. The folder gets its
+name when every process has written.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, written_whole
 from open_clip_ov2.train.parallel import Layout
 
+Write = Callable[[dict[str, Any]], None]
 CONTENT, SHARDED = "content.pt", "open_clip_ov2_sharded"
 
 
@@ -33,16 +36,16 @@ class ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._group = torch.distributed.new_group(backend="gloo")  # training goes on in the other one meanwhile
+        self._group: Any = torch.distributed.new_group(backend="gloo")  # training goes on in the other one meanwhile
         self._writing: Any = None
 
-    def begin(self, name: str, content: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
+    def begin(self, name: str, content: dict[str, Any]) -> tuple[dict[str, Any], Write]:
         """The content without its shards, and what finishes the checkpoint on rank 0, given all that is not sharded."""
         self.wait()
         shards: dict[str, DTensor] = {}
         rest = _without_shards(content, "", shards)
         temporary = self._folder / f"{TEMPORARY}{name}"
-        self._writing = writing = dcp.async_save(shards, checkpoint_id=temporary, process_group=self._group)
+        self._writing = writing = async_save(shards, checkpoint_id=temporary, process_group=self._group)
 
         def finish(content: dict[str, Any]) -> None:
             _result(writing)
@@ -80,19 +83,19 @@ def _without_shards(tree: Any, path: str, shards: dict[str, DTensor]) -> Any:
 def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
     """The content of a sharded checkpoint; `average` is there if training had one.
 
-    With a layout, whatever the number of processes was, each reads its own part alone: DTensors. Otherwise whole tensors
-    on the CPU. Raises UserError for a folder that is incomplete.
+    With a layout, whatever the number of processes was, each reads its own part alone: DTensors. Otherwise whole
+    tensors on the CPU. Raises UserError for a folder that is incomplete.
     """
     content = torch.load(folder / CONTENT, map_location="cpu", weights_only=True)
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     shards = {
         key: _room(about.size, about.properties.dtype, layout)
         for key, about in _checked(folder, reader.read_metadata()).items()
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it reads without the other processes
-        dcp.load(shards, storage_reader=reader, no_dist=True)
-    return _with_shards(content, shards)
+        load(shards, storage_reader=reader, no_dist=True)
+    return {key: _with_shards(value, shards) for key, value in content.items()}
 
 
 def _checked(folder: Path, metadata: Any) -> dict[str, TensorStorageMetadata]:
@@ -107,8 +110,9 @@ def _checked(folder: Path, metadata: Any) -> dict[str, TensorStorageMetadata]:
 def _room(shape: torch.Size, dtype: torch.dtype, layout: Layout | None) -> Tensor:
     if layout is None:
         return torch.empty(shape, dtype=dtype)
-    own = layout.part(shape)
-    return layout.wrap(torch.empty(own.stop - own.start, *shape[1:], dtype=dtype, device=layout.device), shape)
+    own = layout.part(shape[0])
+    room = torch.empty(own.stop - own.start, *shape[1:], dtype=dtype, device=layout.mesh.device_type)
+    return layout.wrap(room, shape)
 
 
 def _with_shards(tree: Any, shards: Mapping[str, Tensor]) -> Any:

@@ -160,7 +160,8 @@ def optimizer_step(
     bad = not_finite(totals, grad_norm, scaler)
     step_unless(optimizer, scaler, bad)
     if contrastive:
-        getattr(model, "module", model).after_step()  # of the model inside DDP
+        unwrapped: Any = getattr(model, "module", model)  # inside DDP
+        unwrapped.after_step()
     mean = totals[2] / settings.compute.world_size if contrastive else None
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
 

@@ -15,7 +15,13 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from open_clip_ov2.argv import is_given, to_argv, without
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
-from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
+from open_clip_ov2.openclip.command.flag_checks import (
+    check_eval,
+    check_fsdp,
+    check_pretrained,
+    check_stage,
+    check_stages,
+)
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
@@ -43,6 +49,7 @@ def parse(
     run, first = options(RunOptions, ours), stages[0].args
     check_stages([stage.options for stage in stages], ours.carry_optimizer)
     config = run_config(stages, world_size, ours.carry_optimizer)
+    check_fsdp(run, stages, world_size)
     if run.until_stage and run.until_stage > len(stages):
         raise UserError(f"--until-stage {run.until_stage}: the run has {len(stages)} stages")
     name = _name(first, recipe, signature(config))

@@ -1,4 +1,5 @@
-"""`ov2 convert`: the authors' checkpoints to a model folder of ours, and a model back to their Flax parameters."""
+"""`ov2 convert`: the authors' checkpoints to a model folder of ours, a model back to their Flax parameters, and a
+sharded checkpoint to one file."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.files import written_whole
 from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
 from open_clip_ov2.formats.flax import NOT_IN_FLAX, write_npz
 from open_clip_ov2.formats.model_files import new_folder
@@ -20,6 +23,8 @@ from open_clip_ov2.openclip.models.open_model import caption_model, open_model
 from open_clip_ov2.openclip.models.preprocess import ov2_preprocess_cfg
 from open_clip_ov2.openclip.models.tokenizer import BOS_ID, EOS_ID, PAD_ID, WordPieceTokenizer
 from open_clip_ov2.openclip.models.weights import check_fit
+from open_clip_ov2.train.checkpoint import read_checkpoint
+from open_clip_ov2.train.sharded import CONTENT as SHARDED_CONTENT
 
 # docs/reference.md: the reference's caption length, and the published resolution.
 CONTEXT_LENGTH, IMAGE_SIZE = 128, 224
@@ -28,6 +33,9 @@ CONTEXT_LENGTH, IMAGE_SIZE = 128, 224
 def convert(source: str, target: Path, **options: Any) -> list[str]:
     """Lines for the user. `options` are those of `ov2 convert` that are given. Raises UserError."""
     path = Path(source)
+    if (path / SHARDED_CONTENT).is_file():
+        _refuse(source, options)
+        return _to_file(path, target)
     if target.suffix == ".npz":
         _refuse(source, options)
         flat = _to_flax(caption_model(open_model(source)))
@@ -50,6 +58,17 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
         write_model_folder(model, encoder_of(model, preprocess_cfg), tokenizer, folder, target.resolve().name)
     count = sum(parameter.numel() for parameter in model.parameters())
     return [f"{target}: {count:,} parameters, encoder and decoder, from {source}", *notes]
+
+
+def _to_file(checkpoint: Path, target: Path) -> list[str]:
+    """A sharded checkpoint as the file that --fsdp-checkpoint full would have written. Raises UserError."""
+    if target.suffix != ".pt" or target.exists():
+        raise UserError(f"--to {target}: a sharded checkpoint becomes a new file; give a name that ends in .pt")
+    content = read_checkpoint(checkpoint)
+    with written_whole(target) as file:
+        torch.save(content, file)
+    count = sum(value.numel() for value in content["state_dict"].values())
+    return [f"{target}: {count:,} parameters and the state to resume from, from {checkpoint}"]
 
 
 def _refuse(source: str, options: Mapping[str, Any], but: str = "") -> None:

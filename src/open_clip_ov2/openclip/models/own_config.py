@@ -198,6 +198,8 @@ def newest_of_run(folder: Path) -> Path | None:
             f"{folder}: no checkpoint in {folder / 'checkpoints'} yet, so it has no weights (in Python, "
             "load_weights=False makes its model with new ones)"
         )
+    if found[-1].is_dir():
+        raise UserError(f"{found[-1]}: a sharded checkpoint; make a file of it: ov2 convert {found[-1]} --to FILE.pt")
     return found[-1]
 
 

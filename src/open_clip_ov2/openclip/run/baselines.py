@@ -123,8 +123,8 @@ def stock_metrics(
     """OpenCLIP's own validation metrics of the whole set, computed on rank 0; OpenCLIP logs none of them."""
     if "val" not in data:
         return {}
-    view = SimpleNamespace(**{**vars(args), "save_logs": False, "wandb": False})
+    view = SimpleNamespace(**{**vars(args), "save_logs": False, "wandb": False, "distributed": False})
     loader = data["val"].dataloader
     seen = {"val": SimpleNamespace(dataloader=_Feed(loader, loader.full()))}
-    metrics = stock(model, seen, epoch, view, None, tokenizer)
+    metrics = stock(getattr(model, "module", model), seen, epoch, view, None, tokenizer)  # without DDP
     return {key: float(value) for key, value in metrics.items() if key not in ("epoch", "num_samples")}

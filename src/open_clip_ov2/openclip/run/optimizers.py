@@ -22,6 +22,7 @@ from open_clip_ov2.core.vision import ImageModel
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.run.finetune import matching
+from open_clip_ov2.train.parallel import on_whole
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,13 @@ def timm_optimizer(original: Callable[..., Any], grouping: Callable[[], Grouping
             )
             return grouped.by_depth(made, kwargs["lr"])
 
-        optimizer = original(model, opt, **kwargs, **({"param_group_fn": groups} if grouped.changes_timm else fallback))
+        # DDP hides `no_weight_decay` from timm.
+        own = grouped.changes_timm or (grouped.undecayed and kwargs["weight_decay"])
+        optimizer = original(model, opt, **kwargs, **({"param_group_fn": groups} if own else fallback))
         on_cpu = next(model.parameters()).device.type == "cpu"
-        if muon and on_cpu and not cpu_multiplies_bfloat16():
-            patches.while_stepping(optimizer, NEWTON_SCHULZ, lambda timms: partial(timms, dtype=torch.float32))
+        if muon:
+            more = {"dtype": torch.float32} if on_cpu and not cpu_multiplies_bfloat16() else {}
+            patches.while_stepping(optimizer, NEWTON_SCHULZ, lambda timms: on_whole(partial(timms, **more)))
         return optimizer
 
     return create

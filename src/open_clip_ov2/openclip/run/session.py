@@ -57,7 +57,8 @@ class Session:
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
         options, several = self.plan.options, self.world_size > 1
-        self.layout = Layout(self.device, self.world_size, options.fsdp_hybrid) if options.fsdp and several else None
+        over = (self.device, self.world_size, options.fsdp_hybrid)
+        self.layout = Layout.over(*over) if options.fsdp and several else None
         self._opened = contextlib.ExitStack()
         try:
             self._open()

@@ -82,7 +82,9 @@ class StageRun:
         if progress is not None:
             self.session.samples_before = progress.samples_seen
             if self.stage.number < len(self.session.plan.stages):
-                state = self.built.parallel.read(checkpoint_weights, progress.average, progress.optimizer, everywhere=True)
+                state = self.built.parallel.read(
+                    checkpoint_weights, progress.average, progress.optimizer, everywhere=True
+                )
                 if not self.session.plan.carry_optimizer:
                     del state["optimizer"]
                 self.session.checkpoint = snapshot(state)
@@ -217,7 +219,7 @@ class StageRun:
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         progress = self._progress
-        with self.built.parallel.readable(model, progress and progress.average) as (model, average):
+        with self.built.parallel.readable(model, progress.average if progress else None) as (model, average):
             if progress is None:  # without training
                 return self._validation.run(model, data, epoch, args, 0, tasks=True)
             seen, tasks = progress.samples_seen, progress.tasks_due
