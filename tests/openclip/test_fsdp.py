@@ -67,7 +67,8 @@ def test_it_is_the_same_training_as_ddp(
         train(processes, flags(squares, vocabulary, tmp_path, name, *more, *how, batch=batch))
     assert_close(tmp_path / "fsdp", tmp_path / "ddp")
     found = re.search(r"FSDP2: ([\d,]+) of ([\d,]+) parameters", (tmp_path / "fsdp" / "out.log").read_text())
-    own, of_all = (int(number.replace(",", "")) for number in (found or [""] * 3)[1:3])
+    assert found
+    own, of_all = (int(number.replace(",", "")) for number in found.groups())
     assert of_all / processes <= own < 1.1 * of_all / processes
 
 

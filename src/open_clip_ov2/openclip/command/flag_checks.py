@@ -15,8 +15,7 @@ from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
 from open_clip_ov2.openclip.command.data_flags import check_aspect, check_data, data_kind
-from open_clip_ov2.openclip.command.flags import FAMILY, RunOptions, TrainOptions
-from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
 from open_clip_ov2.openclip.models.named_model import STATED, unstated
@@ -185,34 +184,6 @@ def check_stages(stages: Sequence[TrainOptions], carry_optimizer: bool) -> None:
     for name, why in same.items():
         if any(getattr(options, name) != getattr(stages[0], name) for options in stages):
             raise UserError(f"{_flag(name)}: must be the same in all stages, since {why}")
-
-
-# Sharded by FSDP2: what has been tried, and is equal to DDP (tests/openclip/test_fsdp.py).
-_FSDP_OPTIMIZERS = ("adamw", "timm/adamw", "timm/muon")
-_FSDP_PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16", "pure_bf16")
-
-
-def check_fsdp(run: RunOptions, stages: Sequence[StagePlan], world_size: int) -> None:
-    """Raises UserError for flags that do not go with --fsdp, or need it."""
-    if not run.fsdp:
-        for flag, value in (("--fsdp-hybrid", run.fsdp_hybrid), ("--fsdp-checkpoint", run.fsdp_checkpoint != "full")):
-            if value:
-                raise UserError(f"{flag} is for a sharded model; add --fsdp")
-        return
-    if run.fsdp_hybrid and world_size % run.fsdp_hybrid:
-        raise UserError(f"--fsdp-hybrid {run.fsdp_hybrid}: does not divide the {world_size} processes of the run")
-    for stage in stages:
-        args = stage.args
-        refused = {"ddp_static_graph": "it is DDP's", "distill_model": "the teacher would be sharded too"}
-        _refuse(stage.argv, refused, " with --fsdp")
-        if args.precision not in _FSDP_PRECISIONS:
-            raise UserError(f"--fsdp --precision {args.precision}: expected one of {', '.join(_FSDP_PRECISIONS)}")
-        if args.opt.lower() not in _FSDP_OPTIMIZERS:
-            raise UserError(f"--fsdp --opt {args.opt}: expected one of {', '.join(_FSDP_OPTIMIZERS)}")
-        if stage.options.lora_rank and run.fsdp_checkpoint == "sharded":
-            raise UserError(
-                "--lora-rank: checkpoints have adapters merged, which shards cannot; leave out --fsdp-checkpoint"
-            )
 
 
 def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:

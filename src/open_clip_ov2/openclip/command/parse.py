@@ -15,14 +15,9 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from open_clip_ov2.argv import is_given, to_argv, without
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
-from open_clip_ov2.openclip.command.flag_checks import (
-    check_eval,
-    check_fsdp,
-    check_pretrained,
-    check_stage,
-    check_stages,
-)
+from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
+from open_clip_ov2.openclip.command.fsdp_checks import check_fsdp
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
