@@ -158,10 +158,7 @@ def optimizer_step(
     grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
     totals = all_reduced(totals, settings)
     bad = not_finite(totals, grad_norm, scaler)
-    step_unless(optimizer, scaler, bad)
-    if contrastive:
-        unwrapped: Any = getattr(model, "module", model)  # inside DDP
-        unwrapped.after_step()
+    _update(model, optimizer, scaler, bad)
     mean = totals[2] / settings.compute.world_size if contrastive else None
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
 
@@ -178,6 +175,12 @@ def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[st
         seeds_B, tokens = on_device(batch.seeds, device), rows * columns
     drop: dict[str, Any] = inner.token_drop.of_samples(seeds_B, tokens, batch.draw)
     return drop
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
+    step_unless(optimizer, scaler, bad)
+    if (after := getattr(getattr(model, "module", model), "after_step", None)) is not None:  # of the model inside DDP
+        after()
 
 
 def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:

@@ -56,9 +56,6 @@ class Session:
         self._ranks = argparse.Namespace(**vars(self.plan.stages[0].args))
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
-        options, several = self.plan.options, self.world_size > 1
-        over = (self.device, self.world_size, options.fsdp_hybrid)
-        self.layout = Layout.over(*over) if options.fsdp and several else None
         self._opened = contextlib.ExitStack()
         try:
             self._open()
@@ -82,10 +79,7 @@ class Session:
         self.writer = CheckpointWriter(checkpoints, keep, latest=args.save_most_recent) if first else None
         if self.writer is not None:
             self._opened.callback(self.writer.wait)
-        sharded = self.layout is not None and plan.options.fsdp_checkpoint == "sharded"
-        self.shards = ShardWriter(checkpoints) if sharded else None
-        if self.shards is not None:
-            self._opened.callback(self.shards.wait)
+        self._open_layout(checkpoints)
         if existed and self.trains:
             self._find_checkpoint(checkpoints)
         state = self.state
@@ -103,11 +97,22 @@ class Session:
         self._opened.callback(self.monitor.close)
         if state:
             self.monitor.restore(state["monitor"])
-        if plan.options.fsdp and self.layout is None:
-            logger.info("--fsdp: there is one process, so all of the model is on it")
         self.agreement = Agreement(self.world_size, self.device, flags=2)
         self.on_rank_0(self.sync.start if self.sync else str, RUN_FILE)
         logger.info("command: ov2 train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
+
+    def _open_layout(self, checkpoints: Path) -> None:
+        """With --fsdp: how the model is split, and what writes shards of it."""
+        self.layout: Layout | None = None
+        self.shards: ShardWriter | None = None
+        options = self.plan.options
+        if options.fsdp and self.world_size == 1:
+            logger.info("--fsdp: there is one process, so all of the model is on it")
+        elif options.fsdp:
+            self.layout = Layout.over(self.device, self.world_size, options.fsdp_hybrid)
+            if options.fsdp_checkpoint == "sharded":
+                self.shards = ShardWriter(checkpoints)
+                self._opened.callback(self.shards.wait)
 
     def _enter_folder(self) -> tuple[bool, list[str]]:
         """Of rank 0: lock the run's folder, fetch it if --remote-sync alone has it, and enter it. Returns whether it

@@ -20,6 +20,7 @@ from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.guard import StepGuard
 from open_clip_ov2.train.parallel import Whole
 from open_clip_ov2.train.random_state import get_random_state, set_random_state
+from open_clip_ov2.train.sharded import Write
 from open_clip_ov2.train.step import StepReport
 
 logger = logging.getLogger("open_clip_ov2")
@@ -180,6 +181,15 @@ class StageProgress:
     def _epochs_done(self) -> int:
         return self.entries_done // self._entries_per_epoch
 
+    def _trained(self) -> tuple[CheckpointName, dict[str, Any], Write | None]:
+        """Name, weights and optimizer of a checkpoint now, and what writes it: by default the writer, one file."""
+        number, shards = self._stage.number, self._session.shards
+        if self.finished or shards is None:  # a stage ends with a file that any tool opens
+            name = CheckpointName(number, self.finished, 0 if self.finished else self.samples_seen)
+            return name, self._parallel.read(checkpoint_weights, self.average, self.optimizer), None
+        name = CheckpointName(number, False, self.samples_seen, "dcp")
+        return name, *shards.begin(name.file, self._parallel.shards(self.average, self.optimizer))
+
     def _save(self) -> None:
         """Rank 0 gathers the random state and data position of every rank, and writes."""
         self._guard.check()
@@ -189,13 +199,7 @@ class StageProgress:
         if session.world_size > 1:
             ranks = [None] * session.world_size
             torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
-        shards = None if self.finished else session.shards  # a stage ends with a file that any tool opens
-        samples = 0 if self.finished else self.samples_seen
-        name, write = CheckpointName(self._stage.number, self.finished, samples, "dcp" if shards else "pt"), None
-        if shards is not None:
-            trained, write = shards.begin(name.file, self._parallel.shards(self.average, self.optimizer))
-        else:
-            trained = self._parallel.read(checkpoint_weights, self.average, self.optimizer)
+        name, trained, write = self._trained()
         if session.writer is None:
             return
         session.check_lock()
