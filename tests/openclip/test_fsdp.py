@@ -52,9 +52,9 @@ def assert_close(run: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("processes", "more"),
     [
-        (2, [*AVERAGE, "--accum-freq", "2", "--grad-checkpointing", "--opt", "timm/muon"]),
+        (2, [*AVERAGE, "--accum-freq", "2", "--recompute-elementwise", "--opt", "timm/muon"]),
         (2, ["--model", "local-dir:{baselines}/coca_tiny", *EPS]),
-        (4, [*AVERAGE, "--gradient-reduction", "fp32"]),
+        (4, [*AVERAGE, "--grad-checkpointing"]),
     ],
 )
 def test_it_is_the_same_training_as_ddp(
@@ -161,6 +161,8 @@ def test_a_signal_saves_shards_and_a_damaged_folder_is_passed_over(
         (["--fsdp", "--ddp-static-graph"], "--ddp-static-graph with --fsdp: it is DDP's"),
         (["--fsdp", "--precision", "bf16"], "--fsdp --precision bf16: expected one of fp32, amp_bf16"),
         (["--fsdp", "--opt", "timm/lamb"], "--fsdp --opt timm/lamb: expected one of adamw"),
+        (["--fsdp", "--torchcompile", "--compile-encoder", "graph"], "--fsdp gathers a block at a time"),
+        (["--fsdp", "--fsdp-checkpoint", "sharded", "--save-most-recent"], "--save-most-recent leads to a file"),
         (["--fsdp", "--fsdp-checkpoint", "sharded", "--lora-rank", "2"], "--lora-rank: checkpoints have adapters"),
     ],
 )
