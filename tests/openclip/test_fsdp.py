@@ -3,6 +3,7 @@ stopped; the file that a whole checkpoint is."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from training import assert_equal_weights, data_flags, figures, finish, results,
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import INTERRUPTED_STATUS, UserError
 from open_clip_ov2.openclip.command.parse import parse
+from open_clip_ov2.openclip.models.factory import MODEL_CONFIGS
 from open_clip_ov2.train.checkpoint import RESUME_KEY, list_checkpoints
 
 TINY = str(Path(__file__).parent / "old_run" / "tiny")
@@ -36,6 +38,7 @@ def train(processes: int, argv: Sequence[str]) -> None:
 
 def losses(run: Path) -> torch.Tensor:
     rows = [*results(run, "train"), *results(run, "val")]
+    assert rows
     return torch.tensor([next(value for key, value in row.items() if "loss" in key) for row in rows])
 
 
@@ -70,6 +73,22 @@ def test_it_is_the_same_training_as_ddp(
     assert found
     own, of_all = (int(number.replace(",", "")) for number in found.groups())
     assert of_all / processes <= own < 1.1 * of_all / processes
+
+
+@pytest.mark.parametrize("size", ["bigg", "6b"])
+def test_the_larger_sizes_train(squares: Path, vocabulary: Path, tmp_path: Path, size: str) -> None:
+    """All blocks of both, at width 64. Oracle: DDP."""
+    config = json.loads((MODEL_CONFIGS / f"ov2-vit-{size}-14.json").read_text())
+    config["vision_cfg"] |= {"width": 64, "head_width": 32, "image_size": 28}
+    config |= {"embed_dim": 64, "decoder_cfg": {**config["decoder_cfg"], "width": 32, "heads": 2, "mlp_width": 64}}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    more = ["--model", f"local-dir:{tmp_path}", "--force-image-size", "28", "--train-num-samples", "16", *EPS]
+    for name, how in (("ddp", []), ("fsdp", ["--fsdp"])):
+        argv = flags(squares, vocabulary, tmp_path, name, *more, "--grad-checkpointing", *how, batch=4)
+        train(2, [*argv, "--val-frequency", "0"])
+    torch.testing.assert_close(losses(tmp_path / "fsdp"), losses(tmp_path / "ddp"), atol=1e-5, rtol=0)
+    assert " 72 blocks" in (tmp_path / "fsdp" / "out.log").read_text()  # 48, and 24 of the decoder
 
 
 def as_if_killed(run: Path, to: Path, newest: str) -> Path:
@@ -161,7 +180,7 @@ def test_a_signal_saves_shards_and_a_damaged_folder_is_passed_over(
         (["--fsdp", "--ddp-static-graph"], "--ddp-static-graph with --fsdp: it is DDP's"),
         (["--fsdp", "--precision", "bf16"], "--fsdp --precision bf16: expected one of fp32, amp_bf16"),
         (["--fsdp", "--opt", "timm/lamb"], "--fsdp --opt timm/lamb: expected one of adamw"),
-        (["--fsdp", "--torchcompile", "--compile-encoder", "graph"], "--fsdp gathers a block at a time"),
+        (["--fsdp", "--torchcompile", "--compile-encoder", "whole"], "--fsdp gathers a block at a time"),
         (["--fsdp", "--fsdp-checkpoint", "sharded", "--save-most-recent"], "--save-most-recent leads to a file"),
         (["--fsdp", "--fsdp-checkpoint", "sharded", "--lora-rank", "2"], "--lora-rank: checkpoints have adapters"),
     ],

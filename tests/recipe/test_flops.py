@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_clip_ov2.core import CaptionLoss, linear_loss
 from open_clip_ov2.core.packing import pack_captions
-from open_clip_ov2.openclip.models.model_facts import ModelFacts, model_facts
+from open_clip_ov2.openclip.models.model_facts import ModelFacts, meta_model, model_facts
 from open_clip_ov2.recipe.model_costs import (
     LOSS_ROWS,
     PRECISION,
@@ -31,9 +31,11 @@ from open_clip_ov2.recipe.model_costs import (
     fixed_bytes,
     flops,
     loss_bytes,
+    sharded_bytes,
     stacks,
     total_flops,
 )
+from open_clip_ov2.train.parallel import blocks_of
 
 NANO = "ov2-vit-nano-8"
 BATCH = 3
@@ -172,6 +174,20 @@ def test_openvision_1_in_the_table_of_floors() -> None:
 def test_encoders_have_the_published_parameters(name: str, millions: int) -> None:
     """Oracle: the paper's and the model cards' counts (304 M, 412 M without a head, 632 M, 1.01 B)."""
     assert model_facts(name).parameters["encoder"] / 1e6 == pytest.approx(millions, abs=0.9)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("ov2-vit-bigg-14", 1843), ("ov2-vit-6b-14", 5903)])
+def test_larger_encoders_have_the_published_parameters_too(name: str, millions: int) -> None:
+    """Oracles: arXiv 2106.04560, table 2, and arXiv 2312.14238, table 1; without our last projection, the identity. And
+    what FSDP gathers at once, counted in the model itself."""
+    facts, model = model_facts(name), meta_model(name)
+    assert (facts.parameters["encoder"] - model.visual.proj.numel()) / 1e6 == pytest.approx(millions, abs=0.6)
+    sizes = {block: sum(p.numel() for p in block.parameters()) for block in blocks_of(model)}
+    counted, whole = facts.trained + facts.frozen, sum(sizes.values())
+    gathered = 2 * (counted - whole + max(sizes.values())) * 2 + max(sizes.values()) * (2 + 4)
+    expected = (16 * facts.trained + 4 * facts.frozen) / 8 + gathered
+    found = sharded_bytes(facts.sizes, facts.trained, facts.frozen, PRECISION["amp_bf16"], 8)
+    assert found == pytest.approx(expected, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["ov2-vit-s-16", "ViT-S-16"])

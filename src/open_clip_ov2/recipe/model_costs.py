@@ -34,6 +34,11 @@ class Tower:
     heads: int
     mlp_width: int
 
+    @property
+    def block_parameters(self) -> int:
+        """Matrices of attention and MLP; biases and norms are 0.1% of that."""
+        return 4 * self.width**2 + 2 * self.width * self.mlp_width
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -257,6 +262,17 @@ def fixed_bytes(trained: int, frozen: int, precision: Precision, gpus: int) -> f
     buckets = precision.weight if gpus > 1 else 0
     each = 4 * precision.weight + precision.copy + buckets
     return float(trained * each + frozen * (precision.weight + precision.copy))
+
+
+def sharded_bytes(sizes: ModelSizes, trained: int, frozen: int, precision: Precision, shards: int) -> float:
+    """The same of one of `shards` processes under FSDP2: its part of all that; and gathered, with their gradients, what
+    is in no block, a block that computes, and the parameters of the next one, fetched meanwhile."""
+    towers = (sizes.encoder.tower, sizes.decoder, sizes.text)
+    blocks = [(tower.layers, tower.block_parameters) for tower in towers if tower is not None]
+    rest = trained + frozen - sum(layers * one for layers, one in blocks)
+    largest, gathered = max(one for _, one in blocks), precision.copy or precision.weight
+    own = (4 * trained + frozen) * precision.weight / shards
+    return own + 2.0 * (rest + largest) * gathered + largest * (gathered + precision.weight)
 
 
 def loss_bytes(sizes: ModelSizes, precision: Precision) -> float:

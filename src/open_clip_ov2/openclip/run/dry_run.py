@@ -30,7 +30,7 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
     check_same_run(plan)
     if gpu_memory_gb is not None:
         for stage in plan.stages:
-            _check_memory(stage, Machine(world_size, memory_gb=gpu_memory_gb))
+            _check_memory(stage, Machine(world_size, memory_gb=gpu_memory_gb), plan.options.shards(world_size))
     return Checked(
         name=plan.name,
         run_dir=plan.folder,
@@ -63,9 +63,9 @@ def _check_model(stage: StagePlan) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_memory(stage: StagePlan, machine: Machine) -> None:
+def _check_memory(stage: StagePlan, machine: Machine, shards: int) -> None:
     try:
-        advice = stage_cost(stage, stage_facts(stage), machine).memory_advice()
+        advice = stage_cost(stage, stage_facts(stage), machine, shards=shards).memory_advice()
     except UserError as error:
         print(f"memory    not estimated: {error}")
         return

@@ -22,6 +22,7 @@ from open_clip_ov2.recipe.model_costs import (
     fixed_bytes,
     flops,
     loss_bytes,
+    sharded_bytes,
     total_flops,
 )
 from open_clip_ov2.tracking.throughput import Meter, peak_of
@@ -38,7 +39,7 @@ def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | Non
         if not stage.args.train_num_samples:
             raise UserError("the length of the run is unknown; give --train-num-samples, --stage or a recipe")
         speed = machine.speed(stage.index, len(plan.stages))
-        costs.append(stage_cost(stage, facts, machine, speed, mean_caption_tokens))
+        costs.append(stage_cost(stage, facts, machine, speed, mean_caption_tokens, plan.options.shards(machine.gpus)))
         others.append(baseline_flops(facts.sizes, costs[-1]) if facts.sizes.is_ov2 else {})
     baselines = {name: tuple(each[name] for each in others) for name in others[0]}
     return Plan(plan.model, facts.parameters, tuple(costs), baselines, machine)
@@ -74,16 +75,20 @@ def stage_cost(
     machine: Machine,
     speed: float | None = None,
     mean_caption_tokens: float | None = None,
+    shards: int = 1,
 ) -> StageCost:
     """`speed`: measured images per second of one GPU; `mean_caption_tokens`: real tokens of a caption, end of text
-    included, by default all positions. Raises UserError."""
+    included, by default all positions; `shards`: processes that share one copy of the model. Raises UserError."""
     args, resolution = stage.args, facts.resolution
     tokens = facts.tokens(mean_caption_tokens)
     # Of a range of keep ratios the largest one needs the most memory.
     kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
     precision, most = PRECISION[args.precision], replace(tokens, kept=kept)
+    fixed = fixed_bytes(facts.trained, facts.frozen, precision, machine.gpus)
+    if shards > 1:
+        fixed = sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
     memory = Memory(
-        fixed_bytes(facts.trained, facts.frozen, precision, machine.gpus) + loss_bytes(facts.sizes, precision),
+        fixed + loss_bytes(facts.sizes, precision),
         activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
     )
     budget = facts.sizes.encoder.budget
@@ -105,6 +110,7 @@ def stage_cost(
         memory=memory,
         machine=machine,
         speed=speed,
+        remedy="--grad-checkpointing" if shards > 1 or machine.gpus == 1 else "--fsdp, --grad-checkpointing",
     )
 
 
