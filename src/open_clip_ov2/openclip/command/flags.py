@@ -276,10 +276,6 @@ class RunOptions:
     until_stage: int | None = flag("K", whole(1), "end the run successfully after stage K (counted from 1)")
     override: bool = switch_flag("continue a run although its configuration has changed")
 
-    def shards(self, world_size: int) -> int:
-        """Processes that one copy of the model is split over."""
-        return (self.fsdp_hybrid or world_size) if self.fsdp else 1
-
 
 def build_parser() -> Parser:
     """A parser of our flags alone."""

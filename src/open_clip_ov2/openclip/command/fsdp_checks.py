@@ -33,6 +33,8 @@ def check_fsdp(run: RunOptions, stages: Sequence[StagePlan], world_size: int) ->
             raise UserError(f"--fsdp --precision {args.precision}: expected one of {', '.join(_FSDP_PRECISIONS)}")
         if args.opt.lower() not in _FSDP_OPTIMIZERS:
             raise UserError(f"--fsdp --opt {args.opt}: expected one of {', '.join(_FSDP_OPTIMIZERS)}")
+        if stage.options.aspect not in (None, "square"):
+            raise UserError(f"--fsdp --aspect {stage.options.aspect}: images of any shape go through parts of a block")
         if stage.options.fp8 or stage.options.compile_encoder != "blocks":
             raise UserError("--fsdp gathers a block at a time: leave out --fp8 and --compile-encoder")
         if args.save_most_recent and run.fsdp_checkpoint == "sharded":

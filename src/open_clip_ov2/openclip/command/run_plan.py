@@ -63,3 +63,7 @@ class RunPlan:
     config: dict[str, object]
     recipe: Recipe | None
     argv: tuple[str, ...]
+
+    def shards(self, world_size: int) -> int:
+        """Processes that share one copy of the model."""
+        return (self.options.fsdp_hybrid or world_size) if self.options.fsdp else 1

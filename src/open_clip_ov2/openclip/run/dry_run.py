@@ -30,7 +30,7 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
     check_same_run(plan)
     if gpu_memory_gb is not None:
         for stage in plan.stages:
-            _check_memory(stage, Machine(world_size, memory_gb=gpu_memory_gb), plan.options.shards(world_size))
+            _check_memory(stage, Machine(world_size, memory_gb=gpu_memory_gb), plan.shards(world_size))
     return Checked(
         name=plan.name,
         run_dir=plan.folder,

@@ -18,6 +18,7 @@ from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
 from open_clip_ov2.recipe.model_costs import (
     PRECISION,
     Memory,
+    Precision,
     activation_bytes,
     fixed_bytes,
     flops,
@@ -39,7 +40,7 @@ def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | Non
         if not stage.args.train_num_samples:
             raise UserError("the length of the run is unknown; give --train-num-samples, --stage or a recipe")
         speed = machine.speed(stage.index, len(plan.stages))
-        costs.append(stage_cost(stage, facts, machine, speed, mean_caption_tokens, plan.options.shards(machine.gpus)))
+        costs.append(stage_cost(stage, facts, machine, speed, mean_caption_tokens, plan.shards(machine.gpus)))
         others.append(baseline_flops(facts.sizes, costs[-1]) if facts.sizes.is_ov2 else {})
     baselines = {name: tuple(each[name] for each in others) for name in others[0]}
     return Plan(plan.model, facts.parameters, tuple(costs), baselines, machine)
@@ -84,11 +85,8 @@ def stage_cost(
     # Of a range of keep ratios the largest one needs the most memory.
     kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
     precision, most = PRECISION[args.precision], replace(tokens, kept=kept)
-    fixed = fixed_bytes(facts.trained, facts.frozen, precision, machine.gpus)
-    if shards > 1:
-        fixed = sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
     memory = Memory(
-        fixed + loss_bytes(facts.sizes, precision),
+        _fixed_bytes(facts, precision, machine.gpus, shards) + loss_bytes(facts.sizes, precision),
         activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
     )
     budget = facts.sizes.encoder.budget
@@ -112,6 +110,12 @@ def stage_cost(
         speed=speed,
         remedy="--grad-checkpointing" if shards > 1 or machine.gpus == 1 else "--fsdp, --grad-checkpointing",
     )
+
+
+def _fixed_bytes(facts: ModelFacts, precision: Precision, gpus: int, shards: int) -> float:
+    if shards == 1:
+        return fixed_bytes(facts.trained, facts.frozen, precision, gpus)
+    return sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
 
 
 def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
