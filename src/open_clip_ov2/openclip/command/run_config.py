@@ -33,7 +33,8 @@ NOT_CONFIG = frozenset(
 ADDED = frozenset(
     (
         "captions", "prompt_keys", "ema_decay", "lr_layer_decay", "wd_exclude", "freeze", "lora_rank", "lora_alpha",
-        "tokens_per_step", "elastic", "aspect", "max_tokens",
+        "tokens_per_step", "elastic", "aspect", "max_tokens", "compile_encoder", "recompute_elementwise",
+        "attention_kernel", "fp8",
     )
 )  # fmt: skip
 
