@@ -192,7 +192,7 @@ def test_every_stream_is_one_workers_alone(width: int, turns: int, part: int, be
         ("8x2", (3, 1, 4, 2), "global batch, 12, is not divisible by 8"),
         ("8x2", (8, 3, 4, 2), "each process has 2, and accumulates 3"),
         ("8x2", (8, 1, 8, 4), "--workers 4 for each of 8 processes.*divides 2"),
-        ("8x2", (2, 8, 2, 8), "--workers 8 for each of 2 processes that accumulate 8.*divides 4"),
+        ("8x2", (2, 8, 2, 8), "--workers 8 for each of 2 processes with --accum-freq 8.*divides 4"),
         ("8", (), "the most processes and data workers of each"),
         ("0x2", (), "for example 64x8"),
     ],

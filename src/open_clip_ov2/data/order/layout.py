@@ -73,7 +73,7 @@ class Layout:
         most = own if accum_freq > own else turns * accum_freq
         if most % workers:
             raise UserError(
-                f"{name}: --workers {workers} for each of {processes} processes that accumulate {accum_freq} batches; "
+                f"{name}: --workers {workers} for each of {processes} processes with --accum-freq {accum_freq}; "
                 f"expected a number that divides {most}"
             )
         return cls(width, turns, total // width, processes, workers, accum_freq)
