@@ -25,8 +25,8 @@ arm() {  # NAME SEED FLAGS...
   read_text "$1-$2" "$OUT/logs/$1-$2"
 }
 
-read_text "untrained, cropped square-0" ov2-vit-nano-8:rendered
-read_text "untrained, native-0" ov2-vit-nano-8:rendered --aspect native
+read_text "as shipped, cropped-0" ov2-vit-nano-8:rendered
+read_text "as shipped, native-0" ov2-vit-nano-8:rendered --aspect native
 for seed in ${SEEDS:-0 1 2}; do
   arm native "$seed" --aspect native --max-tokens 64 &
   arm squeezed "$seed" --force-image-size 64 --image-resize-mode squash
