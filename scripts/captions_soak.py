@@ -80,10 +80,10 @@ def soak(argv: Sequence[str], out: Path, tasks: int, kills: int, samples: int, r
     for kill in range(kills):
         processes, before = start([*argv, "--out", str(out)], tasks), written(out)
         step = max(1, (samples - before) // (kills - kill + 1))
-        line, deadline = before + rng.randint(1, step), time.monotonic() + 300
+        line, deadline = before + rng.randint(1, step), time.monotonic() + 1800
         while written(out) < line and any(one.is_alive() for one in processes):
             if time.monotonic() > deadline:
-                raise RuntimeError("no caption was written in five minutes")
+                raise RuntimeError("no caption was written in half an hour")
             time.sleep(0.001)
         time.sleep(rng.uniform(0, PAUSE_S))
         hit += any(one.is_alive() for one in processes)
