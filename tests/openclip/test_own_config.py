@@ -191,13 +191,17 @@ def test_what_must_be_stated(run: Path, tiny_name: str, vocabulary: Path, tmp_pa
     content = torch.load(file, weights_only=True)
     content[CONFIG_KEY]["preprocess_cfg"] |= {"resize_mode": "longest", "mean": [0.48145466, 0.4578275, 0.40821073]}
     torch.save(content, file)
-    named = argparse.Namespace(model=tiny_name, pretrained=str(file), resume=None)
+    named = argparse.Namespace(model=tiny_name, pretrained=str(file), resume=None, cache_dir=None)
     fusion = ["--fusion", "causal", "--tokenizer", str(vocabulary)]
     with pytest.raises(UserError, match=r"was trained with --image-resize-mode longest, which differs from --model"):
         check_pretrained([*fusion, "--augmentation", "family"], None, named)
     with pytest.raises(UserError, match=r"--image-mean 0\.48145466 0\.4578275 0\.40821073 --image-std"):
         check_pretrained(fusion, None, named)
-    check_pretrained([], None, argparse.Namespace(model=f"local-dir:{tmp_path / 'run'}", pretrained=None, resume=None))
+    check_pretrained(
+        [],
+        None,
+        argparse.Namespace(model=f"local-dir:{tmp_path / 'run'}", pretrained=None, resume=None, cache_dir=None),
+    )
 
 
 def test_training_from_a_runs_folder_takes_all_of_it(run: Path, squares: Path, tmp_path: Path, capsys) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 PACKAGE = "open_clip_ov2"
+LOG = "out.log"
 FILE_ONLY = "file_only"  # logger.info(..., extra={FILE_ONLY: True}): keep it from the terminal
 
 
@@ -33,8 +34,8 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.name.split(".")[0] == PACKAGE or record.levelno >= logging.WARNING
 
 
-def setup_logging(run_dir: Path | None, rank: int, console: Console | None, debug: bool = False) -> ExitStack:
-    """Rank 0 logs to RUN/out.log and the console; other ranks print warnings to stderr after their rank.
+def setup_logging(file: Path | None, rank: int, console: Console | None, debug: bool = False) -> ExitStack:
+    """Log to a file and the console, where given; ranks other than 0 print warnings to stderr after their rank.
 
     The root logger's own handlers (of some basicConfig, which would print every line twice) come back with `close`.
     """
@@ -46,10 +47,9 @@ def setup_logging(run_dir: Path | None, rank: int, console: Console | None, debu
         handler.setLevel(least)
         handlers.append(handler)
 
-    if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(run_dir / "out.log")
-        add(to_file, "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        add(logging.FileHandler(file), "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
     if console is not None:
         add(_ConsoleHandler(console), "%(asctime)s %(message)s", "%H:%M:%S")
     if rank != 0:

@@ -18,7 +18,7 @@ from open_clip_ov2.files import TEMPORARY, read_json
 from open_clip_ov2.formats.model_files import new_folder
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.quiet import quiet
-from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
+from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
 from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
@@ -73,7 +73,7 @@ class _Run:
         console = Console()
         self._lock: FolderLock | None = None
         self.on_rank_0(self._enter)
-        log = setup_logging(self.folder if rank == 0 else None, rank, console if rank == 0 else None)
+        log = setup_logging(self.folder / LOG if rank == 0 else None, rank, console if rank == 0 else None)
         opened.callback(log.close)
         logger.info("command: ov2 vlm train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
         self.samples = self.on_rank_0(self._prepare_data)

@@ -16,6 +16,7 @@ from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
 from open_clip_ov2.openclip.command.data_flags import check_aspect, check_data, data_kind
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
+from open_clip_ov2.openclip.command.stock_flags import check_stock
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
 from open_clip_ov2.openclip.models.named_model import STATED, unstated
@@ -51,14 +52,22 @@ _READERS = {
 # Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
 REFUSED = {
     "trace": "a traced model cannot be trained",
+    "use_bnb_linear": "bitsandbytes no longer has the layers that OpenCLIP 3.3 takes from it",
     "horovod": "use torchrun",
 }
 REFUSED_OV2 = {
-    "lock_text": "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
-    "siglip": "it is for CLIP, such as clip-of-ov2-vit-b-16",
-    "distill_model": "distillation is for contrastive models",
+    **dict.fromkeys(
+        ("lock_text", "lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+        "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
+    ),
+    **dict.fromkeys(("siglip", "loss_dist_impl"), "it is for CLIP, such as clip-of-ov2-vit-b-16"),
+    **dict.fromkeys(
+        ("local_loss", "gather_with_grad"), "a caption loss gathers nothing, and that of ov1-of-NAME always does both"
+    ),
+    **dict.fromkeys(("distill_model", "distill_pretrained"), "distillation is for contrastive models"),
     "torchscript": "use --torchcompile",
-    "use_bnb_linear": "not for caption models",
+    "force_quick_gelu": "its blocks have GELU, as the published models",
+    "pretrained_image": "OpenCLIP has weights for image towers of timm alone; use --pretrained",
 }
 # Obeyed, with what docs/train_flags.md adds to OpenCLIP's help.
 HERE = {
@@ -67,6 +76,7 @@ HERE = {
     "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
     "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
     "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",
+    "log_local": "out-RANK.log, of the first process of each further machine",
     "resume": "or latest, as without the flag; docs/openclip.md",
     "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
     "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
@@ -102,8 +112,6 @@ def check_stage(
         )
     if theirs.opt.lower() != "adamw" and not theirs.opt.lower().startswith("timm/"):
         raise UserError(f"--opt {theirs.opt}: expected adamw or timm/NAME")
-    if theirs.lr_scheduler == "const-cooldown" and theirs.epochs_cooldown is None:
-        raise UserError("--lr-scheduler const-cooldown needs --epochs-cooldown N")
     tracker_names(theirs.report_to)
     if theirs.ddp_static_graph and theirs.accum_freq > 1:
         raise UserError(
@@ -118,6 +126,7 @@ def check_stage(
         jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
         _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
     check_aspect(argv, options, theirs)
+    check_stock(theirs)
     _check_transform(options, theirs, "OpenCLIP" if their_pixels and not is_ov2 else "ov2")
     try:
         factory.check_named_size(theirs.model, theirs.force_image_size)
@@ -284,7 +293,7 @@ def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argpars
         raise UserError(f"--resume {resumed}: no such file; expected a checkpoint, such as RUN/checkpoints/stage_1.pt")
     family = PIXELS if is_given(argv, "--augmentation") else ()  # it states those of ov2 models
     stated = [flag for flag in STATED if is_given(argv, flag) or flag in family]
-    if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer):
+    if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer, theirs.cache_dir):
         raise UserError(
             f"--pretrained {theirs.pretrained}: was trained with {' '.join(missing)}, which differs from --model "
             f"{theirs.model}; add these flags, or give the values that you want (--model local-dir:FOLDER or NAME:TAG "

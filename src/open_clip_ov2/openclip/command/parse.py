@@ -21,6 +21,7 @@ from open_clip_ov2.openclip.command.fsdp_checks import check_fsdp
 from open_clip_ov2.openclip.command.run_config import run_config, signature
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
+from open_clip_ov2.openclip.command.stock_flags import check_model_name, check_needs
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
@@ -43,6 +44,7 @@ def parse(
     ours, _ = build_parser().parse_known_args(given[0][0])  # with the flags of a recipe's [train]
     run, first = options(RunOptions, ours), stages[0].args
     check_stages([stage.options for stage in stages], ours.carry_optimizer)
+    check_needs(stages)
     config = run_config(stages, world_size, ours.carry_optimizer)
     check_fsdp(run, stages, world_size)
     if run.until_stage and run.until_stage > len(stages):
@@ -104,7 +106,9 @@ def _stage(
     with naming(f"stage {index + 1} ({title})") if title else contextlib.nullcontext():
         ours, rest = build_parser().parse_known_args(flags)
         theirs = _parse_theirs(rest)
-        _check_model_name(theirs.model, is_given(flags, "--model"))
+        if not is_given(flags, "--model"):
+            raise UserError("ov2 train: --model is missing, for example --model ov2-vit-l-14")
+        check_model_name("--model", theirs.model)
         rest += derived_flags(flags, ours, theirs, world_size, gpu)
         if index:
             rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
@@ -148,23 +152,6 @@ def _one_line_errors() -> Iterator[None]:
         message = captured.getvalue().strip().splitlines()[-1:] or ["bad arguments"]
         text = message[0].split("error: ", 1)[-1]
         raise UserError(f"ov2 train: {text} (`ov2 train --help` lists the flags)") from None
-
-
-def _check_model_name(name: str, was_given: bool) -> None:
-    if not was_given:
-        raise UserError("ov2 train: --model is missing, for example --model ov2-vit-l-14")
-    if ":" in name:
-        try:
-            factory.is_ov2_model(name)
-        except Exception as error:  # whatever upstream raises for a missing folder or a hub that cannot be reached
-            raise UserError(f"--model {name}: its config cannot be read ({first_line(error)})") from error
-    elif name not in factory.known_models():
-        if Path(name).is_dir():
-            raise UserError(
-                f"--model {name}: a folder; --model local-dir:{name} takes its model and weights, of a run the newest"
-            )
-        hint = nearest(name, factory.known_models(), count=3)
-        raise UserError(f"--model {name}: no such model{hint} (open_clip.list_models() lists them)")
 
 
 def help_text() -> str:

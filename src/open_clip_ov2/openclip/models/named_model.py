@@ -163,7 +163,9 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def unstated(name: str, pretrained: str | None, stated: Collection[str], tokenizer: str | None) -> list[str]:
+def unstated(
+    name: str, pretrained: str | None, stated: Collection[str], tokenizer: str | None, cache_dir: str | None = None
+) -> list[str]:
     """Flags of `ov2 train` that a checkpoint was trained with, and that `stated` lacks and NAME does not imply: those
     whose difference the weights' shapes do not show. Raises UserError, also for a `tokenizer` with other words, and
     for a run's folder without a checkpoint. Without `pretrained`, NAME brings all of it."""
@@ -175,7 +177,7 @@ def unstated(name: str, pretrained: str | None, stated: Collection[str], tokeniz
         return []
     check_same_model(name, named, checkpoint, own)
     words = str(own.folder) if own.folder else f"FOLDER (written by `ov2 export {checkpoint} --to ov2 --out FOLDER`)"
-    if tokenizer and own.vocabulary not in (None, find_vocab(tokenizer).read_text(encoding="utf-8")):
+    if tokenizer and own.vocabulary not in (None, find_vocab(tokenizer, cache_dir).read_text(encoding="utf-8")):
         raise UserError(
             f"--tokenizer {tokenizer}: not the words that {checkpoint} was trained with; --tokenizer {words}"
         )

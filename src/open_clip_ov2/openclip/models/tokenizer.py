@@ -160,9 +160,9 @@ def find_vocab(source: str, cache_dir: str | None = None) -> Path:
         ) from error
 
 
-def text_cfg_for(source: str, context_length: int) -> dict[str, Any]:
+def text_cfg_for(source: str, context_length: int, cache_dir: str | None = None) -> dict[str, Any]:
     """The `text_cfg` of a model trained with word pieces from `source`."""
-    entries = len(find_vocab(source).read_text(encoding="utf-8").splitlines())
+    entries = len(find_vocab(source, cache_dir).read_text(encoding="utf-8").splitlines())
     if 30_000 <= entries <= REFERENCE_VOCAB_SIZE:
         vocab_size = REFERENCE_VOCAB_SIZE
     else:

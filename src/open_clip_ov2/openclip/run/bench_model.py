@@ -127,7 +127,7 @@ class BenchModel:
             raise UserError(f"--model {name}: expected an ov2 model; models of other kinds go into --variants")
         text = config["text_cfg"]
         if self.stage.options.tokenizer:
-            text = text_cfg_for(self.stage.options.tokenizer, text["context_length"])
+            text = text_cfg_for(self.stage.options.tokenizer, text["context_length"], self.stage.args.cache_dir)
         return int(text["vocab_size"]), int(text["bos_id"]), int(text["eos_id"]), int(text["pad_id"])
 
     def image_flops(self, mean_targets: float) -> float:

@@ -58,7 +58,7 @@ def _check_data(stage: StagePlan) -> int:
 def _check_model(stage: StagePlan) -> int:
     """Number of parameters of the stage's model."""
     args = stage.args
-    options = model_options(stage.options, args.model, args.force_context_length)
+    options = model_options(stage.options, args)
     model = meta_model(args.model, resolution=stage.image_size, context_length=args.force_context_length, **options)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -202,6 +202,8 @@ def ddp_on_any_device(original: type, reduction: str = "fp32") -> Callable[..., 
     def wrapped(module: nn.Module, device_ids: Any, **kwargs: Any) -> Any:
         if next(module.parameters()).device.type != "cpu":
             return original(module, device_ids=device_ids, **kwargs)
+        if any(isinstance(each, nn.SyncBatchNorm) for each in module.modules()):
+            raise UserError("--use-bn-sync: torch synchronizes batch norm on GPUs alone; leave the flag out")
         if not kwargs.get("static_graph"):
             # DDP would regroup its buckets after its first step otherwise, and the order in which it sums more than two
             # processes would depend on when the run was last resumed.

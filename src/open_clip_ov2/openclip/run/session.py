@@ -21,7 +21,7 @@ from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.run_config import hyperparameters
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.run_folder import RUN_FILE, enter_run_folder
-from open_clip_ov2.tracking.log import FILE_ONLY, setup_logging
+from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint, read_checkpoint
@@ -68,7 +68,9 @@ class Session:
         plan, args = self.plan, self.plan.stages[0].args
         existed, notes = self.on_rank_0(self._enter_folder)
         first = self.rank == 0
-        log = setup_logging(plan.folder if first else None, self.rank, self.console if first else None, args.debug)
+        local = args.log_local and self._ranks.local_rank == 0
+        file = plan.folder / (LOG if first else f"out-{self.rank}.log") if first or local else None
+        log = setup_logging(file, self.rank, self.console if first else None, args.debug)
         self._opened.callback(log.close)
         for note in notes:
             logger.info("%s", note)

@@ -41,13 +41,13 @@ from open_clip_ov2.train.step import StepSettings
 logger = logging.getLogger("open_clip_ov2")
 
 
-def model_options(options: TrainOptions, name: str, context_length: int | None) -> dict[str, Any]:
+def model_options(options: TrainOptions, args: argparse.Namespace) -> dict[str, Any]:
     """Options of `create_model` beyond the model's config. Raises UserError for a missing vocabulary."""
     extra: dict[str, Any] = options.model_options()
     if options.tokenizer:
-        config = open_clip_factory.get_model_config(name) or {}
-        words = text_cfg_for(options.tokenizer, context_length or config["text_cfg"].get("context_length", 77))
-        extra |= text_options(name, config, words)
+        config = open_clip_factory.get_model_config(args.model) or {}
+        length = args.force_context_length or config["text_cfg"].get("context_length", 77)
+        extra |= text_options(args.model, config, text_cfg_for(options.tokenizer, length, args.cache_dir))
     return extra
 
 
@@ -63,6 +63,13 @@ def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"keep_ratio": config.get("keep_ratio", 0.35), "eval_keep_ratio": config.get("eval_keep_ratio")}
 
 
+def _created(original: Callable[..., Any], flag: str, name: str, pretrained: str | None, **options: Any) -> Any:
+    try:
+        return original(name, pretrained, **options)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise UserError(f"{flag} {name}: {first_line(error)}") from error
+
+
 class StageModel:
     """`model`, `parallel`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
 
@@ -71,7 +78,7 @@ class StageModel:
 
     def __init__(self, session: Session, stage: StagePlan) -> None:
         self.session = session
-        self.options = stage.options
+        self.options, self.args = stage.options, stage.args
         self.is_ov2 = session.plan.is_ov2
         self.compiles, self.precision = stage.args.torchcompile, stage.args.precision
         self.compile_blocks = self.is_ov2 and self.compiles
@@ -87,17 +94,16 @@ class StageModel:
         """In the place of OpenCLIP's `create_model_and_transforms`."""
 
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
-            extra = self.extra = self._model_options(name, kwargs.get("force_context_length"))
+            if self.model is not None:
+                return _created(original, "--distill-model", name, pretrained, **kwargs)
+            extra = self.extra = self._model_options()
             checkpoint = self.session.checkpoint
             if checkpoint is not None:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
             elif self.is_ov2 and (pretrained or brings_weights(name)):
                 extra = stated_options(name, kwargs) | extra
             kwargs |= self._pixel_options(kwargs)
-            try:
-                model, train_tf, _ = original(name, pretrained, **kwargs, **extra)
-            except (ValueError, RuntimeError, AssertionError, OSError) as error:
-                raise UserError(f"--model {name}: {first_line(error)}") from error
+            model, train_tf, _ = _created(original, "--model", name, pretrained, **kwargs, **extra)
             if checkpoint is None and not pretrained and not brings_weights(name):
                 baselines.init_coca_head(model)
             if self.options.lora_rank:
@@ -177,6 +183,8 @@ class StageModel:
         """In the place of DistributedDataParallel."""
 
         def distributed(module: nn.Module, **kwargs: Any) -> nn.Module:
+            if module is not self.model:
+                return module  # the teacher of --distill-model, which has no gradients
             layout, reduction = self.session.layout, self.options.gradient_reduction
             if reduction == "bf16":
                 logger.info("gradients are summed between processes in bfloat16")
@@ -191,9 +199,9 @@ class StageModel:
 
         return distributed
 
-    def _model_options(self, name: str, context_length: int | None) -> dict[str, Any]:
+    def _model_options(self) -> dict[str, Any]:
         """A run goes on with the decoder that it began with, though the model of that name may have another by now."""
-        extra = model_options(self.options, name, context_length)
+        extra = model_options(self.options, self.args)
         own = named_config(f"local-dir:{self.session.plan.folder}") if self.session.checkpoint is not None else None
         if own is not None and "decoder_cfg" in own.model_cfg:
             extra["decoder_cfg"] = own.model_cfg["decoder_cfg"]
