@@ -61,9 +61,7 @@ REFUSED_OV2 = {
         "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
     ),
     **dict.fromkeys(("siglip", "loss_dist_impl"), "it is for CLIP, such as clip-of-ov2-vit-b-16"),
-    **dict.fromkeys(
-        ("local_loss", "gather_with_grad"), "a caption loss gathers nothing, and that of ov1-of-NAME always does both"
-    ),
+    **dict.fromkeys(("local_loss", "gather_with_grad"), "it is for CLIP and CoCa (ov1-of-NAME always does both)"),
     **dict.fromkeys(("distill_model", "distill_pretrained"), "distillation is for contrastive models"),
     "torchscript": "use --torchcompile",
     "force_quick_gelu": "its blocks have GELU, as the published models",
