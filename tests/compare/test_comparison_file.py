@@ -160,7 +160,9 @@ def test_the_studies_are_fair(path: Path) -> None:
     in nothing else."""
     comparison = load_comparison(path)
     for variant in comparison.variants:
-        assert set(variant.flags) <= {"keep-ratio", "decode", "lr", "opt", "siglip", "caption-keys"}, variant.name
+        assert set(variant.flags) <= {"keep-ratio", "decode", "lr", "opt", "siglip", "captions", "caption-keys"}, (
+            variant.name
+        )
         assert variant.flags.get("decode", "exact") == "exact"  # all that CLIP and CoCa have
     assert comparison.flags["augmentation"] == "family"
     assert "tokenizer" in comparison.flags

@@ -61,12 +61,7 @@ def as_if_killed_after(run: Path, checkpoint: Path, logs: Path) -> Path:
             shutil.copy(run / name, folder / name)
     with open(folder / "results.jsonl", "a") as file:
         file.write('{"kind": "train", "samples_seen": 9')  # torn
-    (folder / "tensorboard").mkdir()
-    for file in (
-        run / "tensorboard"
-    ).iterdir():  # TensorBoard reads files of one second in no order: killed an hour ago
-        *before, second, host = file.name.split(".", 4)[:5]
-        shutil.copy(file, folder / "tensorboard" / ".".join([*before, f"{int(second) - 3600:010d}", host]))
+    shutil.copytree(run / "tensorboard", folder / "tensorboard", dirs_exist_ok=True)
     order = list_checkpoints(run / "checkpoints")
     for path in order[: order.index(checkpoint) + 1]:
         shutil.copy(path, folder / "checkpoints")

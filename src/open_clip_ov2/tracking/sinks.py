@@ -111,8 +111,10 @@ class TensorBoard(Tracker):
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if run.resumed_at is None else run.resumed_at + 1
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), flush_secs=30, purge_step=purge)
+        purge, folder = None if run.resumed_at is None else run.resumed_at + 1, run.folder / "tensorboard"
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)  # TensorBoard sorts files by the second in their names: a resumed run's must come later
+        self._writer = SummaryWriter(str(folder), flush_secs=30, purge_step=purge)
         self._flags = run.flags
 
     def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
