@@ -182,6 +182,7 @@ def test_a_signal_saves_shards_and_a_damaged_folder_is_passed_over(
         (["--fsdp", "--opt", "timm/lamb"], "--fsdp --opt timm/lamb: expected one of adamw"),
         (["--fsdp", "--torchcompile", "--compile-encoder", "whole"], "--fsdp gathers a block at a time"),
         (["--fsdp", "--fsdp-checkpoint", "sharded", "--save-most-recent"], "--save-most-recent leads to a file"),
+        (["--fsdp", "--fsdp-checkpoint", "sharded", "--remote-sync", "memory://runs"], "--remote-sync copies files"),
         (["--fsdp", "--fsdp-checkpoint", "sharded", "--lora-rank", "2"], "--lora-rank: checkpoints have adapters"),
     ],
 )

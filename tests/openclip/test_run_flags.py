@@ -193,6 +193,8 @@ def test_remote_sync_that_fails_is_counted_and_the_run_continues(
     for address, why in (
         (f"file://{remote}/run/checkpoints", "cannot be written"),
         ("https://host/runs", "cannot be written; expected a folder or one of s3:"),
+        (str(tmp_path), "this is where the run itself is"),
+        (f"file://{tmp_path}/new/copy", "this is where the run itself is"),
     ):
         capsys.readouterr()
         assert ov2(["train", *flags, address, "--name", "new"]) == 2

@@ -22,6 +22,7 @@ from training import TINY_MODEL
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.command.run_plan import RunPlan
+from open_clip_ov2.openclip.command.stock_flags import check_stock
 
 LR = 0.25
 
@@ -251,6 +252,18 @@ SLIPS: list[tuple[str, list[str], str]] = [
     ("clip", ["--pretrained-image"], "image towers of timm alone"),
     ("ov2", ["--logs", "None"], "--logs None: a run is resumed from its folder"),
 ]
+
+
+def test_text_towers_of_transformers_may_keep_their_layer_norms_in_training(models: dict[str, list[str]]) -> None:
+    """Oracle: OpenCLIP's HFTextEncoder.lock takes it; its own TextTransformer asserts that it is not asked."""
+    args = parsed(models, "clip", "--lock-text", "--lock-text-freeze-layer-norm").stages[0].args
+    args.lock_text_freeze_layer_norm = False
+    with pytest.raises(UserError, match="add --lock-text-freeze-layer-norm"):
+        check_stock(args)
+    args.model = "roberta-ViT-B-32"
+    check_stock(args)
+
+
 DISTILL = ["--distill-pretrained", "x.pt", "--distill-model"]
 SLIPS += [
     ("clip", [*DISTILL, "ViT-B-32", "--accum-freq", "2"], "does not accumulate gradients"),

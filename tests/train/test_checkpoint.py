@@ -65,6 +65,18 @@ def test_the_last_few_the_best_and_the_ends_of_stages_stay(tmp_path: Path) -> No
     assert read_best(tmp_path) == ("stage_1_samples_20.pt", 1.0)
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_damaged_later_one_does_not_cost_the_whole_one(tmp_path: Path, keep: int) -> None:
+    """A run that passed over a damaged checkpoint and went on. Oracle: what was written last can be read."""
+    writer = CheckpointWriter(tmp_path, keep=keep)
+    save(writer, 80)
+    (tmp_path / "stage_1_samples_90.pt").write_bytes(b"torn")
+    save(writer, 85)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found[0].name == "stage_1_samples_85.pt"
+
+
 def test_a_later_step_does_not_change_what_is_being_saved(tmp_path: Path) -> None:
     weight = torch.zeros(1_000_000)
     writer = CheckpointWriter(tmp_path, keep=1)

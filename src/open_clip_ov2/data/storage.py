@@ -224,6 +224,14 @@ def check_writable(address: str) -> None:
         raise UserError(f"{address}: cannot be written; expected a folder or one of {known}")
 
 
+def check_apart(address: str, logs: Path, name: str | None) -> None:
+    """Raises UserError if a copy in a folder would be the run's folder LOGS/NAME, or in it."""
+    copies = Path(address.removeprefix("file://")).resolve()
+    own = copies == logs.resolve() or (name and copies.is_relative_to(logs.resolve() / name))
+    if own and scheme(address) in ("", "file"):
+        raise UserError(f"{address}: this is where the run itself is; choose another folder")
+
+
 def names_below(folder: str) -> list[str]:
     """All files of a folder, with what leads to each; none where there is no such folder. Raises whatever the library
     raises."""

@@ -218,7 +218,7 @@ class CheckpointWriter:
                 self._note_best(name.file, metric)
             if self.latest:
                 self._link(name.file)
-            self._prune()
+            self._prune(name.file)
         except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
             cause = _cause(error)
             self.failure = first_line(cause)
@@ -245,11 +245,12 @@ class CheckpointWriter:
         except OSError as error:  # a file system without links
             logger.warning("--save-most-recent: %s: %s", self.folder / LATEST_FILE, first_line(error))
 
-    def _prune(self) -> None:
+    def _prune(self, written: str) -> None:
+        """Keeps the newest one and what was just written: a later one that was damaged may still be there."""
         best, found = read_best(self.folder), list_checkpoints(self.folder)
         partial = [path for path in found if "_samples_" in path.name]
         for path in partial[: max(0, len(partial) - self.keep)]:
-            if path != found[-1] and (best is None or path.name != best[0]):
+            if path != found[-1] and path.name != written and (best is None or path.name != best[0]):
                 _remove(path)
 
 

@@ -8,6 +8,7 @@ name when every process has written.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.files import TEMPORARY, written_whole
 from open_clip_ov2.train.parallel import Layout
 
@@ -51,6 +53,7 @@ class ShardWriter:
             _result(writing)
             with written_whole(temporary / CONTENT) as file:
                 torch.save(content, file)
+            shutil.rmtree(self._folder / name, ignore_errors=True)  # one that could not be read
             temporary.rename(self._folder / name)
 
         return rest, finish
@@ -66,7 +69,16 @@ class ShardWriter:
 def _result(writing: Any) -> None:
     """Of `async_save`, which returns a future, or two of them in newer versions of torch."""
     future: Future[Any] = getattr(writing, "upload_completion", writing)
-    future.result()
+    try:
+        future.result()
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def _cause(error: CheckpointException) -> Exception:
+    """The first process's error. torch's own is no `Exception`, so that nobody who reports errors would catch it."""
+    cause = next(iter(error.failures.values()))[0]
+    return cause if isinstance(cause, Exception) else RuntimeError(first_line(cause))
 
 
 def _without_shards(tree: Any, path: str, shards: dict[str, DTensor]) -> Any:
@@ -84,7 +96,7 @@ def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
     """The content of a sharded checkpoint; `average` is there if training had one.
 
     With a layout, whatever the number of processes was, each reads its own part alone: DTensors. Otherwise whole
-    tensors on the CPU. Raises UserError for a folder that is incomplete.
+    tensors on the CPU. Raises UserError for a folder that is incomplete or damaged.
     """
     content = torch.load(folder / CONTENT, map_location="cpu", weights_only=True)
     reader = FileSystemReader(folder)
@@ -94,7 +106,10 @@ def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it reads without the other processes
-        load(shards, storage_reader=reader, no_dist=True)
+        try:
+            load(shards, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise UserError(f"{folder}: a part is damaged ({first_line(_cause(error))})") from error
     return {key: _with_shards(value, shards) for key, value in content.items()}
 
 

@@ -179,6 +179,7 @@ def _check_remote(argv: Sequence[str], theirs: argparse.Namespace) -> None:
         return
     with naming("--remote-sync"):
         storage.check_writable(address)
+        storage.check_apart(address, Path(theirs.logs), theirs.name)
     if theirs.remote_sync_protocol == "s3" and is_given(argv, protocol) and not address.startswith("s3"):
         raise UserError(f"{protocol} s3: --remote-sync {address} is not s3://; give fsspec, or leave the flag out")
 

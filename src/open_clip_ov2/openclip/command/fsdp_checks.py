@@ -37,6 +37,8 @@ def check_fsdp(run: RunOptions, stages: Sequence[StagePlan], world_size: int) ->
             raise UserError(f"--fsdp --aspect {stage.options.aspect}: images of any shape go through parts of a block")
         if stage.options.fp8 or stage.options.compile_encoder != "blocks":
             raise UserError("--fsdp gathers a block at a time: leave out --fp8 and --compile-encoder")
+        if args.remote_sync and run.fsdp_checkpoint == "sharded":
+            raise UserError("--remote-sync copies files; leave out --fsdp-checkpoint sharded, or --remote-sync")
         if args.save_most_recent and run.fsdp_checkpoint == "sharded":
             raise UserError("--save-most-recent leads to a file; leave out --fsdp-checkpoint sharded")
         if stage.options.lora_rank and run.fsdp_checkpoint == "sharded":

@@ -71,7 +71,8 @@ def check_stock(args: argparse.Namespace) -> None:
     """Raises UserError for what ends in an assertion or an empty hand in OpenCLIP's `main`."""
     if args.logs.lower() == "none":
         raise UserError(f"--logs {args.logs}: a run is resumed from its folder, so it needs one; name a folder")
-    if args.lock_text and not args.lock_text_freeze_layer_norm:
+    theirs = (get_model_config(args.model) or {}).get("text_cfg", {}).get("hf_model_name")  # frees its layer norms
+    if args.lock_text and not args.lock_text_freeze_layer_norm and not theirs:
         raise UserError("--lock-text: OpenCLIP freezes layer norms with the rest; add --lock-text-freeze-layer-norm")
     if args.opt.lower() != "adamw" and (args.beta1 is None) != (args.beta2 is None):
         raise UserError(f"--opt {args.opt}: timm takes --beta1 and --beta2, or neither")
