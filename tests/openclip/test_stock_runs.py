@@ -100,10 +100,13 @@ def test_moments_are_carried_and_checkpoints_written_by_the_clock(
         assert {float(state["step"]) for state in saved["optimizer"]["state"].values()} == {count}
 
 
-def test_wandb_gets_project_and_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: Path) -> None:
+def test_wandb_gets_project_and_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: Path, request: pytest.FixtureRequest
+) -> None:
     """Oracle: W&B's own settings of the run; what it makes of them: test_sinks.py."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    request.addfinalizer(wandb.teardown)  # or every later session of this process would be disabled too
     asked: list[dict[str, Any]] = []
     init = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or init(**options))
