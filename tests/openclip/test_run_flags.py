@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -38,7 +39,7 @@ from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.openclip.models.tokenizer import caching
-from open_clip_ov2.train.checkpoint import list_checkpoints
+from open_clip_ov2.train.checkpoint import RESUME_KEY, list_checkpoints
 
 
 def run_flags(squares: Path, vocabulary: Path, logs: Path, name: str = "run") -> list[str]:
@@ -304,3 +305,19 @@ def test_imagenet_val_of_clip_is_open_clips(baselines: Path, images: list[Path],
     (row,) = results(tmp_path / "run", "val")
     assert row["imagenet-zeroshot-val-top1"] == pytest.approx(1 / 3)
     assert row["imagenet-zeroshot-val-top5"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("best", "stays"), [("stage_1_samples_10.pt", True), ("stage_1_samples_60.pt", False)])
+def test_resume_keeps_the_note_of_the_best_checkpoint_unless_that_goes(tmp_path: Path, best: str, stays: bool) -> None:
+    """Oracle: the files. Checkpoints after 10 and 60 samples; the run goes back to 50."""
+    from open_clip_ov2.openclip.run.resume_file import put_beginning
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for samples in (10, 60):
+        (folder / f"stage_1_samples_{samples}.pt").touch()
+    (folder / "best.json").write_text(json.dumps({"file": best, "caption_loss": 1.0}))
+    content = {RESUME_KEY: {"stage": 1, "stage_done": False, "samples_seen": 50}}
+    put_beginning(SimpleNamespace(folder=tmp_path), "elsewhere.pt", content)  # type: ignore[arg-type]
+    assert [path.name for path in list_checkpoints(folder)] == ["stage_1_samples_10.pt", "stage_1_samples_50.pt"]
+    assert (folder / "best.json").exists() == stays

@@ -20,7 +20,7 @@ from open_clip_ov2.files import TEMPORARY, written_whole
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.recipe.run_difference import differences
-from open_clip_ov2.train.checkpoint import ASIDE, BEST_FILE, RESUME_KEY, CheckpointName, list_checkpoints
+from open_clip_ov2.train.checkpoint import ASIDE, BEST_FILE, RESUME_KEY, CheckpointName, list_checkpoints, read_best
 
 NEEDED = ("epoch", "state_dict", "optimizer")
 
@@ -78,7 +78,9 @@ def put_beginning(plan: RunPlan, address: str, content: dict[str, Any]) -> str:
     stay = target if Path(address).resolve() == target.resolve() else None
     later = [p for p in list_checkpoints(folder) if p != stay and not (CheckpointName.of(p.name) or name) < name]
     aside = folder / f"{ASIDE}{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    for path in (*later, *folder.glob(BEST_FILE)) if later else ():
+    best = read_best(folder)
+    noted = [folder / BEST_FILE] if best and any(path.name == best[0] for path in later) else []
+    for path in (*later, *noted):
         aside.mkdir(exist_ok=True)
         path.rename(aside / path.name)
     made.rename(target)
