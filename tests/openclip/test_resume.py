@@ -106,7 +106,18 @@ def test_elastic_runs_go_on_alike_with_other_numbers(squares: Path, vocabulary: 
 
     scripts/kill_soak.py --elastic does it with real processes, killed, on one and on two.
     """
-    more = ["--elastic", "2x2", "--shuffle-buffer", "5", "--keep-ratio", "0.3:0.9", "--save-every-steps", "1"]
+    more = [
+        "--elastic",
+        "2x2",
+        "--seed",
+        "4000000000",
+        "--shuffle-buffer",
+        "5",
+        "--keep-ratio",
+        "0.3:0.9",
+        "--save-every-steps",
+        "1",
+    ]
     more += ["--keep-checkpoints", "99", "--caption-keys", "json:recaption=0.6,txt=0.4", "--global-batch", "8"]
     assert ov2(["train", *two_stages(squares, vocabulary, tmp_path / "whole"), *more]) == 0
     whole, rows = tmp_path / "whole" / "run", dict[Path, list[tuple[int, float]]]()

@@ -96,9 +96,10 @@ class RemoteSync:
         self.failures += len(failed)
         if failed:
             logger.warning(
-                "REMOTE SYNC FAILED: %s not copied to %s. The run continues%s; %d failures so far",
+                "REMOTE SYNC FAILED: %s not copied to %s%s; %d failures so far",
                 "; ".join(failed), self.address,
-                "" if self._end.is_set() else f", and copies again in {self._every_s:g} s", self.failures,
+                "" if self._end.is_set() else f"; the run goes on, and copies again in {self._every_s:g} s",
+                self.failures,
             )  # fmt: skip
         return len(failed)
 

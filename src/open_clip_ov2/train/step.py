@@ -169,10 +169,11 @@ def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[st
         return {}
     inner: Any = getattr(model, "module", model)  # of the model inside DDP
     rows, columns = inner.visual.grid_size
+    seeds = [seed & 0xFFFFFFFF for seed in batch.seeds]  # all that counts of them, and int64 holds it
     if isinstance(batch.images_BCHW, NativeImages):  # whose places are computed on the host
-        seeds_B, tokens = torch.tensor(batch.seeds), batch.images_BCHW.counts
+        seeds_B, tokens = torch.tensor(seeds), batch.images_BCHW.counts
     else:
-        seeds_B, tokens = on_device(batch.seeds, device), rows * columns
+        seeds_B, tokens = on_device(seeds, device), rows * columns
     drop: dict[str, Any] = inner.token_drop.of_samples(seeds_B, tokens, batch.draw)
     return drop
 
