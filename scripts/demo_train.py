@@ -27,10 +27,14 @@ MEASURED_STEPS = 40
 STARTING = 15  # seconds that a run spends before its first step, between stages and in validation
 
 
+def torchrun(flags: list[str]) -> list[str]:
+    """Its arguments for `ov2 train` in PROCESSES processes."""
+    return ["--standalone", "--nproc-per-node", str(PROCESSES), "-m", "open_clip_ov2", "--", "train", *flags]
+
+
 def train(flags: list[str]) -> None:
     """`ov2 train` in PROCESSES processes; exits with their status if they fail."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    done = subprocess.run([sys.executable, *launcher, "-m", "open_clip_ov2", "train", *flags], check=False)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *torchrun(flags)], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -15,12 +15,24 @@ from unittest.mock import patch
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.cli import COMMANDS, main
-from open_clip_ov2.openclip.command.flag_checks import HERE, REFUSED, REFUSED_OV2
+from open_clip_ov2.openclip.command.flag_checks import REFUSED, REFUSED_OV2
 from open_clip_ov2.openclip.command.flags import build_parser
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- written by scripts/flag_pages.py -->"
 ADDRESS = re.compile(r"https?://\S+")
+# Flags of OpenCLIP that are obeyed, with what docs/train_flags.md adds to its help.
+HERE = {
+    "imagenet_val": 'ov2 models classify by the likelihood of "a photo of a CLASS."',
+    "imagenet_v2": "the same; a folder of folders 0 to 999, which is not downloaded",
+    "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
+    "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
+    "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",
+    "log_local": "out-RANK.log, of the first process of each further machine",
+    "resume": "or latest, as without the flag; docs/openclip.md",
+    "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
+    "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
+}
 
 
 class _Parser(Exception):

@@ -23,6 +23,7 @@ from export_fixtures import make_language_model, make_run
 from PIL import Image
 from released_files import write_decoder, write_released
 from square_shards import write_square_shards
+from torch.distributed.run import get_args_parser
 
 import open_clip_ov2
 from open_clip_ov2.cli import COMMANDS, main
@@ -32,6 +33,7 @@ from open_clip_ov2.openclip.command.parse import parse
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+import demo_train  # noqa: E402
 import flag_pages  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,6 +128,17 @@ def test_files_and_functions_that_pages_name_are_there(page: Path) -> None:
         assert not inside or re.search(rf"^(def|class) {inside}\b", found[0].read_text(), re.MULTILINE), (
             f"{name}:{inside}"
         )
+
+
+def test_torchrun_leaves_our_flags_to_us() -> None:
+    """Without the `--` it takes those that begin as its own do, such as --logs, or refuses them. Oracle: its parser."""
+    argv = ["--logs", "demo/logs", "--name", "n", "--standalone"]
+    read = get_args_parser().parse_args(demo_train.torchrun(argv))
+    assert (read.training_script, read.training_script_args) == ("open_clip_ov2", ["train", *argv])
+    named = [*PAGES, *PACKAGE.rglob("*.py")]
+    lines = [line for page in named for line in page.read_text().splitlines() if "torchrun --nproc" in line]
+    assert len(lines) > 4
+    assert [line for line in lines if " -m open_clip_ov2 -- " not in line] == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != USE], ids=lambda page: page.name)

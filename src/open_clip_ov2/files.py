@@ -33,7 +33,7 @@ def written_whole(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     if sync:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str, *, sync: bool = True) -> None:
@@ -74,7 +74,7 @@ def copy_package(package: Path, folder: Path) -> None:
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A rename is on disk only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

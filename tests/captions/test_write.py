@@ -76,9 +76,11 @@ def test_what_a_kill_after_the_last_line_leaves_is_cleared_away(folder: Path, tm
     before = captions_soak.sidecars(tmp_path)
     (tmp_path / ".writing" / "00000").mkdir(parents=True)
     (tmp_path / ".writing" / "00000" / "lines.jsonl").write_text('{"key": "0000"}\n')
+    (tmp_path / ".tmp-00000.jsonl.gz.1").touch()
     assert main(argv) == 0
     assert captions_soak.sidecars(tmp_path) == before
     assert not (tmp_path / ".writing").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("model", ["run", "llava"])

@@ -17,7 +17,7 @@ from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import INTERRUPTED_STATUS, UserError
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.models.factory import MODEL_CONFIGS
-from open_clip_ov2.train.checkpoint import RESUME_KEY, list_checkpoints
+from open_clip_ov2.train.checkpoint import RESUME_KEY, list_checkpoints, read_checkpoint
 
 TINY = str(Path(__file__).parent / "old_run" / "tiny")
 # What Adam does with a gradient that is zero but for rounding, such as that of a key's bias, is noise; not with this.
@@ -131,8 +131,13 @@ def test_sharded_checkpoints_resume_on_any_number_of_processes(squares: Path, vo
         assert_equal_weights(one["optimizer"]["state"][index], state)
     assert one[RESUME_KEY].keys() == two[RESUME_KEY].keys()
 
-    resumed = as_if_killed(sharded, tmp_path / "killed", "stage_1_samples_16.dcp")
-    train(4, staged(squares, vocabulary, tmp_path / "killed", *more, "sharded", batch=2))
+    argv, resumed = staged(squares, vocabulary, tmp_path / "killed", *more, "sharded", batch=2), tmp_path / "killed/run"
+    ranks = start(argv, 4)
+    assert wait_for(lambda: samples_of(resumed) >= 24, ranks)
+    for rank in ranks:
+        rank.send_signal(9)
+    finish(ranks)
+    train(4, argv)
     assert figures(resumed) == figures(sharded)
     assert_equal_weights(*(weights(run / "checkpoints" / "stage_2.pt") for run in (resumed, sharded)))
     assert not list((resumed / "checkpoints").glob(".tmp-*"))
@@ -163,12 +168,41 @@ def test_a_signal_saves_shards_and_a_damaged_folder_is_passed_over(
     assert f"{shard}: missing or incomplete" in capfd.readouterr().err
     at = int(found[0].stem.split("_")[-1])
     # On one process nothing is sharded, and it goes on from the shards all the same.
-    end = [*argv, "--batch-size", "8", "--train-num-samples", str(at + 8), "--override", "--val-frequency", "0"]
+    argv += ["--override", "--val-frequency", "0"]
+    end = [*argv, "--batch-size", "8", "--train-num-samples", str(at + 8)]
     assert ov2(["train", *end]) == 0
     log = (tmp_path / "run" / "out.log").read_text()
     assert f"{shard}: missing or incomplete" in log
     assert f"resuming from {found[0]}" in log
     assert "--fsdp: there is one process" in log
+
+
+def test_a_part_that_only_its_process_reads_is_passed_over_by_all(
+    squares: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    """The second process's part, damaged without a change of its size. Oracle: the log."""
+    more = ["--fsdp", "--fsdp-checkpoint", "sharded", "--save-every-steps", "1", "--keep-checkpoints", "9"]
+    argv = flags(squares, vocabulary, tmp_path, "run", *more, "--train-num-samples", "32", batch=4)
+    train(2, argv)
+    (tmp_path / "run" / "checkpoints" / "stage_1.pt").unlink()
+    folder, newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-2:]
+    for part in newest.glob("__1_*"):
+        part.write_bytes(bytes(part.stat().st_size))
+    train(2, argv)
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert re.search(rf"{newest} cannot be read .*a part is damaged.* on rank 1: skipped", log)
+    assert f"resuming from {folder}" in log
+
+
+def test_non_finite_steps_end_a_sharded_run(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """A learning rate that overflows float32, as in test_resume.py. Oracle: the last checkpoint is finite."""
+    more = ["--fsdp", "--fsdp-checkpoint", "sharded", "--save-every-steps", "1", "--max-bad-steps", "3"]
+    more += ["--keep-checkpoints", "99", "--lr", "1e30", "--warmup", "0", "--train-num-samples", "400"]
+    done = finish(start(flags(squares, vocabulary, tmp_path, "run", *more, batch=4), 2))
+    assert [status for status, _ in done] == [2, 2]
+    assert "step left out (1 in a row); its samples here: 0000" in (tmp_path / "run" / "out.log").read_text()
+    content = read_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
 
 @pytest.mark.parametrize(

@@ -515,6 +515,18 @@ def test_what_the_page_of_flags_calls_refused_is_refused(flag: str, tmp_path: Pa
         assert why[flag] in str(error.value)
 
 
+def test_what_a_model_does_anyway_can_be_asked_for(two_parts: Path) -> None:
+    """OpenCLIP's usual flags of a contrastive run for OpenVision 1's pair of losses; one of them alone is refused."""
+    both, ov1 = ["--local-loss", "--gather-with-grad"], ["--model", "ov1-of-ov2-vit-nano-8", "--decode", "exact"]
+    assert parse([*ov1, *SYNTHETIC, *both], world_size=1, gpu=False).stages[0].args.local_loss
+    for flag in both:
+        with pytest.raises(UserError, match=rf"{flag} .*ov1-of-NAME always does both"):
+            parse([*ov1, *SYNTHETIC, flag], world_size=1, gpu=False)
+    # OpenCLIP's evaluation of CLIP is as asked, its training is not.
+    validation = ["--val-data", str(two_parts / "a" / "00000.tar"), "--image-interpolation", "bilinear"]
+    assert parse([*CLIP, *validation], world_size=1, gpu=False).stages[0].args.image_interpolation == "bilinear"
+
+
 def test_an_error_names_its_stage_and_costs_need_no_data() -> None:
     """Errors of OpenCLIP's parser and of all checks after it; `ov2 plan` parses without data, --eval too."""
     stages = ["--stage", "16:samples=8,lr=1e-3", "--stage", "24:samples=8,lr=1e-3"]

@@ -118,7 +118,8 @@ def test_resume_from_a_file_is_the_run_from_there_on(
         ([str(file), "--wd", "0.5"], "with another configuration (wd: 0.2 before, 0.5 now)"),
         ([str(bare)], "has no epoch; --pretrained"),
         ([str(run / "run.json")], "run.json: not a checkpoint; expected one such as RUN/checkpoints/stage_1.pt"),
-        ([str(run)], "no such file; expected a checkpoint, such as RUN/checkpoints/stage_1.pt"),
+        ([str(run)], "a folder; if it is a sharded checkpoint, make a file of it: ov2 convert"),
+        (["nowhere.pt"], "no such file; expected one such as RUN/checkpoints/stage_1.pt"),
     ):
         assert ov2(["train", *flags, "--name", "new", "--resume", *wrong]) == 2
         assert why in capsys.readouterr().err.strip().splitlines()[-1]
@@ -149,7 +150,7 @@ def test_resume_from_open_clips_own_checkpoint_is_open_clips_run(
 
 
 def test_remote_sync_keeps_a_copy_from_which_an_empty_machine_resumes(
-    squares: Path, vocabulary: Path, tmp_path: Path
+    squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In fsspec's `memory:` store. Oracles: the files of the run's folder, and the run that was not interrupted."""
     flags = [*run_flags(squares, vocabulary, tmp_path), *SAVING, "--save-most-recent"]
@@ -176,6 +177,15 @@ def test_remote_sync_keeps_a_copy_from_which_an_empty_machine_resumes(
     assert {f"{aside.name}/stage_1_samples_24.pt", f"{aside.name}/stage_1.pt"} < names
     assert figures(run) == whole
     assert store.cat("/runs/run/results.jsonl") == (run / "results.jsonl").read_bytes()
+    assert "is copied to memory://runs/run every 1 s" in (run / "out.log").read_text()
+
+    records = store.cat("/runs/run/results.jsonl")
+    shutil.rmtree(run)
+    only = flags.index("--train-data")
+    assert ov2(["train", *flags[:only], *flags[only + 2 :]]) == 2  # a validation of the same name
+    assert "this is a training run; give its validation another --name" in capsys.readouterr().err
+    assert not (run / "run.json").exists()
+    assert store.cat("/runs/run/results.jsonl") == records
 
 
 def test_remote_sync_that_fails_is_counted_and_the_run_continues(
@@ -307,7 +317,10 @@ def test_imagenet_val_of_clip_is_open_clips(baselines: Path, images: list[Path],
     assert row["imagenet-zeroshot-val-top5"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(("best", "stays"), [("stage_1_samples_10.pt", True), ("stage_1_samples_60.pt", False)])
+@pytest.mark.parametrize(
+    ("best", "stays"),
+    [("stage_1_samples_10.pt", True), ("stage_1_samples_60.pt", False), ("stage_1_samples_70.pt", False)],
+)
 def test_resume_keeps_the_note_of_the_best_checkpoint_unless_that_goes(tmp_path: Path, best: str, stays: bool) -> None:
     """Oracle: the files. Checkpoints after 10 and 60 samples; the run goes back to 50."""
     from open_clip_ov2.openclip.run.resume_file import put_beginning
@@ -318,6 +331,8 @@ def test_resume_keeps_the_note_of_the_best_checkpoint_unless_that_goes(tmp_path:
         (folder / f"stage_1_samples_{samples}.pt").touch()
     (folder / "best.json").write_text(json.dumps({"file": best, "caption_loss": 1.0}))
     content = {RESUME_KEY: {"stage": 1, "stage_done": False, "samples_seen": 50}}
-    put_beginning(SimpleNamespace(folder=tmp_path), "elsewhere.pt", content)  # type: ignore[arg-type]
+    (folder / "epoch_latest.pt").symlink_to("stage_1_samples_60.pt")
+    put_beginning(SimpleNamespace(folder=tmp_path), "elsewhere.pt", content, None)  # type: ignore[arg-type]
+    assert not (folder / "epoch_latest.pt").is_symlink()
     assert [path.name for path in list_checkpoints(folder)] == ["stage_1_samples_10.pt", "stage_1_samples_50.pt"]
     assert (folder / "best.json").exists() == stays

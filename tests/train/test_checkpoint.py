@@ -22,7 +22,7 @@ from open_clip_ov2.train.checkpoint import (
     CheckpointName,
     CheckpointWriter,
     list_checkpoints,
-    newest_checkpoint,
+    newest_readable,
     read_best,
     snapshot,
 )
@@ -72,7 +72,7 @@ def test_a_damaged_later_one_does_not_cost_the_whole_one(tmp_path: Path, keep: i
     save(writer, 80)
     (tmp_path / "stage_1_samples_90.pt").write_bytes(b"torn")
     save(writer, 85)
-    found = newest_checkpoint(tmp_path)
+    found = newest_readable(list_checkpoints(tmp_path))
     assert found is not None
     assert found[0].name == "stage_1_samples_85.pt"
 
@@ -83,7 +83,7 @@ def test_a_later_step_does_not_change_what_is_being_saved(tmp_path: Path) -> Non
     writer.save(CheckpointName(1, False, 1), {"state_dict": {"w": weight}, RESUME_KEY: {}})
     weight += 1
     writer.wait()
-    found = newest_checkpoint(tmp_path)
+    found = newest_readable(list_checkpoints(tmp_path))
     assert found is not None
     assert not found[1]["state_dict"]["w"].any()
     nested = {"a": [weight, (weight, 3)], "b": "text"}
@@ -100,15 +100,15 @@ def test_damaged_files_are_named_and_passed_over(tmp_path: Path, caplog: pytest.
     newest.write_bytes(newest.read_bytes()[:-50])
     (tmp_path / "stage_1_samples_4.pt").write_bytes(b"")
     torch.save({"state_dict": {}}, tmp_path / "stage_1_samples_5.pt")  # somebody's own file
-    found = newest_checkpoint(tmp_path)
+    found = newest_readable(list_checkpoints(tmp_path))
     assert found is not None
     assert found[0].name == "stage_1_samples_2.pt"
     assert [word for word in ("_3.pt", "_4.pt", "_5.pt") if word in caplog.text] == ["_3.pt", "_4.pt", "_5.pt"]
     for path in list_checkpoints(tmp_path):
         path.write_bytes(b"torn")
     with pytest.raises(UserError, match="none of 5 checkpoints can be read"):
-        newest_checkpoint(tmp_path)
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+        newest_readable(list_checkpoints(tmp_path))
+    assert newest_readable(list_checkpoints(tmp_path / "nowhere")) is None
 
 
 class Evil:
@@ -121,7 +121,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     torch.save({RESUME_KEY: Evil()}, tmp_path / "stage_1.pt")
     with pytest.raises(UserError):
-        newest_checkpoint(tmp_path)
+        newest_readable(list_checkpoints(tmp_path))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_is_loud_and_costs_no_checkpoint(small_disk: Path, caplog: p
     assert "CHECKPOINT NOT WRITTEN" in caplog.text
     assert "No space left on device" in caplog.text
     assert "Free some space." in caplog.text
-    found = newest_checkpoint(small_disk)
+    found = newest_readable(list_checkpoints(small_disk))
     assert found is not None
     assert found[1]["state_dict"]["w"].sum() == 100_000
     assert sorted(os.listdir(small_disk)) == ["stage_1_samples_1.pt"]

@@ -22,7 +22,9 @@ def one_process() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def test_a_damaged_part_is_told_and_replaced_and_a_failed_write_too(one_process: None, tmp_path: Path) -> None:
+def test_a_damaged_part_is_told_and_replaced_and_a_failed_write_too(
+    one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's CheckpointException is a BaseException, which nothing that reports errors would catch."""
     tensor = distribute_tensor(torch.arange(8.0), init_device_mesh("cpu", (1,)), [Shard(0)])
     writer = ShardWriter(tmp_path)
@@ -41,4 +43,9 @@ def test_a_damaged_part_is_told_and_replaced_and_a_failed_write_too(one_process:
     (tmp_path / ".tmp-stage_2.dcp").touch()  # where torch makes a folder
     with pytest.raises(OSError, match="exists"):
         save("stage_2.dcp")
+    (tmp_path / ".tmp-stage_2.dcp").unlink()
+    monkeypatch.setattr(torch, "save", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+    with pytest.raises(OSError, match="No space"):
+        save("stage_2.dcp")
+    assert [path.name for path in tmp_path.iterdir()] == ["stage_1.dcp"]
     writer.wait()

@@ -100,7 +100,7 @@ def test_llava_15_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "not even one image fits; use --trainer FILE.toml with fsdp" in shown
     data = "--align-data FILE --align-images FOLDER --tune-data FILE --tune-images FOLDER"
     words = f"vlm train {argv[0]} --recipe llava-1.5 --out vlm/llava-1.5 {data}"
-    assert f"torchrun --nproc-per-node 8 -m open_clip_ov2 {words} ov2 submit --nodes 1" in shown
+    assert f"torchrun --nproc-per-node 8 -m open_clip_ov2 -- {words} ov2 submit --nodes 1" in shown
     (tmp_path / "fsdp.toml").write_text("fsdp = true\n")
     plan = plan_of_recipe("llava-1.5", [argv[0], "--trainer", str(tmp_path / "fsdp.toml"), "--grad-checkpointing"])
     assert plan_costs(plan, Machine(8)).stages[1].memory_advice() == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.data.sidecars import write_sidecar
+from open_clip_ov2.files import TEMPORARY
 from open_clip_ov2.locks import FolderLock
 
 WORKING = ".writing"  # OUT/.writing/NAME holds the journal and the lock of one shard
@@ -30,6 +32,8 @@ class Journal:
     def __enter__(self) -> Journal:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self._lock)
+            for leftover in self._path.parent.glob(f"{TEMPORARY}{glob.escape(self._path.name)}.*"):
+                leftover.unlink(missing_ok=True)  # of a process that was killed as it finished
             self._file = opened.enter_context(open(self._folder / LINES, "a+b"))
             self._file.seek(0)
             data = self._file.read()

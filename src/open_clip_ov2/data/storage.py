@@ -252,9 +252,10 @@ def put(path: Path, address: str) -> None:
 
 def get(address: str, path: Path) -> None:
     """Copy a file from there, whole or not at all. Raises whatever the library raises."""
+    fs, place = fsspec.url_to_fs(address)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_address(address) as source, written_whole(path) as file:
-        shutil.copyfileobj(source, file, BUFFER)
+    with written_whole(path) as file:
+        retried(address, lambda: fs.get_file(place, file.name))
 
 
 def is_current(path: Path, address: str) -> bool:
@@ -266,8 +267,16 @@ def is_current(path: Path, address: str) -> bool:
     return False
 
 
-def remove(address: str) -> None:
-    """Delete a file, if it is there. Raises whatever the library raises."""
+def copy(address: str, to: str) -> None:
+    """Copy a file within a store or folder. Raises whatever the library raises."""
     fs, place = fsspec.url_to_fs(address)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(place)
+    target = fsspec.url_to_fs(to)[1]
+    if not is_store(address):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    fs.cp_file(place, target)
+
+
+def remove(address: str) -> None:
+    """Delete a file. Raises whatever the library raises."""
+    fs, place = fsspec.url_to_fs(address)
+    fs.rm_file(place)

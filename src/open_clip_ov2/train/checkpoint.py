@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,28 +79,42 @@ def read_checkpoint(path: Path, layout: Layout | None = None) -> dict[str, Any]:
     return {**content, **_with_live(published, {name: live[name] for name in average}, [], average)}
 
 
-def newest_checkpoint(folder: Path, layout: Layout | None = None) -> tuple[Path, dict[str, Any]] | None:
+def newest_readable(
+    found: list[Path], layout: Layout | None = None, first_of_all: Callable[[str], str] = str
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, with what `read_checkpoint` gives; a warning names each that cannot.
 
-    None if there is no checkpoint. Raises UserError if there are checkpoints, and none can be read.
+    `found` is `list_checkpoints` of a folder. `first_of_all` gives the first problem of all processes, which then read
+    the same files. None if nothing was found. Raises UserError if nothing of it can be read.
     """
-    found = list_checkpoints(folder)
     for path in reversed(found):
-        try:
-            content = read_checkpoint(path, layout)
-            if RESUME_KEY in content:
-                return path, content
-            logger.warning("%s has no training state to resume from: skipped", path)
-        except Exception as error:  # zip, pickle and I/O errors of every kind: a damaged file must not end the run
-            logger.warning("%s cannot be read (%s): skipped", path, first_line(_cause(error)))
+        content, problem = _try_to_read(path, layout)
+        problem = first_of_all(problem)
+        if not problem:
+            return path, content
+        del content  # before the next one is read
+        logger.warning("%s %s: skipped", path, problem)
     if found:
-        raise UserError(f"{folder}: none of {len(found)} checkpoints can be read; --name a new run, or restore one")
+        raise UserError(
+            f"{found[0].parent}: none of {len(found)} checkpoints can be read; --name a new run, or restore one"
+        )
     return None
+
+
+def _try_to_read(path: Path, layout: Layout | None) -> tuple[dict[str, Any], str]:
+    """The content, or the end of a sentence about why there is none. Raises torch.OutOfMemoryError."""
+    try:
+        content = read_checkpoint(path, layout)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # zip, pickle and I/O errors of every kind: a damaged file must not end the run
+        return {}, f"cannot be read ({first_line(_cause(error))})"
+    return content, "" if RESUME_KEY in content else "has no training state to resume from"
 
 
 def _cause(error: BaseException) -> BaseException:
     """The file system's error, which torch replaces by one about its archive."""
-    while error.__context__ is not None and not isinstance(error, OSError):
+    while error.__context__ is not None and not isinstance(error, (OSError, UserError)):
         error = error.__context__
     return error
 
@@ -214,11 +228,6 @@ class CheckpointWriter:
         try:
             write(content)
             self.failure = None
-            if metric is not None:
-                self._note_best(name.file, metric)
-            if self.latest:
-                self._link(name.file)
-            self._prune(name.file)
         except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
             cause = _cause(error)
             self.failure = first_line(cause)
@@ -230,13 +239,21 @@ class CheckpointWriter:
                 f"the newest checkpoint is still {found[-1]}" if found else "there is no checkpoint yet",
                 " Free some space." if full else "",
             )  # fmt: skip
+            return
+        for act in (partial(self._note_best, metric), self._prune, self._link):
+            try:
+                act(name.file)
+            except Exception as error:  # the same
+                logger.warning("%s was written, but what follows was not: %s", name.file, first_line(error))
 
-    def _note_best(self, file: str, metric: float) -> None:
+    def _note_best(self, metric: float | None, file: str) -> None:
         best = read_best(self.folder)
-        if best is None or metric < best[1]:
+        if metric is not None and (best is None or metric < best[1]):
             write_json(self.folder / BEST_FILE, {"file": file, "caption_loss": metric})
 
     def _link(self, file: str) -> None:
+        if not self.latest:
+            return
         made = self.folder / f"{TEMPORARY}{LATEST_FILE}"
         try:
             made.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -20,7 +21,6 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, state: Mapping[str, Tensor] | None = None) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._decay = decay
         self._names, self._weights = list(trained), list(trained.values())
         begin = trained if state is None else state
         self._averages = [
@@ -34,8 +34,11 @@ class WeightAverage:
         self._average([held(average) for average in self._averages], weights, 0)
 
     def of(self, model: nn.Module, state: Mapping[str, Tensor]) -> WeightAverage:
-        """The same for a copy of the model, with these averages."""
-        return WeightAverage(model, self._decay, state)
+        """The same for a copy of the model, with these averages themselves."""
+        other, parameters = copy.copy(self), dict(model.named_parameters())
+        other._weights = [parameters[name] for name in self._names]
+        other._averages = [state[name] for name in self._names]
+        return other
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters, float32; not copies."""

@@ -115,9 +115,9 @@ class Whole:
         return state
 
     def read(self, read: Read, average: WeightAverage | None, optimizer: Any, everywhere: bool = False) -> Any:
-        """What `read` makes of the model and its average in whole, and the optimizer's state; where the model is
-        sharded on rank 0 alone, unless `everywhere`, and {} on others. All processes have to ask."""
-        return {**read(self.model, average), "optimizer": optimizer.state_dict()}
+        """What `read` makes of the model and its average in whole, and the state of the optimizer, if one is given;
+        where the model is sharded on rank 0 alone, unless `everywhere`, and {} on others. All processes have to ask."""
+        return {**read(self.model, average), **({"optimizer": optimizer.state_dict()} if optimizer else {})}
 
     def shards(self, average: WeightAverage | None, optimizer: Any) -> dict[str, Any]:
         """What this process has of weights, average and optimizer, for a ShardWriter."""
@@ -176,11 +176,11 @@ class Sharded(Whole):
 
         weights = mapped(to_cpu, self.model.state_dict())
         averages = mapped(to_cpu, average.state() if average else {})
-        state = mapped(to_cpu, optimizer.state_dict())
+        state = {"optimizer": mapped(to_cpu, optimizer.state_dict())} if optimizer else {}
         if not keeps:
             return {}
         with self._filled(weights):
-            return {**read(self._plain, average and average.of(self._plain, averages)), "optimizer": state}
+            return {**read(self._plain, average and average.of(self._plain, averages)), **state}
 
     def shards(self, average: WeightAverage | None, optimizer: Any) -> dict[str, Any]:
         averages = average.state() if average else {}

@@ -1,57 +1,103 @@
 """`--remote-sync`: a run's folder copied to an object store or another folder, by one thread that no step waits for.
 
 What changed is copied every so often, records before checkpoints, so that they are there as far as a checkpoint needs
-them. Nothing is deleted there, but for a checkpoint that `--resume FILE` has moved aside. Links are left out.
+them. Nothing is deleted there; what `--resume FILE` moves aside is moved aside there too. Links are left out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from open_clip_ov2.data import storage
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.files import TEMPORARY
 from open_clip_ov2.locks import LOCK
-from open_clip_ov2.train.checkpoint import ASIDE, CheckpointName, list_checkpoints
+from open_clip_ov2.train.checkpoint import BEST_FILE, CheckpointName, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
 AT_END_S, ON_SIGNAL_S = 3600.0, 60.0  # ours: how long the last copy may take; schedulers kill a minute or two later
+FOLDER = "checkpoints/"
 MOST_FAILURES = 3  # of one pass, which then ends: the store is away
 
 
 class RemoteSync:
-    """`within_s`: how long `close` waits for the last copy. `failures`: of all tries to copy a file."""
+    """`within_s`: how long `close` waits for the last copy, or ON_SIGNAL_S once `signalled`. `failures`: of all tries
+    to copy a file."""
 
-    def __init__(self, folder: Path, address: str, every_s: float) -> None:
+    def __init__(self, folder: Path, address: str, every_s: float, signalled: Callable[[], bool] = bool) -> None:
         self.folder, self.address, self.within_s, self.failures = folder, address, AT_END_S, 0
-        self._every_s, self._begun = every_s, time.time()
+        self._every_s, self._begun, self._signalled = every_s, time.time(), signalled
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of each file when it was copied
         self._left, self._end = 0, threading.Event()
         self._thread: threading.Thread | None = None
 
-    def fetch(self, last: str) -> str:
+    def fetch(self, last: str, earlier: tuple[str, ...], trains: bool) -> str:
         """Bring a run back that is there and not here, its newest checkpoint alone. `last` is the file that makes it a
-        run. Returns a line for the log. Raises UserError."""
+        run; what begins with one of `earlier` stays as it is here. Returns a line for the log. Raises UserError, also
+        for a run with checkpoints if this one does not train."""
         if (self.folder / last).exists():
             return ""
-        try:
+        with self._reading():
             names = storage.names_below(self.address)
             if last not in names:
                 return ""
-            saved = {one: name for name in names if (one := CheckpointName.of(name.removeprefix("checkpoints/")))}
+            saved = _checkpoints(names)
+            if saved and not trains:
+                raise UserError(f"{self.address}: this is a training run; give its validation another --name")
             newest = saved[max(saved)] if saved else "no checkpoint"
-            wanted = [name for name in names if not name.startswith("checkpoints/") or name == newest]
+            records = {name for name in names if not name.startswith(FOLDER)}
+            wanted = records | {newest, FOLDER + BEST_FILE} & {*names}
+            wanted -= {name for name in wanted if name.startswith(earlier) and (self.folder / name).exists()}
             for name in sorted(wanted, key=lambda name: name == last):
-                if not (self.folder / name).exists():
-                    storage.get(storage.join(self.address, name), self.folder / name)
-        except Exception as error:  # whatever the store's library raises
-            raise UserError(f"--remote-sync {self.address}: the run cannot be read ({first_line(error)})") from error
+                storage.get(storage.join(self.address, name), self.folder / name)
         return f"--remote-sync: fetched {len(wanted)} files of this run from {self.address} ({newest})"
+
+    def check_newest(self) -> None:
+        """Raises UserError if the copy is ahead of the run, which would overwrite its records."""
+        with self._reading():
+            there = max(_checkpoints(storage.names_below(self.address)), default=None)
+        saved = self._saved()
+        here = CheckpointName.of(saved[-1].name) if saved else None
+        if there is not None and (here is None or here < there):
+            raise UserError(
+                f"{self.folder}: its newest checkpoint is {here.file if here else 'none'}, and its copy in "
+                f"{self.address} has {there.file}: the run went on elsewhere, or its newest one was removed here. "
+                f"Move {self.folder} away to continue from the copy, or go back by --resume FILE"
+            )
+
+    def set_aside(self, begin: CheckpointName, folder: str) -> None:
+        """In the copy too, move checkpoints from `begin` on to `folder`, and the best one's note if it is not here;
+        `begin` itself, which is here, is copied, so that a kill leaves no older one as the newest."""
+        with self._reading("its later checkpoints cannot be set aside"):
+            names = storage.names_below(self.address)
+            later = {name for one, name in _checkpoints(names).items() if not one < begin}
+            if not (self.folder / FOLDER / BEST_FILE).exists():
+                later |= {FOLDER + BEST_FILE} & {*names}
+            for name in later:
+                aside = f"{FOLDER}{folder}/{name.removeprefix(FOLDER)}"
+                storage.copy(storage.join(self.address, name), storage.join(self.address, aside))
+            self._send(self.folder / FOLDER / begin.file)
+            for name in later - {FOLDER + begin.file}:
+                storage.remove(storage.join(self.address, name))
+
+    @contextlib.contextmanager
+    def _reading(self, problem: str = "the run cannot be read") -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # whatever the store's library raises
+            raise UserError(f"--remote-sync {self.address}: {problem} ({first_line(error)})") from error
+
+    def _saved(self) -> list[Path]:
+        return list_checkpoints(self.folder / FOLDER)
 
     def start(self, first: str) -> None:
         """Copy the file `first`, then all else in the background. Raises UserError if that file cannot be copied."""
@@ -68,9 +114,14 @@ class RemoteSync:
         self._end.set()
         if self._thread is None:
             return
-        self._thread.join(self.within_s)
+        begun = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - begun < self.within_s:
+            self._thread.join(min(self.within_s, 1.0))
+            if self._signalled() and self.within_s == AT_END_S:
+                self.within_s = time.monotonic() - begun + ON_SIGNAL_S
         if self._thread.is_alive():
-            logger.error("REMOTE SYNC: not all is in %s after %g s; the process ends", self.address, self.within_s)
+            waited = time.monotonic() - begun
+            logger.error("REMOTE SYNC: not all is in %s after %.1f s; the process ends", self.address, waited)
         elif not self._left:
             logger.info("--remote-sync: all is in %s, %d failures on the way", self.address, self.failures)
 
@@ -107,9 +158,9 @@ class RemoteSync:
         """Records, then checkpoints, newest first."""
         found: list[Path] = []
         for root, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY) and not name.endswith(".dcp")]
             found += [Path(root, name) for name in files if not name.startswith((TEMPORARY, LOCK))]
-        saved = list_checkpoints(self.folder / "checkpoints")[::-1]
+        saved = [path for path in self._saved()[::-1] if path.is_file()]
         return [path for path in found if path not in saved and not path.is_symlink()] + saved
 
     def _send(self, path: Path) -> None:
@@ -121,7 +172,8 @@ class RemoteSync:
         earlier = name not in self._sent and stat.st_mtime < self._begun  # perhaps another process has copied it
         if not (earlier and storage.is_current(path, address)):
             storage.put(path, address)
-            folder, _, file = name.rpartition("/")
-            if ASIDE in folder and not (path.parents[1] / file).exists():
-                storage.remove(storage.join(self.address, f"checkpoints/{file}"))
         self._sent[name] = stamp
+
+
+def _checkpoints(names: list[str]) -> dict[CheckpointName, str]:
+    return {one: name for name in names if (one := CheckpointName.of(name.removeprefix(FOLDER)))}

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from open_clip_ov2.errors import UserError, first_line
-from open_clip_ov2.files import TEMPORARY, written_whole
+from open_clip_ov2.files import TEMPORARY, sync_folder, written_whole
 from open_clip_ov2.train.parallel import Layout
 
 Write = Callable[[dict[str, Any]], None]
@@ -50,11 +50,16 @@ class ShardWriter:
         self._writing = writing = async_save(shards, checkpoint_id=temporary, process_group=self._group)
 
         def finish(content: dict[str, Any]) -> None:
-            _result(writing)
-            with written_whole(temporary / CONTENT) as file:
-                torch.save(content, file)
-            shutil.rmtree(self._folder / name, ignore_errors=True)  # one that could not be read
-            temporary.rename(self._folder / name)
+            try:
+                _result(writing)
+                with written_whole(temporary / CONTENT) as file:
+                    torch.save(content, file)
+                shutil.rmtree(self._folder / name, ignore_errors=True)  # one that could not be read
+                temporary.rename(self._folder / name)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # every process has ended its part
+                raise
+            sync_folder(self._folder)
 
         return rest, finish
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+WAIT = datetime.timedelta(hours=2)
 STOP_SIGNALS = ("SIGUSR2", "SIGTERM", "SIGINT")  # SLURM's preemption as submitit sets it; scancel; Ctrl-C
 
 
@@ -84,16 +86,31 @@ class Agreement:
         return [int(flag) for flag in value.tolist()]
 
 
-def on_rank_0(rank: int, world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the function on rank 0. Its result is returned, or its exception raised, on every rank."""
+def waiting_group(world_size: int) -> Any:
+    """For `on_rank_0`: all ranks, which wait for each other for as long as rank 0 may take to copy a run from a store;
+    NCCL's own groups give up after ten minutes. None for one process."""
+    return torch.distributed.new_group(backend="gloo", timeout=WAIT) if world_size > 1 else None
+
+
+def first_of_all(group: Any, text: str) -> str:
+    """The first text of all ranks of the group that is not empty, and whose it is."""
+    found = [text]
+    if group is not None:
+        found = [""] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, text, group=group)
+    return next((f"{one} on rank {rank}" for rank, one in enumerate(found) if one), "")
+
+
+def on_rank_0(rank: int, group: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function on rank 0. Its result is returned, or its exception raised, on every rank of the group."""
     box: list[Any] = [(None, None)]
     if rank == 0:
         try:
             box = [(function(*arguments), None)]
         except Exception as error:
             box = [(None, error)]
-    if world_size > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
+    if group is not None:
+        torch.distributed.broadcast_object_list(box, src=0, group=group)
     value, problem = box[0]
     if problem is not None:
         raise problem

@@ -69,6 +69,6 @@ def commands(plan: VlmPlan, world_size: int) -> list[str]:
         return [f"ov2 {train}"]
     nodes, gpus = max(1, world_size // 8), min(world_size, 8)  # 8 GPUs a node, as most have
     return [
-        f"torchrun --nproc-per-node {gpus} -m open_clip_ov2 {train}" if nodes == 1 else "",
+        f"torchrun --nproc-per-node {gpus} -m open_clip_ov2 -- {train}" if nodes == 1 else "",
         f"ov2 submit --nodes {nodes} --gpus-per-node {gpus} -- {train}",
     ][nodes > 1 :]

@@ -21,7 +21,7 @@ from open_clip_ov2.quiet import quiet
 from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
-from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
+from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0, waiting_group
 from open_clip_ov2.vlm import assemble, conversations, vlm_folder
 from open_clip_ov2.vlm.reporting import RunWatch
 from open_clip_ov2.vlm.vlm_options import VlmPlan
@@ -66,7 +66,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.plan, self.signals, self.folder = plan, signals, plan.folder
         self.rank, self.world_size = rank, world_size
-        self._opened = opened
+        self._opened, self._waiting = opened, waiting_group(world_size)
         with quiet():
             for stage in plan.recipe.stages:  # now, not when the stages before it are over
                 stage_config(plan, stage, self.folder, world_size)
@@ -91,7 +91,7 @@ class _Run:
         self.agreement = Agreement(world_size, device, flags=2)
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return on_rank_0(self.rank, self.world_size, function, *arguments)
+        return on_rank_0(self.rank, self._waiting, function, *arguments)
 
     def _enter(self) -> None:
         self._lock = self._opened.enter_context(FolderLock(self.folder))

@@ -49,6 +49,7 @@ _READERS = {
     "seed": real(0, 2**32 - 1),
     "lr_scheduler": one_of(*SCHEDULES),
 }
+ALWAYS_BOTH = ("local_loss", "gather_with_grad")
 # Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
 REFUSED = {
     "trace": "a traced model cannot be trained",
@@ -61,23 +62,11 @@ REFUSED_OV2 = {
         "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
     ),
     **dict.fromkeys(("siglip", "loss_dist_impl"), "it is for CLIP, such as clip-of-ov2-vit-b-16"),
-    **dict.fromkeys(("local_loss", "gather_with_grad"), "it is for CLIP and CoCa (ov1-of-NAME always does both)"),
+    **dict.fromkeys(ALWAYS_BOTH, "it is for CLIP and CoCa (ov1-of-NAME always does both)"),
     **dict.fromkeys(("distill_model", "distill_pretrained"), "distillation is for contrastive models"),
     "torchscript": "use --torchcompile",
     "force_quick_gelu": "its blocks have GELU, as the published models",
     "pretrained_image": "OpenCLIP has weights for image towers of timm alone; use --pretrained",
-}
-# Obeyed, with what docs/train_flags.md adds to OpenCLIP's help.
-HERE = {
-    "imagenet_val": 'ov2 models classify by the likelihood of "a photo of a CLASS."',
-    "imagenet_v2": "the same; a folder of folders 0 to 999, which is not downloaded",
-    "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
-    "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
-    "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",
-    "log_local": "out-RANK.log, of the first process of each further machine",
-    "resume": "or latest, as without the flag; docs/openclip.md",
-    "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
-    "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
 }
 _OF_OV2 = dict.fromkeys(
     (
@@ -119,7 +108,9 @@ def check_stage(
     _check_training(argv, options, theirs)
     is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
     if is_ov2:
-        _refuse(argv, REFUSED_OV2, f" with --model {theirs.model}")
+        both = _is_contrastive(theirs.model) and theirs.local_loss and theirs.gather_with_grad  # as it always does
+        refused = {name: why for name, why in REFUSED_OV2.items() if not (both and name in ALWAYS_BOTH)}
+        _refuse(argv, refused, f" with --model {theirs.model}")
     else:
         jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
         _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
@@ -132,10 +123,14 @@ def check_stage(
         raise UserError(f"--force-image-size: {error}") from None
 
 
+def _is_contrastive(model: str) -> bool:
+    return bool((get_model_config(model) or {}).get(factory.CONTRASTIVE_KEY))
+
+
 def _check_contrastive(options: TrainOptions, theirs: argparse.Namespace) -> None:
     accumulates = f"--accum-freq {theirs.accum_freq}" if options.tokens_per_step is None else "--tokens-per-step"
     several = theirs.accum_freq > 1 or options.tokens_per_step is not None
-    if several and (get_model_config(theirs.model) or {}).get(factory.CONTRASTIVE_KEY):
+    if several and _is_contrastive(theirs.model):
         raise UserError(
             f"{accumulates}: a contrastive loss compares all pairs of a batch, and --model "
             f"{theirs.model} has them in one pass; give a larger --batch-size, or leave the flag out"
@@ -257,7 +252,10 @@ def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transfor
         )
     if timm and options.decode == "fast":
         raise UserError("--decode fast: --aug-cfg use_timm=True needs whole images; leave --decode out")
-    if transform == "OpenCLIP" and not timm and interpolation not in (None, "bicubic"):
+    obeyed = (
+        (None, "bicubic", "bilinear") if theirs.val_data and not data_kind(theirs, train=True) else (None, "bicubic")
+    )
+    if transform == "OpenCLIP" and not timm and interpolation not in obeyed:
         raise UserError(
             f"--image-interpolation {interpolation}: OpenCLIP's training crop of {theirs.model} is bicubic whatever is "
             f"asked for; add --aug-cfg use_timm=True, or --augmentation {FAMILY} for the crop of ov2 models"
@@ -289,7 +287,9 @@ def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argpars
     run's folder has weights; that the file of --resume exists. Raises UserError."""
     resumed = theirs.resume
     if resumed not in (None, "latest") and not storage.is_store(resumed) and not Path(resumed).is_file():
-        raise UserError(f"--resume {resumed}: no such file; expected a checkpoint, such as RUN/checkpoints/stage_1.pt")
+        folder = f"a folder; if it is a sharded checkpoint, make a file of it: ov2 convert {resumed} --to FILE.pt"
+        why = folder if Path(resumed).is_dir() else "no such file; expected one such as RUN/checkpoints/stage_1.pt"
+        raise UserError(f"--resume {resumed}: {why}")
     family = PIXELS if is_given(argv, "--augmentation") else ()  # it states those of ov2 models
     stated = [flag for flag in STATED if is_given(argv, flag) or flag in family]
     if missing := unstated(theirs.model, theirs.pretrained, stated, tokenizer, theirs.cache_dir):

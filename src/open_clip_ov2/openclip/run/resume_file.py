@@ -20,7 +20,16 @@ from open_clip_ov2.files import TEMPORARY, written_whole
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.recipe.run_difference import differences
-from open_clip_ov2.train.checkpoint import ASIDE, BEST_FILE, RESUME_KEY, CheckpointName, list_checkpoints, read_best
+from open_clip_ov2.train.checkpoint import (
+    ASIDE,
+    BEST_FILE,
+    LATEST_FILE,
+    RESUME_KEY,
+    CheckpointName,
+    list_checkpoints,
+    read_best,
+)
+from open_clip_ov2.train.remote_sync import RemoteSync
 
 NEEDED = ("epoch", "state_dict", "optimizer")
 
@@ -67,8 +76,8 @@ def _state_of_open_clip(plan: RunPlan, address: str, content: dict[str, Any]) ->
     return {"stage": 1, "stage_done": False, **counts, "monitor": {"total_skips": {}, "epoch_images": 0}, "ranks": []}
 
 
-def put_beginning(plan: RunPlan, address: str, content: dict[str, Any]) -> str:
-    """Make it the newest checkpoint of the run's folder. Returns a line for the log."""
+def put_beginning(plan: RunPlan, address: str, content: dict[str, Any], sync: RemoteSync | None) -> str:
+    """Make it the newest checkpoint of the run's folder, and of its copy. Returns a line for the log."""
     folder, state = plan.folder / "checkpoints", content[RESUME_KEY]
     name = CheckpointName(state["stage"], state["stage_done"], 0 if state["stage_done"] else state["samples_seen"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +88,16 @@ def put_beginning(plan: RunPlan, address: str, content: dict[str, Any]) -> str:
     later = [p for p in list_checkpoints(folder) if p != stay and not (CheckpointName.of(p.name) or name) < name]
     aside = folder / f"{ASIDE}{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     best = read_best(folder)
-    noted = [folder / BEST_FILE] if best and any(path.name == best[0] for path in later) else []
-    for path in (*later, *noted):
+    at = CheckpointName.of(best[0]) if best else None
+    noted = [folder / BEST_FILE] if at and not at < name and (stay is None or at.file != stay.name) else []
+    for path in (*noted, *later):
         aside.mkdir(exist_ok=True)
         path.rename(aside / path.name)
     made.rename(target)
+    latest = folder / LATEST_FILE
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
+    if sync:
+        sync.set_aside(name, aside.name)
     moved = f"; {len(later)} checkpoints that this run had from there on are in {aside}" if later else ""
     return f"--resume: the run begins from {address}{moved}"

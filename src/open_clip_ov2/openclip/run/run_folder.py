@@ -23,6 +23,7 @@ from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.recipe.run_difference import differences
 from open_clip_ov2.train.checkpoint import list_checkpoints
+from open_clip_ov2.train.remote_sync import RemoteSync
 
 if TYPE_CHECKING:
     import argparse
@@ -50,7 +51,7 @@ def check_same_run(plan: RunPlan) -> bool:
     return True
 
 
-def enter_run_folder(plan: RunPlan, trains: bool) -> tuple[bool, str]:
+def enter_run_folder(plan: RunPlan, trains: bool, sync: RemoteSync | None) -> tuple[bool, str]:
     """Begin the run in its folder, which is locked, or find it again. Returns whether it existed, or begins from the
     file of --resume, and what the log should say of that. Raises UserError.
 
@@ -73,13 +74,17 @@ def enter_run_folder(plan: RunPlan, trains: bool) -> tuple[bool, str]:
         "versions": versions,
         "resume": args.resume,
     }
-    if trains and args.resume not in (None, "latest") and not _is_repeated(plan):
+    begins = trains and args.resume not in (None, "latest")
+    if begins and _is_repeated(plan):
+        note = f"--resume {args.resume}: the run began from it before, and continues from its own newest checkpoint"
+        begins = False
+    if sync and not begins:
+        sync.check_newest()
+    if begins:
         content = read_beginning(plan, args.resume)
         if not existed:
-            write_json(
-                file, {**about, "resume": None}
-            )  # or the folder would be no run's, if the process is killed here
-        note, existed = put_beginning(plan, args.resume, content), True
+            write_json(file, {**about, "resume": None})  # or it would be no run's folder, if the process is killed here
+        note, existed = put_beginning(plan, args.resume, content, sync), True
     write_json(file, about)
     if plan.recipe is not None:
         write_text(plan.folder / "recipe.toml", dump_recipe(plan.recipe))

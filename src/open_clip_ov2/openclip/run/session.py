@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.run_config import hyperparameters
 from open_clip_ov2.openclip.command.run_plan import RunPlan
-from open_clip_ov2.openclip.run.run_folder import RUN_FILE, enter_run_folder
+from open_clip_ov2.openclip.run.run_folder import EARLIER, RUN_FILE, enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
-from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, newest_checkpoint, read_checkpoint
+from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, list_checkpoints, newest_readable
 from open_clip_ov2.train.parallel import Layout
 from open_clip_ov2.train.remote_sync import ON_SIGNAL_S, RemoteSync
 from open_clip_ov2.train.sharded import ShardWriter
-from open_clip_ov2.train.signals import Agreement, StopSignals, on_rank_0
+from open_clip_ov2.train.signals import Agreement, StopSignals, first_of_all, on_rank_0, waiting_group
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -56,6 +57,7 @@ class Session:
         self._ranks = argparse.Namespace(**vars(self.plan.stages[0].args))
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
+        self._waiting = waiting_group(self.world_size)
         self._opened = contextlib.ExitStack()
         try:
             self._open()
@@ -123,9 +125,10 @@ class Session:
         self._lock = self._opened.enter_context(FolderLock(plan.folder))
         if args.remote_sync is not None:
             address = storage.join(args.remote_sync, plan.name)
-            self.sync = RemoteSync(plan.folder, address, args.remote_sync_frequency)
-        fetched = self.sync.fetch(RUN_FILE) if self.sync and self.trains else ""
-        existed, begun = enter_run_folder(plan, self.trains)
+            signalled = lambda: self.signals.name is not None  # noqa: E731
+            self.sync = RemoteSync(plan.folder, address, args.remote_sync_frequency, signalled)
+        fetched = self.sync.fetch(RUN_FILE, EARLIER, self.trains) if self.sync else ""
+        existed, begun = enter_run_folder(plan, self.trains, self.sync)
         return existed, [note for note in (fetched, begun) if note]
 
     def check_lock(self) -> None:
@@ -144,23 +147,18 @@ class Session:
         return self.state if self.state and not self.state["stage_done"] else None
 
     def _find_checkpoint(self, folder: Path) -> None:
-        """Rank 0 looks for the newest checkpoint, and all ranks load it."""
-
-        def newest() -> Path | None:
-            path, self.checkpoint = newest_checkpoint(folder, self.layout) or (None, None)
-            return path
-
-        path = self.on_rank_0(newest)
-        if path is None:
+        """All ranks load the newest checkpoint that each of them can read."""
+        found = self.on_rank_0(list_checkpoints, folder)
+        newest = newest_readable(found, self.layout, partial(first_of_all, self._waiting))
+        if newest is None:
             logger.info("no checkpoint in %s yet: training starts from the beginning", self.plan.folder)
             return
-        if self.checkpoint is None:
-            self.checkpoint = read_checkpoint(path, self.layout)
+        path, self.checkpoint = newest
         logger.info("resuming from %s: %s samples seen", path, f"{self.checkpoint[RESUME_KEY]['samples_seen']:,}")
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`signals.on_rank_0` on this session's ranks."""
-        return on_rank_0(self.rank, self.world_size, function, *arguments)
+        return on_rank_0(self.rank, self._waiting, function, *arguments)
 
     def check_saved(self, what: str) -> None:
         """Wait for rank 0's file. Raises RunFailed on every rank if the newest checkpoint was not written."""

@@ -82,11 +82,8 @@ class StageRun:
         if progress is not None:
             self.session.samples_before = progress.samples_seen
             if self.stage.number < len(self.session.plan.stages):
-                state = self.built.parallel.read(
-                    checkpoint_weights, progress.average, progress.optimizer, everywhere=True
-                )
-                if not self.session.plan.carry_optimizer:
-                    del state["optimizer"]
+                optimizer = progress.optimizer if self.session.plan.carry_optimizer else None
+                state = self.built.parallel.read(checkpoint_weights, progress.average, optimizer, everywhere=True)
                 self.session.checkpoint = snapshot(state)
 
     def _argv(self) -> list[str]:
