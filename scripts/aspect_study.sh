@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reading wide and tall text at equal tokens: images that keep their shapes against images squeezed into a square.
 # From the weights of the package, at most 64 tokens an image in both arms, the same pictures, steps and learning rate; both
-# arms of a seed run side by side, a core each. By reckoning seven minutes for three seeds on two idle cores, at the 95
+# arms of a seed run side by side, a core each. By calculation seven minutes for three seeds on two idle cores, at the 95
 # images/s that one core made for dev/LOG.md. It continues where it was stopped; SEEDS="0 1", SAMPLES=6400, OUT=aspect.
 # docs/demo.md has its table.
 set -euo pipefail

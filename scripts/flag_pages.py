@@ -151,11 +151,26 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
+# The same for flags whose default, or what they take, is another here.
+HERE_BY_DEFAULT = {
+    "logs": "None is refused, because a run is resumed from its folder",
+    "name": "MODEL-RECIPE-HASH by default, a hash of the configuration, so that the same command finds its run",
+    "lr": "5e-4 by default with adamw; other optimizers need it",
+    "beta1": "0.9 by default with ov2 models and with adamw",
+    "beta2": "0.95 by default with ov2 models; with adamw 0.98 for other ViTs, 0.999 for the rest",
+    "eps": "1e-8 by default with ov2 models; with adamw 1e-6 for other ViTs, 1e-8 for the rest",
+    "precision": "amp_bf16 by default for ov2 models on a GPU, amp for others there, fp32 on a CPU",
+    "model": "required",
+    "device": "cpu by default where there is no GPU",
+    "report_to": "trackio too, and all (tensorboard and wandb)",
+}
+
+
 def _notes() -> dict[str, str]:
     """By OpenCLIP's names, for a table's cell."""
     whole = {name: f". **Refused**: {why}" for name, why in REFUSED.items()}
     whole |= {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
-    return whole | {name: f". **Here**: {what}" for name, what in HERE.items()}
+    return whole | {name: f". **Here**: {what}" for name, what in {**HERE, **HERE_BY_DEFAULT}.items()}
 
 
 def train_page() -> str:

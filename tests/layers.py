@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 
 BASE = "errors files locks argv tables quiet"
-# From the bottom up: a package may import only those above it in this list, so there can be no circle.
+# The lowest layer first: a package may import only those listed before it, so there can be no circle.
 MAY_IMPORT: dict[str, Layer] = {
     "errors": Layer("", "", "`UserError`, `RunFailed`, `InUse`, `Interrupted`, and the wording of an error"),
     "files": Layer("errors", "", "files written whole or not at all; JSON read with a one-line error"),
@@ -43,7 +43,9 @@ MAY_IMPORT: dict[str, Layer] = {
         "tar, csv, folder or synthetic samples to batches; bad samples counted; smaller copies of shards",
     ),
     "train": Layer(
-        f"{BASE} core data", "torch numpy", "the training step, checkpoints, copies of a run, signals, the guard"
+        f"{BASE} core data",
+        "torch numpy",
+        "the training step, checkpoints, copies of a run, signals, the check for non-finite steps",
     ),
     "evaluate.text": Layer(
         f"{BASE} data", "pycocoevalcap numpy", "scores of captions, of reading and of answers; outcomes by picture"
@@ -118,7 +120,7 @@ MAY_IMPORT: dict[str, Layer] = {
         f"{BASE} core data evaluate recipe formats tracking training vlm vlm.benchmarks launch compare compare.bench "
         "commands.captions",
         "rich torch PIL",
-        "one module for each `ov2` command, through `training` alone",
+        "one module for each `ov2` command; they reach OpenCLIP through `training` alone",
     ),
     "cli": Layer("errors commands", "", "the `ov2` command"),
 }
@@ -131,7 +133,8 @@ def table() -> str:
         f"| {_named(name)} | {_listed(layer.ours)} | {_listed(layer.others)} | {layer.what} |"
         for name, layer in MAY_IMPORT.items()
     ]
-    return "\n".join(["| package | of ours | of others | what it is |", "| --- | --- | --- | --- |", *rows])
+    heading = "| package | may import: ours | may import: others | what it is |"
+    return "\n".join([heading, "| --- | --- | --- | --- |", *rows])
 
 
 def _named(name: str) -> str:

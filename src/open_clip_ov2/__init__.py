@@ -22,7 +22,17 @@ from open_clip_ov2.errors import Interrupted, RunFailed, UserError  # noqa: E402
 from open_clip_ov2.openclip.models.open_model import create_caption_model  # noqa: E402
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer  # noqa: E402
 from open_clip_ov2.openclip.patches import register, unregister  # noqa: E402
-from open_clip_ov2.training import caption, check, evaluate, export, open_model, plan, train  # noqa: E402
+from open_clip_ov2.training import (  # noqa: E402
+    caption,
+    check,
+    convert,
+    evaluate,
+    export,
+    open_model,
+    plan,
+    push,
+    train,
+)
 
 try:
     __version__ = version("open_clip_ov2")
@@ -38,12 +48,14 @@ __all__ = [
     "WordPieceTokenizer",
     "caption",
     "check",
+    "convert",
     "create_caption_model",
     "evaluate",
     "export",
     "image_features",
     "open_model",
     "plan",
+    "push",
     "register",
     "train",
     "unregister",

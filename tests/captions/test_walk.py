@@ -25,6 +25,7 @@ SMALL = [
     "--train-num-samples", "16", "--model", f"local-dir:{TINY}", "--force-image-size", "24", "--force-context-length",
     "12", "--batch-size", "8", "--workers", "0", "--epochs", "1",
 ]  # fmt: skip
+HUB = ["--model", "llava-hf/llava-1.5-7b-hf"]  # the model in the package writes in its place
 COLORS = ("red", "green", "blue", "black")
 
 
@@ -55,6 +56,8 @@ def test_from_tars_and_tables_to_an_encoder(tmp_path: Path, monkeypatch: pytest.
     (walk,) = [text for text in blocks if "captions join" in text]
     lines = [shlex.split(line)[1:] for line in walk.splitlines()]
     assert [line[:2] for line in lines[:4]] == [["captions", name] for name in ("join", "filter", "report", "write")]
+    assert lines[3][-4:-2] == HUB
+    del lines[3][-4:-2]
     for line in lines:
         assert ov2([*line, *([*SMALL, "--name", "run"] if line[0] == "train" else [])]) == 0, line
     kept = list(read_sidecar("good/00000000.jsonl.gz"))

@@ -1,4 +1,4 @@
-"""What `ov2 plan --vlm` reckons. Oracles: FlopCounterMode, what autograd keeps, transformers' own models."""
+"""What `ov2 plan --vlm` estimates. Oracles: FlopCounterMode, what autograd keeps, transformers' own models."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_memory_of_activations(tmp_path: Path) -> None:
     with kept_bytes(model) as total:
         outputs = model.model(inputs_embeds=torch.randn(2, length, 128, requires_grad=True))
     assert outputs.last_hidden_state.requires_grad
-    reckoned = 2 * words.layers * words.block_bytes(length, PRECISION["fp32"])
-    assert reckoned == pytest.approx(total[0], rel=0.1)
+    estimated = 2 * words.layers * words.block_bytes(length, PRECISION["fp32"])
+    assert estimated == pytest.approx(total[0], rel=0.1)
 
 
 def test_llava_15_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

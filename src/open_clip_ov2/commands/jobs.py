@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "action", nargs="?", metavar="ACTION|FOLDER", help=f"{', '.join(_ACTIONS)}; default: list the runs of FOLDER"
     )
-    parser.add_argument("run", nargs="?", metavar="RUN")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder or name")
     parser.add_argument(
         "--logs", type=Path, action="append", metavar="FOLDER", help="folder of the runs (default: logs)"
     )

@@ -146,8 +146,8 @@ RUN: dict[tuple[str, str], str] = {
         "create_loss",
     ): ("ov2 models train on the caption loss; OpenCLIP chooses a loss by a substring of the model's name"),
     ("open_clip_train.main", "train_one_epoch"): (
-        "ov2 models take our step (OpenCLIP's accumulates for a contrastive loss); checkpoints, signals and the guard "
-        "act between the steps of any model"
+        "ov2 models take our step (OpenCLIP's accumulates for a contrastive loss); checkpoints, signals and the check "
+        "for non-finite steps act between the steps of any model"
     ),
     (
         "open_clip_train.main",

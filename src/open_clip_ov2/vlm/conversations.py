@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_CHARACTERS, MAX_TURNS, MAX_PICTURES = 200_000, 512, 64  # ours: of one conversation
 LISTED = 20  # ours: so many rows of each cause are named in the log; all of them are in skipped.json
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PICTURE_WORDS = 128  # of a picture, beside the words of the text, as LLaVA reckons lengths for grouping
+PICTURE_WORDS = 128  # of a picture, beside the words of the text, as LLaVA counts lengths for grouping
 REPORT, SKIPPED = "report.json", "skipped.json"
 
 

@@ -1,6 +1,6 @@
 """FLOPs, memory and hours of a run of `ov2 vlm train`, before a GPU is asked for.
 
-The reckoning is that of `recipe/model_costs.py`: equal blocks, matrix products, and what autograd keeps of a block. One
+The estimate is that of `recipe/model_costs.py`: equal blocks, matrix products, and what autograd keeps of a block. One
 image there is a conversation with its picture here; with any-resolution grids, every picture takes the largest.
 """
 

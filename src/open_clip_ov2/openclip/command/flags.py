@@ -259,7 +259,10 @@ class RunOptions:
         "N", sample_count(1), "run the tasks of --eval every N samples and at the end of a stage instead"
     )
     sample_captions: int = flag(
-        "N", whole(0), "caption N held-out images at each validation, for TensorBoard (default: 8)", default=8
+        "N",
+        whole(0),
+        "caption N held-out images at each validation, for the trackers of --report-to (default: 8)",
+        default=8,
     )
     max_bad_steps: int = flag(
         "N",
@@ -280,7 +283,7 @@ class RunOptions:
 def build_parser() -> Parser:
     """A parser of our flags alone."""
     parser = Parser(prog="ov2 train", add_help=False, usage=argparse.SUPPRESS)
-    add_flags(parser.add_argument_group("stages (flags of ov2; all others are OpenCLIP's)"), ScheduleOptions)
+    add_flags(parser.add_argument_group("stages"), ScheduleOptions)
     add_flags(parser.add_argument_group("model, loss and data"), TrainOptions)
     add_flags(parser.add_argument_group("checkpoints, validation and progress"), RunOptions)
     return parser
