@@ -259,10 +259,7 @@ class RunOptions:
         "N", sample_count(1), "run the tasks of --eval every N samples and at the end of a stage instead"
     )
     sample_captions: int = flag(
-        "N",
-        whole(0),
-        "caption N held-out images at each validation, for the trackers of --report-to (default: 8)",
-        default=8,
+        "N", whole(0), "caption N held-out images at each validation for --report-to's trackers (default: 8)", default=8
     )
     max_bad_steps: int = flag(
         "N",
