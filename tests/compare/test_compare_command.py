@@ -53,7 +53,7 @@ learning = "clip_val_loss"
 """
 
 
-def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Oracle: the run's own results.jsonl; the same command again trains nothing and writes the same page."""
     file, out = tmp_path / "squares.toml", tmp_path / "out"
     file.write_text(FILE.format(vocabulary=vocabulary))
@@ -61,9 +61,11 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest
     line += ["--val-data", f"{squares}/val/00000.tar"]
     with FolderLock(out):  # as a second `ov2 compare` finds it
         assert ov2(line) == 2
-        assert f"{out}: process {os.getpid()} on " in capsys.readouterr().err
+        assert f"{out}: process {os.getpid()} on " in capfd.readouterr().err
         assert os.listdir(out) == [LOCK]
-    assert ov2(line) == 0, capsys.readouterr().err
+    status, printed = ov2(line), capfd.readouterr()
+    assert status == 0, printed.err
+    assert "profiler" not in printed.err
     (results,) = out.glob("runs/*/results.jsonl")
     records = [json.loads(text) for text in results.read_text().splitlines()]
     losses = [row["clip_val_loss"] for row in records if row["kind"] == "val"]
@@ -81,14 +83,14 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capsys: pytest
     costs = (out / "costs.json").stat().st_mtime_ns
     assert "squares-run-clip-val-loss-over-seconds" in page
     assert "--batch-size 8" in page
-    capsys.readouterr()
+    capfd.readouterr()
     assert ov2(line) == 0
-    assert "training: 1 of 1 are done already" in capsys.readouterr().out
+    assert "training: 1 of 1 are done already" in capfd.readouterr().out
     assert (out / "index.html").read_text() == page
     assert results.stat().st_mtime_ns == before
     assert (out / "costs.json").stat().st_mtime_ns == costs
     assert ov2([*line[:-1], f"{squares}/train/00000.tar"]) == 2  # another held-out set in the same folder
-    assert "validated with another --val-data" in capsys.readouterr().err
+    assert "validated with another --val-data" in capfd.readouterr().err
 
 
 def test_a_variant_that_does_not_fit_is_told(tmp_path: Path) -> None:
