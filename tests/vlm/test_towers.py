@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import timm
 import torch
 
+import open_clip_ov2  # noqa: F401  (registers the baselines)
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.formats.encoder import Preprocessing
 from open_clip_ov2.vlm.towers import of_open_clip, of_timm, open_tower
@@ -47,6 +49,18 @@ def test_clip_and_coca(quick: bool, pooled: bool) -> None:
     images = torch.randn(2, 3, 28, 28)
     found = visual.forward_intermediates(images, indices=[1, 2], output_fmt="NLC")["image_intermediates"]
     assert_same_tokens(of_open_clip(visual, PRE), {-2: found[0], -1: found[1]}, images)
+
+
+@pytest.mark.parametrize("name", ["clip-of-ov2-vit-nano-8", "coca-of-ov2-vit-nano-8"])
+def test_baselines_of_ours(name: str) -> None:
+    """They have no norm before their blocks."""
+    model: Any = open_clip.create_model(name, force_image_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    visual = spread(model.visual)
+    found = visual.forward_intermediates(images, indices=[1, 3], output_fmt="NLC")["image_intermediates"]
+    tower = of_open_clip(visual, PRE)
+    assert type(tower.model).__name__ == "ViTModel"
+    assert_same_tokens(tower, {2: found[0], -1: found[1]}, images)
 
 
 @pytest.mark.parametrize("class_token", [True, False])

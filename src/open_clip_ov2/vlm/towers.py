@@ -1,8 +1,8 @@
 """Any vision encoder as a vision model of transformers, which LLaVA's classes take as they are.
 
-Ours become a ViTModel; OpenCLIP's own towers (CLIP, CoCa) a CLIPVisionModel; timm's (SigLIP, ViT) a SiglipVisionModel
-or, with a class token, a ViTModel. What comes after the blocks (pooling, projection) is left out, as LLaVA reads none
-of it.
+Ours become a ViTModel; OpenCLIP's own towers (CLIP, CoCa) a CLIPVisionModel or, without a norm before their blocks
+(`clip-of-NAME`), a ViTModel; timm's (SigLIP, ViT) a SiglipVisionModel or, with a class token, a ViTModel. What comes
+after the blocks (pooling, projection) is left out, as LLaVA reads none of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from open_clip_ov2 import training
@@ -28,6 +29,10 @@ _VIT_ATTENTION = tuple(f"attention.attention.{name}" for name in ("query", "key"
 _OPEN_CLIP_TO_CLIP: Parts = {
     "attn.in_proj": _SIGLIP_ATTENTION, "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+}  # fmt: skip
+_OPEN_CLIP_TO_VIT: Parts = {
+    "attn.in_proj": _VIT_ATTENTION, "attn.out_proj": "attention.output.dense", "mlp.c_fc": "intermediate.dense",
+    "mlp.c_proj": "output.dense", "ln_1": "layernorm_before", "ln_2": "layernorm_after",
 }  # fmt: skip
 _TIMM_TO_SIGLIP: Parts = {
     "attn.qkv": _SIGLIP_ATTENTION, "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
@@ -71,32 +76,46 @@ class _Unfit(Exception):
 
 
 def of_open_clip(visual: Any, preprocessing: Preprocessing) -> VisionTower:
-    """OpenCLIP's VisionTransformer as a CLIPVisionModel."""
+    """OpenCLIP's VisionTransformer as a CLIPVisionModel or, without a norm before its blocks, a ViTModel."""
     state = {name: value.detach().float() for name, value in visual.state_dict().items()}
-    if "ln_pre.weight" not in state or "transformer.resblocks.0.attn.in_proj_weight" not in state:
-        raise _Unfit(f"{type(visual).__name__} is not a plain ViT with a norm before its blocks")
+    if "transformer.resblocks.0.attn.in_proj_weight" not in state:
+        raise _Unfit(f"{type(visual).__name__} is not a plain ViT")
     block, size = visual.transformer.resblocks[0], _square(visual.image_size)
-    width, patch = state["class_embedding"].shape[0], _square(visual.patch_size)
-    transformers = library()
-    config = transformers.CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=block.mlp.c_fc.out_features,
-        num_hidden_layers=len(visual.transformer.resblocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=size,
-        patch_size=patch,
-        hidden_act=_activation(block.mlp.gelu),
-        layer_norm_eps=block.ln_1.eps,
-    )
+    patch, transformers = _square(visual.patch_size), library()
+    config = {
+        "hidden_size": state["class_embedding"].shape[0],
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "num_hidden_layers": len(visual.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": size,
+        "patch_size": patch,
+        "hidden_act": _activation(block.mlp.gelu),
+        "layer_norm_eps": block.ln_1.eps,
+    }
+    if "ln_pre.weight" in state:
+        named = _clip_names(state)
+        kind, made = transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**config)
+    else:
+        named = {
+            "embeddings.cls_token": state["class_embedding"][None, None],
+            "embeddings.position_embeddings": state["positional_embedding"][None],
+            "embeddings.patch_embeddings.projection.weight": state["conv1.weight"],
+            "embeddings.patch_embeddings.projection.bias": torch.zeros_like(state["class_embedding"]),
+            **_blocks(state, "transformer.resblocks.", "encoder.layer.", _OPEN_CLIP_TO_VIT),
+        }
+        kind, made = transformers.ViTModel, transformers.ViTConfig(**config)
+    return _tower(kind, made, named, preprocessing, size, patch, class_token=True)
+
+
+def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     root = "vision_model."
-    named = {
+    return {
         f"{root}embeddings.class_embedding": state["class_embedding"],
         f"{root}embeddings.patch_embedding.weight": state["conv1.weight"],
         f"{root}embeddings.position_embedding.weight": state["positional_embedding"],
         **{f"{root}pre_layrnorm.{kind}": state[f"ln_pre.{kind}"] for kind in _KINDS},
         **_blocks(state, "transformer.resblocks.", f"{root}encoder.layers.", _OPEN_CLIP_TO_CLIP),
     }
-    return _tower(transformers.CLIPVisionModel, config, named, preprocessing, size, patch, class_token=True)
 
 
 def of_timm(trunk: Any, preprocessing: Preprocessing) -> VisionTower:
