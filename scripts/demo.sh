@@ -31,6 +31,6 @@ run ov2 eval "$RUN" --tasks read-text --data "$DATA/held-out/00000.tar" \
 run ov2 plot "$RUN" --out "$DEMO/curves.png"
 run ov2 caption "${PICTURES[@]}" --checkpoint "$RUN/checkpoints/stage_1.pt" --out "$DEMO/early.png"
 run ov2 caption "${PICTURES[@]}" --checkpoint "$RUN" --out "$DEMO/captions.png"
-printf '\nLook at %s (the shipped model), %s and %s (trained here, half-way and at the end), and %s.\n' \
+printf '\nLook at %s (the shipped model), %s and %s (trained here, after a quarter and at the end), and %s.\n' \
   "$DEMO/shipped.png" "$DEMO/early.png" "$DEMO/captions.png" "$DEMO/curves.png"
 printf 'tensorboard --logdir %s shows the run.\n' "$DEMO/logs"
