@@ -36,6 +36,7 @@ MINUTES = float(os.environ.get("MINUTES", "12"))
 ROW_S = 150.0  # most seconds of a row: compiling L/14 and g/14 took up to a minute
 OUT = Path(os.environ.get("OUT", "bench/gpu"))
 L14, G14 = "--model ov2-vit-l-14 --variants ov2", "--model ov2-vit-g-14 --variants ov2"
+H14 = "--model ov2-vit-h-14 --variants ov2"
 WHOLE, GRAPHS = "--ov2-flags='--compile-encoder whole'", "--ov2-flags='--compile-encoder cuda-graphs'"
 LEAN, LEAN8 = "--ov2-flags=--recompute-elementwise", "--ov2-flags='--recompute-elementwise --fp8 on'"
 # Most valuable first. A row with several batches tries them until one fits into memory.
@@ -50,6 +51,8 @@ ROWS = {
     "l14-84-whole": f"{L14} --resolution 84 --batch-size 1024 --compile {WHOLE}",
     "l14-224-whole": f"{L14} --resolution 224 --batch-size 256 --compile {WHOLE}",
     "l14-224-fp8": f"{L14} --resolution 224 --batch-size 256 --compile --ov2-flags='--fp8 on'",
+    "h14-224": f"{H14} --resolution 224 --batch-size 256,192,128 --compile",
+    "h14-224-fp8": f"{H14} --resolution 224 --batch-size 256,192,128 --compile --ov2-flags='--fp8 on'",
     "l14-224-fa3": f"{L14} --resolution 224 --batch-size 256 --compile --ov2-flags='--attention-kernel FA3'",
     "l14-224-fa4": f"{L14} --resolution 224 --batch-size 256 --compile --ov2-flags='--attention-kernel FA4'",
     "coca-224-compiled": "--model ov2-vit-l-14 --variants coca_ViT-L-14 --resolution 224 --batch-size 128 --compile",
@@ -177,7 +180,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 def small(command: str) -> str:
     """The same flags for a model that a CPU trains in a moment."""
     for before, after in {
-        "ov2-vit-l-14": "ov2-bench-tiny", "ov2-vit-g-14": "ov2-bench-tiny", "coca_ViT-L-14": "coca",
+        "ov2-vit-l-14": "ov2-bench-tiny", "ov2-vit-g-14": "ov2-bench-tiny", "ov2-vit-h-14": "ov2-bench-tiny",
+        "coca_ViT-L-14": "coca",
         "--resolution 224": "--resolution 16", "--resolution 84": "--resolution 16", "--fp8 on": "--fp8 emulated",
     }.items():  # fmt: skip
         command = command.replace(before, after)
@@ -199,7 +203,8 @@ def page(rows: list[Row], seconds: float) -> str:
         "", "| where | target | measured | row |", "| --- | --- | --- | --- |", *map(cells, goals(rows)), "",
         "| row | variant | batch | ms a step (least to greatest) | images/s | MFU | step memory, GB |",
         "| --- | --- | --- | --- | --- | --- | --- |", *(cells(shown(row)) for row in rows), "",
-        *(f"- `{name}`: `ov2 bench {ROWS[name]}`" for name in dict.fromkeys(row.name for row in rows)),
+        *(f"- `{name}`: `ov2 bench {ROWS[name]}`" for name in dict.fromkeys(row.name for row in rows)), "",
+        "One GPU has nothing to shard: `--fsdp` is compared with DDP by tests on CPUs (docs/scale.md).",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -30,7 +30,12 @@ def main() -> None:
     card = (source / "README.md").read_text(encoding="utf-8")
     card = card.replace(f'"local-dir:{source.name}"', f'"{name}", pretrained="{tag}"')
     reads = "It reads rendered text, charts and shapes; docs/demo.md of open_clip_ov2 has the figures."
-    about = f"{card}\n## What it reads\n{reads}\n\n## Licenses of the data\n{rendered_data.LICENSES}\n"
+    made = (
+        "`bash scripts/rendered_model.sh` in open_clip_ov2: its data, `configs/rendered.toml`, seed 0; dev/LOG.md "
+        "(2026-11-30) has the log."
+    )
+    sections = {"What it reads": reads, "How it was made": made, "Licenses of the data": rendered_data.LICENSES}
+    about = card + "".join(f"\n## {title}\n{content}\n" for title, content in sections.items())
     (out / "README.md").write_text(about, encoding="utf-8")
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
 

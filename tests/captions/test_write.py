@@ -41,7 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(folder / "odd.tar", "w") as tar:
         picture = next(read_tar(str(folder / "squares" / "00000.tar"), print))["png"]
         entries = {"a.png": picture, "a.txt": b"<image> a <image> red </s> square", "b.png": b"no picture"}
-        for name, data in {**entries, "c.txt": b"no picture at all", "d.png": picture}.items():
+        line = io.BytesIO()
+        Image.new("1", (20_000, 4)).save(line, "png")  # resized to a short side it would be gigabytes
+        entries |= {"c.txt": b"no picture at all", "d.png": picture, "e.png": line.getvalue()}
+        for name, data in entries.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -62,7 +65,7 @@ def test_kills_and_processes_change_no_byte(folder: Path, tmp_path: Path, model:
     """Oracle: the sidecars of a run that nobody disturbs. scripts/captions_soak.py does it 36 times each."""
     argv = flags(folder, model, "--batch-size", "2", "--condition", "txt")
     assert main(["captions", "write", *argv, "--out", str(tmp_path / "whole")]) == 0
-    captions_soak.soak(argv, tmp_path / "killed", tasks, 2, 18, random.Random(0))
+    assert captions_soak.soak(argv, tmp_path / "killed", tasks, 2, 18, random.Random(0)) > 0
     wanted = captions_soak.sidecars(tmp_path / "whole")
     assert len(wanted) == 2
     assert captions_soak.sidecars(tmp_path / "killed") == wanted
@@ -105,7 +108,8 @@ def test_odd_samples_get_a_line_each(folder: Path, tmp_path: Path, capsys: pytes
     argv = [str(folder / "odd.tar"), "--condition", "txt", "--device", "cpu", "--max-tokens", "6"]
     assert main(["captions", "write", *argv, "--model", str(folder / "llava"), "--out", str(tmp_path)]) == 0
     lines = captions(tmp_path)
-    assert [line["key"] for line in lines] == list("abcd")
+    assert [line["key"] for line in lines] == list("abcde")
+    assert lines[4]["error"] == "odd shape"
     assert [line.get("error") for line in lines[1:3]] == ["undecodable image", "missing image"]
     assert all(line.get("error", NO_TEXT) == NO_TEXT for line in (lines[0], lines[3]))
     capsys.readouterr()

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from square_shards import write_square_shards
 
@@ -100,6 +101,11 @@ def test_sidecars_that_do_not_belong_to_the_tars_end_in_one_line(tars: list[Path
 
     assert "1 of 2 tars have no sidecar, the first is " + str(folder / "00001.jsonl.gz") in message(of=urls)
     assert "do not exist" in message(CaptionSet("recap", f"{folder}/{{shard}}.gz"))
+    assert "cannot be read (" in message(CaptionSet("recap", f"pipe:cat {folder}/{{shard}}.gz"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/sidecars/00000.jsonl.gz", first.read_bytes())
+    stored = CaptionSet("recap", "memory://sidecars/{shard}.jsonl.gz")
+    assert "memory://sidecars/00001.jsonl.gz: one of the sidecars of --captions recap" in message(stored, urls)
     assert "no such folder" in message(CaptionSet("recap", str(tmp_path / "nowhere")))
     assert "has no settings.json" in message(CaptionSet("recap", str(tmp_path / "in")))
     assert "an entry of this name" in message(CaptionSet("txt", str(folder)))
@@ -118,15 +124,16 @@ def test_sidecars_that_do_not_belong_to_the_tars_end_in_one_line(tars: list[Path
 
 def test_a_sidecar_that_breaks_off_costs_the_rest_of_its_tar(tars: list[Path], tmp_path: Path) -> None:
     recap = make_set(tmp_path / "captions", tars)
+    commands = CaptionSet("recap", f"pipe:test {{shard}} = 00000 && cat {tmp_path}/whole/{{shard}}.jsonl.gz")
+    make_set(tmp_path / "whole", tars)
     first = sidecar_path(tmp_path / "captions", str(tars[0]))
     first.write_bytes(first.read_bytes()[:-12])
-    commands = CaptionSet("recap", f"pipe:test {{shard}} = 00001 && cat {tmp_path}/captions/{{shard}}.jsonl.gz")
-    for found, usable in ((recap, range(4, 8)), (commands, (4,))):
+    for found, broken, usable in ((recap, tars[0], range(4, 8)), (commands, tars[1], (4,))):
         skips = SkipCounter(log=False)
         samples = list(WebDatasetSource(tuple(map(str, tars)), captions=(found,)).in_order(skips))
         assert skips.total == {"broken shard": 1}
         assert len(samples) in usable
-        assert str(tars[0]) in skips.example
+        assert str(broken) in skips.example
 
 
 def test_a_set_is_begun_once_and_written_the_same_each_time(tars: list[Path], tmp_path: Path) -> None:

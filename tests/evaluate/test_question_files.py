@@ -123,6 +123,8 @@ BAD: dict[bytes, tuple[str, str]] = {
     b'{"image": "a.png", "question": "q", "answers": [{"text": "x"}]}': ("own.jsonl:2", "missing answers"),
     b'{"image": "a.png", "question": " ", "answer": "x"}': ("own.jsonl:2", "missing question"),
     b'{"image": "gone.png", "question": "q", "answer": "x"}': ("own.jsonl:2", "missing image"),
+    b'{"image": "../own/0.png", "question": "q", "answer": "x"}': ("own.jsonl:2", "missing image"),
+    b'{"image": "/etc/passwd", "question": "q", "answer": "x"}': ("own.jsonl:2", "missing image"),
     rb'{"image": "\ud800", "question": "q", "answer": "x"}': ("own.jsonl:2", "missing image"),
     b'{"image": "", "question": "q", "answer": "x"}': ("own.jsonl:2", "missing image"),
     b'{"image": "%s", "question": "q", "answer": "x"}' % (b"a" * 5000): ("own.jsonl:2", "missing image"),

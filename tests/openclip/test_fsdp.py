@@ -57,7 +57,7 @@ def assert_close(run: Path, other: Path) -> None:
     [
         (2, [*AVERAGE, "--accum-freq", "2", "--recompute-elementwise", "--opt", "timm/muon"]),
         (2, ["--model", "local-dir:{baselines}/coca_tiny", *EPS]),
-        (4, [*AVERAGE, "--grad-checkpointing"]),
+        (4, [*AVERAGE, "--grad-checkpointing", "--fsdp-hybrid", "2"]),
     ],
 )
 def test_it_is_the_same_training_as_ddp(
@@ -66,13 +66,26 @@ def test_it_is_the_same_training_as_ddp(
     """An ov2 model and a CoCa; averages, clipping, accumulation, recomputation and Muon's whole matrices."""
     batch = 8 // processes // (2 if "--accum-freq" in more else 1)
     more = [word.format(baselines=baselines) for word in more]
-    for name, how in (("ddp", []), ("fsdp", ["--fsdp"])):
+    hybrid = more[-2:] if "--fsdp-hybrid" in more else []
+    more = more[: len(more) - len(hybrid)]
+    for name, how in (("ddp", []), ("fsdp", ["--fsdp", *hybrid])):
         train(processes, flags(squares, vocabulary, tmp_path, name, *more, *how, batch=batch))
     assert_close(tmp_path / "fsdp", tmp_path / "ddp")
     found = re.search(r"FSDP2: ([\d,]+) of ([\d,]+) parameters", (tmp_path / "fsdp" / "out.log").read_text())
     assert found
     own, of_all = (int(number.replace(",", "")) for number in found.groups())
-    assert of_all / processes <= own < 1.1 * of_all / processes
+    parts = int(hybrid[1]) if hybrid else processes
+    assert of_all / parts <= own < 1.1 * of_all / parts
+
+
+def test_compiled_and_in_bfloat16_it_is_near_ddp(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Blocks are compiled, parameters gathered in bfloat16. Oracle: DDP with autocast, to bfloat16's 8 bits."""
+    more = ["--precision", "amp_bf16", "--train-num-samples", "24", *EPS]
+    for name, how in (("ddp", []), ("fsdp", ["--fsdp", "--torchcompile"])):
+        train(2, flags(squares, vocabulary, tmp_path, name, *more, *how, batch=4))
+    both = [losses(tmp_path / name) for name in ("fsdp", "ddp")]
+    torch.testing.assert_close(*both, atol=0, rtol=2**-7)
+    assert not torch.equal(*both)
 
 
 @pytest.mark.parametrize("size", ["bigg", "6b"])

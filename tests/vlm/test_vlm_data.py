@@ -192,12 +192,14 @@ def test_rows_that_cannot_be_used_are_counted_and_named(pictures: Path, tmp_path
     """Oracle: a list of rows with one fault each, and the causes that are written beside the table."""
     (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.new("1", (12_000, 12_000)).save(pictures / "bomb.png")
+    Image.new("1", (8_000_000, 10)).save(pictures / "line.png")
     good = row_of(RECORDED["two turns"])
     faults = {
         "whose picture is missing": {**good, "image": "none.png"},
         "whose picture is outside the folder of pictures": {**good, "image": "../../etc/passwd"},
         "whose picture cannot be read": {**good, "image": "broken.png"},
         "whose picture has more than 89,478,485 pixels": {**good, "image": "bomb.png"},
+        "whose picture is too long for its width": {**good, "image": "line.png"},
         "with another number of <image> than of pictures": {**good, "image": ["cat.png", "cat.png"]},
         "with <image> outside a question": row_of([(H, "<image>"), (G, "<image>")]),
         "with a turn that is not from human or gpt": {**good, "conversations": [{"from": "tool", "value": "x"}]},

@@ -173,3 +173,6 @@ def test_a_trial_with_few_questions_is_a_row_of_its_own(tmp_path: Path) -> None:
     score_table.write_scores(tmp_path, "lmms-eval-first-8", {"pope": 100.0}, {**about, "limit": 8})
     rows = {row.source: row.scores["pope"] for row in score_table.own_rows(tmp_path)}
     assert rows == {"lmms-eval": 85.0, "lmms-eval, first 8 questions": 100.0}
+    for about, recipe in (({}, "llava"), ({"recipe": "llava-1.5-llama-3"}, "llava-1.5-llama-3")):
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"kind": "llava", "encoder": "x"}, **about}))
+        assert {row.recipe for row in score_table.own_rows(tmp_path)} == {recipe}

@@ -22,6 +22,7 @@ import torch
 from open_clip_ov2.captions.engines import Engine
 from open_clip_ov2.captions.journal import Journal, in_work, was_begun
 from open_clip_ov2.captions.requests import Prompts, Request, Sampler, row_sampling
+from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
 from open_clip_ov2.data.skips import SkipSample
@@ -155,7 +156,7 @@ def _prepared(
 def _prepare(raw: dict[str, Any], decoder: Decoder, writing: Writing) -> _Prepared:
     key = raw["__key__"]
     try:
-        image = decoder.image(raw)
+        image = bounded(decoder.image(raw))
     except SkipSample as error:
         return _Prepared(key, None, error.cause)
     prompt = writing.prompts.of(raw, writing.engine.special)

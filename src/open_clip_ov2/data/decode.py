@@ -22,9 +22,10 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
+from open_clip_ov2.data.skips import ODD_SHAPE, TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipSample
 
 MAX_IMAGE_PIXELS = 89_478_485  # where PIL starts to warn of a decompression bomb
+LONGEST_SIDE, MOST_STRETCHED = 16_384, 100  # ours: padded to a square in 8 bits, the longest takes 0.8 GB
 JPEG_START = b"\xff\xd8\xff"  # SOI, and the first byte of the next marker (ITU-T T.81, annex B)
 # Of libjpeg-turbo's eighths these have SIMD code: 4/8 was measured at 0.8 of the time of full scale, 5/8 at 1.4.
 REDUCTIONS = (8, 4, 2)
@@ -43,6 +44,22 @@ ORIENTATION_MARKS = (b"Exif\x00\x00", b"tiff:Orientation")
 # Decode at no less than this times the new size before the filter proper: PIL's documentation calls 3 "close to fair
 # resampling, almost indistinguishable".
 REDUCING_GAP = 3.0
+
+
+def bounded(image: Image.Image) -> Image.Image:
+    """The image, for image processors of other libraries. Raises SkipSample, see `odd_shape`."""
+    if problem := odd_shape(*image.size):
+        raise SkipSample(ODD_SHAPE, problem)
+    return image
+
+
+def odd_shape(width: int, height: int) -> str:
+    """Why a picture of that size should not go to an image processor that pads it to a square or resizes its shorter
+    side, which would make gigabytes of a line of a few pixels; "" for all others."""
+    longer, shorter = max(width, height), min(width, height)
+    if longer <= LONGEST_SIDE and longer <= MOST_STRETCHED * shorter:
+        return ""
+    return f"{width} x {height} px: more than {LONGEST_SIDE:,} px long, or {MOST_STRETCHED} times as long as wide"
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

@@ -113,7 +113,9 @@ class CaptionSet:
         shard_names(tuple(dict.fromkeys(urls)))
         hint = f"--captions {self.name}: expected a folder of sidecars, or an address with {{shard}}"
         if not self.is_folder:
-            return storage.check_readable([self.address(url) for url in urls], f"sidecars of --captions {self}", hint)
+            addresses = [self.address(url) for url in urls]
+            storage.check_readable(addresses, f"sidecars of --captions {self}", hint)
+            return storage.check_there(addresses, f"sidecars of --captions {self}")
         names = storage.names_in(self.where)
         if SETTINGS not in names:
             raise UserError(f"--captions {self}: not a caption set, because it has no {SETTINGS}")

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 MISSING_IMAGE = "missing image"
 UNDECODABLE_IMAGE = "undecodable image"
 TOO_MANY_PIXELS = "too many pixels"
+ODD_SHAPE = "odd shape"
 MISSING_CAPTION = "missing caption"
 EMPTY_CAPTION = "empty caption"
 NO_CAPTION = "no caption in the set"

@@ -148,6 +148,26 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
         )
 
 
+def check_there(addresses: Sequence[str], what: str) -> None:
+    """Raises UserError for files that object stores do not have, by the listings of their folders, and for a first
+    command that prints nothing. Local files: `check_readable`."""
+    stored = [address.rpartition("/") for address in addresses if is_store(address)]
+    listed = {folder: names_in(folder) for folder in {folder for folder, _, _ in stored}}
+    for folder, _, name in stored:
+        if name not in listed[folder]:
+            raise UserError(f"{folder}/{name}: one of the {what} is not there; check the address")
+    if scheme(addresses[0]) == "pipe":
+        stream = open_address(addresses[0])
+        try:
+            problem = "" if stream.read(1) else "it is empty"
+        except Exception as error:  # the command's exit status
+            problem = first_line(error)
+        finally:
+            abandon(stream)
+        if problem:
+            raise UserError(f"{addresses[0]}: the first of the {what} cannot be read ({problem}); check the command")
+
+
 def _check_scheme(address: str, name: str) -> None:
     if name not in gopen_schemes:
         known = ", ".join(f"{store}:" for store in STORES if store != "memory")

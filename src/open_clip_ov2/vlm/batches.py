@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from open_clip_ov2.data.decode import decode_image
+from open_clip_ov2.data.decode import bounded, decode_image
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.errors import UserError
 
@@ -18,7 +18,7 @@ from open_clip_ov2.errors import UserError
 def load_picture(path: str) -> Image.Image:
     """The picture, upright and in RGB. Raises UserError."""
     try:
-        return decode_image(Path(path).read_bytes())
+        return bounded(decode_image(Path(path).read_bytes()))
     except (OSError, SkipSample) as error:
         raise UserError(
             f"{path}: cannot be decoded ({error}); mend it, or remove it, and its rows are left out"

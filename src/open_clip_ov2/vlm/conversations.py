@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, odd_shape
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.formats.llava import IMAGE_TOKEN
@@ -178,7 +178,9 @@ def _why_unusable(path: str) -> str:
         return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels"
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return "whose picture cannot be read"
-    return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels" if width * height > MAX_IMAGE_PIXELS else ""
+    if width * height > MAX_IMAGE_PIXELS:
+        return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels"
+    return "whose picture is too long for its width" if odd_shape(width, height) else ""
 
 
 def _said(turn: Any) -> tuple[str, str]:

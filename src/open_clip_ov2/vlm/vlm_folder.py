@@ -33,7 +33,9 @@ def enter(plan: VlmPlan) -> None:
     ]:
         raise UserError(f"--out {plan.folder}: exists and is not a run of ov2 vlm (it holds {others[0]}); name another")
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "open_clip_ov2")}
-    write_json(file, {"config": plan.config, "command": ["ov2", "vlm", "train", *plan.argv], "versions": versions})
+    recipe = Path(plan.options.recipe).name.removesuffix(".toml")
+    about = {"config": plan.config, "recipe": recipe, "versions": versions}
+    write_json(file, {**about, "command": ["ov2", "vlm", "train", *plan.argv]})
 
 
 def check_same_run(plan: VlmPlan) -> None:

@@ -12,6 +12,7 @@ Images are looked for beside the file, or in the folder that is given, and in th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,9 @@ def _answers(given: Any, rule: str) -> tuple[str, ...]:
 
 def _image(places: Sequence[Any], folder: Path) -> Path:
     names = [name for name in places if isinstance(name, str) and name and "\0" not in name]
+    for name in names:
+        if not Path(os.path.abspath(folder / name)).is_relative_to(os.path.abspath(folder)):
+            raise SkipSample(MISSING_IMAGE, f"{name} is outside {folder} (--question-images)")
     try:
         found = next((folder / name for name in names if (folder / name).is_file()), None)
     except (OSError, ValueError):  # a name that is too long, or no text that a file system takes

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.evaluate.answering import PLACE, answer_questions
 from open_clip_ov2.evaluate.text.questions import QuestionFile
@@ -64,6 +65,6 @@ class VlmAnswerer:
 def ask(answerer: VlmAnswerer, file: QuestionFile, batch_size: int = 16, prompt: str = PLACE) -> Mapping[str, Any]:
     """What `answer_questions` returns, and under `answers` the texts by key. Raises UserError."""
     scores = answer_questions(
-        file, answerer, lambda image: image, batch_size=batch_size, prompt=prompt, collate=list
+        file, answerer, bounded, batch_size=batch_size, prompt=prompt, collate=list
     )  # fmt: skip
     return {**scores, "answers": answerer.answers}

@@ -54,9 +54,9 @@ def own_rows(folder: Path) -> list[Row]:
     files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
     if not files:
         raise UserError(f"{folder}: no scores; `ov2 vlm eval {folder} ...` makes them")
-    config: Mapping[str, Any] = {}
-    if (folder / "run.json").is_file():
-        config = read_json(folder / "run.json", dict).get("config", {})
+    about: Mapping[str, Any] = read_json(folder / "run.json", dict) if (folder / "run.json").is_file() else {}
+    config = about.get("config", {})
+    recipe = str(about.get("recipe") or config.get("kind", ""))  # runs of before have no name of theirs
     encoder = f"{folder.name} ({config['encoder']})" if config.get("encoder") else folder.name
     rows: dict[str, dict[str, float]] = {}
     for file in files:
@@ -65,7 +65,7 @@ def own_rows(folder: Path) -> list[Row]:
         if content.get("limit") is not None:
             source += f", first {content['limit']} questions"
         rows.setdefault(source, {}).update({key: float(value) for key, value in scores.items()})
-    return [Row(encoder, str(config.get("kind", "")), source, scores) for source, scores in rows.items()]
+    return [Row(encoder, recipe, source, scores) for source, scores in rows.items()]
 
 
 def published_rows() -> list[Row]:
