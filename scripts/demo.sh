@@ -23,7 +23,7 @@ run ov2 caption "${PICTURES[@]}" --out "$DEMO/shipped.png"
 
 # The same command resumes a run that was interrupted, and does nothing if the run is finished.
 run python scripts/demo_train.py --recipe configs/demo.toml --minutes "${MINUTES:-8}" --logs "$DEMO/logs" --name ov2-nano \
-  --tokenizer "$DATA/tokenizer" --val-data "$DATA/short/00005.tar" --val-every-samples 20k --val-num-samples 400 \
+  --tokenizer "$DATA/tokenizer" --val-data "$DATA/short/00005.tar" --val-every-samples 20k --val-num-samples 400 --log-every-n-steps 25 \
   --precision "$PRECISION" --report-to tensorboard
 run ov2 eval "$RUN" --tasks caption-loss,shuffled-loss --data "$DATA/short/00005.tar" --caption-keys json:captions
 run ov2 eval "$RUN" --tasks read-text --data "$DATA/held-out/00000.tar" \
