@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "multimodal models by LLaVA's recipes, on TRL's SFTTrainer",
     ),
     "vlm.benchmarks": Layer(
-        f"{BASE} evaluate evaluate.text",
+        f"{BASE} data evaluate evaluate.text",
         "torch transformers",
         "what a multimodal model can read: questions answered here, lmms-eval's process, the papers' table",
     ),

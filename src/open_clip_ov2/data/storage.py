@@ -149,13 +149,11 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
 
 
 def check_there(addresses: Sequence[str], what: str) -> None:
-    """Raises UserError for files that object stores do not have, by the listings of their folders, and for a first
-    command that prints nothing. Local files: `check_readable`."""
-    stored = [address.rpartition("/") for address in addresses if is_store(address)]
-    listed = {folder: names_in(folder) for folder in {folder for folder, _, _ in stored}}
-    for folder, _, name in stored:
-        if name not in listed[folder]:
-            raise UserError(f"{folder}/{name}: one of the {what} is not there; check the address")
+    """Raises UserError for what is not in the listings of an object store, and for a first command that fails."""
+    folders = {address.rpartition("/")[0] for address in addresses if is_store(address)}
+    listed = {f"{folder}/{name}" for folder in folders for name in names_in(folder)}
+    if missing := [address for address in addresses if is_store(address) and address not in listed]:
+        raise UserError(f"{missing[0]}: one of the {what} is not there; check the address")
     if scheme(addresses[0]) == "pipe":
         stream = open_address(addresses[0])
         try:
