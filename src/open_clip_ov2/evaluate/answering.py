@@ -41,7 +41,7 @@ class Answered(NamedTuple):
 def answer_questions(
     file: QuestionFile,
     answer: Answerer,
-    transform: Callable[[Any], Tensor],
+    transform: Callable[[Any], Any],
     *,
     batch_size: int = 32,
     prompt: str = PLACE,
