@@ -28,6 +28,7 @@ from open_clip_ov2.files import TEMPORARY, read_json, write_json
 
 LOCK = ".lock"
 BEAT_S, DEAD_AFTER = 5.0, 12  # ours: a file server may hang for most of a minute
+TAKEOVER_S = 5.0  # ours: to replace a dead owner takes milliseconds
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:
@@ -140,8 +141,9 @@ def _take(path: Path, own: Owner) -> None:
     """Make `own` the owner. Raises InUse if there is a living one.
 
     Only one of those who find an owner dead may replace it: the one that makes a second lock, named after the dead
-    owner, by the same rules.
+    owner, by the same rules. The others wait for the outcome, for TAKEOVER_S at most.
     """
+    deadline = time.monotonic() + TAKEOVER_S
     while True:
         with contextlib.suppress(FileExistsError):
             return _create(path, own)
@@ -152,7 +154,13 @@ def _take(path: Path, own: Owner) -> None:
                     continue  # it has been written meanwhile
                 raise InUse(_in_use(path, owner))
             claim = path.with_name(f"{path.name}.{owner.token}")
-            _take(claim, own)
+            try:
+                _take(claim, own)
+            except InUse:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+                continue
             try:
                 if _read(path) == owner:
                     return write_json(path, asdict(own))

@@ -78,8 +78,11 @@ def test_it_is_the_same_training_as_ddp(
     assert of_all / parts <= own < 1.1 * of_all / parts
 
 
-def test_compiled_and_in_bfloat16_it_is_near_ddp(squares: Path, vocabulary: Path, tmp_path: Path) -> None:
+def test_compiled_and_in_bfloat16_it_is_near_ddp(
+    squares: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks are compiled, parameters gathered in bfloat16. Oracle: DDP with autocast, to bfloat16's 8 bits."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process starts others to compile
     more = ["--precision", "amp_bf16", "--train-num-samples", "24", *EPS]
     for name, how in (("ddp", []), ("fsdp", ["--fsdp", "--torchcompile"])):
         train(2, flags(squares, vocabulary, tmp_path, name, *more, *how, batch=4))
