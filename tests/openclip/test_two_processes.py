@@ -70,6 +70,7 @@ def dead(tmp_path: Path) -> Path:
     """The lock of a killed process."""
     rank = holder(tmp_path / "dead")
     rank.send_signal(signal.SIGKILL)
+    assert wait_for(lambda: rank.poll() is not None, [])
     return tmp_path / "dead" / LOCK
 
 
