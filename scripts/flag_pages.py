@@ -21,7 +21,7 @@ from open_clip_ov2.openclip.command.flags import build_parser
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- written by scripts/flag_pages.py -->"
 ADDRESS = re.compile(r"https?://\S+")
-# Flags of OpenCLIP that are obeyed, with what docs/train_flags.md adds to its help.
+# Flags of OpenCLIP that are obeyed, with what docs/train_flags.md adds to its help: an effect, or a default of ours.
 HERE = {
     "imagenet_val": 'ov2 models classify by the likelihood of "a photo of a CLASS."',
     "imagenet_v2": "the same; a folder of folders 0 to 999, which is not downloaded",
@@ -32,6 +32,16 @@ HERE = {
     "resume": "or latest, as without the flag; docs/openclip.md",
     "save_most_recent": "here a link to the newest checkpoint, and one is written after each epoch",
     "delete_previous_checkpoint": "the best one and each stage's last are kept; instead of --keep-checkpoints",
+    "logs": "None is refused, because a run is resumed from its folder",
+    "name": "MODEL-RECIPE-HASH by default, a hash of the configuration, so that the same command finds its run",
+    "lr": "5e-4 by default with adamw; other optimizers need it",
+    "beta1": "0.9 by default with ov2 models and with adamw",
+    "beta2": "0.95 by default with ov2 models; with adamw 0.98 for other ViTs, 0.999 for the rest",
+    "eps": "1e-8 by default with ov2 models; with adamw 1e-6 for other ViTs, 1e-8 for the rest",
+    "precision": "amp_bf16 by default for ov2 models on a GPU, amp for others there, fp32 on a CPU",
+    "model": "required",
+    "device": "cpu by default where there is no GPU",
+    "report_to": "trackio too, and all (tensorboard and wandb)",
 }
 
 
@@ -151,26 +161,11 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
-# The same for flags whose default, or what they take, is another here.
-HERE_BY_DEFAULT = {
-    "logs": "None is refused, because a run is resumed from its folder",
-    "name": "MODEL-RECIPE-HASH by default, a hash of the configuration, so that the same command finds its run",
-    "lr": "5e-4 by default with adamw; other optimizers need it",
-    "beta1": "0.9 by default with ov2 models and with adamw",
-    "beta2": "0.95 by default with ov2 models; with adamw 0.98 for other ViTs, 0.999 for the rest",
-    "eps": "1e-8 by default with ov2 models; with adamw 1e-6 for other ViTs, 1e-8 for the rest",
-    "precision": "amp_bf16 by default for ov2 models on a GPU, amp for others there, fp32 on a CPU",
-    "model": "required",
-    "device": "cpu by default where there is no GPU",
-    "report_to": "trackio too, and all (tensorboard and wandb)",
-}
-
-
 def _notes() -> dict[str, str]:
     """By OpenCLIP's names, for a table's cell."""
     whole = {name: f". **Refused**: {why}" for name, why in REFUSED.items()}
     whole |= {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
-    return whole | {name: f". **Here**: {what}" for name, what in {**HERE, **HERE_BY_DEFAULT}.items()}
+    return whole | {name: f". **Here**: {what}" for name, what in HERE.items()}
 
 
 def train_page() -> str:

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 from training import _SERVER, TINY_MODEL, Rank, data_flags, finish, results, start_ranks, wait_for
 
+from open_clip_ov2 import locks
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import InUse
 from open_clip_ov2.files import write_json
-from open_clip_ov2.locks import LOCK, FolderLock, job_id
+from open_clip_ov2.locks import LOCK, FolderLock, Owner, job_id
 from open_clip_ov2.train.checkpoint import list_checkpoints
 
 BEAT_S = 0.2  # a lock without a touch for 12 beats is a dead process's
@@ -110,6 +113,22 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path: Path, dead: Pa
         assert len(winners) == 1
         assert all(f"process {winners[0]} on" in text for pid, text in said.items() if pid not in winners)
         assert os.listdir(folder) == []
+
+
+def test_a_takeover_is_waited_for(tmp_path: Path, dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is about to replace a dead owner, and gives up; then one that hangs. Oracle: who gets the folder,
+    and whom the error names."""
+    shutil.copy(dead, tmp_path / LOCK)
+    claim = tmp_path / f"{LOCK}.{json.loads(dead.read_text())['token']}"
+    write_json(claim, asdict(Owner()))
+    threading.Timer(0.2, claim.unlink).start()
+    with FolderLock(tmp_path):
+        assert not claim.exists()
+    shutil.copy(dead, tmp_path / LOCK)
+    write_json(claim, asdict(Owner()))
+    monkeypatch.setattr(locks, "TAKEOVER_S", 0.1)
+    with pytest.raises(InUse, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path).__enter__()
 
 
 def test_a_living_owner_is_told_from_a_dead_one(tmp_path: Path, dead: Path) -> None:
