@@ -120,16 +120,13 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
             continue
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         written = f"--{name.replace('_', '-')}"
-        out += [word for one in values for word in (written, str(one))] if written in REPEATED else [
-            written, *map(str, values),
-        ]  # fmt: skip
+        words = [str(one) for one in values]
+        out += [word for one in words for word in (written, one)] if written in REPEATED else [written, *words]
     return out
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(what stands before `--`, what stands after it)."""
     flags = list(argv)
-    if "--" not in flags:
-        return flags, []
-    place = flags.index("--")
+    place = flags.index("--") if "--" in flags else len(flags)
     return flags[:place], flags[place + 1 :]

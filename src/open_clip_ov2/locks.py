@@ -53,7 +53,7 @@ def _machine() -> str:
         return ""
 
 
-def _state_and_start(pid: int) -> tuple[str, str]:
+def process_state(pid: int) -> tuple[str, str]:
     """(state, start in clock ticks since boot) of a process here, from proc(5)'s stat. Raises OSError."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
@@ -61,7 +61,7 @@ def _state_and_start(pid: int) -> tuple[str, str]:
 
 def _own_start() -> str:
     with contextlib.suppress(OSError):
-        return _state_and_start(os.getpid())[1]
+        return process_state(os.getpid())[1]
     return ""
 
 
@@ -202,7 +202,7 @@ def _is_dead(path: Path, owner: Owner, own: Owner) -> bool:
     if owner.machine and owner.machine == own.machine:
         try:
             os.kill(owner.pid, 0)
-            state, start = _state_and_start(owner.pid)
+            state, start = process_state(owner.pid)
         except (ProcessLookupError, FileNotFoundError):
             return True
         except OSError:  # another user's process, which some systems hide

@@ -119,13 +119,13 @@ def pairs(where: str, text: str) -> list[tuple[str, str]]:
     return found
 
 
-def whole(least: int) -> Reader:
-    """An integer >= `least`."""
-    wanted = f"expected an integer >= {least}"
+def whole(least: int, most: int | None = None) -> Reader:
+    """An integer >= `least`, and <= `most` if it is given."""
+    wanted = f"expected an integer >= {least}" if most is None else f"expected an integer from {least} to {most}"
 
     def read(value: Any) -> int:
         number: int = _number(int, value, wanted)
-        if number < least:
+        if number < least or (most is not None and number > most):
             raise UserError(f"{number}: {wanted}")
         return number
 

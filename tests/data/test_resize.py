@@ -237,7 +237,7 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([str(many(tmp_path / "other", 1, 2)[0]), str(out), *same], "was made of"),
         ([f"{tars[0]}::{tars[0]}", str(tmp_path / "x")], "the same name"),
         ([str(tmp_path / "nowhere.tar"), str(out)], "do not exist"),
-        ([braces, str(tmp_path / "x"), "--quality", "0"], "--quality 0"),
+        ([braces, str(tmp_path / "x"), "--quality", "0"], "--quality: 0: expected an integer from 1 to 95"),
         ([braces, str(tmp_path / "file")], "cannot be used"),
         ([str(empty), str(tmp_path / "x")], "nothing in it can be read"),
         ([braces], "ov2 shards resize:"),

@@ -61,17 +61,16 @@ def test_a_cancelled_run_stays_cancelled() -> None:
 
 
 def test_an_error_of_a_rank_itself_wins_over_lost_ranks() -> None:
-    assert ends.decide_requeue("out of memory", 1, [], "", 3) == ends.RequeueDecision(False, "out of memory")
+    assert ends.decide_requeue("out of memory", 1, [], "", 3) == (False, "out of memory")
 
 
 def test_losses_without_progress_fail_the_run() -> None:
-    assert ends.decide_requeue(None, 137, [], "", 3).requeue
-    assert ends.decide_requeue(None, 137, ["a", "a"], "b", 3).requeue
-    assert ends.decide_requeue(None, 137, ["b"], "b", 3).requeue
-    last = ends.decide_requeue(None, 137, ["a", "b", "b"], "b", 3)
-    assert not last.requeue
-    assert "signal 9" in last.reason
-    assert "3 times since b" in last.reason
+    for earlier, newest in (([], ""), (["a", "a"], "b"), (["b"], "b")):
+        assert ends.decide_requeue(None, 137, earlier, newest, 3)[0]
+    requeue, reason = ends.decide_requeue(None, 137, ["a", "b", "b"], "b", 3)
+    assert not requeue
+    assert "signal 9" in reason
+    assert "3 times since b" in reason
 
 
 def test_errors_are_read_of_one_start_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["caption", "nowhere.png", "--checkpoint", "run"], "nowhere.png: no such file"),
         (["caption", "file", "--checkpoint", "run", "--out", "nowhere/sheet.png"], "the folder nowhere does not exist"),
         (["caption", "file", "--checkpoint", "run", "--out", "sheet.txt"], "sheet.txt: not an image file"),
-        (["caption", "file", "--checkpoint", "run", "--every", "0"], "--every 0"),
+        (["caption", "file", "--checkpoint", "run", "--every", "0"], "--every: 0: expected an integer >= 1"),
         (["caption", "file", "--checkpoint", "run", "--device", "abacus"], "abacus"),
     ],
 )

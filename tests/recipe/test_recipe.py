@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from open_clip_train.params import parse_args
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe import Recipe, Stage, dump_recipe, load_recipe, parse_samples, parse_stage, short_count
+from open_clip_ov2.recipe import Recipe, Stage, dump_recipe, load_recipe, parse_stage, short_count
+from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.recipe.stage import PRECISIONS, SCHEDULES
 
 
@@ -31,14 +32,14 @@ from open_clip_ov2.recipe.stage import PRECISIONS, SCHEDULES
     ],
 )
 def test_samples_are_exact(text: str | int, number: int) -> None:
-    assert parse_samples(text) == number
+    assert sample_count(0)(text) == number
 
 
 @given(st.integers(0, 10**15), st.sampled_from(["", "K", "M", "B"]))
 def test_any_count_survives_any_unit(number: int, unit: str) -> None:
     """Oracle: exact decimal division."""
     scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit]
-    assert parse_samples(f"{Decimal(number) / scale:f}{unit}") == number
+    assert sample_count(0)(f"{Decimal(number) / scale:f}{unit}") == number
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_any_count_survives_any_unit(number: int, unit: str) -> None:
 )
 def test_what_is_no_count_is_refused(value: object, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        parse_samples(value)  # type: ignore[arg-type]
+        sample_count(0)(value)
 
 
 def test_short_counts() -> None:

@@ -28,7 +28,7 @@ def test_an_array_with_a_killed_task_finishes(cluster: Cluster, tmp_path: Path) 
     argv += ["--batch-size", "1", "--sampling", "top-k=5,temperature=2", "--max-tokens", "8"]
     cluster_flags = ["--array", "2", "--nodes", "1", "--tasks-per-node", "1", "--time", "20m"]
     submitted = ov2("submit", *cluster_flags, "--", "captions", "write", *argv, "--out", "set", cwd=tmp_path)
-    assert "submitted as job" in submitted.stdout
+    assert "submitted 2 runs as job" in submitted.stdout
     logs, out = tmp_path / "logs" / "captions-set", tmp_path / "set"
     victim = state.of_run("captions-set-001", [logs])
     wait_until(lambda: (out / ".writing" / "00001" / "lines.jsonl").is_file(), 120, "the second task to write")

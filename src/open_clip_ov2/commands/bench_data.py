@@ -28,10 +28,8 @@ def main(argv: Sequence[str]) -> None:
         loader = loader_of(workers)
         loaders.append((workers, loader_speed(loader, workers, args.samples)))
         loader.close()
-    print(
-        f"{args.resolution} px, batches of {stream.layout.batch_size}, at most {args.samples} samples, {args.model}\n"
-    )
-    print(pipeline_table(found, loaders))
+    about = f"{args.resolution} px, batches of {stream.layout.batch_size}, at most {args.samples} samples, {args.model}"
+    print(f"{about}\n\n{pipeline_table(found, loaders)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,12 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-data", required=True, metavar="SHARDS", help="as for ov2 train")
     add("--model", default="ov2-vit-l-14", metavar="NAME", help="its crops and tokens (default: %(default)s)")
     add("--resolution", type=count, default=84, metavar="PX", help="default: %(default)s")
-    add(
-        "--samples",
-        type=count,
-        default=1024,
-        metavar="N",
-        help="most samples in each measurement (default: %(default)s)",
-    )
+    most = "most samples in each measurement (default: %(default)s)"
+    add("--samples", type=count, default=1024, metavar="N", help=most)
     add("--workers", type=flag_type(whole(0)), default=cores(), metavar="N", help="default: one for each core")
     return parser

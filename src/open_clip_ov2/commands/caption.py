@@ -12,13 +12,14 @@ from itertools import islice
 from pathlib import Path
 
 from open_clip_ov2 import training
-from open_clip_ov2.argv import Parser, add_flags
+from open_clip_ov2.argv import Parser, add_flags, flag_type
 from open_clip_ov2.commands.options import add_captions, add_device, paths_checked
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import SkipCounter, describe
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import CaptionOptions
 from open_clip_ov2.evaluate.pictures import SUFFIXES, Picture, pictures
+from open_clip_ov2.tables import whole
 from open_clip_ov2.tracking.sheet import CELL_PX, Captioned, contact_sheet, dropped_gray
 
 
@@ -30,9 +31,6 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist")
     if args.show_tokens and not args.out:
         raise UserError("--show-tokens: the tokens are shown on the contact sheet; add --out SHEET.png")
-    for flag, value in (("--every", args.every), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected an integer >= 1")
     logging.basicConfig(format="ov2: %(message)s")
     with paths_checked():
         _caption_all(args)
@@ -89,22 +87,16 @@ def _cell(picture: Picture, text: str) -> Captioned:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ov2 caption", description="Caption images with a trained model.")
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="an image, a folder of images, tars as for ov2 train --val-data, a csv, or - for standard input",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="MODEL",
-        help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG (default: the model that the package holds)",
-    )
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each image, with log-likelihoods")
-    parser.add_argument("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images that can be decoded")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
-    parser.add_argument("--caption-keys", default="txt", help="true captions, for the sheet and JSON (default: txt)")
+    add, count = parser.add_argument, flag_type(whole(1))
+    images = "an image, a folder of images, tars as for ov2 train --val-data, a csv, or - for standard input"
+    add("images", nargs="+", metavar="IMAGE", help=images)
+    model = "a run, a .pt of it, a model folder, hf-hub: or NAME:TAG (default: the model that the package holds)"
+    add("--checkpoint", metavar="MODEL", help=model)
+    add("--json", action="store_true", help="a line of JSON for each image, with log-likelihoods")
+    add("--out", type=Path, metavar="SHEET.png", help="also draw a contact sheet")
+    add("--limit", type=count, metavar="N", help="only the first N images that can be decoded")
+    add("--every", type=count, default=1, metavar="N", help="only every Nth image")
+    add("--caption-keys", default="txt", help="true captions, for the sheet and JSON (default: txt)")
     add_captions(parser, "true captions beside the tars, for --caption-keys")
     add_device(parser)
     add_flags(parser, CaptionOptions)

@@ -28,17 +28,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Flax parameters or a released checkpoint -> a model folder; a model -> Flax parameters; a sharded "
         "checkpoint -> a file.",
     )
-    parser.add_argument(
-        "source", metavar="SOURCE", help=".npz, Orbax folder, .dcp folder; or a run, folder or hf-hub: name"
-    )
-    parser.add_argument(
-        "--to", type=Path, required=True, metavar="FOLDER|FILE", help="a new folder, a new .npz of Flax, or a new .pt"
-    )
-    group = parser.add_argument_group("what Flax parameters do not say")
-    group.add_argument("--image-size", type=int, metavar="N", help="default: 224, or the model's own")
-    group.add_argument("--fusion", choices=FUSIONS, help="default: prefix, or cross_attn for a decoder of that kind")
-    group.add_argument("--heads", type=int, metavar="N", help="of the encoder (default: as published for its width)")
-    group.add_argument("--decoder-heads", type=int, metavar="N", help="default: as published for the decoder's width")
-    group.add_argument("--context-length", type=int, metavar="N", help="default: 128")
-    group.add_argument("--tokenizer", metavar="NAME|FILE", help="its vocabulary: vocab.txt, its folder, or a hub name")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help=".npz, Orbax folder, .dcp folder; or a run, folder or hf-hub: name")
+    to = "a new folder, a new .npz of Flax, or a new .pt"
+    add("--to", type=Path, required=True, metavar="FOLDER|FILE", help=to)
+    add = parser.add_argument_group("what Flax parameters do not say").add_argument
+    add("--image-size", type=int, metavar="N", help="default: 224, or the model's own")
+    add("--fusion", choices=FUSIONS, help="default: prefix, or cross_attn for a decoder of that kind")
+    add("--heads", type=int, metavar="N", help="of the encoder (default: as published for its width)")
+    add("--decoder-heads", type=int, metavar="N", help="default: as published for the decoder's width")
+    add("--context-length", type=int, metavar="N", help="default: 128")
+    add("--tokenizer", metavar="NAME|FILE", help="its vocabulary: vocab.txt, its folder, or a hub name")
     return parser

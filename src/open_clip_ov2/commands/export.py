@@ -35,21 +35,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is not in the namespace
     )
-    parser.add_argument("run", metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG")
-    parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default: RUN/export/TARGET)")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="export for this resolution, or this height and width (default: the model's)",
-    )
-    parser.add_argument(
-        "--position-table",
-        choices=("interpolate", "recompute"),
-        help="how to fit a released encoder's table to --image-size (default: interpolate; ov2 models recompute)",
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run, a .pt of it, a model folder, hf-hub: or NAME:TAG")
+    add("--to", required=True, choices=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
+    add("--out", type=Path, metavar="FOLDER", help="a new folder (default: RUN/export/TARGET)")
+    size = "export for this resolution, or this height and width (default: the model's)"
+    add("--image-size", type=int, nargs="+", metavar="N", help=size)
+    fit = "how to fit a released encoder's table to --image-size (default: interpolate; ov2 models recompute)"
+    add("--position-table", choices=("interpolate", "recompute"), help=fit)
     add_card_flags(parser)
     for target in TARGETS.values():
         group = parser.add_argument_group(f"--to {target.name}")

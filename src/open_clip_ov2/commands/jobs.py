@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from rich.table import Table
 from open_clip_ov2.argv import Parser
 from open_clip_ov2.errors import UserError, nearest
 from open_clip_ov2.launch import state
+from open_clip_ov2.launch.folder import DEBUG, RunSpec
 from open_clip_ov2.launch.queue import cancel
 from open_clip_ov2.launch.state import RunState
 from open_clip_ov2.tracking import status as run_status
@@ -46,7 +48,14 @@ def main(argv: Sequence[str]) -> None:
         folders = [Path(args.action)] if args.action else logs
         _check_folders(folders if args.action or args.logs else [], args.action)
         submitted = state.find(folders)
-        show(submitted, _started_by_hand(folders, submitted), folders, args.json)
+        rows = [*map(_row_of, submitted), *_started_by_hand(folders, submitted)]
+        if args.json:
+            print(json.dumps([_record(row) for row in rows], indent=1))
+        elif rows:
+            show(rows)
+        else:
+            where = ", ".join(map(str, folders))
+            print(f"no runs in {where} (`ov2 train` and `ov2 submit` make them; `ov2 jobs FOLDER` looks elsewhere)")
         return
     if args.run is None:
         raise UserError(f"ov2 jobs {args.action}: RUN is missing: a run's folder or name (`ov2 jobs` lists them)")
@@ -64,16 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="ov2 jobs", description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "action", nargs="?", metavar="ACTION|FOLDER", help=f"{', '.join(_ACTIONS)}; default: list the runs of FOLDER"
-    )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder or name")
-    parser.add_argument(
-        "--logs", type=Path, action="append", metavar="FOLDER", help="folder of the runs (default: logs)"
-    )
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="the rank whose log is printed (default: 0)")
-    parser.add_argument("-f", "--follow", action="store_true", help="keep printing the log as it grows")
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    add, actions = parser.add_argument, ", ".join(_ACTIONS)
+    add("action", nargs="?", metavar="ACTION|FOLDER", help=f"{actions}; default: list the runs of FOLDER")
+    add("run", nargs="?", metavar="RUN", help="a run's folder or name")
+    add("--logs", type=Path, action="append", metavar="FOLDER", help="folder of the runs (default: logs)")
+    add("--rank", type=int, default=0, metavar="N", help="the rank whose log is printed (default: 0)")
+    add("-f", "--follow", action="store_true", help="keep printing the log as it grows")
+    add("--json", action="store_true", help="print the list as JSON")
     return parser
 
 
@@ -84,85 +90,67 @@ def _check_folders(folders: Sequence[Path], action: str | None) -> None:
             raise UserError(f"{folder}: no such folder{hint} (actions: {', '.join(_ACTIONS)})")
 
 
-def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> dict[Path, Status]:
+class _Row(NamedTuple):
+    """A run in the list. Of one that nobody submitted, `job_id`, `submission` and `log` are empty."""
+
+    spec: RunSpec
+    job_id: str
+    state: str
+    reason: str
+    submission: str
+    log: str
+    status: Status | None
+
+
+def _row_of(run: RunState) -> _Row:
+    log = str(run.log() or "")
+    return _Row(run.spec, run.job_id, run.state, run.reason, str(run.submission.folder), log, run.status)
+
+
+def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> list[_Row]:
     """Runs of `ov2 train` in the same places that nobody submitted."""
     known = {run.run_dir.resolve() for run in submitted}
-    found = {}
+    found: dict[Path, _Row] = {}
     for folder in folders:
         for path in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))):
-            status = read_status(path)
-            if status is not None and path.resolve() not in known:
-                found[path.resolve()] = status
-    return found
+            own, status = path.resolve(), read_status(path)
+            if status is not None and own not in known:
+                spec = RunSpec(own.name, str(own), (), "", status.stages, status.total_samples)
+                found[own] = _Row(spec, "", status.state, status.reason, "", "", status)
+    return list(found.values())
 
 
-def show(submitted: Sequence[RunState], by_hand: Mapping[Path, Status], folders: Sequence[Path], as_json: bool) -> None:
-    if as_json:
-        others = [_record_by_hand(path, status) for path, status in by_hand.items()]
-        print(json.dumps([*(_record(run) for run in submitted), *others], indent=1))
-        return
-    if not submitted and not by_hand:
-        where = ", ".join(map(str, folders))
-        print(f"no runs in {where} (`ov2 train` and `ov2 submit` make them; `ov2 jobs FOLDER` looks elsewhere)")
-        return
+def _record(row: _Row) -> dict[str, Any]:
+    values = row._asdict() | {"status": row.status and asdict(row.status)}
+    spec = values.pop("spec")
+    return {"name": spec.name, "run_dir": spec.run_dir, **values}
+
+
+def show(rows: Sequence[_Row]) -> None:
     console = Console()
     table = Table("run", "job", "state", "stage", "samples", "loss", "images/s", "restarts", box=None, pad_edge=False)
-    for run in submitted:
-        spec = run.spec
-        table.add_row(
-            escape(spec.name), run.job_id, *_row(run.state, run.status, spec.stages, spec.total_samples, run.alive)
-        )
-    for path, status in by_hand.items():
-        alive = status.state == run_status.RUNNING
-        table.add_row(
-            escape(path.name), "by hand", *_row(status.state, status, status.stages, status.total_samples, alive)
-        )
+    for row in rows:
+        table.add_row(escape(row.spec.name), row.job_id if row.submission else "by hand", *_cells(row))
     console.print(table)
-    reasons = [(run.spec.name, run.state, run.reason) for run in submitted]
-    reasons += [(path.name, status.state, status.reason) for path, status in by_hand.items()]
-    for name, now, reason in reasons:
-        if reason:
-            console.print(f"{name}: {now}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for row in rows:
+        if row.reason:
+            line = f"{row.spec.name}: {row.state}: {row.reason}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(now: str, status: Status | None, stages: int, total: int, alive: bool) -> tuple[str, ...]:
-    shown = f"[{_STYLES[now]}]{now}[/]"
+def _cells(row: _Row) -> tuple[str, ...]:
+    status, total = row.status, row.spec.total_samples
+    shown = f"[{_STYLES[row.state]}]{row.state}[/]"
     if status is None:
         return shown, "", f"0 / {total:,}" if total else "", "", "", ""
     loss = "" if status.loss is None else f"{status.loss:.3f}"
-    speed = "" if status.images_per_second is None or not alive else f"{status.images_per_second:,.0f}"
+    over = status.images_per_second is None or row.state not in state.ALIVE
+    speed = "" if over else f"{status.images_per_second:,.0f}"
     silent_s = time.time() - status.updated
-    if now == state.RUNNING and silent_s > _SILENT_S:
+    if row.state == state.RUNNING and silent_s > _SILENT_S:
         shown += f" (silent for {silent_s / 60:.0f} min)"
     samples = f"{status.samples_seen:,} / {total:,}" if total else f"{status.samples_seen:,}"
-    return shown, f"{status.stage} of {stages}", samples, loss, speed, str(status.restarts)
-
-
-def _record_by_hand(path: Path, status: Status) -> dict[str, object]:
-    """As _record has it, without what a submission adds."""
-    return {
-        "name": path.name,
-        "run_dir": str(path),
-        "job_id": "",
-        "state": status.state,
-        "reason": status.reason,
-        "submission": "",
-        "log": "",
-        "status": asdict(status),
-    }
-
-
-def _record(run: RunState) -> dict[str, object]:
-    return {
-        "name": run.spec.name,
-        "run_dir": run.spec.run_dir,
-        "job_id": run.job_id,
-        "state": run.state,
-        "reason": run.reason,
-        "submission": str(run.submission.folder),
-        "log": str(run.log() or ""),
-        "status": asdict(run.status) if run.status is not None else None,
-    }
+    return shown, f"{status.stage} of {row.spec.stages}", samples, loss, speed, str(status.restarts)
 
 
 def print_log(run: RunState, rank: int, follow: bool) -> None:
@@ -185,7 +173,6 @@ def cancel_run(run: RunState) -> None:
 def resubmit(run: RunState) -> None:
     """Submit the same command for the same cluster again, with the code as it is now."""
     from open_clip_ov2.launch import submit  # imports torch
-    from open_clip_ov2.launch.folder import DEBUG
 
     if run.request.executor == DEBUG:
         raise UserError(f"{run.run_dir}: it was started with --debug; run the same command again")

@@ -24,11 +24,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ov2 push", description="Put a model on the Hugging Face hub.")
-    parser.add_argument("run", metavar="RUN", help="a run's folder or checkpoint, or a model folder")
-    parser.add_argument("repository", metavar="ORG/NAME", help="the repository on the hub")
-    parser.add_argument("--to", choices=PUSHABLE, default="ov2", help="a format of ov2 export (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, metavar="N", help="for this resolution (default: the model's)")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be pushed there, and stop")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's folder or checkpoint, or a model folder")
+    add("repository", metavar="ORG/NAME", help="the repository on the hub")
+    add("--to", choices=PUSHABLE, default="ov2", help="a format of ov2 export (default: %(default)s)")
+    add("--image-size", type=int, metavar="N", help="for this resolution (default: the model's)")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--dry-run", type=Path, metavar="FOLDER", help="write what would be pushed there, and stop")
     add_card_flags(parser)
     return parser

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from open_clip_ov2.argv import Parser
+from open_clip_ov2.argv import Parser, flag_type
 from open_clip_ov2.commands.options import add_captions
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.resize import LEDGER, Resize
@@ -18,7 +18,7 @@ from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.shrink import ShardReport, Shrink
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import describe
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.tables import whole
 
 SHOWN = 5  # dropped samples that are named here; the ledger has them all
 SHORT_SIDE = 160  # the largest crop of an 84 px stage then has 1.9 times its resolution, the least (40% of area) 1.2
@@ -27,10 +27,6 @@ QUALITY = 90  # 11 KB for a picture of 160 px (scripts/loader_bench.py)
 
 def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    for flag, value, most in (("short-side", args.short_side, 1 << 16), ("quality", args.quality, 95),
-                              ("workers", args.workers, 1 << 10)):  # fmt: skip
-        if not 1 <= value <= most:
-            raise UserError(f"--{flag} {value}: expected an integer from 1 to {most}")
     urls, _ = expand_shards("::".join(args.shards))
     console = Console(markup=False, highlight=False, soft_wrap=True)  # file names are not markup
     shrink = Shrink(args.short_side, args.quality, args.max_image_pixels)
@@ -53,9 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     add = resize.add_argument
     add("shards", nargs="+", metavar="IN", help="tars, as for ov2 train --train-data: braces, ::, pipe:")
     add("out", type=Path, metavar="OUT", help="folder for the copies; it must not hold other files")
-    add("--short-side", type=int, default=SHORT_SIDE, metavar="PX", help="default: %(default)s")
-    add("--quality", type=int, default=QUALITY, metavar="Q", help="of JPEG and WebP, 1 to 95 (default: %(default)s)")
-    add("--workers", type=int, default=1, metavar="N", help="processes, a shard each (default: %(default)s)")
+    add("--short-side", type=flag_type(whole(1, 1 << 16)), default=SHORT_SIDE, metavar="PX", help="default: %(default)s")
+    quality = "of JPEG and WebP, 1 to 95 (default: %(default)s)"
+    add("--quality", type=flag_type(whole(1, 95)), default=QUALITY, metavar="Q", help=quality)
+    workers = "processes, a shard each (default: %(default)s)"
+    add("--workers", type=flag_type(whole(1, 1 << 10)), default=1, metavar="N", help=workers)
     add_captions(resize, "copy these captions too, to OUT/NAME, without the lines of samples that are left out")
     add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help="default: %(default)s")
     return parser

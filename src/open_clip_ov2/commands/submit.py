@@ -10,7 +10,7 @@ from pathlib import Path
 
 from open_clip_ov2.argv import Parser, flag_type, split
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.launch import captions_job, cluster, state, submit, submitted
+from open_clip_ov2.launch import cluster, state, submit, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import DEBUG, LOCAL, SLURM, Request
 from open_clip_ov2.tables import whole
@@ -22,77 +22,69 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     if not after:
-        raise UserError(
-            "ov2 submit: the flags of `ov2 train` (or vlm train and its flags) are missing: ov2 submit --nodes 2 ... "
-            "-- --model ..."
-        )
+        raise UserError("ov2 submit: what is to run is missing, for example: ov2 submit --nodes 2 ... -- --model ...")
     executor = LOCAL if args.local is not None else DEBUG if args.debug else SLURM
-    file = cluster.find_file(args.cluster)
-    if captions_job.is_captions(after):
-        return _submit_captions(args, file, executor, argv, after)
-    if args.array != 1:
+    file, writes = cluster.find_file(args.cluster), submitted.is_captions(after)
+    if writes and (args.stage_jobs or (executor != SLURM and args.array != 1)):
+        raise UserError("--array and SLURM go together, and captions have no stages: leave out --stage-jobs")
+    if args.array != 1 and not writes:
         raise UserError("--array is for `captions write`; `ov2 sweep` trains several runs")
     clusters = _clusters(args, file, executor, after)
-    spec = submit.plan_run(after, clusters)
+    if writes:
+        members = submitted.plan_captions(after, args.array)
+        title = members[0].name.removesuffix("-000")
+        folder, logs = (submitted.LOGS / title).absolute(), "`ov2 captions write ... --status` the captions"
+        # A task that ends must not end the others of its job, which share nothing with it.
+        clusters = tuple(replace(one, srun_args=("--kill-on-bad-exit=0", *one.srun_args)) for one in clusters)
+    else:
+        members = [submitted.plan_run(after, clusters)]
+        title, folder = members[0].name, Path(members[0].run_dir)
+        logs = f"`ov2 jobs logs {title}` its output"
     request = Request(
-        title=spec.name,
+        title=title,
         executor=executor,
         command=("ov2", "submit", *argv),
         cluster_file=str(file) if file else None,
         clusters=clusters,
-        members=(spec,),
+        members=tuple(members),
         stage_jobs=args.stage_jobs,
     )
-    folder = Path(spec.run_dir)
-    submit.show_plan(folder, request)
-    found = next((run for run in state.find([folder]) if run.run_dir.resolve() == folder.resolve()), None)
-    if found is not None and not submit.needs_submission(found, args.retry) and not args.dry_run:
-        return
-    if args.dry_run:
-        show_batch_scripts(folder, request)
-        return
-    ids = ", ".join(job.job_id for job in submit.submit(folder, request))
-    if args.debug:
-        print(f"{folder}: trained in this process; `ov2 jobs {folder}` shows how far")
-    else:
-        print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 jobs logs {spec.name}` its output")
-    if args.wait:
-        wait(folder)
+    if not _is_over(folder, args.retry, writes) or args.dry_run:
+        carry_out(folder, request, args, f"`ov2 jobs` shows its state, {logs}")
 
 
-def _submit_captions(
-    args: argparse.Namespace, file: Path | None, executor: str, argv: Sequence[str], after: list[str]
-) -> None:
-    """An array of tasks that write captions. Submitted again, it goes on with what is missing."""
-    if args.stage_jobs or (executor != SLURM and args.array != 1):
-        raise UserError("--array and SLURM go together, and captions have no stages: leave out --stage-jobs")
-    (options,) = _clusters(args, file, executor, after)
-    members = captions_job.plan_captions(after, args.array)
-    request = Request(
-        title=members[0].name.removesuffix("-000"),
-        executor=executor,
-        command=("ov2", "submit", *argv),
-        cluster_file=str(file) if file else None,
-        clusters=(replace(options, srun_args=(*captions_job.SRUN_ARGS, *options.srun_args)),),
-        members=tuple(members),
-    )
-    folder = (captions_job.LOGS / request.title).absolute()
-    submit.show_plan(folder, request)
-    alive = [run.spec.name for run in state.find([folder]) if run.alive]
+def _is_over(folder: Path, retry: bool, writes: bool) -> bool:
+    """Whether the run has finished. Raises UserError for one that is not over, or that failed, without `retry`.
+
+    Captions are never over: the same command goes on with what is missing.
+    """
+    found = state.find([folder])
+    if not writes:
+        same = [run for run in found if run.run_dir.resolve() == folder.resolve()]
+        return any(not submit.needs_submission(run, retry) for run in same)
+    alive = [run.spec.name for run in found if run.alive]
     if alive:
         raise UserError(f"{', '.join(alive)}: queued or running already (see `ov2 jobs`)")
+    return False
+
+
+def carry_out(folder: Path, request: Request, args: argparse.Namespace, hint: str) -> None:
+    """Show the plan and, without --dry-run, submit it; with --wait, wait for its end. `hint`: where to look then."""
+    submit.show_plan(folder, request)
     if args.dry_run:
-        return show_batch_scripts(folder, request)
-    ids = ", ".join(job.job_id for job in submit.submit(folder, request))
-    print(f"submitted as job {ids}; `ov2 jobs` shows its state, `ov2 captions write ... --status` the captions")
+        for name, text in submit.batch_scripts(folder, request).items():
+            print(f"\n--- {name}\n{text}")
+        print("dry run: nothing was written or submitted")
+        return
+    jobs = submit.submit(folder, request)
+    if request.executor == DEBUG:
+        print(f"{folder}: done in this process; `ov2 jobs {folder}` shows how far")
+    else:
+        several = f"{len(request.members)} runs " if len(request.members) > 1 else ""
+        ids = ", ".join(dict.fromkeys(job.job_id.split("_")[0] for job in jobs))  # an array has one
+        print(f"submitted {several}as job {ids}; {hint}")
     if args.wait:
         wait(folder)
-
-
-def show_batch_scripts(folder: Path, request: Request) -> None:
-    for name, text in submit.batch_scripts(folder, request).items():
-        print(f"\n--- {name}\n{text}")
-    print("dry run: nothing was written or submitted")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from open_clip_ov2.argv import Parser, split, to_argv
-from open_clip_ov2.commands.submit import show_batch_scripts, wait
+from open_clip_ov2.commands.submit import carry_out
 from open_clip_ov2.errors import UserError, naming
-from open_clip_ov2.launch import cluster, report, state, submit
+from open_clip_ov2.launch import cluster, report, state, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import SLURM, Request, RunSpec
 from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
@@ -41,14 +41,7 @@ def main(argv: Sequence[str]) -> None:
         clusters=clusters,
         members=tuple(specs),
     )
-    submit.show_plan(folder.absolute(), request)
-    if args.dry_run:
-        show_batch_scripts(folder, request)
-        return
-    jobs = submit.submit(folder, request)
-    print(f"submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}; `ov2 jobs --logs {folder}` lists them")
-    if args.wait:
-        wait(folder)
+    carry_out(folder.absolute(), request, args, f"`ov2 jobs {folder}` lists them")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +68,7 @@ def _planned(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[Cluste
     for run in expand(sweep):
         flags = [*to_argv(run.base), *more, *to_argv(run.own), "--logs", str(folder), "--name", run.name]
         with naming(run.name):
-            runs.append(submit.plan_run(flags, clusters, run.own))
+            runs.append(submitted.plan_run(flags, clusters, run.own))
     return runs
 
 

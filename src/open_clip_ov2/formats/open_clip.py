@@ -7,6 +7,7 @@ output of `encode_text` is meaningless.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,9 @@ def vision_cfg(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def preprocess_cfg(encoder: Encoder) -> dict[str, Any]:
-    pre = encoder.preprocessing
-    return {
-        "mean": list(pre.mean),
-        "std": list(pre.std),
-        "interpolation": pre.interpolation,
-        "resize_mode": pre.resize_mode,
-    }
-
-
 def config(encoder: Encoder) -> dict[str, Any]:
     model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision_cfg(encoder), "text_cfg": _TEXT_STUB}
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg(encoder)}
+    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(encoder.preprocessing)}
 
 
 TARGET = Target(

@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import INTERRUPTED_STATUS
 from open_clip_ov2.files import read_json, write_json
-from open_clip_ov2.launch.captions_job import is_captions
 from open_clip_ov2.launch.folder import Submission
-from open_clip_ov2.launch.submitted import newest_checkpoint
+from open_clip_ov2.launch.submitted import is_captions, newest_checkpoint
 from open_clip_ov2.locks import job_id, restart_count
 from open_clip_ov2.tracking.status import FAILED, INTERRUPTED, Status, read_status, write_status
 
@@ -36,26 +35,20 @@ def read_errors(folder: Path, job_id: str, restart: int) -> list[dict[str, Any]]
     return sorted(found, key=lambda record: float(record["when"]))
 
 
-@dataclass(frozen=True)
-class RequeueDecision:
-    requeue: bool
-    reason: str
-
-
-def decide_requeue(error: str | None, status: int, earlier: list[str], newest: str, limit: int) -> RequeueDecision:
-    """Whether to requeue a job whose srun ended with `status`.
+def decide_requeue(error: str | None, status: int, earlier: list[str], newest: str, limit: int) -> tuple[bool, str]:
+    """Whether to requeue a job whose srun ended with `status`, and the reason.
 
     A rank's own `error` fails the run. A lost rank is worth a new start, but not `limit` times in a row without a new
     checkpoint: `earlier` has the newest checkpoint at each earlier loss, `newest` is the one at this loss.
     """
     if error is not None:
-        return RequeueDecision(False, error)
+        return False, error
     loss = f"a rank was killed (signal {status - 128})" if status > 128 else f"a rank was lost (srun's status {status})"
     count = 1 + sum(1 for _ in takewhile(lambda checkpoint: checkpoint == newest, reversed(earlier)))
     if count >= limit:
         where = f"since {newest}" if newest else "before the first checkpoint"
-        return RequeueDecision(False, f"{loss}; this happened {count} times {where} (--max-deaths): see the run's logs")
-    return RequeueDecision(True, f"{loss}; the job is requeued")
+        return False, f"{loss}; this happened {count} times {where} (--max-deaths): see the run's logs"
+    return True, f"{loss}; the job is requeued"
 
 
 def record_loss(folder: Path, index: int, newest: str) -> list[str]:
@@ -78,18 +71,17 @@ def main(folder: Path, status: int) -> int:
     request = submission.request()
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
     run_dir = Path(request.members[index].run_dir)
+    before = read_status(run_dir) or Status(FAILED)
     newest = newest_checkpoint(run_dir)
     if is_captions(request.members[index].argv):  # its checkpoints are its lines
-        newest = f"{(read_status(run_dir) or Status(FAILED)).samples_seen:,} captions"
+        newest = f"{before.samples_seen:,} captions"
     earlier = record_loss(submission.exits, index, newest)
-    decision = decide_requeue(
-        errors[0]["reason"] if errors else None, status, earlier, newest, request.clusters[0].max_deaths
-    )
-    before = read_status(run_dir) or Status(FAILED, job_id=job_id())
-    state = INTERRUPTED if decision.requeue else FAILED
-    write_status(run_dir, replace(before, state=state, reason=decision.reason, updated=time.time(), job_id=job_id()))
-    print(f"ov2: {decision.reason}", flush=True)
-    return INTERRUPTED_STATUS if decision.requeue else status
+    error = errors[0]["reason"] if errors else None
+    requeue, reason = decide_requeue(error, status, earlier, newest, request.clusters[0].max_deaths)
+    state = INTERRUPTED if requeue else FAILED
+    write_status(run_dir, replace(before, state=state, reason=reason, updated=time.time(), job_id=job_id()))
+    print(f"ov2: {reason}", flush=True)
+    return INTERRUPTED_STATUS if requeue else status
 
 
 if __name__ == "__main__":

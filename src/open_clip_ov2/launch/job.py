@@ -24,7 +24,7 @@ from submitit.core.utils import JobPaths
 from open_clip_ov2 import training
 from open_clip_ov2.errors import INTERRUPTED_STATUS, Interrupted, InUse, UserError, first_line
 from open_clip_ov2.files import read_json, write_json
-from open_clip_ov2.launch import captions_job, submitted
+from open_clip_ov2.launch import submitted
 from open_clip_ov2.launch.ends import record_error
 from open_clip_ov2.launch.folder import Submission
 from open_clip_ov2.launch.queue import may_requeue
@@ -47,24 +47,18 @@ def run_member(folder: str, member: int, stage: int) -> None:
     rank = environment.global_rank
     _remove_old_results(environment.paths)
     _log_to(submission.logs / f"{job_id()}.rank{rank}.restart{restart_count()}.log")
-    request = submission.request()
-    argv = list(request.members[member].argv)
-    if stage:
-        argv += ["--until-stage", str(stage)]
-    writes = captions_job.is_captions(argv)
+    spec = submission.request().members[member]
+    argv = [*spec.argv, *(["--until-stage", str(stage)] if stage else [])]
     try:
         submitted.load(argv)
         export_ranks(submission)
         if early:
             raise Interrupted(f"{early[0]} came before training began")
-        if writes:
-            captions_job.write_member(request.members, member, rank, environment.num_tasks)
-        else:
-            submitted.run(argv)
+        submitted.run(argv, Path(spec.run_dir))
     except Interrupted as stop:
         print(f"ov2: stopped: {stop}", flush=True)
         # Ranks that train stop together, while those that write captions may have ended long before.
-        _leave_for_requeue(asking=rank == 0 or writes or bool(early))
+        _leave_for_requeue(asking=rank == 0 or submitted.is_captions(argv) or bool(early))
     except UserError as error:
         print(f"ov2: error: {error}", flush=True)
         record_error(submission.exits, rank, str(error), in_use=isinstance(error, InUse))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.folder import LOCAL, SLURM
+from open_clip_ov2.locks import process_state
 
 PENDING, RUNNING, COMPLETING, UNKNOWN = "PENDING", "RUNNING", "COMPLETING", "UNKNOWN"
 _ALIVE = (PENDING, RUNNING, COMPLETING, "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SIGNALING")
@@ -57,18 +58,12 @@ def _ask_slurm(job_ids: list[str]) -> list[QueueJob]:
 
 def _runs_here(job_id: str) -> bool:
     """A local job of submitit is named after the process that watches over its tasks."""
-    own = Path("/proc") / job_id
-    if Path("/proc/self").exists():
-        with contextlib.suppress(OSError):
-            command = (own / "cmdline").read_bytes()
-            zombie = (own / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
-            return not zombie and (not command or b"submitit" in command)  # empty while the process starts
-        return False
     try:
-        os.kill(int(job_id), 0)
+        command = Path(f"/proc/{job_id}/cmdline").read_bytes()
+        is_zombie = process_state(int(job_id))[0] in "ZX"
     except (OSError, ValueError):
         return False
-    return True
+    return not is_zombie and (not command or b"submitit" in command)  # empty while the process starts
 
 
 def may_requeue(job_id: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,9 @@ class RunState:
     submission: Submission
     jobs: tuple[Job, ...]
     index: int
-    job_id: str
     state: str
     reason: str
+    job_id: str
     status: Status | None
 
     @property
@@ -64,17 +64,13 @@ def find(folders: Iterable[Path]) -> list[RunState]:
     for executor in (LOCAL, SLURM):  # one question to each
         asked = (jobs[run] for run, (request, _, _) in newest.items() if request.executor == executor)
         queue |= look_up(executor, [job.job_id for own in asked for job in own])
-    return [_run_state(*newest[run], tuple(own), queue) for run, own in jobs.items()]
-
-
-def _run_state(
-    request: Request, submission: Submission, index: int, jobs: tuple[Job, ...], queue: Mapping[str, QueueJob]
-) -> RunState:
-    spec = request.members[index]
-    status = read_status(Path(spec.run_dir))
-    rows = [queue.get(job.job_id, QueueJob(job.job_id, UNKNOWN)) for job in jobs]
-    state, reason, job_id = state_of(rows, status, spec.stages, submission.is_cancelled(index))
-    return RunState(spec, request, submission, jobs, index, job_id, state, reason, status)
+    found = []
+    for run, (request, submission, index) in newest.items():
+        spec, status = request.members[index], read_status(run)
+        rows = [queue.get(job.job_id, QueueJob(job.job_id, UNKNOWN)) for job in jobs[run]]
+        now = state_of(rows, status, spec.stages, submission.is_cancelled(index))
+        found.append(RunState(spec, request, submission, tuple(jobs[run]), index, *now, status))
+    return found
 
 
 def of_run(name: str, folders: Iterable[Path]) -> RunState:
@@ -91,28 +87,27 @@ def of_run(name: str, folders: Iterable[Path]) -> RunState:
 
 def state_of(rows: list[QueueJob], status: Status | None, stages: int, cancelled: bool) -> tuple[str, str, str]:
     """(state, reason, id of the job that they are about) of a run, from its jobs in order and its own status."""
-    done = status is not None and status.state == run_status.FINISHED and status.stage >= stages
-    over = done or (status is not None and status.state == run_status.FAILED)
+    status = status or Status("")
+    done = status.state == run_status.FINISHED and status.stage >= stages
+    failed = status.state == run_status.FAILED
     for row in sorted((row for row in rows if row.alive), key=lambda row: row.state == PENDING):
-        mine = status is not None and status.job_id == row.job_id
-        if row.state == COMPLETING and mine and over:
+        mine = status.job_id == row.job_id
+        if row.state == COMPLETING and mine and (done or failed):
             continue
         if row.state == PENDING:
             return QUEUED, row.why, row.job_id
-        running = mine and status is not None and status.state == run_status.RUNNING
-        return (RUNNING if running else STARTING), "", row.job_id
-    last = next((row.job_id for row in rows if status is not None and row.job_id == status.job_id), "")
-    job_id = last or (rows[-1].job_id if rows else "")
+        return (RUNNING if mine and status.state == run_status.RUNNING else STARTING), "", row.job_id
+    job_id = next((row.job_id for row in rows if row.job_id == status.job_id), rows[-1].job_id if rows else "")
     if done:
         return FINISHED, "", job_id
     if cancelled:
         return CANCELLED, "by `ov2 jobs cancel`", job_id
-    if status is not None and status.state == run_status.FAILED:
+    if failed:
         return FAILED, status.reason, job_id
     ended = next((row.state for row in rows if row.job_id == job_id), UNKNOWN)
     if ended == "CANCELLED":
         return CANCELLED, "by scancel or by SLURM", job_id
-    if status is not None and status.state in (run_status.FINISHED, run_status.INTERRUPTED):
+    if status.state in (run_status.FINISHED, run_status.INTERRUPTED):
         return STOPPED, status.reason or f"as asked, after stage {status.stage} of {stages}", job_id
     if not rows:
         return DIED, "it was never submitted", ""

@@ -7,52 +7,24 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
 import open_clip_ov2
 from open_clip_ov2.argv import value_of, without
-from open_clip_ov2.captions.write import Task
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import copy_package
-from open_clip_ov2.launch import captions_job, state, submitted
+from open_clip_ov2.launch import state, submitted
 from open_clip_ov2.launch import executor as executors
 from open_clip_ov2.launch.cluster import ClusterOptions
-from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, RunSpec, Submission, next_submission
+from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, Submission, next_submission
 from open_clip_ov2.launch.job import run_member
 from open_clip_ov2.launch.queue import cancel
 
 PACKAGE = Path(open_clip_ov2.__file__).parent
 _DIFF_LIMIT = 5_000_000  # characters, ours: a larger difference is somebody's data
-
-
-def plan_run(
-    argv: Sequence[str], clusters: Sequence[ClusterOptions], varied: Mapping[str, Any] | None = None
-) -> RunSpec:
-    """Check the command line of a run for each of the clusters. Raises UserError for what would fail later."""
-    if captions_job.is_captions(argv):
-        return captions_job.plan_captions(argv)[0]
-    settings = ((item.world_size, item.gpus_per_node > 0, item.gpu_memory_gb) for item in clusters)
-    results = [submitted.check(argv, *each) for each in dict.fromkeys(settings)]
-    if len({result.signature for result in results}) > 1:
-        raise UserError(
-            "--nodes differs between stages, and so the global batch does: give --global-batch, or a batch per stage"
-        )
-    checked = results[0]
-    return RunSpec(
-        name=checked.name,
-        run_dir=str(checked.run_dir.absolute()),
-        argv=submitted.named(argv, checked.name),
-        model=checked.model,
-        stages=len(checked.stages),
-        total_samples=checked.total_samples,
-        varied=dict(varied or {}),
-        parameters=checked.parameters,
-        summaries=checked.summaries,
-    )
 
 
 def needs_submission(found: state.RunState, retry: bool) -> bool:
@@ -70,7 +42,7 @@ def needs_submission(found: state.RunState, retry: bool) -> bool:
 def resubmit(run: state.RunState) -> tuple[Job, ...]:
     """Check and submit the run's newest submission once more, with the code as it is now. Raises UserError."""
     before = run.request
-    spec = plan_run(run.spec.argv, before.clusters, run.spec.varied)
+    spec = submitted.plan_run(run.spec.argv, before.clusters, run.spec.varied)
     return submit(run.run_dir, replace(before, title=spec.name, members=(spec,), created=time.time()))
 
 
@@ -92,10 +64,7 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
             jobs = [Job(executors.start_locally(submission, options, run_member, call))]
         else:  # in this process and terminal, without a log file; errors are raised as they are
             with executors.environment(options.environment):
-                if captions_job.is_captions(first.argv):
-                    captions_job.write_as(first.argv, Path(first.run_dir), Task(0, 1), rank=0)
-                else:
-                    submitted.run(first.argv)
+                submitted.run(first.argv, Path(first.run_dir))
             jobs = [Job("debug")]
     except (UserError, OSError):
         submission.discard()
@@ -178,11 +147,10 @@ def _git_state(folder: Path) -> str:
     """Commit, status and uncommitted changes; empty outside a repository."""
     outputs = []
     for arguments in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD")):
+        command = ["git", "-C", str(folder), *arguments]
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        if done.returncode:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
             return ""
         outputs.append(done.stdout)
     commit, status, diff = outputs

@@ -112,8 +112,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a command line will do, checked before it runs. `stages` are their titles, `summaries` a line for each;
-    `recipe` is the file that they come from."""
+    """What a command line will do, checked before it runs. `stages` are their titles, `summaries` a line for each."""
 
     name: str
     run_dir: Path
@@ -123,7 +122,6 @@ class Checked:
     summaries: tuple[str, ...]
     total_samples: int
     parameters: int
-    recipe: Path | None
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,6 @@ def sample_count(least: int) -> Callable[[Any], int]:
     return read
 
 
-parse_samples = sample_count(0)
-
-
 def short_count(number: int) -> str:
     """For people to read, three significant digits: 12.8 B, 51.2 M, 512."""
     for unit in ("B", "M", "K"):

@@ -59,5 +59,4 @@ def check(argv: Sequence[str], world_size: int = 1) -> Checked:
         summaries=tuple(stage.summary for stage in stages),
         total_samples=sum(samples_of(plan, stage) for stage in stages),
         parameters=0,  # known when the parts have been opened
-        recipe=None,
     )

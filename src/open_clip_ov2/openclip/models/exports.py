@@ -20,7 +20,7 @@ from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.card import card, run_facts
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import new_folder, upload, write_tensors
-from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, WHOLE_TARGET, preprocess_cfg, vision_cfg
+from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, WHOLE_TARGET, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY, ONE_TRANSFORMER_KEY
@@ -167,7 +167,7 @@ def write_model_folder(
         cfg["text_cfg"] |= {"hf_tokenizer_name": name}
         tokenizer.save_pretrained(str(folder))
     more = {} if max_tokens is None else {MAX_TOKENS: max_tokens}
-    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": {**preprocess_cfg(encoder), **more}})
+    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": {**asdict(encoder.preprocessing), **more}})
     write_tensors(folder / WEIGHTS, model.state_dict())
 
 

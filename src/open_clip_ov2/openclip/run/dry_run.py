@@ -40,7 +40,6 @@ def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: fl
         summaries=tuple(stage.summary for stage in plan.stages),
         total_samples=samples,
         parameters=parameters[-1],
-        recipe=plan.recipe.source if plan.recipe else None,
     )
 
 
