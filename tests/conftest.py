@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from square_shards import COLORS, write_square_shards
 
+# Or each process that a test starts, as some containers have it, compiles the whole package once more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Longest first: of two processes, the one that is done early takes the short files (measured with --durations).
-LONG = ("slurm/", "openclip/test_resume", "openclip/test_train", "formats/", "data/test_data_resume", "train/", "core/")
+LONG = (
+    "slurm/", "openclip/test_fsdp", "openclip/test_resume", "openclip/test_train", "compare/", "vlm/", "formats/",
+    "data/test_data_resume", "train/", "core/",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

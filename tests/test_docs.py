@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser
 
 import open_clip_ov2
 from open_clip_ov2.cli import COMMANDS, main
+from open_clip_ov2.commands import bench
 from open_clip_ov2.formats.targets import TARGETS
 from open_clip_ov2.openclip.command.flags import build_parser
 from open_clip_ov2.openclip.command.parse import parse
@@ -72,8 +73,6 @@ def ov2_lines(text: str) -> Iterator[list[str]]:
 def check_parses(argv: list[str]) -> None:
     command, rest = argv[0], argv[1:]
     assert command in COMMANDS, command
-    if argv[:2] == ["bench", "data"]:
-        command, rest = "bench_data", rest[1:]
     if command in ("submit", "sweep") and "--" in rest:
         rest, trained = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
         if command == "submit" and trained[0] == "captions":
@@ -84,6 +83,8 @@ def check_parses(argv: list[str]) -> None:
         parse(rest, world_size=1, gpu=True)
     elif command == "plan":  # its flags are those of ov2 train
         assert main(argv) == 0
+    elif argv[:2] == ["bench", "data"]:
+        bench._loader_parser().parse_args(rest[1:])
     else:
         import_module(f"open_clip_ov2.commands.{command}")._parser().parse_args(rest)
 

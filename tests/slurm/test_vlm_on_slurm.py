@@ -43,10 +43,11 @@ def test_a_requeued_run_ends_in_the_same_weights(cluster: Cluster, tmp_path: Pat
     ov2("submit", *ONE_A_NODE, "--", "vlm", "train", *argv, "--out", str(run), cwd=tmp_path)
     assert wait_for_steps(run, 0), "the run was over before it was requeued"
     requeue(cluster, job_of(run))
+    here = start_ranks(_vlm_train, [*argv, "--out", str(tmp_path / "here")], 2)  # while the job waits
     found = wait_finished(run)
     assert found.status is not None
     assert (found.status.restarts, found.status.samples_seen) == (1, 192)
-    done = finish(start_ranks(_vlm_train, [*argv, "--out", str(tmp_path / "here")], 2))
+    done = finish(here)
     assert [status for status, _ in done] == [0, 0], done
     first, second = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "here"))
     assert first.keys() == second.keys()

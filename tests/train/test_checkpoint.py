@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "openclip"))
+from training import finish, start_ranks, wait_for
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.train.checkpoint import (
@@ -165,30 +168,26 @@ def test_another_failure_is_loud_too_and_says_nothing_of_space(
     assert "space" not in caplog.text
 
 
-KILLED = """
-    import sys, torch
-    from pathlib import Path
-    from open_clip_ov2.train.checkpoint import *
-    writer = CheckpointWriter(Path(sys.argv[1]), keep=2)
-    for n in range(1, 10**6):
+def _save_for_ever(folder: str, first: int) -> int:
+    writer = CheckpointWriter(Path(folder), keep=2)
+    for n in itertools.count(first):
         content = {"state_dict": {"w": torch.full((300_000,), float(n))}, RESUME_KEY: {"n": n}}
         writer.save(CheckpointName(1, False, n), content)
-        print(n, flush=True)
-"""
+    return 0
+
+
+def _newest(folder: Path) -> int:
+    return max((CheckpointName.of(path.name).samples_seen for path in list_checkpoints(folder)), default=0)
 
 
 def test_killed_while_writing_the_newest_is_whole(tmp_path: Path) -> None:
     """Oracle: each file's tensor is full of its own number; the process is killed at odd moments."""
-    for delay_s in (0.05, 0.11, 0.23):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        for _ in range(2):  # the second save has waited for the first
-            process.stdout.readline()
+    for first, delay_s in ((1000, 0.05), (2000, 0.11), (3000, 0.23)):
+        ranks = start_ranks(_save_for_ever, [str(tmp_path), first], 1)
+        assert wait_for(lambda first=first: _newest(tmp_path) >= first, ranks)
         time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        ranks[0].send_signal(signal.SIGKILL)
+        assert finish(ranks)[0][0] == -signal.SIGKILL
         files = list_checkpoints(tmp_path)
         assert files
         for path in files:

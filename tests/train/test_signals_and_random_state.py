@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "openclip"))
+from training import finish, start_ranks
 
 from open_clip_ov2.train.random_state import get_random_state, set_random_state
 from open_clip_ov2.train.signals import Agreement, StopSignals
@@ -57,24 +58,19 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     assert ([draws() for _ in range(3)], random.gauss(0, 1), np.random.standard_normal()) == expected
 
 
-RANKS = """
-    import os, sys, torch
-    from open_clip_ov2.train.signals import Agreement
+def _agree() -> int:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    agreement = Agreement(2, torch.device("cpu"), flags=2)
+    agreement = Agreement(2, CPU, flags=2)
     seen = [agreement.exchange([int(rank == 1 and step == 2), int(rank == 0 and step == 3)]) for step in range(6)]
     agreement.close()
     assert seen == [[0, 0], [0, 0], [0, 0], [1, 0], [0, 1], [0, 0]], seen
     assert [agreement.now(rank == 0), agreement.now(False)] == [True, False]
     torch.distributed.destroy_process_group()
-"""
+    return 0
 
 
-def test_ranks_agree_one_step_late(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent(RANKS))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_ranks_agree_one_step_late() -> None:
+    done = finish(start_ranks(_agree, [], 2))
+    assert [status for status, _ in done] == [0, 0], done
     assert Agreement(1, CPU, flags=2).exchange([1, 0]) == [1, 0]

@@ -15,9 +15,8 @@ from pathlib import Path
 import open_clip_ov2
 from open_clip_ov2.argv import value_of, without
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import copy_package
-from open_clip_ov2.launch import state, submitted
 from open_clip_ov2.launch import executor as executors
+from open_clip_ov2.launch import state, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import LOCAL, SLURM, Job, Request, Submission, next_submission
 from open_clip_ov2.launch.job import run_member
@@ -120,7 +119,8 @@ def _stages_done(run_dir: Path) -> int:
 
 def _keep_code(submission: Submission, command: Sequence[str]) -> None:
     """So that the job runs what was submitted: the package, the command line, versions, git's state."""
-    copy_package(PACKAGE, submission.code)
+    # With its bytecode, which so is not compiled once more by each rank; not with files that are being written there.
+    shutil.copytree(PACKAGE, submission.code / PACKAGE.name, ignore=shutil.ignore_patterns("*.pyc.*"))
     texts = {"command.txt": shlex.join(command) + "\n", "versions.txt": _versions(), "git.txt": _git_state(PACKAGE)}
     for name, text in texts.items():
         if text:
