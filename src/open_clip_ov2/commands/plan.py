@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +15,7 @@ from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, flag_type
 from open_clip_ov2.recipe import costs, short_count
 from open_clip_ov2.recipe.costs import Machine, Plan, StageCost
-from open_clip_ov2.tables import real, whole
+from open_clip_ov2.tables import each, real, whole
 from open_clip_ov2.vlm import vlm_costs, vlm_plan
 
 GB, GFLOP = 1e9, 1e9
@@ -28,43 +27,36 @@ DESCRIPTION = (
 
 def main(argv: Sequence[str]) -> None:
     args, flags = _parser().parse_known_args(argv)
-    if args.vlm is not None:
-        _show_vlm(args, flags)
-        return
-    for index, word in enumerate(flags):  # RECIPE, which is first, or anywhere if its name tells
-        if (index == 0 and not word.startswith("-")) or (word.endswith(".toml") and flags[index - 1] != "--recipe"):
-            flags[index : index + 1] = ["--recipe", word]
-            break
-    if args.context_length is not None:
-        flags += ["--force-context-length", args.context_length]
-    machine = _machine(args)
-    plan = training.plan(flags, args.gpus, mean_caption_tokens=args.mean_caption_tokens, **machine)
+    one_gpu = {"tflops": args.device_tflops, "mfu": args.mfu, "memory_gb": args.gpu_memory_gb}
+    one_gpu["images_per_second"] = args.images_per_second
+    if args.vlm is None:
+        flags = _with_recipe(flags)
+        if args.context_length is not None:
+            flags += ["--force-context-length", args.context_length]
+        plan = training.plan(flags, args.gpus, mean_caption_tokens=args.mean_caption_tokens, **one_gpu)
+    else:
+        multimodal = vlm_plan.plan_of_recipe(args.vlm, flags)
+        plan = vlm_costs.plan_costs(multimodal, Machine(args.gpus, **one_gpu))
     if args.json:
         print(json.dumps(as_json(plan), indent=2))
-    else:
-        show(plan)
-
-
-def _machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Of one GPU."""
-    measured = {"memory_gb": args.gpu_memory_gb, "images_per_second": args.images_per_second}
-    return {"tflops": args.device_tflops, "mfu": args.mfu, **measured}
-
-
-def _show_vlm(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    plan = vlm_plan.plan_of_recipe(args.vlm, flags)
-    costs = vlm_costs.plan_costs(plan, Machine(args.gpus, **_machine(args)))
-    if args.json:
-        print(json.dumps(as_json(costs), indent=2))
         return
-    show(costs)
-    print("An image is a conversation with its picture.", *vlm_plan.commands(plan, args.gpus), sep="\n")
+    show(plan)
+    if args.vlm is not None:
+        print("An image is a conversation with its picture.", *vlm_plan.commands(multimodal, args.gpus), sep="\n")
+
+
+def _with_recipe(flags: list[str]) -> list[str]:
+    """With --recipe before RECIPE, which is first, or anywhere if its name tells."""
+    for index, word in enumerate(flags):
+        if (index == 0 and not word.startswith("-")) or (word.endswith(".toml") and flags[index - 1] != "--recipe"):
+            return [*flags[:index], "--recipe", *flags[index:]]
+    return flags
 
 
 def _parser() -> Parser:
     usage = "ov2 plan [RECIPE.toml] [flags of ov2 train] [flags below]"
     parser = Parser(prog="ov2 plan", description=DESCRIPTION, usage=usage)
-    above_zero = flag_type(real(0, above=True))
+    above_zero, speeds = flag_type(real(0, above=True)), each(real(0, above=True))
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--vlm", metavar="RECIPE",
@@ -78,7 +70,7 @@ def _parser() -> Parser:
     add = parser.add_argument_group("machine").add_argument
     add("--gpus", type=flag_type(whole(1)), default=1, metavar="N", help="default: 1")
     add(
-        "--images-per-second", type=flag_type(_each(real(0, above=True))), default=(), metavar="X[,Y,...]",
+        "--images-per-second", type=flag_type(lambda text: speeds(text.split(","))), default=(), metavar="X[,Y,...]",
         help="measured speed of ONE GPU: one number for all stages, or one each",
     )  # fmt: skip
     add(
@@ -93,18 +85,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _each(read: Callable[[Any], float]) -> Callable[[str], tuple[float, ...]]:
-    return lambda text: tuple(read(part) for part in text.split(","))
-
-
 def show(plan: Plan) -> None:
     console = Console(highlight=False)
     parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
     console.print(f"{plan.model}: {sum(plan.parameters.values()) / 1e6:,.1f} M parameters ({parts})")
     sizes = [cost.images for cost in plan.stages]
-    titles = (
-        size if cost.title == size else f"{cost.title}: {size}" for cost, size in zip(plan.stages, sizes, strict=True)
-    )
+    titles = [one.images if one.title == one.images else f"{one.title}: {one.images}" for one in plan.stages]
     cells = [_cells(cost) for cost in plan.stages]
     console.print(_table(["", *titles], [[name, *(stage[name] for stage in cells)] for name in cells[0]]))
     console.print(_whole_run(plan))
