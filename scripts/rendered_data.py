@@ -156,12 +156,8 @@ def write_about(root: Path, settings: Settings, table: str) -> None:
     write_json(root / "guess.json", {kind: 1 / number for kind, number in captions.items()})
     write_json(root / SETTINGS, asdict(settings))
     shown = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if name != "fonts")
-    text = README.format(
-        settings=f"{shown}, {len(settings.fonts)} fonts",
-        table=table,
-        words=len(rendered_text.words()),
-        licenses=LICENSES,
-    )
+    shown += f", {len(settings.fonts)} fonts"
+    text = README.format(settings=shown, table=table, words=len(rendered_text.words()), licenses=LICENSES)
     (root / "README.md").write_text(text, encoding="utf-8")
     # Shorter words of the captions, such as "the" and "an", are spelled: as pieces they would be the beginning of many
     # a rendered word.
@@ -207,15 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     fonts = rendered_text.font_files(rendered_text.TRAINED_FONTS, args.fonts)
     new_fonts = rendered_text.font_files(rendered_text.HELD_OUT_FONTS)
     names = tuple(Path(font).name for font in fonts)
-    settings = Settings(
-        args.train,
-        args.short,
-        args.short_length,
-        args.held_out,
-        args.seed,
-        args.size,
-        names,
-    )
+    settings = Settings(args.train, args.short, args.short_length, args.held_out, args.seed, args.size, names)
     job = Job(settings, fonts, new_fonts)
     if reusable(out, asdict(settings)):
         print(f"{args.out}: already made with these settings, reused")

@@ -163,7 +163,7 @@ def test_stages_as_jobs(cluster: Cluster, place: Path, staged: list[str]) -> Non
     reason = {row["name"]: (row["state"], row["reason"]) for row in shown}["broken"]
     assert reason[0] == "failed"
     assert "2 steps in a row had a non-finite loss" in reason[1]
-    assert cluster.queue() == []
+    wait_until(lambda: not cluster.queue(), 15, "an empty queue")
     again = ov2("submit", *chain, "--", *broken, "--name", "broken", cwd=place, check=False)
     assert "--retry continues from its last checkpoint" in again.stderr
     assert "finished already" in ov2("submit", *chain, "--", *staged, *STAGES, "--name", "chain", cwd=place).stdout

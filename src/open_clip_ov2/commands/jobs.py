@@ -121,9 +121,9 @@ def _started_by_hand(folders: Sequence[Path], submitted: Sequence[RunState]) -> 
 
 
 def _record(row: _Row) -> dict[str, Any]:
-    values = row._asdict() | {"status": row.status and asdict(row.status)}
-    spec = values.pop("spec")
-    return {"name": spec.name, "run_dir": spec.run_dir, **values}
+    shown = {name: getattr(row, name) for name in ("job_id", "state", "reason", "submission", "log")}
+    status = row.status and asdict(row.status)
+    return {"name": row.spec.name, "run_dir": row.spec.run_dir, **shown, "status": status}
 
 
 def show(rows: Sequence[_Row]) -> None:
