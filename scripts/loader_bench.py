@@ -43,7 +43,7 @@ from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.shrink import Shrink
 from open_clip_ov2.data.sidecars import CaptionSet, begin_set, sidecar_path, write_sidecar
 from open_clip_ov2.data.tars import read_tar
-from open_clip_ov2.openclip.models.preprocess import CROP_AREA, color_jitter_cfg, train_crop
+from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG, CROP_AREA, train_crop
 from open_clip_ov2.openclip.models.tokenizer import caching
 
 SIDE, QUALITY = 512, 77  # about 64 KB each
@@ -80,7 +80,7 @@ def write_shards(folder: Path, samples: int, shards: int = 4) -> str:
 
 
 def stock(shards: str, args: argparse.Namespace, samples: int) -> Callable[[], Iterator[Any]]:
-    jitter = color_jitter_cfg() if args.color_jitter else {}
+    jitter = COLOR_JITTER_CFG if args.color_jitter else {}
     transform = image_transform_v2(PreprocessCfg(size=args.resolution), True, AugmentationCfg(CROP_AREA, **jitter))
     argv = ["--train-data", shards, "--train-num-samples", str(samples), "--batch-size", str(args.batch_size)]
     flags = parse_args([*argv, "--workers", "0", "--dataset-type", "webdataset"])
@@ -94,7 +94,7 @@ def ours(
     shards: str, args: argparse.Namespace, samples: int, fast: bool, elastic: Elastic | None = None
 ) -> Callable[[], Iterator[Any]]:
     cfg = {"size": args.resolution, "interpolation": "bilinear"}
-    crop = train_crop(cfg, color_jitter_cfg() if args.color_jitter else None, fast)
+    crop = train_crop(cfg, COLOR_JITTER_CFG if args.color_jitter else None, fast)
     assert crop is not None
     loader = TrainLoader(
         WebDatasetSource(expand_shards(shards)[0]),

@@ -116,9 +116,9 @@ def evaluate(
     check_task_names(options.tasks)
     if out is not None:
         check_writable(Path(out))
-    with processes(device) as place:
+    with processes(device) as (own_device, world_size):
         aspect, tokens = options.aspect, options.max_tokens
-        opened = open_eval_model(str(model), place.device, place.world_size, aspect=aspect, max_tokens=tokens)
+        opened = open_eval_model(str(model), own_device, world_size, aspect=aspect, max_tokens=tokens)
         check_files(options)
         job = EvalJob(opened, options)
         try:

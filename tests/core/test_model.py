@@ -83,9 +83,7 @@ def test_outputs_of_the_open_clip_interface() -> None:
     out = model(image, ids)
     assert out["logits"].shape == (2, 4, 12)
     assert out["labels"].tolist() == [[1, 2, EOS, -100], [5, EOS, -100, -100]]
-    model.output_dict = False
-    assert torch.equal(model(image, ids)[0], out["logits"])
-    pooled, tokens = model(image)
+    pooled, tokens = model(image).values()
     assert torch.equal(model.encode_image(image), pooled)
     assert torch.equal(model.encode_image_tokens(image), tokens)
     torch.testing.assert_close(model.encode_image(image, normalize=True).norm(dim=-1), torch.ones(2))
@@ -93,5 +91,3 @@ def test_outputs_of_the_open_clip_interface() -> None:
     torch.testing.assert_close(pooled, expected)
     with pytest.raises(ValueError, match="no text encoder"):
         model(None, ids)
-    with pytest.raises(ValueError, match="--lock-text"):
-        model.lock_text_tower()

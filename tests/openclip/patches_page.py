@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_clip_ov2.openclip.patches import REGISTRATION, RUN, STEP
+from open_clip_ov2.openclip.patches import REGISTRATION, RUN, STEP, Patch
 from open_clip_ov2.openclip.private_names import PRIVATE_NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "openclip.md"
@@ -19,13 +19,18 @@ def tables() -> dict[str, str]:
     for private in PRIVATE_NAMES:
         names.setdefault((private.owner, private.why), []).append(private.name)
     return {
-        "registration": _table("name", [(f"`{patch.module}.{patch.name}`", patch.why) for patch in REGISTRATION]),
+        "registration": _table("name", [(f"`{patch.module}.{patch.name}`", _reason(patch)) for patch in REGISTRATION]),
         "run": _table("name", [(f"`{module}.{name}`", why) for (module, name), why in (RUN | STEP).items()]),
         "private": _table(
             "name of",
             [(f"`{owner}`: " + ", ".join(f"`{name}`" for name in used), why) for (owner, why), used in names.items()],
         ),
     }
+
+
+def _reason(patch: Patch) -> str:
+    assert patch.replace.__doc__, f"{patch}: its docstring has to say why"
+    return " ".join(str(patch.replace.__doc__).split()).rstrip(".")
 
 
 def _table(what: str, rows: list[tuple[str, str]]) -> str:

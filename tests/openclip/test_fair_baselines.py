@@ -21,8 +21,8 @@ from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.open_model import open_model
-from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg, ov2_preprocess_options
-from open_clip_ov2.openclip.models.tokenizer import EOS_ID, PAD_ID, WordPieceTokenizer, text_cfg_for, with_word_pieces
+from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG, ov2_preprocess_options
+from open_clip_ov2.openclip.models.tokenizer import EOS_ID, PAD_ID, WordPieceTokenizer, text_cfg_for, text_options
 
 NAMES = {"coca": "coca-of-ov2-vit-nano-8", "clip": "clip-of-ov2-vit-nano-8"}
 SIZE = {"force_image_size": 24}
@@ -45,7 +45,7 @@ def test_pixels_are_those_of_an_ov2_model() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     made = []
-    ours: dict[str, Any] = {"aug_cfg": color_jitter_cfg()}
+    ours: dict[str, Any] = {"aug_cfg": COLOR_JITTER_CFG}
     for name, more in (
         ("ov2-vit-nano-8", ours),
         (NAMES["clip"], ours | ov2_preprocess_options({})),
@@ -114,7 +114,7 @@ def test_a_text_tower_of_the_hub_keeps_its_tokenizer(vocabulary: Path) -> None:
     config = open_clip.get_model_config("roberta-ViT-B-32")
     assert config is not None
     with pytest.raises(UserError, match="tokenizer of its own"):
-        with_word_pieces("roberta-ViT-B-32", config, text_cfg_for(str(vocabulary), 12))
+        text_options("roberta-ViT-B-32", config, text_cfg_for(str(vocabulary), 12))
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_unregister_undoes_everything_and_register_is_idempotent() -> None:
     assert "ov2-vit-l-14" in open_clip.list_models()
 
 
-ALL_RUN = [patches.Patch(*where, lambda _: object(), why) for where, why in (patches.RUN | patches.STEP).items()]
+ALL_RUN = [patches.Patch(*where, lambda _: object()) for where in patches.RUN | patches.STEP]
 EVERY_NAME = [*patches.REGISTRATION, *ALL_RUN]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from open_clip_ov2.core.compute import Compute
-from open_clip_ov2.openclip.models.preprocess import JITTER, color_jitter_cfg, train_crop
+from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG, JITTER, train_crop
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
@@ -23,7 +23,7 @@ def settings(precision: str = "fp32", **stats: tuple[float, ...]) -> Compute:
     ("aug_cfg", "scale", "jitter"),
     [
         (None, (0.4, 1.0), []),
-        (color_jitter_cfg(), (0.4, 1.0), [T.RandomApply([T.ColorJitter(*JITTER)], 0.8), T.RandomGrayscale(0.2)]),
+        (COLOR_JITTER_CFG, (0.4, 1.0), [T.RandomApply([T.ColorJitter(*JITTER)], 0.8), T.RandomGrayscale(0.2)]),
         ({"scale": (0.1, 0.3), "color_jitter": 0.3}, (0.1, 0.3), [T.RandomApply([T.ColorJitter(0.3, 0.3, 0.3)], 0.8)]),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,12 @@ class Compute:
         if self.device.type == "cpu" and self.precision != "fp32":
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around a forward pass without gradients."""
+        with torch.no_grad(), self.attention(), self.autocast():
+            yield
 
     def packed(self, texts_BL: Tensor, images: Any = None) -> PackedCaptions:
         """Captions side by side, from ids `(B, L)` int64 that are still on the CPU, and their images."""

@@ -25,7 +25,7 @@ from open_clip_ov2.core.native import kept_tokens as native_kept_tokens
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.tokens import KeepRatio, TokenDrop, num_kept
-from open_clip_ov2.core.vision import ImageModel, Outputs
+from open_clip_ov2.core.vision import ImageModel
 from open_clip_ov2.core.vit_fast import block_at, check_tower, kept_tokens, recompute_elementwise, through_blocks
 
 KeptIdx = Tensor | Sequence[Tensor]  # `(B, K)` int64, or `(K,)` for each of NativeImages
@@ -57,9 +57,8 @@ class CaptionModel(ImageModel):
         *,
         keep_ratio: KeepRatio,
         eval_keep_ratio: float | None = None,
-        output_dict: bool = True,
     ) -> None:
-        super().__init__(visual, output_dict)
+        super().__init__(visual)
         check_tower(visual)
         self.token_drop = TokenDrop(keep_ratio, eval_keep_ratio)
         self.text_decoder = TextDecoder(decoder, int(self.visual.positional_embedding.shape[1]), text.vocab_size)
@@ -108,13 +107,13 @@ class CaptionModel(ImageModel):
         keep_ratio: float | None = None,
         captions: PackedCaptions | None = None,
         caption_loss: CaptionLoss | None = None,
-    ) -> Outputs | CaptionLossSums:
-        """One pass over images `(B, 3, H, W)` and ids `(B, L)` int64.
+    ) -> dict[str, Tensor] | CaptionLossSums:
+        """One pass over images `(B, 3, H, W)` and ids `(B, L)` int64:
+        `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`.
 
-        `{"logits": (B, L - 1, V), "labels": (B, L - 1) int64, IGNORE_INDEX where padded}`, or that pair as a tuple if
-        `output_dict` is off. Without text see `image_outputs`. With `captions` and `caption_loss` in place of text, the
-        sums of the loss, computed inside so that DDP sees every parameter at work. `kept_idx` `(B, K)` or `keep_ratio`
-        replace the model's own token dropping. NativeImages take `captions` and `caption_loss` alone.
+        Without text see `image_outputs`. With `captions` and `caption_loss` in place of text, the sums of the loss,
+        computed inside so that DDP sees every parameter at work; NativeImages take these alone. `kept_idx` `(B, K)` or
+        `keep_ratio` replace the model's own token dropping.
         """
         if image is None:
             raise ValueError("an ov2 model has no text encoder: give it images, or images and text")
@@ -133,7 +132,7 @@ class CaptionModel(ImageModel):
         assert text is not None
         kept_BKD = self.stacked_kept_tokens(image, kept_idx=kept_idx, keep_ratio=keep_ratio)
         logits_BLV = self.text_decoder.lm_head(self.text_decoder(kept_BKD, text[:, :-1]))
-        return self.outputs({"logits": logits_BLV, "labels": caption_targets(text, self.text_config.eos_id)})
+        return {"logits": logits_BLV, "labels": caption_targets(text, self.text_config.eos_id)}
 
     def _loss_sums(
         self, kept: Tensor | RaggedTokens, captions: PackedCaptions, caption_loss: CaptionLoss
@@ -199,9 +198,6 @@ class CaptionModel(ImageModel):
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         super().lock_image_tower(unlocked_groups, freeze_bn_stats)
         self._freeze_untrained()
-
-    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        raise ValueError("an ov2 model has no text tower to lock (--lock-text); --lock-image locks its encoder")
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"text_decoder.token_embedding.weight"}

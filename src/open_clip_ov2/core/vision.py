@@ -6,7 +6,6 @@ Source: docs/reference.md, "Released encoder checkpoints".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +19,6 @@ from open_clip_ov2.core.rows import RaggedTokens
 from open_clip_ov2.core.vit_fast import image_features
 
 PositionTable = Literal["interpolate", "recompute"]
-Outputs = dict[str, Tensor] | tuple[Tensor, ...]
 
 
 class ImageModel(nn.Module):
@@ -28,10 +26,9 @@ class ImageModel(nn.Module):
     tokens taken after the last block, class token dropped, final norm not applied (docs/reference.md: vit.py:786).
     """
 
-    def __init__(self, visual: nn.Module, output_dict: bool) -> None:
+    def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual: Any = visual  # OpenCLIP's class, which this package does not know
-        self.output_dict = output_dict
         self.logit_bias = None  # OpenCLIP's checkpoint loader asks for it
 
     def position_table(self) -> Tensor:
@@ -44,8 +41,7 @@ class ImageModel(nn.Module):
         self.visual.positional_embedding.copy_(self.position_table())
 
     def encode_image_tokens(self, image: Images) -> Tensor | RaggedTokens:
-        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm; of NativeImages as many as each
-        has."""
+        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm; of NativeImages as many as each has."""
         return native.kept_tokens(self.visual, image) if isinstance(image, NativeImages) else self.visual(image)[1]
 
     def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
@@ -57,15 +53,12 @@ class ImageModel(nn.Module):
         """Patch tokens of any layer, see `core.image_features`."""
         return image_features(self.visual, image, layer=layer, norm=norm, class_token=class_token)
 
-    def image_outputs(self, image: Images) -> Outputs:
-        """`{"image_features": (B, D), "image_embs": (B, N, D)}`, or that pair as a tuple if `output_dict` is off."""
+    def image_outputs(self, image: Images) -> dict[str, Tensor]:
+        """`{"image_features": (B, D), "image_embs": (B, N, D)}`."""
         if isinstance(image, NativeImages):
             raise ValueError("NativeImages differ in their tokens: take encode_image or encode_image_tokens")
         pooled_BD, tokens_BND = self.visual(image)
-        return self.outputs({"image_features": pooled_BD, "image_embs": tokens_BND})
-
-    def outputs(self, named: Mapping[str, Tensor]) -> Outputs:
-        return dict(named) if self.output_dict else tuple(named.values())
+        return {"image_features": pooled_BD, "image_embs": tokens_BND}
 
     def set_grad_checkpointing(self, enable: bool = True, **options: Any) -> None:
         """`options` are those of OpenCLIP's encoder."""
@@ -88,22 +81,16 @@ class VisionModel(ImageModel):
     checkpoint's own resolution the stored table is taken as it is.
     """
 
-    def __init__(
-        self, visual: nn.Module, *, position_table: PositionTable = "interpolate", output_dict: bool = True
-    ) -> None:
-        super().__init__(visual, output_dict)
+    def __init__(self, visual: nn.Module, *, position_table: PositionTable = "interpolate") -> None:
+        super().__init__(visual)
         if position_table not in get_args(PositionTable):
             known = ", ".join(get_args(PositionTable))
             raise ValueError(f"unknown position_table {position_table!r}; it is one of {known}")
         self.position_table_mode = position_table
         self.alone_by_layout = False  # whether it was taken for an encoder by its config's layout alone
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Outputs:
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         """See `image_outputs`."""
         if image is None or text is not None:
             raise ValueError("a vision-only model takes images and nothing else")
         return self.image_outputs(image)
-
-    def forward_intermediates(self, image: Tensor, **options: Any) -> dict[str, Any]:
-        """OpenCLIP's own, of the encoder."""
-        return self.visual.forward_intermediates(image, **options)

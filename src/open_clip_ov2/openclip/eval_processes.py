@@ -5,21 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from open_clip_train.distributed import init_distributed_device
 
 from open_clip_ov2.errors import UserError
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The `device` of this process, and its place among all."""
-
-    device: torch.device
-    rank: int
-    world_size: int
 
 
 def default_device(device: str | None = None) -> torch.device:
@@ -31,12 +21,12 @@ def default_device(device: str | None = None) -> torch.device:
 
 
 @contextlib.contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
-    """A process group under torchrun or srun, one process otherwise."""
+def processes(device: str | None = None) -> Iterator[tuple[torch.device, int]]:
+    """A process group under torchrun or srun, one process otherwise: this one's device, and how many there are."""
     place = argparse.Namespace(device=str(default_device(device)))
     found = init_distributed_device(place)
     try:
-        yield Processes(found, int(place.rank), int(place.world_size))
+        yield found, int(place.world_size)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Every name that this plugin rebinds, with the reason; private_names.py has those that are used as they are.
+"""Every name that this plugin rebinds, here or in the docstring of its replacement with the reason; private_names.py has
+those that are used as they are.
 
 REGISTRATION holds from `import open_clip_ov2` on, and acts on ov2 models and released encoders alone (the check of a
 folder's or the hub's config passes any other config unchanged). RUN holds while a stage of `ov2 train` is inside
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
+
+import open_clip
 
 from open_clip_ov2.openclip.models import (
     baseline_configs,
@@ -29,131 +31,56 @@ from open_clip_ov2.openclip.private_names import check_private_names
 from open_clip_ov2.openclip.version import missing_name
 
 
-@dataclass(frozen=True)
-class Patch:
-    """`module.name` becomes `replace(original)`."""
+class Patch(NamedTuple):
+    """`module.name` becomes `replace(original)`, whose docstring says why."""
 
     module: str
     name: str
     replace: Callable[[Any], Any]
-    why: str
 
 
-REGISTRATION: tuple[Patch, ...] = (
-    Patch(
-        "open_clip.factory",
-        "CustomTextCLIP",
-        factory.dispatch_model_class,
-        "create_model takes the class from its module's globals; a config with decoder_cfg becomes a CaptionModel",
-    ),
-    Patch(
-        "open_clip.factory",
-        "resize_pos_embed",
-        weights.recompute_position_table,
-        "the fixed sine-cosine table is recomputed for a new grid; OpenCLIP interpolates it",
-    ),
-    Patch(
-        "open_clip.factory",
-        "PreprocessCfg",
-        preprocess.leave_defaults_open,
-        "tells a mean, std or interpolation that is given from OpenCLIP's default, of whatever value",
-    ),
-    Patch(
-        "open_clip.factory",
-        "set_model_preprocess_cfg",
-        preprocess.supply_preprocess_cfg,
-        "what is not given is ImageNet's mean and std and bilinear resizing for ov2 models, OpenCLIP's for all others",
-    ),
-    Patch(
-        "open_clip.factory",
-        "image_transform_v2",
-        preprocess.use_ov2_crop,
-        "ov2 models get the crop and the interpolation they ask for; OpenCLIP crops 90 to 100% of the area, bicubic, "
-        "and resizes for images that are not square bicubic, whatever is asked for",
-    ),
-    Patch(
-        "open_clip.factory",
-        "HFTokenizer",
-        tokenizer.dispatch_tokenizer,
-        "text_cfg.tokenizer_mode ov2 gives word pieces with the reference's ids: no text cleaning, bos 1, eos 2",
-    ),
-    Patch(
-        "open_clip.factory",
-        "CLIP",
-        factory.dispatch_model_class,
-        "a released vision-only config becomes a VisionModel; OpenCLIP builds a text tower that has no weights",
-    ),
-    Patch(
-        "open_clip.factory",
-        "load_checkpoint",
-        weights.load_strictly,
-        "checkpoints of ov2 models must fit, and nothing is unpickled; OpenCLIP takes a bare encoder for a text tower",
-    ),
-    Patch(
-        "open_clip",
-        "load_checkpoint",
-        named_model.load_and_tell,
-        "the same function under its public name; what the model has otherwise than the checkpoint is logged",
-    ),
-    Patch(
-        "open_clip.factory",
-        "create_model",
-        named_model.create_with_own_config,
-        "a checkpoint brings its own config, a run's folder its newest weights; pretrained_image_path must fit an ov2 "
-        "model, and OpenCLIP loads it with strict=False and only logs its errors",
-    ),
-    Patch("open_clip", "create_model", named_model.create_with_own_config, "the same function under its public name"),
-    Patch(
-        "open_clip.factory",
-        "parse_model_name",
-        shipped.resolve_shipped,
-        "NAME:TAG of weights that the package holds is their folder, for create_model and get_tokenizer alike",
-    ),
-    Patch(
-        "open_clip.factory",
-        "_find_checkpoint_in_dir",
-        released.check_local_config,
-        "a folder's config without vision_cfg is an error that says so; OpenCLIP raises a bare KeyError",
-    ),
-    Patch(
-        "open_clip.factory",
-        "_get_hf_config",
-        released.check_hub_config,
-        "the same for the hub; its config may not switch on trust_remote_code for its tokenizer",
-    ),
+FACTORY, MAIN = "open_clip.factory", "open_clip_train.main"
+REGISTRATION = (
+    Patch(FACTORY, "CustomTextCLIP", factory.dispatch_model_class),
+    Patch(FACTORY, "CLIP", factory.dispatch_model_class),
+    Patch(FACTORY, "resize_pos_embed", weights.recompute_position_table),
+    Patch(FACTORY, "PreprocessCfg", preprocess.leave_defaults_open),
+    Patch(FACTORY, "set_model_preprocess_cfg", preprocess.supply_preprocess_cfg),
+    Patch(FACTORY, "image_transform_v2", preprocess.use_ov2_crop),
+    Patch(FACTORY, "HFTokenizer", tokenizer.dispatch_tokenizer),
+    Patch(FACTORY, "load_checkpoint", weights.load_strictly),
+    Patch("open_clip", "load_checkpoint", named_model.load_and_tell),
+    Patch(FACTORY, "create_model", named_model.create_with_own_config),
+    Patch("open_clip", "create_model", named_model.create_with_own_config),
+    Patch(FACTORY, "parse_model_name", shipped.resolve_shipped),
+    Patch(FACTORY, "_find_checkpoint_in_dir", released.check_local_config),
+    Patch(FACTORY, "_get_hf_config", released.check_hub_config),
 )
 
 # (module, name) -> why. StageRun.replacements (run/stage_run.py) has a replacement for each of these and no other.
-RUN: dict[tuple[str, str], str] = {
-    ("open_clip_train.main", "init_distributed_device"): "the process group is made once for all stages of a run",
-    ("open_clip_train.main", "setup_logging"): "all stages share one log",
-    ("open_clip_train.main", "create_model_and_transforms"): (
+_OF_MAIN = {
+    "init_distributed_device": "the process group is made once for all stages of a run",
+    "setup_logging": "all stages share one log",
+    "create_model_and_transforms": (
         "our model flags reach the model; a stage starts from the weights of the stage before; CoCa's decoder head, "
         "which OpenCLIP leaves uninitialized, is initialized"
     ),
-    ("open_clip_train.main", "get_tokenizer"): "--tokenizer; a faster tokenizer with the same ids",
-    (
-        "open_clip_train.main",
-        "get_latest_checkpoint",
-    ): ("our own search decides what to resume from; OpenCLIP takes the last file by name, finished or not"),
-    ("open_clip_train.main", "pt_load"): "gives the checkpoint that our own search has read whole",
-    (
-        "open_clip_train.main",
-        "get_data",
-    ): ("our loaders: caption keys, bad samples counted and bounded, a reproducible order"),
-    (
-        "open_clip_train.main",
-        "create_loss",
-    ): ("ov2 models train on the caption loss; OpenCLIP chooses a loss by a substring of the model's name"),
-    ("open_clip_train.main", "train_one_epoch"): (
+    "get_tokenizer": "--tokenizer; a faster tokenizer with the same ids",
+    "get_latest_checkpoint": (
+        "our own search decides what to resume from; OpenCLIP takes the last file by name, finished or not"
+    ),
+    "pt_load": "gives the checkpoint that our own search has read whole",
+    "get_data": "our loaders: caption keys, bad samples counted and bounded, a reproducible order",
+    "create_loss": "ov2 models train on the caption loss; OpenCLIP chooses a loss by a substring of the model's name",
+    "train_one_epoch": (
         "ov2 models take our step (OpenCLIP's accumulates for a contrastive loss); checkpoints, signals and the check "
         "for non-finite steps act between the steps of any model"
     ),
-    (
-        "open_clip_train.main",
-        "evaluate",
-    ): ("our validation; OpenCLIP's needs text features, and sums CoCa's caption loss wrongly"),
-    ("open_clip_train.main", "optim"): "ov2 models: no weight decay on the token embedding; AdamW in one fused kernel",
+    "evaluate": "our validation; OpenCLIP's needs text features, and sums CoCa's caption loss wrongly",
+    "optim": "ov2 models: no weight decay on the token embedding; AdamW in one fused kernel",
+}
+RUN: dict[tuple[str, str], str] = {
+    **{(MAIN, name): why for name, why in _OF_MAIN.items()},
     ("timm.optim", "create_optimizer_v2"): "--opt timm/muon: embeddings and the head are left to AdamW",
     ("open_clip_train.train", "maybe_compute_generative_loss"): (
         "off: OpenCLIP's value counts padding and sums every 100th batch; our own validation loss replaces it"
@@ -201,7 +128,7 @@ def run_patches(replacements: dict[tuple[str, str], Callable[[Any], Any]]) -> It
     if set(replacements) != set(RUN):
         raise ValueError(f"replacements and RUN differ: {sorted(set(replacements) ^ set(RUN))}")
     check_private_names("open_clip_train", "torch.utils.data")
-    undo = apply([Patch(*where, replace, RUN[where]) for where, replace in replacements.items()])
+    undo = apply([Patch(*where, replace) for where, replace in replacements.items()])
     try:
         yield
     finally:
@@ -218,7 +145,7 @@ def while_stepping(optimizer: Any, where: tuple[str, str], replace: Callable[[An
 
     def rebind(*_: Any) -> None:
         restore()  # after a step that failed, which has no post hook
-        undo.append(apply([Patch(*where, replace, STEP[where])]))
+        undo.append(apply([Patch(*where, replace)]))
 
     optimizer.register_step_pre_hook(rebind)
     optimizer.register_step_post_hook(restore)
@@ -234,8 +161,6 @@ def register() -> None:
     """
     if _undo_registration:
         return
-    import open_clip
-
     check_private_names("open_clip")
     _undo_registration.append(apply(REGISTRATION))
     open_clip.add_model_config(factory.MODEL_CONFIGS)
@@ -249,9 +174,7 @@ def unregister() -> None:
         return
     _undo_registration.pop()()
     shipped.remove_shipped()
-    baseline_configs.remove_baselines()
-    from open_clip import factory as open_clip_factory
-
-    open_clip_factory._MODEL_CONFIG_PATHS.remove(factory.MODEL_CONFIGS)
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(factory.MODEL_CONFIGS)
     for path in factory.MODEL_CONFIGS.glob("*.json"):
-        open_clip_factory._MODEL_CONFIGS.pop(path.stem, None)
+        for prefix in ("", *baseline_configs.BASELINES):
+            open_clip.factory._MODEL_CONFIGS.pop(prefix + path.stem, None)

@@ -7,12 +7,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_clip.factory import get_model_config
-
 from open_clip_ov2.argv import is_given
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.flags import NATIVE, TrainOptions
-from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY
+from open_clip_ov2.openclip.models.factory import is_contrastive
 
 NOT_NATIVE = {
     "--force-patch-dropout": "it drops equally many patches of each image; --keep-ratio drops after the encoder",
@@ -26,11 +24,9 @@ def data_kind(args: argparse.Namespace, train: bool) -> str | None:
     """`webdataset`, `csv` or `synthetic`, from --dataset-type or the file's suffix, as OpenCLIP does it; None if there
     is no such data. Raises UserError."""
     path, asked = args.train_data if train else args.val_data, args.dataset_type
-    if asked == "synthetic":
-        if train:
-            return asked
-        asked = "auto"
-    if not path or asked != "auto":
+    if asked == "synthetic" and train:
+        return asked
+    if not path or asked not in ("auto", "synthetic"):
         return asked if path else None
     ending = path.rsplit(".", 1)[-1].rstrip("'\"")
     if path.startswith("pipe:") or ending in ("tar", "gz", "tgz"):
@@ -80,5 +76,5 @@ def check_aspect(argv: Sequence[str], options: TrainOptions, args: argparse.Name
             raise UserError(f"{flag} with --aspect {NATIVE}: {why}")
     if args.aug_cfg.get("use_timm"):
         raise UserError(f"--aug-cfg use_timm=True with --aspect {NATIVE}: timm's crop gives squares; leave it out")
-    if (get_model_config(args.model) or {}).get(CONTRASTIVE_KEY):
+    if is_contrastive(args.model):
         raise UserError(f"--aspect {NATIVE}: the contrastive loss of {args.model} takes images of one shape")

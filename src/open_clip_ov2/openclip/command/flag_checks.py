@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from open_clip.factory import get_model_config
-
 from open_clip_ov2.argv import is_given
 from open_clip_ov2.data import storage
 from open_clip_ov2.errors import UserError, naming
@@ -86,8 +84,7 @@ def check_stage(
 ) -> None:
     """Check the flags of one stage: `argv`, and what the two parsers made of it. `gpu`: whether the machine that will
     run it has one. Raises UserError."""
-    _check_device(theirs, gpu)
-    _check_compute(options, theirs, gpu and theirs.device != "cpu")
+    _check_compute(options, theirs, gpu)
     _check_values(theirs, options)
     _refuse(argv, REFUSED)
     if needs_data:
@@ -108,7 +105,7 @@ def check_stage(
     _check_training(argv, options, theirs)
     is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
     if is_ov2:
-        both = _is_contrastive(theirs.model) and theirs.local_loss and theirs.gather_with_grad  # as it always does
+        both = theirs.local_loss and theirs.gather_with_grad and factory.is_contrastive(theirs.model)
         refused = {name: why for name, why in REFUSED_OV2.items() if not (both and name in ALWAYS_BOTH)}
         _refuse(argv, refused, f" with --model {theirs.model}")
     else:
@@ -121,31 +118,6 @@ def check_stage(
         factory.check_named_size(theirs.model, theirs.force_image_size)
     except ValueError as error:
         raise UserError(f"--force-image-size: {error}") from None
-
-
-def _is_contrastive(model: str) -> bool:
-    return bool((get_model_config(model) or {}).get(factory.CONTRASTIVE_KEY))
-
-
-def _check_contrastive(options: TrainOptions, theirs: argparse.Namespace) -> None:
-    accumulates = f"--accum-freq {theirs.accum_freq}" if options.tokens_per_step is None else "--tokens-per-step"
-    several = theirs.accum_freq > 1 or options.tokens_per_step is not None
-    if several and _is_contrastive(theirs.model):
-        raise UserError(
-            f"{accumulates}: a contrastive loss compares all pairs of a batch, and --model "
-            f"{theirs.model} has them in one pass; give a larger --batch-size, or leave the flag out"
-        )
-
-
-def _check_captions(options: TrainOptions) -> None:
-    """Raises UserError for a set that no key reads."""
-    read = {key.entry for key in (*options.caption_keys, *(options.prompt_keys or ()))}
-    for one in options.captions:
-        if one.name not in read:
-            raise UserError(
-                f"--captions {one}: no caption is read from it; add it to --caption-keys, for example "
-                f"--caption-keys '{one.name}:caption=0.8,txt=0.2'"
-            )
 
 
 def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
@@ -190,17 +162,26 @@ def check_stages(stages: Sequence[TrainOptions], carry_optimizer: bool) -> None:
 
 
 def _check_values(theirs: argparse.Namespace, options: TrainOptions) -> None:
-    _check_captions(options)
+    entries = {key.entry for key in (*options.caption_keys, *(options.prompt_keys or ()))}
+    for one in options.captions:
+        if one.name not in entries:
+            raise UserError(
+                f"--captions {one}: no caption is read from it; add it to --caption-keys, for example "
+                f"--caption-keys '{one.name}:caption=0.8,txt=0.2'"
+            )
     for name, read in _READERS.items():
-        value = getattr(theirs, name)
-        if value is not None:
-            try:
+        if (value := getattr(theirs, name)) is not None:
+            with naming(_flag(name)):
                 read(value)
-            except UserError as error:
-                raise UserError(f"{_flag(name)}: {error}") from None
     if theirs.lr is None:
         raise UserError(f"--opt {theirs.opt}: OpenCLIP has a default learning rate for AdamW alone; give --lr")
-    _check_contrastive(options, theirs)
+    tokens = options.tokens_per_step is not None
+    if (tokens or theirs.accum_freq > 1) and factory.is_contrastive(theirs.model):
+        raise UserError(
+            f"{'--tokens-per-step' if tokens else f'--accum-freq {theirs.accum_freq}'}: a contrastive loss compares "
+            f"all pairs of a batch, and --model {theirs.model} has them in one pass; give a larger --batch-size, or "
+            "leave the flag out"
+        )
 
 
 def _flag(name: str) -> str:
@@ -213,16 +194,14 @@ def _refuse(argv: Sequence[str], refused: Mapping[str, str], where: str = "") ->
             raise UserError(f"{_flag(name)}{where}: {why}")
 
 
-def _check_device(theirs: argparse.Namespace, gpu: bool) -> None:
+def _check_compute(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
+    """Flags of the device, of kernels, and of what is kept for the backward pass. `gpu`: whether there is one."""
     if theirs.device.startswith("cuda") and not gpu:
         raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
-    if (theirs.device == "cpu" or not gpu) and theirs.precision in ("amp", "fp16", "pure_fp16"):
+    gpu = gpu and theirs.device != "cpu"
+    if not gpu and theirs.precision in ("amp", "fp16", "pure_fp16"):
         raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
-
-
-def _check_compute(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
-    """Flags of kernels, and of what is kept for the backward pass. `gpu`: whether the run is on one."""
-    model, whole = get_model_config(theirs.model) or {}, options.compile_encoder != "blocks"
+    model, whole = factory.config_named(theirs.model), options.compile_encoder != "blocks"
     encoder = f"--compile-encoder {options.compile_encoder}"
     if not theirs.torchcompile and (whole or options.activation_memory_budget is not None):
         name = encoder if whole else "--activation-memory-budget"
@@ -233,12 +212,11 @@ def _check_compute(options: TrainOptions, theirs: argparse.Namespace, gpu: bool)
         raise UserError("--recompute-elementwise: --grad-checkpointing recomputes whole blocks; give one of the two")
     if options.fp8 and options.lora_rank:
         raise UserError("--fp8: adapters (--lora-rank) do not multiply in float8; give one of the two")
-    of_gpus = {
-        encoder: options.compile_encoder == "cuda-graphs",
-        f"--attention-kernel {options.attention_kernel}": options.attention_kernel is not None,
-        "--fp8 on": options.fp8 == "on",
-    }
-    for name, used in of_gpus.items():
+    for name, used in (
+        (encoder, options.compile_encoder == "cuda-graphs"),
+        (f"--attention-kernel {options.attention_kernel}", options.attention_kernel),
+        ("--fp8 on", options.fp8 == "on"),
+    ):
         if used and not gpu:
             raise UserError(f"{name}: needs a GPU")
 
@@ -252,10 +230,8 @@ def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transfor
         )
     if timm and options.decode == "fast":
         raise UserError("--decode fast: --aug-cfg use_timm=True needs whole images; leave --decode out")
-    obeyed = (
-        (None, "bicubic", "bilinear") if theirs.val_data and not data_kind(theirs, train=True) else (None, "bicubic")
-    )
-    if transform == "OpenCLIP" and not timm and interpolation not in obeyed:
+    validates = interpolation == "bilinear" and theirs.val_data and not data_kind(theirs, train=True)
+    if transform == "OpenCLIP" and not timm and interpolation not in (None, "bicubic") and not validates:
         raise UserError(
             f"--image-interpolation {interpolation}: OpenCLIP's training crop of {theirs.model} is bicubic whatever is "
             f"asked for; add --aug-cfg use_timm=True, or --augmentation {FAMILY} for the crop of ov2 models"
@@ -271,15 +247,13 @@ def check_eval(flags: str, theirs: argparse.Namespace) -> None:
     if not theirs.val_data:
         raise UserError("--eval: its tasks run at each validation, and there is no --val-data")
     options = options_of(flags, "--eval")
-    try:
-        check_tasks(options, theirs.model, abilities_of(get_model_config(theirs.model) or {}))
+    with naming("--eval"):
+        check_tasks(options, theirs.model, abilities_of(factory.config_named(theirs.model)))
         check_files(options)
         if options.aspect or options.max_tokens:
             raise UserError("--aspect, --max-tokens: images are those of the run; leave the flags out")
         if options.cache:
             raise UserError("--cache: features of a model in training cannot be cached; leave the flag out")
-    except UserError as error:
-        raise UserError(f"--eval: {error}") from None
 
 
 def check_pretrained(argv: Sequence[str], tokenizer: str | None, theirs: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.order.layout import Elastic, parse_elastic
 from open_clip_ov2.data.sidecars import CaptionSet, caption_sets
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.models.preprocess import color_jitter_cfg
+from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG
 from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import one_of, real, text, whole
 
@@ -217,7 +217,7 @@ class TrainOptions:
 
     def aug_cfg(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """--aug-cfg, on top of what --color-jitter stands for."""
-        return {**(color_jitter_cfg() if self.color_jitter else {}), **(given or {})}
+        return {**(COLOR_JITTER_CFG if self.color_jitter else {}), **(given or {})}
 
     def model_options(self) -> dict[str, Any]:
         """What `create_model` gets on top of the model's config."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,9 @@ from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
-from open_clip_ov2.openclip.command.fsdp_checks import check_fsdp
-from open_clip_ov2.openclip.command.run_config import run_config, signature
-from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
+from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan, run_config, signature
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
-from open_clip_ov2.openclip.command.stock_flags import check_model_name, check_needs
+from open_clip_ov2.openclip.command.stock_flags import check_fsdp, check_model_name, check_needs
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
@@ -69,10 +67,10 @@ def parse(
 def _name(args: argparse.Namespace, recipe: Recipe | None, config_signature: str) -> str:
     """The run's name: --name, or model, recipe and signature."""
     stem = f"-{recipe.source.stem}" if recipe and recipe.source and recipe.source.stem != args.model else ""
-    name = args.name or f"{args.model.replace('/', '-').replace(':', '-')}{stem}-{config_signature}"
+    name: str = args.name or f"{args.model.replace('/', '-').replace(':', '-')}{stem}-{config_signature}"
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"--name {name}: leads out of --logs {args.logs}; set the folder with --logs")
-    return str(name)
+    return name
 
 
 def _stages(
@@ -125,33 +123,25 @@ def _stage(
 
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:
-    with _one_line_errors():
-        try:
+    """By OpenCLIP's own parser, which prints its whole usage and exits; the error is its last line."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
             parsed = open_clip_parse_args(list(argv))
-        except (ValueError, SyntaxError) as error:  # its reader of --aug-cfg lets these pass
-            what = "expected KEY=VALUE ..., for example scale=(0.4,1.0) use_timm=True"
-            raise UserError(f"--aug-cfg: {what} ({first_line(error)})") from None
+    except (ValueError, SyntaxError) as error:  # its reader of --aug-cfg lets these pass
+        what = "expected KEY=VALUE ..., for example scale=(0.4,1.0) use_timm=True"
+        raise UserError(f"--aug-cfg: {what} ({first_line(error)})") from None
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        message = printed.getvalue().rpartition("error: ")[2].strip()
+        raise UserError(f"ov2 train: {message} (`ov2 train --help` lists the flags)") from None
     for word in argv:  # argparse would take an abbreviation, which nothing else here would recognize
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:].replace("-", "_") not in vars(parsed):
             known = [f"--{name.replace('_', '-')}" for name in vars(parsed)]
             raise UserError(f"ov2 train: {flag}: write flags in full{nearest(flag, known)}")
     return parsed
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """OpenCLIP's parser prints its whole usage and exits; we want the last line, as a UserError."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            yield
-    except SystemExit as error:
-        if not error.code:
-            raise
-        message = captured.getvalue().strip().splitlines()[-1:] or ["bad arguments"]
-        text = message[0].split("error: ", 1)[-1]
-        raise UserError(f"ov2 train: {text} (`ov2 train --help` lists the flags)") from None
 
 
 def help_text() -> str:

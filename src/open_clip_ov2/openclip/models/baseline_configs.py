@@ -99,10 +99,3 @@ def add_baselines(folder: Path = MODEL_CONFIGS) -> None:
         for prefix, config_of in BASELINES.items():
             open_clip_factory._MODEL_CONFIGS[prefix + path.stem] = config_of(config)
     open_clip_factory._rescan_model_configs()  # sorts
-
-
-def remove_baselines(folder: Path = MODEL_CONFIGS) -> None:
-    """Undo add_baselines."""
-    for path in folder.glob("*.json"):
-        for prefix in BASELINES:
-            open_clip_factory._MODEL_CONFIGS.pop(prefix + path.stem, None)

@@ -38,15 +38,15 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
         return _to_file(path, target)
     if target.suffix == ".npz":
         _refuse(source, options)
-        flat = _to_flax(caption_model(open_model(source)))
+        model = caption_model(open_model(source))
+        flat = to_flax(model.state_dict(), model.text_decoder.config.heads)
         write_npz(target, flat)
         return [f"{target}: {len(flat)} Flax parameters from {source}"]
     notes = []
     if path.suffix == ".npz" or (path.is_dir() and not (path / CONFIG).is_file()):
         length = options.get("context_length", CONTEXT_LENGTH)
         vocabulary = options.pop("tokenizer", None)
-        model = model_from_flax(read_flax(path), **options)
-        preprocess_cfg = ov2_preprocess_cfg({})
+        model, preprocess_cfg = _from_flax(read_flax(path), **options), ov2_preprocess_cfg({})
         tokenizer: Any = WordPieceTokenizer(vocabulary, length) if vocabulary else None
         if tokenizer is None:
             notes.append("no --tokenizer given: the folder has no vocabulary, so the model cannot write captions")
@@ -81,11 +81,7 @@ def _refuse(source: str, options: Mapping[str, Any], but: str = "") -> None:
             )
 
 
-def _to_flax(model: CaptionModel) -> dict[str, np.ndarray]:
-    return to_flax(model.state_dict(), model.text_decoder.config.heads)
-
-
-def model_from_flax(
+def _from_flax(
     flat: Mapping[str, np.ndarray],
     *,
     image_size: int = IMAGE_SIZE,

@@ -20,6 +20,7 @@ from open_clip_ov2.core import (
     CaptionModel,
     VisionModel,
     caption_targets,
+    image_features,
     num_kept,
 )
 from open_clip_ov2.core.candidates import candidate_nll
@@ -30,7 +31,6 @@ from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import eval_kept_idx
 from open_clip_ov2.evaluate.eval_model import Ability, EvalModel
-from open_clip_ov2.openclip.models.encoders import patch_tokens
 from open_clip_ov2.openclip.models.factory import OV2_ABILITIES, caption_model_class, is_ov2_config
 from open_clip_ov2.openclip.models.related import CocaImages, coca_captions, coca_nll
 from open_clip_ov2.openclip.models.tokenizer import decode_caption, most_prompt_ids, without_end
@@ -47,9 +47,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def as_eval_model(
     model: nn.Module, tokenizer: Any, compute: Compute, *, name: str | None = None, **more: Any
 ) -> EvalModel:
-    """`more`: the last fields of FeatureModel. Raises UserError for a model that is none of CaptionModel, VisionModel,
-    CoCa and CLIP.
-    """
+    """`more`: the last fields of FeatureModel. Raises UserError for a model of another kind."""
     model = unwrap(model).eval()
     kinds: list[tuple[Any, type[FeatureModel]]] = [
         (CaptionModel, Ov2Model), (CoCa, CocaModel), ((CLIP, CustomTextCLIP), ContrastModel),
@@ -107,22 +105,28 @@ class FeatureModel:
     def device(self) -> torch.device:
         return self.compute.device
 
-    @torch.no_grad()
     def pooled(self, images_BCHW: Images) -> Tensor:
         """What `encode_image` gives: CLIP's and CoCa's with their projection."""
         images = self.compute.pixels(images_BCHW)
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             return self.model.encode_image(images, normalize=False).float()
 
-    @torch.no_grad()
     def tokens(self, images_BCHW: Images, layer: int = -1) -> Tensor:
-        """Patch tokens after a block, without norm or pooler. Raises UserError for images that differ in their
-        number."""
+        """Patch tokens after a block, without norm or pooler; of timm's encoders that are no ViTs the places of a feature
+        map. Raises UserError for images that differ in their number, and for an encoder that has neither."""
         if isinstance(images_BCHW, NativeImages):
             raise UserError("probes of patch tokens take images of one shape; give --aspect square")
-        images = self.compute.pixels(images_BCHW)
-        with self.compute.attention(), self.compute.autocast():
-            return patch_tokens(self.model.visual, images, layer, self.name).float()
+        images, visual = self.compute.pixels(images_BCHW), self.model.visual
+        with self.compute.evaluating():
+            if hasattr(visual, "transformer"):
+                return image_features(visual, images, layer=layer).float()
+            if not hasattr(getattr(visual, "trunk", None), "forward_intermediates"):
+                raise UserError(f"{self.name}: has no patch tokens; the ViTs of OpenCLIP and the encoders of timm have")
+            # Places by rows and columns: the layout that all of timm's encoders know.
+            (found_BDHW,) = visual.trunk.forward_intermediates(
+                images, indices=[layer], norm=False, intermediates_only=True, output_fmt="NCHW"
+            )
+        return found_BDHW.flatten(2).mT.float()
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         if "caption" not in self.abilities and "contrast" not in self.abilities:
@@ -149,25 +153,18 @@ class ContrastModel(FeatureModel):
 
     can: ClassVar[tuple[Ability, ...]] = ("features", "contrast")
 
-    @torch.no_grad()
     def contrast_images(self, images_BCHW: Images) -> Tensor:
         return nn.functional.normalize(self.pooled(images_BCHW), dim=-1)
 
-    @torch.no_grad()
     def contrast_texts(self, texts_CL: Tensor) -> Tensor:
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             texts_CD = self.model.encode_text(texts_CL.to(self.device), normalize=False)
         return nn.functional.normalize(texts_CD.float(), dim=-1)
 
 
-class _Captions:
+class _Captions(ContrastModel):
     """For models that caption: prompts of unequal length in groups, ids to text."""
 
-    model: Any
-    tokenizer: Any
-    compute: Compute
-
-    @torch.no_grad()
     def generate(
         self, images_BCHW: Images, keys: Sequence[str], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[str]:
@@ -189,7 +186,7 @@ class _Captions:
                 options["seq_len"] = min(length + new, self.model.context_length)
             if sampling is not None:
                 options["logits_processor"] = RowSampler([sampling[row] for row in rows])
-            with self.compute.attention(), self.compute.autocast():
+            with self.compute.evaluating():
                 out_BT = self._continued(images, [keys[row] for row in rows], prompt_BT, **options)
             bos_id = int(prompt_BT[0, 0])
             places = [row * each + number for row in rows for number in range(each)]
@@ -202,7 +199,7 @@ class _Captions:
 
 
 @dataclass(frozen=True)
-class Ov2Model(_Captions, ContrastModel):
+class Ov2Model(_Captions):
     """An ov2 model with its decoder; token dropping by key. What else it can do depends on its class."""
 
     def with_keep_ratio(self, keep_ratio: float) -> EvalModel:
@@ -225,20 +222,18 @@ class Ov2Model(_Captions, ContrastModel):
         kept_BN = torch.zeros(len(keys), rows * columns, dtype=torch.bool).scatter_(1, kept_BK, True)
         return kept_BN.view(-1, rows, columns)
 
-    @torch.no_grad()
     def loss_sums(self, images_BCHW: Images, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         images = self.compute.pixels(images_BCHW)
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             captions = self.compute.packed(texts_BL, images).to(self.device)
             kept_idx = eval_kept_idx(self.model, keys, self.keep_ratio, images)
             sums = self.model(images, kept_idx=kept_idx, captions=captions, caption_loss=CaptionLoss())
         return float(sums.nll), float(sums.num_targets)
 
-    @torch.no_grad()
     def prefix(self, images_BCHW: Images, keys: Sequence[str]) -> list[tuple[list[int], DecoderCache]]:
         """Of images of equal size together, with their places in the batch."""
         caches = []
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             for _, rows in _alike(_sizes(images_BCHW)):
                 images = self.compute.pixels(images_BCHW[rows])
                 kept_idx = eval_kept_idx(self.model, [keys[row] for row in rows], self.keep_ratio, images)
@@ -246,9 +241,8 @@ class Ov2Model(_Captions, ContrastModel):
                 caches.append((rows, self.model.text_decoder.image_cache(kept_BKD)))
         return caches
 
-    @torch.no_grad()
     def nll(self, prefix: list[tuple[list[int], DecoderCache]], texts_CL: Tensor) -> Tensor:
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             parts = [
                 candidate_nll(self.model.text_decoder, cache, texts_CL, self.compute.eos_id) for _, cache in prefix
             ]
@@ -261,27 +255,24 @@ class Ov2Model(_Captions, ContrastModel):
 
 
 @dataclass(frozen=True)
-class CocaModel(_Captions, ContrastModel):
+class CocaModel(_Captions):
     """Stock CoCa through its own forward; images encoded once."""
 
     can: ClassVar[tuple[Ability, ...]] = ("features", "caption", "contrast")
 
-    @torch.no_grad()
     def loss_sums(self, images_BCHW: Images, texts_BL: Tensor, keys: Sequence[str]) -> tuple[float, float]:
         images, texts = self.compute.pixels(images_BCHW), texts_BL.to(self.device)
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             logits = self.model(images, texts)["logits"][:, : texts.shape[1] - 1]  # aligned with texts[:, 1:]
             sums = CaptionLoss()(logits, caption_targets(texts, self.compute.eos_id))
         return float(sums.nll), float(sums.num_targets)
 
-    @torch.no_grad()
     def prefix(self, images_BCHW: Images, keys: Sequence[str]) -> CocaImages:
         images = self.compute.pixels(images_BCHW)
-        with self.compute.attention(), self.compute.autocast():
+        with self.compute.evaluating():
             out = self.model(images)
         return CocaImages(out["image_features"], out["image_embs"])
 
-    @torch.no_grad()
     def nll(self, prefix: CocaImages, texts_CL: Tensor) -> Tensor:
         return coca_nll(self.model, self.compute, prefix, texts_CL)
 

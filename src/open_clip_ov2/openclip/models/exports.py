@@ -59,10 +59,9 @@ def export(
         if source.startswith(HUB) or shipped_folder(source) is not None:
             raise UserError(f"--out is missing: {source} is not a folder of yours to write into")
         out = run.folder / "export" / to
+    names = (out.resolve().name, run.folder.resolve().name, out.name)
     with new_folder(out) as folder:
-        lines = _write(run, target, folder, out.resolve().name, options)
-        _write_card(run, target, folder, run.folder.resolve().name, out.name, license, dataset)
-    return out, lines
+        return out, _write(run, target, folder, options, *names, license=license, dataset=dataset)
 
 
 def push(
@@ -79,31 +78,27 @@ def push(
     """Lines for the user, the last one with the commit's URL, or with `dry_run`, where all was written instead."""
     target, run = target_of(to), open_model(source, image_size=image_size)
     with new_folder(dry_run) if dry_run else tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        lines = _write(run, target, folder, repository, {})
-        _write_card(run, target, folder, repository.split("/")[1], repository, license, dataset)
+        folder, names = Path(temporary), (repository, repository.split("/")[1], repository)
+        lines = _write(run, target, folder, {}, *names, license=license, dataset=dataset)
         done = f"not pushed; what would be: {dry_run}" if dry_run else f"pushed: {upload(folder, repository, private)}"
     return [*lines, done]
 
 
-def _write(run: LoadedModel, target: Target, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
+def _write(
+    run: LoadedModel, target: Target, folder: Path, options: dict[str, Any], name: str, title: str, location: str,
+    **about: str | None,
+) -> list[str]:  # fmt: skip
+    """Write what the target writes of a model of this name, and the model card. Returns lines for the user."""
     source = export_source(run, name)
     with stock_patches(source.visual):  # OpenCLIP's own convolution, which exporters know
         lines = list(target.write(source, folder, **options) or ())
-    if run.max_tokens is None or target is WHOLE_TARGET:
-        return lines
-    height, width = source.encoder.image_size
-    return [*lines, ONE_SHAPE.format(target=target.name, height=height, width=width)]
-
-
-def _write_card(
-    run: LoadedModel, target: Target, folder: Path, title: str, location: str, license: str | None, dataset: str | None
-) -> None:
-    """Write FOLDER/README.md."""
-    at = CheckpointName.of(run.checkpoint.name)
+    if run.max_tokens is not None and target is not WHOLE_TARGET:
+        height, width = source.encoder.image_size
+        lines.append(ONE_SHAPE.format(target=target.name, height=height, width=width))
+    at, encoder = CheckpointName.of(run.checkpoint.name), encoder_of(run.model, run.preprocess_cfg)
     facts = run_facts(run.folder, at.stage if at else None, at.samples_seen if at and not at.done else None)
-    encoder = encoder_of(run.model, run.preprocess_cfg)
-    card(title, location, target, encoder, facts, license=license, dataset=dataset).save(folder / "README.md")
+    card(title, location, target, encoder, facts, **about).save(folder / "README.md")
+    return lines
 
 
 def export_source(run: LoadedModel, name: str) -> ExportSource:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip import factory as open_clip_factory
 from open_clip import model as open_clip_model
@@ -30,7 +28,7 @@ OV2_ABILITIES: dict[type, tuple[Ability, ...]] = {
     OneTransformerModel: ("features", "caption"),
 }
 _DECODER_OPTIONS = {"fusion", "keep_ratio", "eval_keep_ratio"}
-_TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "cast_dtype", "output_dict"}
+_TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", DECODER_KEY, "cast_dtype"}
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 # With these, OpenCLIP's VisionTransformer is the reference's (docs/reference.md, "Released encoder checkpoints").
 VISION_FIXED = {
@@ -52,13 +50,18 @@ def is_ov2_config(config: Mapping[str, Any] | None) -> bool:
     return config is not None and DECODER_KEY in config
 
 
+def config_named(model_name: str) -> dict[str, Any]:
+    """The config of a name of OpenCLIP's registry, a folder or the hub; empty if there is none."""
+    return open_clip_factory.get_model_config(model_name) or {}
+
+
 def is_ov2_model(model_name: str) -> bool:
-    """Whether a name known to OpenCLIP's registry is an ov2 model."""
-    return is_ov2_config(open_clip_factory.get_model_config(model_name))
+    return is_ov2_config(config_named(model_name))
 
 
-def known_models() -> list[str]:
-    return open_clip.list_models()
+def is_contrastive(model_name: str) -> bool:
+    """Whether it is an ov2 model with a contrastive loss beside its caption loss."""
+    return bool(config_named(model_name).get(CONTRASTIVE_KEY))
 
 
 def is_vision_only(config: Mapping[str, Any]) -> bool:
@@ -85,22 +88,14 @@ def build_caption_model(**config: Any) -> CaptionModel:
     check_image_size(config["vision_cfg"]["image_size"], config["vision_cfg"]["patch_size"])
     visual = _vision_tower(config, config["vision_cfg"])
     init_vision(visual)
-    decoder_cfg = {**config[DECODER_KEY]}
-    if "fusion" in config:
-        decoder_cfg["fusion"] = config["fusion"]
-    check_keys("decoder_cfg", decoder_cfg, _names(DecoderConfig))
-    check_keys("text_cfg", config["text_cfg"], _names(TextConfig) | _TOKENIZER_KEYS)
+    decoder_cfg = {**config[DECODER_KEY], **({"fusion": config["fusion"]} if "fusion" in config else {})}
+    check_keys("decoder_cfg", decoder_cfg, DecoderConfig.__dataclass_fields__)
+    check_keys("text_cfg", config["text_cfg"], {*TextConfig.__dataclass_fields__, *_TOKENIZER_KEYS})
     text_cfg = {key: value for key, value in config["text_cfg"].items() if key not in _TOKENIZER_KEYS}
-    parts: tuple[Any, ...] = (visual, DecoderConfig(**decoder_cfg), TextConfig(**text_cfg))
-    options = {
-        "keep_ratio": KeepRatio.of(config.get("keep_ratio", 0.35)),
-        "eval_keep_ratio": config.get("eval_keep_ratio"),
-        "output_dict": config.get("output_dict", True),
-    }
-    kind = caption_model_class(config)
-    if kind is ContrastiveCaptionModel:
-        options["text_tower"] = _text_tower(config)
-    return kind(*parts, **options)
+    kind, ratio = caption_model_class(config), KeepRatio.of(config.get("keep_ratio", 0.35))
+    more: dict[str, Any] = {"text_tower": _text_tower(config)} if kind is ContrastiveCaptionModel else {}
+    decoder, text = DecoderConfig(**decoder_cfg), TextConfig(**text_cfg)
+    return kind(visual, decoder, text, keep_ratio=ratio, eval_keep_ratio=config.get("eval_keep_ratio"), **more)
 
 
 def caption_model_class(config: Mapping[str, Any]) -> type[CaptionModel]:
@@ -123,8 +118,8 @@ def build_vision_model(**config: Any) -> VisionModel:
     options = _DECODER_OPTIONS if DECODER_KEY in config else set()  # options of the decoder have no effect here
     check_keys("model config", config, _TOP_KEYS | {"position_table"} | options)
     visual = _vision_tower(config, complete_vision_cfg(config["vision_cfg"]))
-    given = {key: config[key] for key in ("position_table", "output_dict") if config.get(key) is not None}
-    model: Any = VisionModel(visual, **given)
+    table = config.get("position_table")
+    model: Any = VisionModel(visual) if table is None else VisionModel(visual, position_table=table)
     model.alone_by_layout = DECODER_KEY not in config  # a file may then hold a text tower, which weights.py refuses
     model.reset_position_table()
     return model
@@ -169,14 +164,10 @@ def check_image_size(image_size: int | Sequence[int], patch_size: int) -> None:
 def check_named_size(model_name: str, image_size: int | Sequence[int] | None) -> None:
     """`check_image_size` for a ViT of OpenCLIP's registry or a folder, unless the size is the model's own. Raises
     ValueError."""
-    vision = (open_clip_factory.get_model_config(model_name) or {}).get("vision_cfg", {})
+    vision = config_named(model_name).get("vision_cfg", {})
     patch_size = vision.get("patch_size")
     if image_size is not None and isinstance(patch_size, int) and image_size != vision.get("image_size"):
         check_image_size(image_size, patch_size)
-
-
-def _names(kind: type) -> set[str]:
-    return {field.name for field in fields(kind)}
 
 
 def check_keys(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -211,7 +202,8 @@ def init_vision(visual: nn.Module) -> None:
 
 
 def dispatch_model_class(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """What patches.py puts in the place of OpenCLIP's CLIP and CustomTextCLIP."""
+    """create_model takes the class from its module's globals: a config with decoder_cfg becomes a CaptionModel, and a
+    released vision-only config a VisionModel, for which OpenCLIP builds a text tower that has no weights."""
 
     def model_class(*args: Any, **kwargs: Any) -> nn.Module:
         if not args and is_vision_only(kwargs):

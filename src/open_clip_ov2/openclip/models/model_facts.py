@@ -9,13 +9,13 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip import factory as open_clip_factory
 from open_clip.coca_model import CoCa
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.openclip.models.factory import config_named
 from open_clip_ov2.openclip.models.related import OneTransformerModel
 from open_clip_ov2.openclip.models.tokenizer import REFERENCE_VOCAB_SIZE, text_cfg_for, text_options
 from open_clip_ov2.quiet import quiet
@@ -62,7 +62,7 @@ def model_facts(
     name: str, *, context_length: int | None = None, tokenizer: str | None = None, **options: Any
 ) -> ModelFacts:
     """Facts of a model that OpenCLIP can create; `options` as for `meta_model`. Raises UserError."""
-    config = open_clip_factory.get_model_config(name) or {}
+    config = config_named(name)
     if config.get("text_cfg", {}).get("hf_model_name"):  # building it would ask the hub
         raise UserError(f"--model {name}: costs are known for OpenCLIP's own text towers, which this model has not")
     if tokenizer:
@@ -99,14 +99,14 @@ def facts_of(name: str, model: Any) -> ModelFacts:
     if not isinstance(model.visual, VisionTransformer):
         raise UserError(f"--model {name}: costs are known for plain ViTs, which its image tower is not")
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    ratio = model.token_drop.keep_ratio if isinstance(model, CaptionModel) else None
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ratio, size = model.token_drop.keep_ratio if isinstance(model, CaptionModel) else None, model.visual.image_size
     return ModelFacts(
         sizes=_sizes(model, text),
         parameters=_parameters(model),
-        trained=sum(count for count, trained in counts if trained),
-        frozen=sum(count for count, trained in counts if not trained),
-        resolution=_side(model.visual.image_size),
+        trained=trained,
+        frozen=sum(parameter.numel() for parameter in model.parameters()) - trained,
+        resolution=int(size[0] if isinstance(size, (tuple, list)) else size),
         context_length=_context_length(name, model),
         keep_ratio=(ratio.low, ratio.high) if ratio else None,
         patch_dropout=float(getattr(model.visual.patch_dropout, "prob", 0.0)),
@@ -122,13 +122,10 @@ def _context_length(name: str, model: Any) -> int:
     return forced
 
 
-def _side(image_size: Any) -> int:
-    return int(image_size[0] if isinstance(image_size, (tuple, list)) else image_size)
-
-
 def _sizes(model: Any, text: Any) -> ModelSizes:
-    contrastive = text is not None
-    encoder = _encoder(model.visual, trained_head=contrastive)
+    visual, contrastive = model.visual, text is not None
+    blocks, patch_size = _tower(visual.transformer.resblocks), visual.conv1.kernel_size[0]
+    encoder = Encoder(blocks, patch_size, *visual.proj.shape, contrastive)  # its head is trained with a text encoder
     tower = _tower(text.transformer.resblocks) if contrastive else None
     if isinstance(model, CaptionModel):
         decoder, one = model.text_decoder, isinstance(model, OneTransformerModel)
@@ -136,15 +133,8 @@ def _sizes(model: Any, text: Any) -> ModelSizes:
         return ModelSizes(encoder, head, _tower(decoder.blocks), tower, fusion, one_transformer=one)
     if not isinstance(model, CoCa):
         return ModelSizes(encoder, int(text.token_embedding.num_embeddings), text=tower)
-    vocab, queries = model.text_decoder.text_projection.shape[1], model.visual.attn_pool.query.shape[0]
+    vocab, queries = model.text_decoder.text_projection.shape[1], visual.attn_pool.query.shape[0]
     return ModelSizes(encoder, vocab, _tower(model.text_decoder.resblocks), tower, queries=queries)
-
-
-def _encoder(visual: Any, trained_head: bool) -> Encoder:
-    pooled_width, embed_dim = visual.proj.shape
-    return Encoder(
-        _tower(visual.transformer.resblocks), visual.conv1.kernel_size[0], pooled_width, embed_dim, trained_head
-    )
 
 
 def _tower(blocks: Any) -> Tower:

@@ -45,7 +45,8 @@ OF_IMAGES = ("image size", "mean", "std", "interpolation", "resize mode")
 
 
 def create_with_own_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What patches.py puts in the place of OpenCLIP's create_model."""
+    """A checkpoint brings its own config, a run's folder its newest weights; pretrained_image_path must fit an ov2 model,
+    and OpenCLIP loads it with strict=False and only logs its errors."""
 
     def create_model(
         model_name: str, pretrained: str | None = None, load_weights: bool = True, *args: Any, **kwargs: Any
@@ -76,7 +77,7 @@ def create_with_own_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_and_tell(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What patches.py puts in the place of OpenCLIP's public load_checkpoint, which gets a model that exists."""
+    """The same as `load_strictly` under its public name; what the model has otherwise than the checkpoint is logged."""
     load = load_strictly(original)
 
     def load_checkpoint(model: Any, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:

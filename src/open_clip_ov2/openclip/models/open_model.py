@@ -43,8 +43,8 @@ RANDOM = "random"  # weights as a model of this name starts with: the floor unde
 
 @dataclass
 class LoadedModel:
-    """A trained model in evaluation mode with its preprocessing and tokenizer, and where it was found. `max_tokens`: of
-    one that was trained with images that keep their shapes (--aspect native); `preprocess` makes squares even so."""
+    """A trained model in evaluation mode, and where it was found. `max_tokens`: of one that was trained with --aspect
+    native; `preprocess` makes squares even so."""
 
     model: nn.Module
     preprocess: Any
@@ -68,12 +68,6 @@ class Where:
     pretrained: str | None = None
     config: OwnConfig | None = None
 
-    def opened(self) -> contextlib.AbstractContextManager[str]:
-        """The name by which OpenCLIP gives model, weights, preprocessing and tokenizer."""
-        if self.checkpoint is None or self.config is None:
-            return contextlib.nullcontext(self.name)
-        return as_folder(self.checkpoint, self.config)
-
 
 def open_model(
     source: str | Path,
@@ -91,61 +85,52 @@ def open_model(
     With a caption decoder if there is one.
     """
     where = locate(str(source))
-    options: dict[str, Any] = {} if position_table is None else {"position_table": position_table}
     try:
-        with where.opened() as name:
-            try:
-                check_named_size(name, image_size)
-            except ValueError as error:
-                raise UserError(f"{error} (the model is {source})") from None
-            model = _create(name, where.pretrained, force_image_size=image_size, **options)
-            tokenizer = open_clip.get_tokenizer(name)
-        if isinstance(model, VisionModel):
-            model, tokenizer = _with_decoder(model, tokenizer, where)
+        model, tokenizer = _opened(where, str(source), image_size, position_table)
         model.to(torch.device(device)).eval()
     except UserError:
         raise
     except Exception as error:
-        raise _cannot_be_loaded(where.checkpoint or source, error) from error
-    folder, checkpoint = where.folder, where.checkpoint
+        what, line = where.checkpoint or source, first_line(error)
+        if line.startswith(str(what)):
+            raise UserError(line) from error
+        why = why_unreadable(what, error) if isinstance(what, Path) else line  # torch's own, for a model of OpenCLIP's
+        raise UserError(f"{what}: cannot be loaded ({why})") from error
+    folder, checkpoint, own = where.folder, where.checkpoint, where.config
     if where.pretrained is not None:
         folder, checkpoint = Path(), Path(where.pretrained)
     elif folder is None:
-        folder = Path(_hub_file(where.name, CONFIG)).parent
-    preprocess_cfg = dict(model.visual.preprocess_cfg)
-    transform, tokens = eval_transform(preprocess_cfg), _max_tokens(where, folder)
-    return LoadedModel(model, transform, tokenizer, preprocess_cfg, folder, checkpoint or folder, tokens)
-
-
-def _max_tokens(where: Where, folder: Path) -> int | None:
-    """Of one image, as the configuration says that the weights brought along."""
-    own = where.config
+        folder = _hub_file(where.name, CONFIG).parent
     if own is None and where.pretrained is None and (folder / CONFIG).is_file():
         own = config_in(folder)
-    return own.max_tokens if own else None
+    preprocess_cfg, max_tokens = dict(model.visual.preprocess_cfg), own.max_tokens if own else None
+    transform = eval_transform(preprocess_cfg)
+    return LoadedModel(model, transform, tokenizer, preprocess_cfg, folder, checkpoint or folder, max_tokens)
 
 
-def _create(name: str, pretrained: str | None, **options: Any) -> Any:
-    if pretrained != RANDOM:
-        return open_clip.create_model(name, pretrained, require_pretrained=True, **options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return open_clip.create_model(name, **options)
-
-
-def _cannot_be_loaded(what: str | Path, error: Exception) -> UserError:
-    line = first_line(error)
-    if line.startswith(str(what)):
-        return UserError(line)
-    why = why_unreadable(what, error) if isinstance(what, Path) else line  # torch's own, for a model of OpenCLIP's
-    return UserError(f"{what}: cannot be loaded ({why})")
+def _opened(where: Where, source: str, image_size: Any, position_table: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, by whatever OpenCLIP raises."""
+    by_name = contextlib.nullcontext(where.name)
+    with as_folder(where.checkpoint, where.config) if where.checkpoint and where.config else by_name as name:
+        try:
+            check_named_size(name, image_size)
+        except ValueError as error:
+            raise UserError(f"{error} (the model is {source})") from None
+        options = {"force_image_size": image_size}
+        if position_table is not None:
+            options["position_table"] = position_table
+        if where.pretrained == RANDOM:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = open_clip.create_model(name, **options)
+        else:
+            model = open_clip.create_model(name, where.pretrained, require_pretrained=True, **options)
+        tokenizer = open_clip.get_tokenizer(name)
+    return _with_decoder(model, tokenizer, where) if isinstance(model, VisionModel) else (model, tokenizer)
 
 
 def create_caption_model(source: str, **options: Any) -> tuple[CaptionModel, Callable[..., Any], Any]:
-    """(model, preprocess, tokenizer) of a model that captions; `source` and `options` as for `open_model`.
-
-    For the released checkpoints this is the encoder with the caption decoder that lies beside it.
-    """
+    """(model, preprocess, tokenizer) of a model that captions; `source` and `options` as for `open_model`."""
     run = open_model(source, **options)
     return caption_model(run), run.preprocess, run.tokenizer
 
@@ -196,8 +181,8 @@ def _named_file(name: str, pretrained: str) -> Where:
     return Where(name, config.folder or file.parent, file, config=config)
 
 
-def _hub_file(name: str, file: str) -> str:
-    return open_clip_factory.download_pretrained_from_hf(name.removeprefix(HUB), filename=file)
+def _hub_file(name: str, file: str) -> Path:
+    return Path(open_clip_factory.download_pretrained_from_hf(name.removeprefix(HUB), filename=file))
 
 
 def _with_decoder(model: VisionModel, tokenizer: Any, where: Where) -> tuple[nn.Module, Any]:
@@ -208,8 +193,7 @@ def _with_decoder(model: VisionModel, tokenizer: Any, where: Where) -> tuple[nn.
         return model, tokenizer
     if not (folder / VOCAB_FILE).is_file():
         raise UserError(f"{folder}: a caption decoder without its vocabulary, {VOCAB_FILE}")
-    captioner = add_decoder(model, folder)
-    return captioner, WordPieceTokenizer(folder / VOCAB_FILE, CONTEXT_LENGTH)
+    return add_decoder(model, folder), WordPieceTokenizer(folder / VOCAB_FILE, CONTEXT_LENGTH)
 
 
 def _fetch_decoder(name: str) -> Path | None:

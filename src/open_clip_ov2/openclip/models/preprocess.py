@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -28,15 +29,13 @@ logger = logging.getLogger(__name__)
 
 CROP_AREA = (0.4, 1.0)  # docs/reference.md: inception crop, area 40% to 100%
 # SimCLR's jitter (arXiv 2002.05709, appendix A) at strength 0.4, each with its probability.
-JITTER = (0.32, 0.32, 0.32, 0.08)
-JITTER_PROBABILITY, GREY_PROBABILITY = 0.8, 0.2
+JITTER, JITTER_PROBABILITY = (0.32, 0.32, 0.32, 0.08), 0.8
+COLOR_JITTER_CFG = {"color_jitter": JITTER, "color_jitter_prob": JITTER_PROBABILITY, "gray_scale_prob": 0.2}
 
 
 class Ov2Interpolation(str):
-    """The interpolation of an ov2 model; its type tells OpenCLIP's transforms whose crop to use.
-
-    It travels in `preprocess_cfg`, so the right crop comes out however the model was made.
-    """
+    """The interpolation of an ov2 model. Its type, which travels in `preprocess_cfg`, tells OpenCLIP's transforms whose
+    crop to use, however the model was made."""
 
 
 def ov2_preprocess_cfg(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +56,8 @@ def ov2_preprocess_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def train_transform(cfg: PreprocessCfg, aug_cfg: Any = None) -> T.Compose:
     """PIL image -> normalized float32 `(3, H, W)`, cropped at random from torch's default generator."""
     crop = _random_crop(cfg.size, cfg.interpolation, aug_cfg, fast=False)
-    to_float = T.ConvertImageDtype(torch.float32)
-    return T.Compose([T.Lambda(_to_rgb), crop, to_float, T.Normalize(mean=cfg.mean, std=cfg.std)])
+    to_rgb, to_float = methodcaller("convert", "RGB"), T.ConvertImageDtype(torch.float32)
+    return T.Compose([to_rgb, crop, to_float, T.Normalize(mean=cfg.mean, std=cfg.std)])
 
 
 def eval_transform(preprocess_cfg: Mapping[str, Any], budget: TokenBudget | None = None) -> T.Compose:
@@ -94,10 +93,7 @@ def native_budget(model: Any, max_tokens: int | None) -> TokenBudget:
 
 
 def train_crop(
-    preprocess_cfg: Mapping[str, Any],
-    aug_cfg: Mapping[str, Any] | None,
-    fast: bool,
-    budget: TokenBudget | None = None,
+    preprocess_cfg: Mapping[str, Any], aug_cfg: Mapping[str, Any] | None, fast: bool, budget: TokenBudget | None = None
 ) -> RandomCrop | None:
     """`train_transform` up to its floats, for our loader: the same draws, uint8. None for timm's augmentation. With a
     budget the box has the image's own ratio, times one that is drawn as that of a square's box."""
@@ -108,15 +104,13 @@ def train_crop(
 
 def _random_crop(size: Any, interpolation: str, aug_cfg: Any, fast: bool) -> RandomCrop:
     """Raises ValueError for an augmentation that this crop does not have."""
-    if isinstance(aug_cfg, AugmentationCfg):
-        aug = aug_cfg
-    else:
+    if not isinstance(aug_cfg, AugmentationCfg):
         check_aug_cfg(aug_cfg or {}, "ov2")
-        aug = AugmentationCfg(**{"scale": CROP_AREA, **(aug_cfg or {})})
-    keeps_shape = isinstance(size, TokenBudget)
-    draw = partial(_draw_box, scale=tuple(aug.scale), ratio=tuple(aug.ratio or (3 / 4, 4 / 3)), of_image=keeps_shape)
+        aug_cfg = AugmentationCfg(**{"scale": CROP_AREA, **(aug_cfg or {})})
+    scale, ratio, keeps_shape = aug_cfg.scale, aug_cfg.ratio or (3 / 4, 4 / 3), isinstance(size, TokenBudget)
+    draw = partial(_draw_box, scale=tuple(scale), ratio=tuple(ratio), of_image=keeps_shape)
     sides = (size, size) if isinstance(size, int) else size if keeps_shape else (int(size[0]), int(size[1]))
-    return RandomCrop(sides, draw, _jitter(aug), fast, str(interpolation))
+    return RandomCrop(sides, draw, _jitter(aug_cfg), fast, str(interpolation))
 
 
 def _draw_box(
@@ -138,19 +132,6 @@ def _jitter(aug: AugmentationCfg) -> T.Compose | None:
     if aug.gray_scale_prob:
         steps.append(T.RandomGrayscale(p=aug.gray_scale_prob))
     return T.Compose(steps) if steps else None
-
-
-def _to_rgb(image: Any) -> Any:
-    return image.convert("RGB")
-
-
-def color_jitter_cfg() -> dict[str, Any]:
-    """The `aug_cfg` of `--color-jitter`."""
-    return {
-        "color_jitter": JITTER,
-        "color_jitter_prob": JITTER_PROBABILITY,
-        "gray_scale_prob": GREY_PROBABILITY,
-    }
 
 
 # --- which keys of --aug-cfg have an effect --------------------------------------------------------------
@@ -216,20 +197,20 @@ def check_aug_cfg(aug_cfg: Mapping[str, Any], transform: str) -> None:
             numbers = _AUGMENTATIONS[key](value)
             if (key, transform) == ("color_jitter", "OpenCLIP") and len(numbers) != 4:
                 raise UserError(f"{value}: OpenCLIP's transform expects 4 numbers")
+            if key in _UNUSED[transform]:
+                hint = "leave it or use_timm out" if transform == "timm" else "add use_timm=True"
+                raise UserError(f"{transform}'s transform ignores it; {hint}")
+            if (needed := _NEEDS[transform].get(key)) and needed not in given:
+                raise UserError(f"it has no effect without {needed}")
         except UserError as error:
             raise ValueError(f"augmentation {key}: {error}") from None
-        if key in _UNUSED[transform]:
-            hint = "leave it or use_timm out" if transform == "timm" else "add use_timm=True"
-            raise ValueError(f"augmentation {key}: {transform}'s transform ignores it; {hint}")
-        if (needed := _NEEDS[transform].get(key)) and needed not in given:
-            raise ValueError(f"augmentation {key}: it has no effect without {needed}")
 
 
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
 
 
 def leave_defaults_open(original: type[PreprocessCfg]) -> type[PreprocessCfg]:
-    """None marks what neither a call nor a config gives until it is known whose model it is."""
+    """None marks what neither a call nor a config gives until it is known whose model it is; OpenCLIP has its default."""
 
     @dataclass
     class OpenPreprocessCfg(original):
@@ -241,6 +222,8 @@ def leave_defaults_open(original: type[PreprocessCfg]) -> type[PreprocessCfg]:
 
 
 def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
+    """What is not given is ImageNet's mean and std and bilinear resizing for ov2 models, OpenCLIP's for all others."""
+
     def set_model_preprocess_cfg(model: nn.Module, preprocess_cfg: dict[str, Any]) -> None:
         if isinstance(model, (CaptionModel, VisionModel)):
             preprocess_cfg |= ov2_preprocess_cfg(preprocess_cfg)  # in place: OpenCLIP logs the same dict afterwards
@@ -254,6 +237,9 @@ def supply_preprocess_cfg(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def use_ov2_crop(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ov2 models get the crop and the interpolation they ask for; OpenCLIP crops 90 to 100% of the area, bicubic, and
+    resizes for images that are not square bicubic, whatever is asked for."""
+
     def image_transform_v2(cfg: PreprocessCfg, is_train: bool, aug_cfg: Any = None) -> Any:
         if not isinstance(cfg.interpolation, Ov2Interpolation):
             return original(cfg, is_train, aug_cfg)

@@ -35,7 +35,6 @@ from open_clip_ov2.core.model import KeptIdx
 from open_clip_ov2.core.native import Images, NativeImages
 from open_clip_ov2.core.packing import PackedCaptions
 from open_clip_ov2.core.rows import RaggedTokens
-from open_clip_ov2.core.vision import Outputs
 from open_clip_ov2.core.vit_fast import embedded
 from open_clip_ov2.errors import UserError
 
@@ -72,7 +71,7 @@ class ContrastiveCaptionModel(CaptionModel):
         captions: PackedCaptions | None = None,
         caption_loss: CaptionLoss | None = None,
         **drop: Any,
-    ) -> Outputs | CaptionLossSums:
+    ) -> dict[str, Tensor] | CaptionLossSums:
         """As CaptionModel's. With a loss that has `contrast`, `text` stands beside the packed captions, and the sums
         have the contrastive loss."""
         if image is None or text is None or captions is None or caption_loss is None or caption_loss.contrast is None:
@@ -201,7 +200,7 @@ def coca_nll(model: Any, compute: Compute, images: CocaImages, texts_CL: Tensor)
     for ids_cL in texts_CL[:, :longest].split(max(1, HEAD_BYTES // (4 * batch * longest * vocab))):
         ids_cL = ids_cL.to(compute.device)
         images_RND = images.tokens_BND.repeat_interleave(len(ids_cL), dim=0)
-        with compute.attention(), compute.autocast():
+        with compute.evaluating():
             words_cLD = model.text(ids_cL)[1][:, :-1]
             logits_RLV = model.text_decoder(images_RND, words_cLD.repeat(batch, 1, 1))
         labels_RL = caption_targets(ids_cL, compute.eos_id).repeat(batch, 1)

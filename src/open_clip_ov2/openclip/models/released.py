@@ -69,19 +69,12 @@ def check_config(config: Any, where: str) -> None:
     for key in ("vision_cfg", "text_cfg"):
         if not isinstance(model_cfg[key], dict):
             raise ValueError(f"{where}: model_cfg.{key} is not a JSON object")
-    refuse_remote_code(config, where)
+    refuse_remote_code(model_cfg["text_cfg"], where)
 
 
-def _text_cfg(config: Any) -> Mapping[str, Any]:
-    """The text_cfg of a config that may have any form; empty if there is none."""
-    model_cfg = config.get("model_cfg", config) if isinstance(config, Mapping) else {}
-    text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, Mapping) else None
-    return text_cfg if isinstance(text_cfg, Mapping) else {}
-
-
-def refuse_remote_code(config: Any, where: str) -> None:
+def refuse_remote_code(text_cfg: Mapping[str, Any], where: str) -> None:
     """`tokenizer_kwargs` reach AutoTokenizer.from_pretrained unchanged. Raises ValueError."""
-    kwargs = _text_cfg(config).get("tokenizer_kwargs")
+    kwargs = text_cfg.get("tokenizer_kwargs")
     if isinstance(kwargs, Mapping) and kwargs.get("trust_remote_code"):
         raise ValueError(
             f"{where}: text_cfg.tokenizer_kwargs asks for trust_remote_code, which is not allowed in a config"
@@ -91,14 +84,16 @@ def refuse_remote_code(config: Any, where: str) -> None:
 def check_tokenizer_folder(folder: Path) -> None:
     """Check what `get_tokenizer("local-dir:FOLDER")` is about to follow. Raises ValueError."""
     if (folder / CONFIG).is_file():
-        refuse_remote_code(read_json(folder / CONFIG), str(folder / CONFIG))
+        model_cfg = read_json(folder / CONFIG, dict).get("model_cfg", {})
+        refuse_remote_code(model_cfg.get("text_cfg", {}), str(folder / CONFIG))
 
 
 # --- what patches.py puts into open_clip.factory -------------------------------------------------------
 
 
 def check_local_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """OpenCLIP calls this after it has read a folder's config, and turns a ValueError into its own."""
+    """A folder's config without vision_cfg is an error that says so; OpenCLIP, which calls this after it has read it and
+    turns a ValueError into its own, raises a bare KeyError."""
 
     def find_checkpoint_in_dir(dir_path: Path) -> Any:
         file, link = Path(dir_path) / CONFIG, Path(dir_path) / LINK
@@ -109,12 +104,13 @@ def check_local_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_hub_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A config from the hub may name another hub repository as its tokenizer, never a file of this machine."""
+    """The same for the hub; its config may not switch on trust_remote_code for its tokenizer, which may be another hub
+    repository's, never a file of this machine."""
 
     def get_hf_config(model_id: str, cache_dir: str | None = None) -> Any:
         config, where = original(model_id, cache_dir=cache_dir), f"hf-hub:{model_id}"
         check_config(config, where)
-        name = _text_cfg(config).get("hf_tokenizer_name")
+        name = config.get("model_cfg", config)["text_cfg"].get("hf_tokenizer_name")
         if name and (not isinstance(name, str) or not _HUB_NAME.fullmatch(name) or Path(name).exists()):
             raise ValueError(f"{where}: its config names {name!r} as tokenizer, which is not the name of a repository")
         return config

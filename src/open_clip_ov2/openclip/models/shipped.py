@@ -1,11 +1,8 @@
-"""Checkpoints that this package holds: pretrained tags of OpenCLIP's, loaded offline.
+"""Checkpoints that this package holds: pretrained tags of OpenCLIP's, loaded offline. `NAME:TAG` stands for one wherever
+a model is named.
 
-`open_clip.create_model(NAME, pretrained=TAG)` loads one, and so does `NAME:TAG` wherever a model is named: in
-`create_model`, `get_tokenizer`, `ov2 train --model`, `ov2 caption --checkpoint`, `ov2 eval` and `ov2 export`.
-
-To add one, put the folder `pretrained/TAG` into the package and a line into SHIPPED. The folder is as `ov2 export
---to ov2` writes it: open_clip_config.json, weights (in float16, to be small), and vocab.txt if the model
-reads word pieces. Model, tokenizer and preprocessing are those of that folder.
+To add one, put the folder `pretrained/TAG`, as `ov2 export --to ov2` writes it, into the package (weights in float16, to
+be small) and a line into SHIPPED.
 """
 
 from __future__ import annotations
@@ -53,14 +50,13 @@ def add_shipped() -> None:
 def remove_shipped() -> None:
     """Undo add_shipped."""
     for one in SHIPPED:
-        tags = open_clip_pretrained._PRETRAINED.get(one.name, {})
-        tags.pop(one.tag, None)
-        if not tags:
+        open_clip_pretrained._PRETRAINED.get(one.name, {}).pop(one.tag, None)
+        if not open_clip_pretrained._PRETRAINED.get(one.name):
             open_clip_pretrained._PRETRAINED.pop(one.name, None)
 
 
 def resolve_shipped(original: Callable[[str], tuple[str | None, str]]) -> Callable[[str], tuple[str | None, str]]:
-    """What patches.py puts in the place of OpenCLIP's parse_model_name: NAME:TAG is a folder, with its own config."""
+    """NAME:TAG of weights that the package holds is their folder, for create_model and get_tokenizer alike."""
 
     def parse_model_name(model_name: str) -> tuple[str | None, str]:
         folder = shipped_folder(model_name)

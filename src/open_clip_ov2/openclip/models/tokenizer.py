@@ -32,10 +32,8 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2  # docs/reference.md: [PAD] and the first two u
 class WordPieceTokenizer:
     """The reference's ids: BERT's uncased word pieces, [PAD] = 0, bos = 1, eos = 2.
 
-    `source` is a local folder with vocab.txt, that file itself, or a hub name (`bert-base-uncased`); `vocabulary` is
-    the file's text. Texts are not cleaned and never parsed for special tokens, as in the reference's TensorFlow op; a
-    truncated caption keeps eos as its last id. The reference's `labels` have one more slot, a [CLS] that its decoder
-    never reads.
+    `source`: see `find_vocab`; `vocabulary` is the file's text. Texts are not cleaned and never parsed for special
+    tokens, as in the reference's TensorFlow op; a truncated caption keeps eos as its last id.
     """
 
     def __init__(self, source: str | Path, context_length: int = 128, cache_dir: str | None = None) -> None:
@@ -81,11 +79,8 @@ class WordPieceTokenizer:
 
 
 class CachingTokenizer(SimpleTokenizer):
-    """OpenCLIP's built-in tokenizer with a cache: the same ids, faster.
-
-    It shares everything with the tokenizer that it is made of, which must have only the usual two special tokens. Then
-    no token contains a space, so text may be split at spaces first.
-    """
+    """OpenCLIP's built-in tokenizer with a cache: the same ids, faster. The tokenizer that it is made of must have only
+    the usual two special tokens: then no token contains a space, so text may be split at spaces first."""
 
     def __init__(self, original: SimpleTokenizer) -> None:
         self.__dict__.update(original.__dict__)
@@ -139,16 +134,13 @@ def caching(tokenizer: Any) -> Any:
 
 
 def find_vocab(source: str, cache_dir: str | None = None) -> Path:
-    """vocab.txt of a file, a folder or a hub repository. Raises UserError."""
+    """vocab.txt: this file itself, or that of a folder or of a hub repository (`bert-base-uncased`). Raises UserError."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if (path / VOCAB).is_file():
-            return path / VOCAB
-        raise UserError(f"--tokenizer {source}: no vocab.txt in this folder")
-    if source.startswith((".", "/", "~")):
-        raise UserError(f"--tokenizer {source}: no such folder")
+    for file in (path, path / VOCAB):
+        if file.is_file():
+            return file
+    if path.is_dir() or source.startswith((".", "/", "~")):
+        raise UserError(f"--tokenizer {source}: {'no vocab.txt in this folder' if path.is_dir() else 'no such folder'}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -163,14 +155,11 @@ def find_vocab(source: str, cache_dir: str | None = None) -> Path:
 def text_cfg_for(source: str, context_length: int, cache_dir: str | None = None) -> dict[str, Any]:
     """The `text_cfg` of a model trained with word pieces from `source`."""
     entries = len(find_vocab(source, cache_dir).read_text(encoding="utf-8").splitlines())
-    if 30_000 <= entries <= REFERENCE_VOCAB_SIZE:
-        vocab_size = REFERENCE_VOCAB_SIZE
-    else:
-        vocab_size = -(-entries // 64) * 64  # a multiple of 64 is faster
+    is_reference = 30_000 <= entries <= REFERENCE_VOCAB_SIZE
     path = Path(source).expanduser()
     return {
         "context_length": context_length,
-        "vocab_size": vocab_size,
+        "vocab_size": REFERENCE_VOCAB_SIZE if is_reference else -(-entries // 64) * 64,  # a multiple of 64 is faster
         "bos_id": BOS_ID,
         "eos_id": EOS_ID,
         "pad_id": PAD_ID,
@@ -179,13 +168,15 @@ def text_cfg_for(source: str, context_length: int, cache_dir: str | None = None)
     }
 
 
-def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """The text sections of a CLIP's or CoCa's config for word pieces; `words` comes from text_cfg_for.
+def text_options(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `create_model` for any model that is to read word pieces: the text sections of its config; `words`
+    comes from text_cfg_for. Raises UserError.
 
     OpenCLIP pools a CLIP's text at the largest id, which is the end of a caption in its own vocabulary only, so here it
     pools at the first eos. Its CoCa pools at a class token, and ignores [PAD], whose id 0 its own padding has too.
-    Raises UserError.
     """
+    if is_ov2_config(config):
+        return {"text_cfg": dict(words)}
     text_cfg = config["text_cfg"]
     if text_cfg.get("hf_model_name"):
         raise UserError(f"--tokenizer: the text tower of {name} comes from the hub, with a tokenizer of its own")
@@ -196,11 +187,6 @@ def with_word_pieces(name: str, config: Mapping[str, Any], words: Mapping[str, A
         sizes = {key: words[key] for key in ("context_length", "vocab_size")}
         sections["multimodal_cfg"] = {**config["multimodal_cfg"], **sizes}
     return sections
-
-
-def text_options(name: str, config: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `create_model` for any model that is to read word pieces. Raises UserError."""
-    return {"text_cfg": dict(words)} if is_ov2_config(config) else with_word_pieces(name, config, words)
 
 
 def eos_id_of(tokenizer: Any) -> int:
@@ -216,10 +202,8 @@ def eos_id_of(tokenizer: Any) -> int:
 def decode_caption(tokenizer: Any, ids: Sequence[int] | Tensor, bos_id: int, eos_id: int) -> str:
     """Text of one row of ids, between bos and the first eos."""
     ids = [int(token) for token in ids]
-    if ids and ids[0] == bos_id:
-        ids = ids[1:]
-    if eos_id in ids:
-        ids = ids[: ids.index(eos_id)]
+    ids = ids[1:] if ids[:1] == [bos_id] else ids
+    ids = ids[: ids.index(eos_id)] if eos_id in ids else ids
     if isinstance(tokenizer, (WordPieceTokenizer, SimpleTokenizer)):
         known = tokenizer.vocab_size
         return tokenizer.decode([token for token in ids if token < known]).strip()
@@ -227,14 +211,10 @@ def decode_caption(tokenizer: Any, ids: Sequence[int] | Tensor, bos_id: int, eos
 
 
 def dispatch_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What patches.py puts into open_clip.factory in the place of HFTokenizer."""
+    """text_cfg.tokenizer_mode ov2 gives word pieces with the reference's ids: no text cleaning, bos 1, eos 2."""
 
     def hf_tokenizer(
-        tokenizer_name: Any,
-        context_length: int | None = None,
-        *args: Any,
-        tokenizer_mode: str | None = None,
-        **kw: Any,
+        tokenizer_name: Any, context_length: int | None = None, *args: Any, tokenizer_mode: str | None = None, **kw: Any
     ) -> Any:
         if isinstance(tokenizer_name, Path):  # the folder of a local-dir: name
             check_tokenizer_folder(tokenizer_name)

@@ -156,6 +156,8 @@ def _fit_table(model: VisionModel | CaptionModel, encoder: dict[str, Tensor], wh
 
 
 def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Checkpoints of ov2 models must fit, and nothing is unpickled; OpenCLIP takes a bare encoder for a text tower."""
+
     def load_checkpoint(
         model: nn.Module, checkpoint_path: str, strict: bool = True, weights_only: bool = True, device: Any = "cpu"
     ) -> Any:
@@ -168,7 +170,8 @@ def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:
-    """A fixed table is recomputed for the new grid; a checkpoint that holds any other is refused."""
+    """The fixed sine-cosine table is recomputed for a new grid, which OpenCLIP interpolates; a checkpoint of an ov2 model
+    that holds any other is refused."""
 
     def resize_pos_embed(state_dict: dict[str, Tensor], model: nn.Module, *args: Any, **kwargs: Any) -> None:
         stored = state_dict.get(POSITIONS)

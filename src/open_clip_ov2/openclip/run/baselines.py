@@ -19,6 +19,8 @@ from open_clip_ov2.train.step import StepReport, full_rate, windows
 
 logger = logging.getLogger(__name__)
 
+Pair = tuple[Tensor, Tensor]  # images and texts
+
 
 def init_coca_head(model: nn.Module) -> None:
     """Initialize the head of CoCa's decoder, which OpenCLIP makes by `torch.empty` and leaves so (docs/openclip.md)."""
@@ -61,15 +63,22 @@ class RecordedLoss(nn.Module):
         return {**losses, "loss": torch.stack(list(self.last.values())).sum()}
 
 
-class _Feed:
-    """Batches as OpenCLIP's loops want a loader: pairs of images and texts."""
+class StockData:
+    """An entry of `data` as OpenCLIP's loops want it, and its loader, in one: pairs of images and texts."""
 
-    def __init__(self, loader: Any, batches: Iterable[Batch]) -> None:
-        self.num_batches, self.num_samples = getattr(loader, "num_batches", None), loader.num_samples
-        self._batches = batches
+    def __init__(self, pairs: Iterable[Pair], num_batches: int | None, num_samples: int) -> None:
+        self.dataloader, self._pairs = self, pairs
+        self.num_batches, self.num_samples = num_batches, num_samples
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((cast(Tensor, batch.images_BCHW), batch.texts_BL) for batch in self._batches)
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._pairs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The loader is at its epoch already."""
+
+
+def _pairs(batches: Iterable[Batch]) -> Iterator[Pair]:
+    return ((cast(Tensor, batch.images_BCHW), batch.texts_BL) for batch in batches)
 
 
 def stock_epoch(
@@ -106,7 +115,7 @@ def stock_epoch(
             start = time.perf_counter()
 
     try:
-        data = {"train": SimpleNamespace(dataloader=_Feed(loader, batches()), set_epoch=lambda _: None)}
+        data = {"train": StockData(_pairs(batches()), loader.num_batches, loader.num_samples)}
         stock(model, data, loss, epoch, optimizer, *rest, tb_writer=None)
     finally:
         guard.close()
@@ -125,6 +134,6 @@ def stock_metrics(
         return {}
     view = SimpleNamespace(**{**vars(args), "save_logs": False, "wandb": False, "distributed": False})
     loader = data["val"].dataloader
-    seen = {"val": SimpleNamespace(dataloader=_Feed(loader, loader.full()))}
+    seen = {"val": StockData(_pairs(loader.full()), None, loader.num_samples)}
     metrics = stock(getattr(model, "module", model), seen, epoch, view, None, tokenizer)  # without DDP
     return {key: float(value) for key, value in metrics.items() if key not in ("epoch", "num_samples")}

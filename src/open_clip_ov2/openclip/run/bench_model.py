@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,22 +21,21 @@ from open_clip_train import train as stock_train
 from torch import Tensor
 
 from open_clip_ov2.argv import without
-from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip import patches
 from open_clip_ov2.openclip.command.flags import NATIVE
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.models import baseline_configs
-from open_clip_ov2.openclip.models.factory import is_ov2_config
+from open_clip_ov2.openclip.models.factory import config_named, is_ov2_config
 from open_clip_ov2.openclip.models.model_facts import facts_of
 from open_clip_ov2.openclip.models.tokenizer import text_cfg_for
+from open_clip_ov2.openclip.run.baselines import Pair, StockData
 from open_clip_ov2.openclip.run.stage_costs import image_flops
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.train.step import optimizer_step
 
-Pair = tuple[Tensor, Tensor]
 NOT_HERE = ("--logs", "--val-data", "--imagenet-val", "--imagenet-v2")
 
 
@@ -54,14 +54,14 @@ class BenchModel:
     """
 
     def __init__(self, argv: Sequence[str], device: str, flags_of_ov2: Sequence[str] = ()) -> None:
-        plan = parse(argv, world_size=1, gpu=device != "cpu")
+        parsed = partial(parse, world_size=1, gpu=device != "cpu")
+        plan = parsed(argv)
         if plan.stages[-1].options.aspect == NATIVE:
             raise UserError(f"--aspect {NATIVE}: benchmarks of a step take images of one shape; leave the flag out")
         if plan.is_ov2:
             argv = [*argv, *flags_of_ov2]
-            ratio = parse(argv, world_size=1, gpu=device != "cpu").stages[-1].options.keep_ratio
-            argv += ["--keep-ratio", str(ratio.high)] if ratio else []  # the worst case of a range
-            plan = parse(argv, world_size=1, gpu=device != "cpu")
+            ratio = parsed(argv).stages[-1].options.keep_ratio
+            plan = parsed([*argv, "--keep-ratio", str(ratio.high)] if ratio else argv)  # the worst case of a range
         self.device, self.stage = torch.device(device), plan.stages[-1]
         session: Any = SimpleNamespace(plan=plan, checkpoint=None, world_size=1)
         self._built = StageModel(session, self.stage)
@@ -71,36 +71,30 @@ class BenchModel:
         if result == -1:
             raise UserError(f"--model {plan.model}: OpenCLIP's main refused these flags")
         self.model: Any = self._built.model
-        self.is_ov2 = isinstance(self.model, CaptionModel)
+        self.is_ov2 = plan.is_ov2
         self.facts = facts_of(plan.model, self.model)
 
     def _replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """Only what changes the model and its optimizer; everything else stays OpenCLIP's own."""
-        main = "open_clip_train.main"
-        own: dict[tuple[str, str], Callable[[Any], Any]] = {
-            (main, "init_distributed_device"): lambda _: self._one_process,
-            (main, "setup_logging"): lambda _: lambda *args, **kwargs: None,
-            (main, "create_model_and_transforms"): self._built.create_model,
-            (main, "get_tokenizer"): lambda _: lambda *args, **kwargs: None,
-            (main, "get_data"): lambda _: lambda *args, **kwargs: {"train": _as_data([])},
-            (main, "create_loss"): self._create_loss,
-            (main, "train_one_epoch"): lambda _: self._keep,
-            (main, "optim"): self._built.optim,
-            ("timm.optim", "create_optimizer_v2"): self._built.timm_optimizer,
+        own: dict[str, Callable[[Any], Any]] = {
+            "init_distributed_device": lambda _: self._one_process,
+            "setup_logging": lambda _: lambda *args, **kwargs: None,
+            "create_model_and_transforms": self._built.create_model,
+            "get_tokenizer": lambda _: lambda *args, **kwargs: None,
+            "get_data": lambda _: lambda *args, **kwargs: {"train": _as_data([])},
+            "create_loss": lambda original: partial(self._create_loss, original),
+            "train_one_epoch": lambda _: self._keep,
+            "optim": self._built.optim,
+            "create_optimizer_v2": self._built.timm_optimizer,
         }
-        return {where: own.get(where, lambda original: original) for where in patches.RUN}
+        return {(module, name): own.get(name, lambda original: original) for module, name in patches.RUN}
 
     def _one_process(self, args: argparse.Namespace) -> torch.device:
         vars(args).update(device=str(self.device), rank=0, local_rank=0, world_size=1, distributed=False)
         return self.device
 
-    def _create_loss(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def create_loss(args: argparse.Namespace) -> Any:
-            if not isinstance(self._built.model, CaptionModel):
-                return original(args)
-            return self._built.caption_loss(args)
-
-        return create_loss
+    def _create_loss(self, original: Callable[..., Any], args: argparse.Namespace) -> Any:
+        return self._built.caption_loss(args) if self._built.is_ov2 else original(args)
 
     def _keep(
         self, model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, scaler: Any, scheduler: Any,
@@ -122,7 +116,7 @@ class BenchModel:
 
         Raises UserError.
         """
-        config = open_clip.get_model_config(name) or {}
+        config = config_named(name)
         if not is_ov2_config(config):
             raise UserError(f"--model {name}: expected an ov2 model; models of other kinds go into --variants")
         text = config["text_cfg"]
@@ -161,17 +155,5 @@ class BenchModel:
             optimizer_step(self._trained, window, self._loss, self.optimizer, self._scaler, settings)
 
 
-class _Feed(list[Pair]):
-    """Batches as OpenCLIP's loop wants a loader."""
-
-    @property
-    def num_batches(self) -> int:
-        return len(self)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(len(images) for images, _ in self)
-
-
-def _as_data(pairs: Sequence[Pair]) -> SimpleNamespace:
-    return SimpleNamespace(dataloader=_Feed(pairs), set_epoch=lambda _: None)
+def _as_data(pairs: Sequence[Pair]) -> StockData:
+    return StockData(pairs, len(pairs), sum(len(images) for images, _ in pairs))

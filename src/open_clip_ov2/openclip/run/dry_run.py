@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.parse import parse
-from open_clip_ov2.openclip.command.run_config import signature
-from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.command.run_plan import StagePlan, signature
 from open_clip_ov2.openclip.models.model_facts import meta_model
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.openclip.run.run_folder import check_same_run

@@ -19,8 +19,7 @@ from open_clip_ov2.errors import Interrupted
 from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.data_flags import data_kind
-from open_clip_ov2.openclip.command.run_config import hyperparameters
-from open_clip_ov2.openclip.command.run_plan import RunPlan
+from open_clip_ov2.openclip.command.run_plan import RunPlan, hyperparameters
 from open_clip_ov2.openclip.run.run_folder import EARLIER, RUN_FILE, enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor

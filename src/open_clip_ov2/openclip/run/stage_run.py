@@ -93,7 +93,7 @@ class StageRun:
 
     def replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """For each name of patches.RUN a function from the original to what takes its place."""
-        main = "open_clip_train.main"
+        main = patches.MAIN
         return {
             (main, "init_distributed_device"): lambda _: self.session.enter_main,
             (main, "setup_logging"): lambda _: lambda *args, **kwargs: None,
