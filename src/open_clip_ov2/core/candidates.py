@@ -41,11 +41,9 @@ class CaptionTree:
 
 
 def caption_trees(texts_CL: Tensor, eos_id: int, max_nodes: int) -> list[CaptionTree]:
-    """Trees of at most `max_nodes` nodes, unless one caption has more. Equal captions are in the same tree.
-
-    `texts_CL` int64 on the CPU, [bos] caption [eos] padding. The last trees are cached, since the same candidates come
-    with every batch of images.
-    """
+    """Trees of at most `max_nodes` nodes, unless one caption has more, from `texts_CL` int64 on the CPU, [bos] caption
+    [eos] padding. Equal captions are in the same tree. The last trees are cached, since the same candidates come with
+    every batch of images."""
     return _trees(texts_CL.contiguous().numpy().tobytes(), texts_CL.shape[1], eos_id, max_nodes)
 
 
@@ -84,10 +82,8 @@ def _tree(nodes: dict[tuple[int, ...], int], rows: list[tuple[int, ...]], places
 
 
 def candidate_nll(decoder: TextDecoder, cache: DecoderCache, texts_CL: Tensor, eos_id: int) -> Tensor:
-    """Sum of the nll of each candidate's real targets given each image, `(B, C)` float32, nats.
-
-    `cache`: of `decoder.image_cache`. `texts_CL` int64, on any device; equal candidates get equal values.
-    """
+    """Sum of the nll of each candidate's real targets given each image, `(B, C)` float32, nats. `cache`: of
+    `decoder.image_cache`. `texts_CL` int64, on any device; equal candidates get equal values."""
     images, device = len(cache[0].key), cache[0].key.device
     nll_BC = torch.zeros(images, len(texts_CL), device=device)
     for tree in caption_trees(texts_CL.cpu(), eos_id, max(1, min(MAX_NODES, MAX_TOKENS // images))):

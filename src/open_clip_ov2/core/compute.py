@@ -28,11 +28,8 @@ FLOAT8 = ("on", "emulated")  # whether its matrix products are in float8
 
 @dataclass(frozen=True)
 class Compute:
-    """What a forward pass needs to know of its surroundings.
-
-    `precision` is OpenCLIP's name; `world_size` counts processes; `eos_id` is the tokenizer's id of the end of text.
-    `mean` and `std` of each channel normalize uint8 images; float images are taken as normalized already.
-    """
+    """What a forward pass needs to know of its surroundings. `precision` is OpenCLIP's name; `mean` and `std` of each
+    channel normalize uint8 images; float images are taken as normalized already."""
 
     device: torch.device
     precision: str
@@ -70,9 +67,8 @@ class Compute:
         return pack_captions(texts_BL, self.eos_id, tokens, getattr(images, "counts", None))
 
     def pixels(self, images_BCHW: Any) -> Any:
-        """`(B, C, H, W)`, or NativeImages, on the device. uint8 images are copied as they are, then scaled and
-        normalized there as torchvision's ToTensor and Normalize do it. Raises ValueError for uint8 images without
-        `mean` and `std`."""
+        """`(B, C, H, W)`, or NativeImages, on the device, where uint8 images are scaled and normalized as torchvision's
+        ToTensor and Normalize do it. Raises ValueError for uint8 images without `mean` and `std`."""
         if not isinstance(images_BCHW, Tensor):
             return replace(images_BCHW, patches_nCPP=self.pixels(images_BCHW.patches_nCPP))
         dtype = INPUT.get(self.precision)
@@ -106,11 +102,8 @@ def recompute(enabled: bool, function: Callable[..., Tensor], *arguments: Any) -
 def product_of(
     cheap: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor], x: Tensor, elementwise: bool
 ) -> Tensor:
-    """`product(cheap(x))`, of a norm or a GELU and a matrix product.
-
-    If `elementwise`, only `x` is kept for the backward pass, which computes `cheap` again, but never the product: torch
-    stops as soon as it has the product's input.
-    """
+    """`product(cheap(x))`, of a norm or a GELU and a matrix product. If `elementwise`, only `x` is kept for the
+    backward pass, which computes `cheap` again, but never the product: torch stops as soon as it has its input."""
     if not elementwise:
         return product(cheap(x))
     return checkpoint(lambda x: product(cheap(x)), x, use_reentrant=False, preserve_rng_state=False)
@@ -119,12 +112,12 @@ def product_of(
 def compile_backend(
     memory_budget: float | None = None, elementwise: bool = False, cuda_graphs: bool = False
 ) -> Callable[..., Any]:
-    """A backend for torch.compile: its own, that keeps less for the backward pass, or replays CUDA graphs.
+    """A backend for torch.compile: its own, that keeps less for the backward pass, or replays CUDA graphs. Raises
+    ValueError; ImportError if torch has no such option.
 
     `memory_budget`, 0 to 1, is the part that is kept: 0 keeps the inputs alone, 1 what it keeps by itself
     (torch._functorch.config.activation_memory_budget, which solves a knapsack of operators by their FLOPs and bytes).
     `elementwise` computes norms and GELUs again even where a matrix product of the backward pass reads them.
-    Raises ValueError; ImportError if torch has no such option.
     """
     if memory_budget is not None and not 0.0 <= memory_budget <= 1.0:
         raise ValueError(f"memory_budget must lie in [0, 1], got {memory_budget}")

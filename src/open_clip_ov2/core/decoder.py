@@ -79,21 +79,16 @@ class TextDecoder(nn.Module):
         projection = cast(nn.Linear, self.image_projection)
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         nn.init.normal_(self.lm_head.weight, std=width**-0.5)
-        for module in self.blocks:
-            block = cast(SelfBlock, module)
-            out_proj, c_fc, c_proj = (
-                block.attn.out_proj,
-                cast(nn.Linear, block.mlp.c_fc),
-                cast(nn.Linear, block.mlp.c_proj),
-            )
-            nn.init.normal_(block.attn.in_proj_weight, std=attn_std)
-            for linear, std in ((out_proj, proj_std), (c_fc, fc_std), (c_proj, proj_std)):
+        for block in self.blocks:
+            attn, mlp = block.attn, block.mlp
+            nn.init.normal_(attn.in_proj_weight, std=attn_std)
+            for linear, std in ((attn.out_proj, proj_std), (mlp.c_fc, fc_std), (mlp.c_proj, proj_std)):
                 nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
 
     def use_blocks(self, blocks: Sequence[SelfBlock]) -> None:
-        """Blocks whose parameters belong to another module, in place of its own; image tokens then enter as they are.
-        Neither the state dict nor `parameters()` of this decoder has them."""
+        """Blocks whose parameters belong to another module, which has them in its state dict, in place of its own;
+        image tokens then enter as they are."""
         del self.blocks
         self.blocks, self.image_projection = tuple(blocks), nn.Identity()
 
@@ -118,21 +113,20 @@ class TextDecoder(nn.Module):
             if isinstance(block, CrossBlock):
                 x = recompute(recomputes, block.packed, x, image_ID, rows)
             else:
-                x = recompute(recomputes, cast(SelfBlock, block).packed, x, rows, index + 1 == len(self.blocks))
+                x = recompute(recomputes, block.packed, x, rows, index + 1 == len(self.blocks))
         return self.ln_final(x)
 
     def _embed(self, ids: Tensor, like: Tensor) -> Tensor:
         return self.token_embedding(ids).to(like.dtype)
 
     def image_cache(self, image_tokens_BKD: Tensor) -> DecoderCache:
-        """Keys and values of the image, `(B, K, image width)`, for `after_image`; captions do not change them."""
+        """Keys and values of the image, `(B, K, image width)`, which captions do not change."""
         x_BKD = image_BKD = self.image_projection(image_tokens_BKD)
-        blocks: list[Any] = list(self.blocks)
-        cache, crosses = [], self.config.fusion == "cross_attn"
-        for block in blocks:
-            if crosses:  # text has the self-attention for itself
+        cache = []
+        for block in self.blocks:
+            if self.config.fusion == "cross_attn":  # text has the self-attention for itself
                 kv = block.project(image_BKD if isinstance(block, CrossBlock) else image_BKD[:, :0])
-            elif block is blocks[-1]:  # nobody reads the image's outputs
+            elif block is self.blocks[-1]:  # nobody reads the image's outputs
                 kv = block.project(x_BKD)
             else:
                 x_BKD, kv = block(x_BKD, causal=self.config.fusion == "causal")
@@ -140,18 +134,14 @@ class TextDecoder(nn.Module):
         return cache
 
     def after_image(self, ids_T: Tensor, cache: DecoderCache, sees_TT: Tensor) -> Tensor:
-        """Hidden states `(B, T, D)`, normed, of the tokens `(T,)` int64 after each image of the cache.
-
-        `sees_TT` boolean: which of the tokens each one sees, beside the whole image and itself.
-        """
+        """Hidden states `(B, T, D)`, normed, of the tokens `(T,)` int64 after each image of the cache. `sees_TT`
+        boolean: which of the tokens each one sees, beside the whole image."""
         like = cache[0].key
         return self._after(self._embed(ids_T, like).expand(len(like), -1, -1), cache, sees_TT)[0]
 
     def extend(self, ids_BT: Tensor, cache: DecoderCache) -> tuple[Tensor, DecoderCache]:
-        """More tokens for each row, `(B, T)` int64 -> hidden state of the last one `(B, D)`, normed, and the new cache.
-
-        A generation starts from `image_cache` with its prompt, and continues token by token.
-        """
+        """More tokens for each row, `(B, T)` int64 -> hidden state of the last one `(B, D)`, normed, and the new
+        cache."""
         sees_TT = prefix_mask(0, ids_BT.shape[1], ids_BT.device) if ids_BT.shape[1] > 1 else None
         hidden_BTD, extended = self._after(self._embed(ids_BT, self.lm_head.weight), cache, sees_TT)
         return hidden_BTD[:, -1], extended

@@ -175,9 +175,8 @@ def _expand(
 
 
 # --- sampling whose noise belongs to a row, so that a caption does not depend on the batch it is generated in ----
-# Top-k sampling (Fan et al. 2018, arXiv 1805.04833): the next token is drawn from the k likeliest in proportion to
-# softmax(logits / temperature). It is drawn by the Gumbel-max trick: argmax(logits / temperature - log E), where E is
-# exponential noise from the row's own generator. torch.multinomial draws from one generator for the whole batch.
+# Top-k sampling (Fan et al. 2018, arXiv 1805.04833) by the Gumbel-max trick: argmax(logits / temperature - log E), where
+# E is exponential noise from the row's own generator. torch.multinomial draws from one generator for the whole batch.
 
 
 @dataclass(frozen=True)
@@ -190,10 +189,8 @@ class RowSampling:
 
 
 class RowSampler:
-    """Logits -> logits whose argmax is each row's choice: a `logits_processor` of ours and of transformers.
-
-    It is for one generation: each call draws the noise of the next token.
-    """
+    """Logits -> logits whose argmax is each row's choice: a `logits_processor` of ours and of transformers, for one
+    generation: each call draws the noise of the next token."""
 
     def __init__(self, rows: Sequence[RowSampling]) -> None:
         self._rows = rows

@@ -20,12 +20,9 @@ IGNORE_INDEX = -100  # torch's own; stands for every padded target
 
 
 def caption_targets(ids_BL: Tensor, eos_id: int) -> Tensor:
-    """Targets of next-token prediction, `(B, L - 1)` int64, IGNORE_INDEX after the first end of text.
-
-    `ids_BL` is [bos] caption [eos] padding; what the padding's id is does not matter (OpenCLIP's tokenizer pads
-    with 0, which is also "!"). A row without an end of text has no padding. Negative ids are a prompt's and no targets
-    (openclip/models/tokenizer.py).
-    """
+    """Targets of next-token prediction, `(B, L - 1)` int64, IGNORE_INDEX after the first end of text. `ids_BL` is [bos]
+    caption [eos] padding; what the padding's id is does not matter (OpenCLIP's tokenizer pads with 0, which is also
+    "!"). Negative ids are a prompt's and no targets (openclip/models/tokenizer.py)."""
     is_eos_BL = ids_BL == eos_id
     after_eos_BL = (is_eos_BL.cumsum(dim=1) - is_eos_BL.long()) > 0
     return ids_BL[:, 1:].masked_fill(after_eos_BL[:, 1:] | (ids_BL[:, 1:] < 0), IGNORE_INDEX)
@@ -56,9 +53,7 @@ class CaptionLoss(nn.Module):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         if not 0.0 <= z_loss < float("inf"):
             raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.contrast = contrast
+        self.label_smoothing, self.z_loss, self.contrast = label_smoothing, z_loss, contrast
         self._softmax: Callable[..., Tensor] = softmax_rows
 
     def compile_softmax(self, **options: Any) -> None:
@@ -83,15 +78,7 @@ class CaptionLoss(nn.Module):
 
     def from_hidden(self, hidden_RD: Tensor, lm_head: nn.Linear, labels_R: Tensor) -> CaptionLossSums:
         """The same from the decoder's hidden states `(R, D)` at the real targets `(R,)`, without all logits at once.
-
-        Only the objective has a gradient.
-        """
-        nll, objective = linear_cross_entropy(
-            hidden_RD,
-            lm_head.weight,
-            labels_R,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softmax=self._softmax,
-        )
+        Only the objective has a gradient."""
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        nll, objective = linear_cross_entropy(hidden_RD, lm_head.weight, labels_R, **options, softmax=self._softmax)
         return CaptionLossSums(nll, objective, torch.full((), len(labels_R), device=labels_R.device))

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip_ov2.core.blocks import CrossBlock, SelfBlock
 from open_clip_ov2.core.compute import compile_backend
 from open_clip_ov2.core.decoder import DecoderConfig, TextDecoder
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
@@ -72,8 +71,7 @@ class CaptionModel(ImageModel):
         rows, columns = self.visual.grid_size
         num_kept(rows * columns, min(keep_ratio.low, self.token_drop.eval_keep_ratio))  # raises if none are left
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Compiled code is neither copied nor pickled.
+    def __getstate__(self) -> dict[str, Any]:  # compiled code is neither copied nor pickled
         return {**super().__getstate__(), "_through_blocks": through_blocks, "_block_parts": BlockParts()}
 
     def _freeze_untrained(self) -> None:
@@ -156,13 +154,12 @@ class CaptionModel(ImageModel):
         **options: Any,
     ) -> Tensor:
         """Captions of `(B, 3, H, W)` images, or of NativeImages with equally many patches: ids `(B, T)` int64, bos
-        first, padded after eos.
+        first, padded after eos. Raises ValueError.
 
-        `text` is a prompt of ids `(B, T)` or `(T,)`, bos included, without padding. `seq_len` is the longest
-        result, the context length by default and at most. Further options are GenerationConfig's:
-        generation_type ("greedy", "top_k", "top_p", "beam_search"), temperature, top_k, top_p, num_beams,
-        length_penalty, min_seq_len, repetition_penalty, generator, num_captions (then `(B * num_captions, T)`).
-        Raises ValueError for a length beyond the context and for options out of range.
+        `text` is a prompt of ids `(B, T)` or `(T,)`, bos included, without padding. `seq_len` is the longest result,
+        the context length by default and at most. Further options are GenerationConfig's: generation_type ("greedy",
+        "top_k", "top_p", "beam_search"), temperature, top_k, top_p, num_beams, length_penalty, min_seq_len,
+        repetition_penalty, generator, num_captions (then `(B * num_captions, T)`).
         """
         ids_BT = self._prompt(image, text)
         seq_len = self.context_length if seq_len is None else seq_len
@@ -204,10 +201,10 @@ class CaptionModel(ImageModel):
 
     def recompute_elementwise(self) -> None:
         """Keep the inputs alone of each block's norms and GELU, and recompute them in the backward pass, but no matrix
-        product. For a model that is not compiled; `compile_blocks` has an option of this name."""
+        product. For a model that is not compiled."""
         recompute_elementwise(self.visual)
         for block in self.text_decoder.blocks:
-            cast(SelfBlock | CrossBlock, block).recompute_elementwise = True
+            block.recompute_elementwise = True
 
     def hook_blocks(self, hook: Callable[[nn.Module, str], None]) -> None:
         """`hook(block, name)` for each method of a block that runs in the place of its `forward`: FSDP gathers the
@@ -221,18 +218,14 @@ class CaptionModel(ImageModel):
     def compile_blocks(
         self, *, memory_budget: float | None = None, elementwise: bool = False, encoder: str = "blocks", **options: Any
     ) -> None:
-        """Compile each block in place, with torch.compile's `options`. The state dict's keys stay as they are.
-
-        Of the decoder's blocks only what works token by token is compiled, for any number of tokens. `memory_budget`, 0
-        to 1, is the part of the activations that is kept for the backward pass, which recomputes the cheapest others;
-        None keeps what torch.compile keeps by itself. `elementwise`: see `compile_backend`. `encoder`: its "blocks",
-        the "whole" of them as one graph, or that replayed as "cuda-graphs".
-        """
+        """Compile each block in place, with torch.compile's `options`; of the decoder's only what works token by token.
+        `memory_budget` and `elementwise`: see `compile_backend`. `encoder`: its "blocks", the "whole" of them as one
+        graph, or that replayed as "cuda-graphs"."""
         less = memory_budget is not None or elementwise
         options = {"backend": compile_backend(memory_budget, elementwise) if less else "inductor"} | options
         self._block_parts = BlockParts.compiled(**options)
         for block in self.text_decoder.blocks:
-            cast(SelfBlock | CrossBlock, block).compile_tokenwise(**options)
+            block.compile_tokenwise(**options)
         if encoder == "blocks":
             for block in self.visual.transformer.resblocks:
                 block.compile(**options)
@@ -245,4 +238,4 @@ class CaptionModel(ImageModel):
 
 def _at(block: Any, x_BSD: Tensor, index_BK: Tensor) -> Tensor:
     """`block_at` as a method of the block, which `hook_blocks` has given it."""
-    return cast(Tensor, block.at(x_BSD, index_BK))
+    return block.at(x_BSD, index_BK)

@@ -139,10 +139,8 @@ def kept_tokens(
     kept_idx: Sequence[Tensor] | None = None,
     keep_ratio: float | None = None,
 ) -> RaggedTokens:
-    """What `token_drop` keeps of each image's patch tokens after the last block, all of them without it.
-
-    `kept_idx`: `(K,)` int64 for each image, in place of a ratio. Of the last block only these outputs are computed.
-    """
+    """What `token_drop` keeps of each image's patch tokens after the last block, all of them without it. `kept_idx`:
+    `(K,)` int64 for each image, in place of a ratio. Of the last block only these outputs are computed."""
     blocks, recomputes = visual.transformer.resblocks, visual.transformer.grad_checkpointing and visual.training
     x_TD, tokens = embedded(visual, images), [count + 1 for count in images.counts]
     heads = blocks[0].attn.num_heads

@@ -55,12 +55,9 @@ class PackedCaptions:
 def pack_captions(
     texts_BL: Tensor, eos_id: int, min_tokens: int, images: Sequence[int] | None = None
 ) -> PackedCaptions:
-    """Groups of equally many rows, with at least `min_tokens` positions in a group on average.
-
-    `texts_BL` int64 `[bos] caption [eos] padding`, on the CPU, so that no device is waited for. A prompt's ids,
-    stored as -1 - id, are read and are no targets. `images`: patches of each image, where they differ; a group then has
-    images of one size.
-    """
+    """Groups of equally many rows, with at least `min_tokens` positions in a group on average. `texts_BL` int64 `[bos]
+    caption [eos] padding`, on the CPU, so that no device is waited for. A prompt's ids, stored as -1 - id, are read and
+    are no targets. `images`: patches of each image, where they differ; a group then has images of one size."""
     labels_BP = caption_targets(texts_BL, eos_id)
     is_prompt_BL = texts_BL < 0
     texts_BL = torch.where(is_prompt_BL, -1 - texts_BL, texts_BL)

@@ -46,27 +46,21 @@ class KeepRatio:
             raise ValueError(f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}")
         return cls(numbers[0], numbers[-1])
 
-    @property
-    def is_range(self) -> bool:
-        return self.low < self.high
-
     def draw(self) -> float:
         """The ratio of one step. A range is drawn from by the CPU's default generator, so no device is waited for."""
-        return self.at(float(torch.rand(()))) if self.is_range else self.low
+        return self.at(float(torch.rand(()))) if self.low < self.high else self.low
 
     def at(self, draw: float) -> float:
         """The ratio at `draw`, 0 to 1, of the range."""
         return self.low + (self.high - self.low) * draw
 
     def __str__(self) -> str:
-        return f"{self.low:g}:{self.high:g}" if self.is_range else f"{self.low:g}"
+        return f"{self.low:g}:{self.high:g}" if self.low < self.high else f"{self.low:g}"
 
 
 def num_kept(num_tokens: int, keep_ratio: float) -> int:
-    """K = int(N * keep_ratio): 36 -> 12, 256 -> 89, 576 -> 201 at 0.35 (docs/reference.md).
-
-    Raises ValueError if no token would be left.
-    """
+    """K = int(N * keep_ratio): 36 -> 12, 256 -> 89, 576 -> 201 at 0.35 (docs/reference.md). Raises ValueError if no
+    token would be left."""
     if num_tokens < 1:
         raise ValueError("the image has no token: its resolution is below one patch")
     kept = int(num_tokens * keep_ratio)
@@ -86,10 +80,8 @@ def sample_kept_indices(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Indices of `kept` tokens for each example, without replacement, unsorted: `(B, K)` int64 on `device`.
-
-    Uses the device's default generator unless one is given. No host synchronisation.
-    """
+    """Indices of `kept` tokens for each example, without replacement, unsorted: `(B, K)` int64 on `device`, by its
+    default generator unless one is given. No host synchronisation."""
     noise_BN = torch.rand(batch_size, num_tokens, device=device, generator=generator)
     return noise_BN.topk(kept, dim=1, sorted=False).indices
 
@@ -129,11 +121,9 @@ def gather_tokens(tokens_BND: Tensor, kept_idx_BK: Tensor) -> Tensor:
 
 
 class TokenDrop(nn.Module):
-    """Draws a random subset of the image tokens of each example.
-
-    In training the ratio is `keep_ratio`; in evaluation `eval_keep_ratio`, which is the training ratio unless
-    set (the high end of a range), because a decoder is much worse at a ratio that it was not trained at.
-    """
+    """Draws a random subset of the image tokens of each example. In training the ratio is `keep_ratio`; in evaluation
+    `eval_keep_ratio`, which is the training ratio unless set (the high end of a range), because a decoder is much worse
+    at a ratio that it was not trained at."""
 
     def __init__(self, keep_ratio: KeepRatio, eval_keep_ratio: float | None = None) -> None:
         super().__init__()
@@ -162,9 +152,8 @@ class TokenDrop(nn.Module):
         kept_idx: Tensor | None = None,
         keep_ratio: float | None = None,
     ) -> Tensor | None:
-        """The tokens that are kept, `(B, K)` int64; None if all are kept: their order does not matter.
-
-        `kept_idx` `(B, K)` int64 takes precedence over any ratio."""
+        """The tokens that are kept, `(B, K)` int64; None if all are: their order does not matter. `kept_idx` takes
+        precedence over any ratio."""
         if kept_idx is not None:
             return kept_idx
         kept = num_kept(num_tokens, self.ratio(keep_ratio))

@@ -41,7 +41,8 @@ class ImageModel(nn.Module):
         self.visual.positional_embedding.copy_(self.position_table())
 
     def encode_image_tokens(self, image: Images) -> Tensor | RaggedTokens:
-        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm; of NativeImages as many as each has."""
+        """All patch tokens, `(B, 3, H, W)` -> `(B, N, D)`, before the final norm; of NativeImages as many as each
+        has."""
         return native.kept_tokens(self.visual, image) if isinstance(image, NativeImages) else self.visual(image)[1]
 
     def encode_image(self, image: Images, normalize: bool = False) -> Tensor:

@@ -89,21 +89,15 @@ def embedded(visual: Any, images: Tensor) -> Tensor:
 
 def kept_tokens(visual: Any, images: Tensor, token_drop: TokenDrop, through_blocks: Any, **drop: Any) -> Tensor:
     """`(B, 3, H, W)` -> `(B, K, D)`: what `token_drop` keeps of the patch tokens after the last block.
-
-    `through_blocks`: the function of this name, with or without `last_block`, or that compiled. `drop`: options of
-    `TokenDrop`.
-    """
+    `through_blocks`: the function of this name, with or without `last_block`, or that compiled."""
     x_BSD = embedded(visual, images)
     kept_idx_BK = token_drop(len(x_BSD), x_BSD.shape[1] - 1, x_BSD.device, **drop)
     return through_blocks(visual, x_BSD, kept_idx_BK)
 
 
 def through_blocks(visual: Any, x_BSD: Tensor, kept_idx_BK: Tensor | None, last_block: Any = None) -> Tensor:
-    """`(B, 1 + N, D)` -> `(B, K, D)`: the kept patch tokens, or all, after the last block.
-
-    That block is computed for the kept tokens alone: nobody reads its other outputs. `last_block` is `block_at`, or
-    that compiled.
-    """
+    """`(B, 1 + N, D)` -> `(B, K, D)`: the kept patch tokens, or all, after the last block, which is computed for these
+    alone. `last_block` is `block_at`, or that compiled."""
     blocks = visual.transformer.resblocks
     recomputes = visual.transformer.grad_checkpointing and visual.training
     for block in blocks[:-1]:
@@ -157,9 +151,8 @@ def image_features(
     """Tokens after block `layer` of an OpenCLIP VisionTransformer, `(B, 3, H, W)` -> `(B, N, D)`.
 
     `layer` counts blocks from 0, or from the end: -1 is the last block, what the caption loss trains and the decoder
-    gets; -2 the penultimate one, which LLaVA takes from CLIP. `norm` applies the encoder's final norm.
-    `class_token` puts the class token in front, `(B, 1 + N, D)`. Later blocks are not computed.
-    Raises ValueError for a layer that is not there.
+    gets; -2 the penultimate one, which LLaVA takes from CLIP. `norm` applies the encoder's final norm. `class_token`
+    puts the class token in front, `(B, 1 + N, D)`. Raises ValueError for a layer that is not there.
     """
     blocks = len(visual.transformer.resblocks)
     if not -blocks <= layer < blocks:
@@ -183,12 +176,8 @@ class LinearPatches(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, height, width)` -> `(B, D, rows, columns)`, in memory as `(B, N, D)`."""
         high, wide = cast(tuple[int, int], self.kernel_size)
-        if (
-            self.stride != self.kernel_size
-            or self.groups != 1
-            or any(self.padding)
-            or any(d != 1 for d in self.dilation)
-        ):
+        apart = self.stride == self.kernel_size and self.groups == 1
+        if not apart or any(self.padding) or self.dilation != (1, 1):
             return super().forward(images)
         rows, columns = images.shape[2] // high, images.shape[3] // wide
         if torch.is_autocast_enabled(images.device.type):

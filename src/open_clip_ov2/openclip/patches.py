@@ -1,5 +1,5 @@
-"""Every name that this plugin rebinds, here or in the docstring of its replacement with the reason; private_names.py has
-those that are used as they are.
+"""Every name that this plugin rebinds, here or in the docstring of its replacement with the reason; private_names.py
+has those that are used as they are.
 
 REGISTRATION holds from `import open_clip_ov2` on, and acts on ov2 models and released encoders alone (the check of a
 folder's or the hub's config passes any other config unchanged). RUN holds while a stage of `ov2 train` is inside

@@ -27,7 +27,7 @@ import torch
 
 from open_clip_ov2.errors import RunFailed, UserError, first_line
 from open_clip_ov2.files import TEMPORARY, read_json, write_json, written_whole
-from open_clip_ov2.train.parallel import Layout
+from open_clip_ov2.train.parallel import Layout, mapped
 from open_clip_ov2.train.sharded import Write, read_sharded
 
 logger = logging.getLogger(__name__)
@@ -82,15 +82,12 @@ def read_checkpoint(path: Path, layout: Layout | None = None) -> dict[str, Any]:
 def newest_readable(
     found: list[Path], layout: Layout | None = None, first_of_all: Callable[[str], str] = str
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, with what `read_checkpoint` gives; a warning names each that cannot.
-
-    `found` is `list_checkpoints` of a folder. `first_of_all` gives the first problem of all processes, which then read
-    the same files. None if nothing was found. Raises UserError if nothing of it can be read.
-    """
+    """The newest of `list_checkpoints` that can be read, and its content; a warning names each that cannot. None if
+    nothing was found. `first_of_all` gives the first problem of all processes, which then read the same files. Raises
+    UserError if none can be read."""
     for path in reversed(found):
         content, problem = _try_to_read(path, layout)
-        problem = first_of_all(problem)
-        if not problem:
+        if not (problem := first_of_all(problem)):
             return path, content
         del content  # before the next one is read
         logger.warning("%s %s: skipped", path, problem)
@@ -152,25 +149,18 @@ def average_of(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def snapshot(value: Any) -> Any:
     """A copy on the CPU, which later steps do not change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: snapshot(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(snapshot(item) for item in value)
-    return value
+    return mapped(lambda one: one.detach().to("cpu", copy=True) if isinstance(one, torch.Tensor) else one, value)
 
 
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread. A step waits for the copy to memory, and for the previous file.
 
-    The last `keep` files from within stages are kept, and always the newest. `latest`: a link leads to that one.
-    If a file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues.
+    The last `keep` files from within stages are kept, and always the newest; with `latest` a link leads to that one. If
+    a file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues.
     """
 
     def __init__(self, folder: Path, keep: int, latest: bool = False) -> None:
-        self.folder = folder
-        self.keep, self.latest = keep, latest
+        self.folder, self.keep, self.latest = folder, keep, latest
         self.failure: str | None = None  # why the newest save was not written; None if it was
         self.last_saved = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -179,16 +169,11 @@ class CheckpointWriter:
             _remove(leftover)
 
     def save(
-        self,
-        name: CheckpointName,
-        content: dict[str, Any],
-        metric: float | None = None,
-        write: Write | None = None,
+        self, name: CheckpointName, content: dict[str, Any], metric: float | None = None, write: Write | None = None
     ) -> None:
         """`content` is copied now and written later, to one file or as `write` does it. `metric` is the validation loss
         at this point, if there is one."""
-        copied = snapshot(content)
-        start = time.monotonic()
+        copied, start = snapshot(content), time.monotonic()
         self.wait()
         if (waited := time.monotonic() - start) > LONG_WAIT_S:
             logger.warning(
@@ -208,8 +193,7 @@ class CheckpointWriter:
     def last_good(self) -> str:
         """The newest file, for messages."""
         self.wait()
-        found = list_checkpoints(self.folder)
-        return str(found[-1]) if found else "none yet"
+        return str((list_checkpoints(self.folder) or ["none yet"])[-1])
 
     def check_saved(self, what: str) -> None:
         """Raises RunFailed, which begins with `what`, if the newest save was not written."""
@@ -230,14 +214,12 @@ class CheckpointWriter:
             self.failure = None
         except Exception as error:  # of any kind: this is a thread, whose error nobody else would report
             cause = _cause(error)
-            self.failure = first_line(cause)
-            full = isinstance(cause, OSError) and cause.errno in NO_SPACE
-            found = list_checkpoints(self.folder)
+            self.failure, found = first_line(cause), list_checkpoints(self.folder)
             logger.error(
                 "CHECKPOINT NOT WRITTEN: %s: %s. The run continues; %s.%s",
-                self.folder / name.file, first_line(cause),
+                self.folder / name.file, self.failure,
                 f"the newest checkpoint is still {found[-1]}" if found else "there is no checkpoint yet",
-                " Free some space." if full else "",
+                " Free some space." if isinstance(cause, OSError) and cause.errno in NO_SPACE else "",
             )  # fmt: skip
             return
         for act in (partial(self._note_best, metric), self._prune, self._link):

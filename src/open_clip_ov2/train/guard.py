@@ -25,10 +25,7 @@ class StepGuard:
     """
 
     def __init__(self, limit: int, last_good: Callable[[], str], in_a_row: int = 0) -> None:
-        self.limit = limit
-        self.in_a_row = in_a_row
-        self.skipped = 0
-        self._last_good = last_good
+        self.limit, self.in_a_row, self._last_good = limit, in_a_row, last_good
         self._pending: tuple[Tensor, Sequence[str], int] | None = None
 
     def note(self, bad: Tensor, keys: Sequence[str], samples_seen: int) -> None:
@@ -46,7 +43,6 @@ class StepGuard:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        self.skipped += 1
         more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
         logger.warning(
             "non-finite loss or gradient at %s samples: step left out (%d in a row); its samples here: %s%s",

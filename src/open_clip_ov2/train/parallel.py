@@ -1,6 +1,5 @@
-"""How a model in training lies on the processes: all of it on each (one process, or DDP), or a part of every tensor on
-each (torch's FSDP2). Whatever else trains does not ask: it places tensors, gathers them and reads the model through
-`Whole`, of which `Sharded` is the second kind.
+"""How a model in training lies on the processes: all of it on each (one process, or DDP: `Whole`), or a part of every
+tensor on each (torch's FSDP2: `Sharded`). Whatever else trains does not ask.
 
 A sharded tensor is a DTensor, split along its first dimension as torch.chunk splits it; FSDP2 gathers the parameters of
 a block while it computes. A scalar, which cannot be split, is a DTensor of shape (1,).
@@ -151,8 +150,8 @@ class Sharded(Whole):
         blocks = blocks_of(model)
         for module in [*blocks, model]:
             fully_shard(module, mesh=layout.mesh, mp_policy=policy)
-        own, all_ = (sum(each(p) for p in model.parameters()) for each in (lambda p: held(p).numel(), Tensor.numel))
-        logger.info("FSDP2: %s of %s parameters in this process, %d blocks", f"{own:,}", f"{all_:,}", len(blocks))
+        own, whole = (sum(each(p) for p in model.parameters()) for each in (lambda p: held(p).numel(), Tensor.numel))
+        logger.info("FSDP2: %s of %s parameters in this process, %d blocks", f"{own:,}", f"{whole:,}", len(blocks))
         if isinstance(model, CaptionModel):
             model.hook_blocks(register_fsdp_forward_method)
 
@@ -218,12 +217,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters have shapes and no memory. Raises UserError for a model that cannot be sharded."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
         if parameter.shape == (1,):
             raise UserError(f"--fsdp: parameter {name} has the shape (1,), which is how sharded scalars are known")
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for parameter in parameters.values()
-    }
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return copy.deepcopy(model, memo)

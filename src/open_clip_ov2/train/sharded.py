@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
@@ -105,9 +104,13 @@ def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
     """
     content = torch.load(folder / CONTENT, map_location="cpu", weights_only=True)
     reader = FileSystemReader(folder)
+    metadata: Any = reader.read_metadata()
+    for part in metadata.storage_data.values():
+        file = folder / part.relative_path
+        if not file.is_file() or file.stat().st_size < part.offset + part.length:
+            raise UserError(f"{file}: missing or incomplete")
     shards = {
-        key: _room(about.size, about.properties.dtype, layout)
-        for key, about in _checked(folder, reader.read_metadata()).items()
+        key: _room(about.size, about.properties.dtype, layout) for key, about in metadata.state_dict_metadata.items()
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it reads without the other processes
@@ -116,15 +119,6 @@ def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
         except CheckpointException as error:
             raise UserError(f"{folder}: a part is damaged ({first_line(_cause(error))})") from error
     return {key: _with_shards(value, shards) for key, value in content.items()}
-
-
-def _checked(folder: Path, metadata: Any) -> dict[str, TensorStorageMetadata]:
-    """Raises UserError if a file is missing or too short."""
-    for part in metadata.storage_data.values():
-        file = folder / part.relative_path
-        if not file.is_file() or file.stat().st_size < part.offset + part.length:
-            raise UserError(f"{file}: missing or incomplete")
-    return dict(metadata.state_dict_metadata)
 
 
 def _room(shape: torch.Size, dtype: torch.dtype, layout: Layout | None) -> Tensor:

@@ -16,10 +16,8 @@ STOP_SIGNALS = ("SIGUSR2", "SIGTERM", "SIGINT")  # SLURM's preemption as submiti
 
 
 class StopSignals:
-    """While entered, a signal sets `name` and does nothing else; a second Ctrl-C interrupts at once.
-
-    Outside the main thread signals cannot be caught: then nothing is installed.
-    """
+    """While entered, a signal sets `name` and does nothing else; a second Ctrl-C interrupts at once. Outside the main
+    thread signals cannot be caught: then nothing is installed."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -47,15 +45,11 @@ class StopSignals:
 
 
 class Agreement:
-    """The largest value of each flag over all ranks, known one step late so that no step waits for it.
-
-    Every rank must call `exchange` equally often.
-    """
+    """The largest value of each flag over all ranks, known one step late so that no step waits for it. Every rank must
+    call `exchange` equally often."""
 
     def __init__(self, world_size: int, device: torch.device, flags: int) -> None:
-        self._world_size = world_size
-        self._device = device
-        self._flags = flags
+        self._world_size, self._device, self._flags = world_size, device, flags
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, flags: list[int]) -> list[int]:
@@ -111,7 +105,7 @@ def on_rank_0(rank: int, group: Any, function: Callable[..., Any], *arguments: A
             box = [(None, error)]
     if group is not None:
         torch.distributed.broadcast_object_list(box, src=0, group=group)
-    value, problem = box[0]
-    if problem is not None:
-        raise problem
+    value, error = box[0]
+    if error is not None:
+        raise error
     return value

@@ -1,7 +1,5 @@
-"""The training step of a caption model, and an epoch of such steps.
-
-Shapes: B batch, L caption tokens. To accumulate, OpenCLIP's own step caches features and runs each forward pass twice,
-which a contrastive loss needs and a caption loss does not.
+"""The training step of a caption model, and an epoch of such steps. To accumulate, OpenCLIP's own step caches features
+and runs each forward pass twice, which a contrastive loss needs and a caption loss does not.
 """
 
 from __future__ import annotations
@@ -44,17 +42,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """`grad_clip_norm` is None for no clipping; `loss_weight`, of the caption loss, is 2 in the reference
-    (--coca-caption-loss-weight).
-
-    A step has `accum_freq` batches, which are one entry of the schedule; or, with `tokens_per_step`, as many as have so
-    many target tokens over all processes, and each batch is an entry.
-    """
+    """A step has `accum_freq` batches, which are one entry of the schedule; or, with `tokens_per_step`, as many as have
+    so many target tokens over all processes, and each batch is an entry."""
 
     compute: Compute
     accum_freq: int
-    grad_clip_norm: float | None
-    loss_weight: float
+    grad_clip_norm: float | None  # None: no clipping
+    loss_weight: float  # of the caption loss, 2 in the reference (--coca-caption-loss-weight)
     contrastive_weight: float = 1.0  # of a model that has this loss too (--coca-contrastive-loss-weight)
     tokens_per_step: int | None = None
 
@@ -62,7 +56,7 @@ class StepSettings:
         """The batches of each step."""
         if self.tokens_per_step is None:
             return windows(batches, self.accum_freq)
-        return token_windows(batches, self.tokens_per_step, TargetCount(self.compute))
+        return token_windows(batches, self.tokens_per_step, target_count(self.compute))
 
 
 @dataclass
@@ -106,19 +100,18 @@ def token_windows(batches: Iterable[Batch], tokens: int, num_targets: Callable[[
         yield window
 
 
-class TargetCount:
-    """The target tokens in a batch of each process together. Processes ask on their CPUs, so no step waits for a
-    device, and all of them accumulate alike."""
+def target_count(compute: Compute) -> Callable[[Batch], int]:
+    """A function that counts the target tokens in a batch of each process together. Processes ask on their CPUs, so no
+    step waits for a device, and all of them accumulate alike."""
+    group: Any = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
 
-    def __init__(self, compute: Compute) -> None:
-        self._eos_id = compute.eos_id
-        self._group: Any = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
+    def count(batch: Batch) -> int:
+        targets = (caption_targets(batch.texts_BL, compute.eos_id) != IGNORE_INDEX).sum()
+        if group is not None:
+            torch.distributed.all_reduce(targets, group=group)
+        return int(targets)
 
-    def __call__(self, batch: Batch) -> int:
-        count = (caption_targets(batch.texts_BL, self._eos_id) != IGNORE_INDEX).sum()
-        if self._group is not None:
-            torch.distributed.all_reduce(count, group=self._group)
-        return int(count)
+    return count
 
 
 def optimizer_step(
@@ -129,45 +122,49 @@ def optimizer_step(
     scaler: Any,
     settings: StepSettings,
 ) -> StepResult:
-    """Forward and backward over the window, then one update, unless the gradient is not finite.
-
-    The gradient is that of the global batch whatever the number of processes and micro-batches: each sum is
-    divided by the targets of all of them, and multiplied by the world size that DDP divides by. A contrastive loss is
-    that of a whole batch, so with one there are no micro-batches.
-    """
-    contrastive = loss.contrast is not None
+    """Forward and backward over the window, then one update, unless the gradient is not finite. It is that of the
+    global batch whatever the number of processes and micro-batches: each sum is divided by the targets of all of them,
+    and multiplied by the world size that DDP divides by. A contrastive loss is that of a whole batch, so with one there
+    are no micro-batches."""
+    contrastive, compute = loss.contrast is not None, settings.compute
     if contrastive and len(window) > 1:
         raise ValueError("a contrastive loss is not accumulated over micro-batches")
-    captions = [settings.compute.packed(batch.texts_BL, batch.images_BCHW) for batch in window]
+    captions = [compute.packed(batch.texts_BL, batch.images_BCHW) for batch in window]
     count = float(sum(packed.num_targets for packed in captions))
-    num_targets = all_reduced(torch.full((), count, device=settings.compute.device), settings)
-    scale = settings.loss_weight * settings.compute.world_size / num_targets
+    num_targets = all_reduced(torch.full((), count, device=compute.device), compute)
+    scale = settings.loss_weight * compute.world_size / num_targets
     optimizer.zero_grad(set_to_none=True)
-    totals = torch.zeros(3, device=settings.compute.device)
+    totals = torch.zeros(3, device=compute.device)
     for index, (batch, packed) in enumerate(zip(window, captions, strict=True)):
-        images, packed = settings.compute.pixels(batch.images_BCHW), packed.to(settings.compute.device)
-        with settings.compute.attention(), _sync_only(model, index == len(window) - 1):
-            with settings.compute.autocast():
-                more = {"text": batch.texts_BL.to(settings.compute.device)} if contrastive else {}
-                more |= _token_drop(model, batch, settings.compute.device)
+        images, packed = compute.pixels(batch.images_BCHW), packed.to(compute.device)
+        with compute.attention(), _sync_only(model, index == len(window) - 1):
+            with compute.autocast():
+                more = {"text": batch.texts_BL.to(compute.device)} if contrastive else {}
+                more |= _token_drop(model, batch, compute.device)
                 sums = model(images, captions=packed, caption_loss=loss, **more)
                 contrast = torch.zeros_like(sums.nll) if sums.contrastive is None else sums.contrastive
                 weighted = sums.objective * scale + settings.contrastive_weight * contrast
             (weighted if scaler is None else scaler.scale(weighted)).backward()
         totals += torch.stack([sums.nll.detach(), sums.objective.detach(), contrast.detach()])
     grad_norm = _clipped_norm(model, optimizer, scaler, settings.grad_clip_norm)
-    totals = all_reduced(totals, settings)
+    totals = all_reduced(totals, compute)
     bad = not_finite(totals, grad_norm, scaler)
-    _update(model, optimizer, scaler, bad)
-    mean = totals[2] / settings.compute.world_size if contrastive else None
+    step_unless(optimizer, scaler, bad)
+    if (after := getattr(inside_ddp(model), "after_step", None)) is not None:
+        after()
+    mean = totals[2] / compute.world_size if contrastive else None
     return StepResult(totals[0], totals[1], num_targets, grad_norm, bad, mean)
+
+
+def inside_ddp(model: nn.Module) -> Any:
+    return getattr(model, "module", model)
 
 
 def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
     """Options of the forward pass with which samples keep tokens of their own (--elastic)."""
     if batch.draw is None:
         return {}
-    inner: Any = getattr(model, "module", model)  # of the model inside DDP
+    inner = inside_ddp(model)
     rows, columns = inner.visual.grid_size
     seeds = [seed & 0xFFFFFFFF for seed in batch.seeds]  # all that counts of them, and int64 holds it
     if isinstance(batch.images_BCHW, NativeImages):  # whose places are computed on the host
@@ -178,15 +175,9 @@ def _token_drop(model: nn.Module, batch: Batch, device: torch.device) -> dict[st
     return drop
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
-    step_unless(optimizer, scaler, bad)
-    if (after := getattr(getattr(model, "module", model), "after_step", None)) is not None:  # of the model inside DDP
-        after()
-
-
-def all_reduced(value: Tensor, settings: StepSettings) -> Tensor:
+def all_reduced(value: Tensor, compute: Compute) -> Tensor:
     """The sum of `value` over all processes."""
-    if settings.compute.world_size > 1:
+    if compute.world_size > 1:
         torch.distributed.all_reduce(value)
     return value
 

@@ -2,8 +2,8 @@
 makes a run this run.
 
 That is the configuration, which a resumed run must share, and its signature. Where a run is written, how it is watched
-and how often it is saved is not part of it; nor is the number of processes and data workers, as long as the global batch
-is the same.
+and how often it is saved is not part of it; nor is the number of processes and data workers, as long as the global
+batch is the same.
 """
 
 from __future__ import annotations

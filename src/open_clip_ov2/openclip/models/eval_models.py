@@ -112,8 +112,8 @@ class FeatureModel:
             return self.model.encode_image(images, normalize=False).float()
 
     def tokens(self, images_BCHW: Images, layer: int = -1) -> Tensor:
-        """Patch tokens after a block, without norm or pooler; of timm's encoders that are no ViTs the places of a feature
-        map. Raises UserError for images that differ in their number, and for an encoder that has neither."""
+        """Patch tokens after a block, without norm or pooler; of timm's encoders that are no ViTs the places of a
+        feature map. Raises UserError for images that differ in their number, and for an encoder that has neither."""
         if isinstance(images_BCHW, NativeImages):
             raise UserError("probes of patch tokens take images of one shape; give --aspect square")
         images, visual = self.compute.pixels(images_BCHW), self.model.visual

@@ -45,8 +45,8 @@ OF_IMAGES = ("image size", "mean", "std", "interpolation", "resize mode")
 
 
 def create_with_own_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpoint brings its own config, a run's folder its newest weights; pretrained_image_path must fit an ov2 model,
-    and OpenCLIP loads it with strict=False and only logs its errors."""
+    """A checkpoint brings its own config, a run's folder its newest weights; pretrained_image_path must fit an ov2
+    model, and OpenCLIP loads it with strict=False and only logs its errors."""
 
     def create_model(
         model_name: str, pretrained: str | None = None, load_weights: bool = True, *args: Any, **kwargs: Any

@@ -210,7 +210,8 @@ def check_aug_cfg(aug_cfg: Mapping[str, Any], transform: str) -> None:
 
 
 def leave_defaults_open(original: type[PreprocessCfg]) -> type[PreprocessCfg]:
-    """None marks what neither a call nor a config gives until it is known whose model it is; OpenCLIP has its default."""
+    """None marks what neither a call nor a config gives until it is known whose model it is; OpenCLIP has its
+    default."""
 
     @dataclass
     class OpenPreprocessCfg(original):

@@ -92,8 +92,8 @@ def check_tokenizer_folder(folder: Path) -> None:
 
 
 def check_local_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A folder's config without vision_cfg is an error that says so; OpenCLIP, which calls this after it has read it and
-    turns a ValueError into its own, raises a bare KeyError."""
+    """A folder's config without vision_cfg is an error that says so; OpenCLIP, which calls this after it has read it
+    and turns a ValueError into its own, raises a bare KeyError."""
 
     def find_checkpoint_in_dir(dir_path: Path) -> Any:
         file, link = Path(dir_path) / CONFIG, Path(dir_path) / LINK

@@ -1,8 +1,8 @@
-"""Checkpoints that this package holds: pretrained tags of OpenCLIP's, loaded offline. `NAME:TAG` stands for one wherever
-a model is named.
+"""Checkpoints that this package holds: pretrained tags of OpenCLIP's, loaded offline. `NAME:TAG` stands for one
+wherever a model is named.
 
-To add one, put the folder `pretrained/TAG`, as `ov2 export --to ov2` writes it, into the package (weights in float16, to
-be small) and a line into SHIPPED.
+To add one, put the folder `pretrained/TAG`, as `ov2 export --to ov2` writes it, into the package (weights in float16,
+to be small) and a line into SHIPPED.
 """
 
 from __future__ import annotations

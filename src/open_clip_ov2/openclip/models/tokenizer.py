@@ -134,7 +134,8 @@ def caching(tokenizer: Any) -> Any:
 
 
 def find_vocab(source: str, cache_dir: str | None = None) -> Path:
-    """vocab.txt: this file itself, or that of a folder or of a hub repository (`bert-base-uncased`). Raises UserError."""
+    """vocab.txt: this file itself, or that of a folder or of a hub repository (`bert-base-uncased`). Raises
+    UserError."""
     path = Path(source).expanduser()
     for file in (path, path / VOCAB):
         if file.is_file():

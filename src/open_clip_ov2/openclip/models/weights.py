@@ -170,8 +170,8 @@ def load_strictly(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recompute_position_table(original: Callable[..., None]) -> Callable[..., None]:
-    """The fixed sine-cosine table is recomputed for a new grid, which OpenCLIP interpolates; a checkpoint of an ov2 model
-    that holds any other is refused."""
+    """The fixed sine-cosine table is recomputed for a new grid, which OpenCLIP interpolates; a checkpoint of an ov2
+    model that holds any other is refused."""
 
     def resize_pos_embed(state_dict: dict[str, Tensor], model: nn.Module, *args: Any, **kwargs: Any) -> None:
         stored = state_dict.get(POSITIONS)
