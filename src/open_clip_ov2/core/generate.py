@@ -175,8 +175,8 @@ def _expand(
 
 
 # --- sampling whose noise belongs to a row, so that a caption does not depend on the batch it is generated in ----
-# Top-k sampling (Fan et al. 2018, arXiv 1805.04833) by the Gumbel-max trick: argmax(logits / temperature - log E), where
-# E is exponential noise from the row's own generator. torch.multinomial draws from one generator for the whole batch.
+# Top-k sampling (Fan et al. 2018, arXiv 1805.04833) by the Gumbel-max trick: argmax(logits / temperature - log E), with
+# exponential noise E from the row's own generator. torch.multinomial draws from one generator for the whole batch.
 
 
 @dataclass(frozen=True)

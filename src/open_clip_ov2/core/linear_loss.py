@@ -23,10 +23,8 @@ def softmax_rows(
     logits_cV: Tensor, labels_c: Tensor, sums: Tensor, smoothing: float, z_loss: float, wants_gradient: bool
 ) -> Tensor:
     """Adds the rows' nll and objective to `sums`; returns the objective's gradient by the logits, in their dtype.
-
     Overwrites float32 logits. Written out because torch's softmax on a CPU takes about four times as long
-    (scripts/kernel_bench.py).
-    """
+    (scripts/kernel_bench.py)."""
     labels_c1 = labels_c[:, None]
     mean_c1 = logits_cV.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothing else None
     largest_c1 = logits_cV.amax(dim=1, keepdim=True).float()

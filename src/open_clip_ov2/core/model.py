@@ -42,11 +42,9 @@ class TextConfig:
 
 
 class CaptionModel(ImageModel):
-    """ "CoCa without contrastive": no text encoder, no logit scale, no trained pooling head.
-
-    The pooled output of `visual` is for use after training: its norm and projection are frozen at one and the identity,
-    since the caption loss never reaches them.
-    """
+    """A "CoCa without contrastive": no text encoder, no logit scale, no trained pooling head. The pooled output of
+    `visual` is for use after training: its norm and projection are frozen at one and the identity, since the caption
+    loss never reaches them."""
 
     def __init__(
         self,

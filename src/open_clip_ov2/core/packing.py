@@ -24,12 +24,9 @@ CPU_TOKENS, GPU_TOKENS, GPU_HALF_TOKENS = 128, 4096, 1
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """What the decoder reads and is to predict; all int64.
-
-    `order_B`: the batch's rows, longest captions first. `parts`: (rows, positions) of each group in that order.
-    `ids_t`: the decoder's inputs, group by group, row by row. `index_R`: where among those the real targets stand;
-    `labels_R`: the targets. `order`: `order_B` on the host.
-    """
+    """What the decoder reads and is to predict; all int64. `order_B`: the batch's rows, longest captions first.
+    `parts`: (rows, positions) of each group in that order. `ids_t`: the decoder's inputs, group by group, row by row.
+    `index_R`: where among those the real targets stand; `labels_R`: the targets. `order`: `order_B` on the host."""
 
     order_B: Tensor
     parts: Parts

@@ -9,11 +9,9 @@ TEMPERATURE = 10_000.0  # reference: vit.py:146
 
 
 def sincos_2d(grid: tuple[int, int], width: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine position table of the absolute patch index, `(1 + N, D)` float32.
-
-    `grid` is (rows, columns), N = rows x columns in row-major order. The class token's row, first, is zero. Raises
-    ValueError, see `sincos_at`.
-    """
+    """Fixed 2-D sine-cosine position table of the absolute patch index, `(1 + N, D)` float32. `grid` is (rows,
+    columns), N = rows x columns in row-major order. The class token's row, first, is zero. Raises ValueError, see
+    `sincos_at`."""
     rows, columns = (torch.arange(side, device=device) for side in grid)
     table_ND = sincos_at(torch.cartesian_prod(rows, columns).T, width)
     return torch.cat([table_ND.new_zeros(1, width), table_ND])

@@ -136,11 +136,9 @@ def _causal_mask(before: int, length: int, device: torch.device) -> Tensor:
 
 
 class Rows:
-    """The decoder's rows: the image tokens of each, then its caption.
-
-    `images`: attention of image tokens among themselves; `captions`: of a caption to what stands before it in its row
-    and to itself; `context`: of a caption to image tokens that are not in the sequence (cross-attention).
-    """
+    """The decoder's rows: the image tokens of each, then its caption. `images`: attention of image tokens among
+    themselves; `captions`: of a caption to what stands before it in its row and to itself; `context`: of a caption to
+    image tokens that are not in the sequence (cross-attention)."""
 
     def __init__(
         self, images: Sequence[int], parts: Parts, like: Tensor, head_width: int, *, fusion: str = "prefix"

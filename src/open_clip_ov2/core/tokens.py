@@ -102,10 +102,8 @@ def sample_kept_of_rows(counts: Sequence[int], kept: Sequence[int], device: torc
 
 
 def noise_of(seeds_B: Tensor, num_tokens: int) -> Tensor:
-    """`(B, N)` int64 from 0 to 2^32 - 1, each row a function of its seed's lower 32 bits alone, on any device.
-
-    Source: the hash lowbias32 (Chris Wellons, "Prospecting for Hash Functions", nullprogram.com, 2018).
-    """
+    """`(B, N)` int64 from 0 to 2^32 - 1, each row a function of its seed's lower 32 bits alone, on any device. Source:
+    the hash lowbias32 (Chris Wellons, "Prospecting for Hash Functions", nullprogram.com, 2018)."""
 
     def mixed(x: Tensor) -> Tensor:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):

@@ -23,8 +23,7 @@ PositionTable = Literal["interpolate", "recompute"]
 
 class ImageModel(nn.Module):
     """`visual`, OpenCLIP's VisionTransformer, maps images `(B, 3, H, W)` to `(pooled (B, D), patch tokens (B, N, D))`,
-    tokens taken after the last block, class token dropped, final norm not applied (docs/reference.md: vit.py:786).
-    """
+    tokens taken after the last block, class token dropped, final norm not applied (docs/reference.md: vit.py:786)."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

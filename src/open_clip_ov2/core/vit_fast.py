@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -38,7 +37,6 @@ PRIVATE_NAMES = (
     ),
     ("torch.nn.Conv2d", "__class__", "a patch embedding becomes LinearPatches: one matrix product"),
     ("torch.nn.MultiheadAttention", "__class__", "attention of a block becomes SelfAttention: no copies of its inputs"),
-    ("open_clip.transformer.Attention", "__class__", "the same for the attention of a block in OpenCLIP 4"),
 )
 
 
@@ -65,9 +63,6 @@ def use_fast_parts(visual: nn.Module) -> None:
     for block in tower.transformer.resblocks:
         if type(block.attn) is nn.MultiheadAttention and block.attn.batch_first:
             block.attn.__class__ = SelfAttention
-        elif _is_of_open_clip_4(block.attn):
-            kind: Any = type(block.attn)
-            block.attn.__class__ = _fused(kind)
 
 
 @contextlib.contextmanager
@@ -217,39 +212,6 @@ def _of_projections(attention: Any, *parts: Tensor) -> Tensor:
     parts = parts[0].chunk(3, dim=-1) if len(parts) == 1 else parts
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
     return attention.out_proj(scaled_dot_product(q, k, v).transpose(1, 2).flatten(2))
-
-
-@functools.cache
-def _fused(kind: type) -> type:
-    """OpenCLIP 4's class of a block's attention, which takes three products where one will do."""
-
-    def forward(
-        self: Any, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Any:
-        if attn_mask is not None or k_x is not v_x:
-            return kind.forward(self, x, k_x, v_x, attn_mask)  # type: ignore[attr-defined]
-        return _attended(self, x, x if k_x is None else k_x)
-
-    def reduce(self: Any, _: int) -> Any:
-        return _unpickled, (kind,), self.__getstate__()
-
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__reduce_ex__": reduce, "is_fused": True})
-
-
-def _unpickled(kind: type) -> Any:
-    fused: Any = _fused(kind)
-    return fused.__new__(fused)
-
-
-def _is_of_open_clip_4(attention: Any) -> bool:
-    """Whether it is that class, and none of its options is on."""
-    return (
-        "k_x" in inspect.signature(attention.forward).parameters
-        and getattr(attention, "in_proj_bias", None) is not None
-        and attention.logit_scale is attention.head_scale is None
-        and all(isinstance(norm, nn.Identity) for norm in (attention.ln_q, attention.ln_k, attention.ln_inner))
-        and attention.attn_drop.p == attention.out_drop.p == 0
-    )
 
 
 class SelfAttention(nn.MultiheadAttention):

@@ -155,10 +155,8 @@ _undo_registration: list[Callable[[], None]] = []
 
 
 def register() -> None:
-    """Add the ov2 models, and CoCa and CLIP of their sizes, to OpenCLIP. A second call changes nothing.
-
-    Raises ImportError, in one line, if OpenCLIP lacks a name that is rebound or used.
-    """
+    """Add the ov2 models, and CoCa and CLIP of their sizes, to OpenCLIP. A second call changes nothing. Raises
+    ImportError, in one line, if OpenCLIP lacks a name that is rebound or used."""
     if _undo_registration:
         return
     check_private_names("open_clip")

@@ -17,10 +17,8 @@ from open_clip_ov2.openclip.version import missing_name
 
 
 class PrivateName(NamedTuple):
-    """`owner`, a module or a class by its import path, has the name; `files` of ours use it.
-
-    The name `__class__` says that objects of this class are given another one.
-    """
+    """`owner`, a module or a class by its import path, has the name; `files` of ours use it. The name `__class__` says
+    that objects of this class are given another one."""
 
     owner: str
     name: str

@@ -153,11 +153,9 @@ def snapshot(value: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time, in a thread. A step waits for the copy to memory, and for the previous file.
-
-    The last `keep` files from within stages are kept, and always the newest; with `latest` a link leads to that one. If
-    a file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues.
-    """
+    """Writes one checkpoint at a time, in a thread. A step waits for the copy to memory, and for the previous file. The
+    last `keep` files from within stages are kept, and always the newest; with `latest` a link leads to that one. If a
+    file cannot be written (disk full), an error is logged, older checkpoints stay, and the run continues."""
 
     def __init__(self, folder: Path, keep: int, latest: bool = False) -> None:
         self.folder, self.keep, self.latest = folder, keep, latest

@@ -14,10 +14,8 @@ from open_clip_ov2.train.parallel import held
 
 
 class WeightAverage:
-    """Of the trained parameters `w` of a model, in float32: after each step `a <- decay * a + (1 - decay) * w`.
-
-    It begins with `state`, as `state()` gave it, or else with the weights as they are.
-    """
+    """Of the trained parameters `w` of a model, in float32: after each step `a <- decay * a + (1 - decay) * w`. It
+    begins with `state`, as `state()` gave it, or else with the weights as they are."""
 
     def __init__(self, model: nn.Module, decay: float, state: Mapping[str, Tensor] | None = None) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -18,11 +18,9 @@ KEYS_SHOWN = 8
 
 
 class StepGuard:
-    """Counts skipped steps. Whether a step was bad is read one step late, so that no step waits for the device.
-
-    It depends on the reduced gradient, which is the same on all ranks, so all ranks count alike. `last_good` names the
-    checkpoint to go back to.
-    """
+    """Counts skipped steps. Whether a step was bad is read one step late, so that no step waits for the device. It
+    depends on the reduced gradient, which is the same on all ranks, so all ranks count alike. `last_good` names the
+    checkpoint to go back to."""
 
     def __init__(self, limit: int, last_good: Callable[[], str], in_a_row: int = 0) -> None:
         self.limit, self.in_a_row, self._last_good = limit, in_a_row, last_good
@@ -63,10 +61,8 @@ def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
 
 def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
     """A boolean scalar on the device: whether a step is bad, from its reduced losses `sums` and its gradient.
-
     GradScaler finds its scale by fp16 gradients that overflow: it skips the step and halves the scale. Such a step is
-    not bad while there is a scale to halve.
-    """
+    not bad while there is a scale to halve."""
     bad = ~torch.isfinite(sums).all()
     if scaler is not None and scaler.get_scale() > 1:
         return bad
@@ -74,10 +70,8 @@ def not_finite(sums: Tensor, grad_norm: Tensor, scaler: Any) -> Tensor:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, scaler: Any, bad: Tensor) -> None:
-    """One optimizer step, skipped if `bad` (a boolean scalar on the device) is true.
-
-    Fused optimizers read the flag on the device, as they do for GradScaler; others wait for it.
-    """
+    """One optimizer step, skipped if `bad` (a boolean scalar on the device) is true. Fused optimizers read the flag on
+    the device, as they do for GradScaler; others wait for it."""
     if scaler is not None:
         scaler.step(optimizer)  # decides itself, from the unscaled gradients
         scaler.update()

@@ -119,7 +119,7 @@ class Whole:
         return {**read(self.model, average), **({"optimizer": optimizer.state_dict()} if optimizer else {})}
 
     def shards(self, average: WeightAverage | None, optimizer: Any) -> dict[str, Any]:
-        """What this process has of weights, average and optimizer, for a ShardWriter."""
+        """What this process has of weights, average and, if one is given, optimizer, for a ShardWriter."""
         raise NotImplementedError("a whole model has no shards")
 
     @contextlib.contextmanager
@@ -131,11 +131,9 @@ class Whole:
 
 
 class Sharded(Whole):
-    """The model is sharded in place, block by block, and computes as `precision` (OpenCLIP's name) says.
-
-    With autocast, parameters are gathered in its data type and gradients summed in float32, or in `reduction`.
-    Raises UserError for a model that cannot be sharded.
-    """
+    """The model is sharded in place, block by block, and computes as `precision` (OpenCLIP's name) says. With autocast,
+    parameters are gathered in its data type and gradients summed in float32, or in `reduction`. Raises UserError for a
+    model that cannot be sharded."""
 
     def __init__(self, model: nn.Module, layout: Layout, precision: str, reduction: torch.dtype | None) -> None:
         self._layout, self._plain = layout, _without_weights(model)
@@ -170,28 +168,27 @@ class Sharded(Whole):
         keeps = everywhere or torch.distributed.get_rank() == 0
 
         def to_cpu(value: Any) -> Any:
-            whole = gathered(value)
-            return whole.cpu() if keeps and isinstance(whole, Tensor) else whole if keeps else None
+            full = gathered(value)
+            return full.cpu() if keeps and isinstance(full, Tensor) else full if keeps else None
 
-        weights = mapped(to_cpu, self.model.state_dict())
-        averages = mapped(to_cpu, average.state() if average else {})
-        state = {"optimizer": mapped(to_cpu, optimizer.state_dict())} if optimizer else {}
+        whole = mapped(to_cpu, self.shards(average, optimizer))
         if not keeps:
             return {}
+        weights, averages = whole.pop("state_dict"), whole.pop("average")
         with self._filled(weights):
-            return {**read(self._plain, average and average.of(self._plain, averages)), **state}
+            return {**read(self._plain, average and average.of(self._plain, averages)), **whole}
 
     def shards(self, average: WeightAverage | None, optimizer: Any) -> dict[str, Any]:
-        averages = average.state() if average else {}
-        return {"state_dict": self.model.state_dict(), "average": averages, "optimizer": optimizer.state_dict()}
+        state = {"optimizer": optimizer.state_dict()} if optimizer else {}
+        return {"state_dict": self.model.state_dict(), "average": average.state() if average else {}, **state}
 
     @contextlib.contextmanager
     def readable(
         self, model: nn.Module, average: WeightAverage | None
     ) -> Iterator[tuple[nn.Module, WeightAverage | None]]:
-        averages = mapped(gathered, average.state() if average else {})
-        with self._filled(mapped(gathered, self.model.state_dict())):
-            yield self._plain, average and average.of(self._plain, averages)
+        whole = mapped(gathered, self.shards(average, None))
+        with self._filled(whole["state_dict"]):
+            yield self._plain, average and average.of(self._plain, whole["average"])
 
     @contextlib.contextmanager
     def _filled(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

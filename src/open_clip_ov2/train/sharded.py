@@ -97,11 +97,9 @@ def _without_shards(tree: Any, path: str, shards: dict[str, DTensor]) -> Any:
 
 
 def read_sharded(folder: Path, layout: Layout | None = None) -> dict[str, Any]:
-    """The content of a sharded checkpoint; `average` is there if training had one.
-
-    With a layout, whatever the number of processes was, each reads its own part alone: DTensors. Otherwise whole
-    tensors on the CPU. Raises UserError for a folder that is incomplete or damaged.
-    """
+    """The content of a sharded checkpoint; `average` is there if training had one. With a layout, whatever the number
+    of processes was, each reads its own part alone: DTensors. Otherwise whole tensors on the CPU. Raises UserError for
+    a folder that is incomplete or damaged."""
     content = torch.load(folder / CONTENT, map_location="cpu", weights_only=True)
     reader = FileSystemReader(folder)
     metadata: Any = reader.read_metadata()

@@ -76,10 +76,8 @@ def _name(args: argparse.Namespace, recipe: Recipe | None, config_signature: str
 def _stages(
     schedule: ScheduleOptions, argv: Sequence[str], recipe: Recipe | None
 ) -> list[tuple[list[str], Stage | None]]:
-    """All flags of each stage, and the stage itself.
-
-    Of two equal flags the later wins: argv over a file, --stage over the rest of argv.
-    """
+    """All flags of each stage, and the stage itself. Of two equal flags the later wins: argv over a file, --stage over
+    the rest of argv."""
     mine = without(argv, ("--recipe", "--stage"))
     found: list[tuple[list[str], Stage | None]]
     if recipe is not None:

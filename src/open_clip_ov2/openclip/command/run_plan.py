@@ -45,10 +45,8 @@ ADDED = (
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One call of OpenCLIP's `main`. `index` counts from 0; `args` is its argv, parsed.
-
-    `title` is short ("84 px"), `summary` one line for logs.
-    """
+    """One call of OpenCLIP's `main`. `index` counts from 0; `args` is its argv, parsed. `title` is short ("84 px"),
+    `summary` one line for logs."""
 
     index: int
     title: str

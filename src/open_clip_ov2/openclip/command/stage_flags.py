@@ -33,11 +33,9 @@ def one_aug_cfg(argv: Sequence[str]) -> list[str]:
 def derived_flags(
     argv: Sequence[str], ours: argparse.Namespace, theirs: argparse.Namespace, world_size: int, gpu: bool
 ) -> list[str]:
-    """Flags of OpenCLIP that follow from others, and those of its defaults that are wrong for us.
-
-    `ours` and `theirs` are what the two parsers made of the whole `argv`; `world_size` and `gpu` are what the run will
-    have. Raises UserError.
-    """
+    """Flags of OpenCLIP that follow from others, and those of its defaults that are wrong for us. `ours` and `theirs`
+    are what the two parsers made of the whole `argv`; `world_size` and `gpu` are what the run will have. Raises
+    UserError."""
     is_ov2, cuda = factory.is_ov2_model(theirs.model), gpu and theirs.device.startswith("cuda")
     extra: list[str] = []
     if not cuda and theirs.device.startswith("cuda") and not is_given(argv, "--device"):
@@ -61,10 +59,8 @@ def derived_flags(
 def _batch(
     argv: Sequence[str], ours: argparse.Namespace, theirs: argparse.Namespace, world_size: int
 ) -> tuple[int, int]:
-    """(images at once in each process, micro-batches in a step).
-
-    Under a global batch, --batch-size is the largest number at once: the largest divisor up to it is taken.
-    """
+    """(images at once in each process, micro-batches in a step). Under a global batch, --batch-size is the largest
+    number at once: the largest divisor up to it is taken."""
     total: int | None = ours.global_batch
     if total is None:
         return theirs.batch_size, theirs.accum_freq

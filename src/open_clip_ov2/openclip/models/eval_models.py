@@ -81,10 +81,8 @@ def _alike(values: Sequence[tuple[int, ...]]) -> list[tuple[int, list[int]]]:
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """An encoder. What it cannot do (`abilities`) raises UserError.
-
-    `preprocess` of an image; `checkpoint` with its weights; `reopen` at an image size in px, where that can be done.
-    """
+    """An encoder. What it cannot do (`abilities`) raises UserError. `preprocess` of an image; `checkpoint` with its
+    weights; `reopen` at an image size in px, where that can be done."""
 
     model: Any
     tokenizer: Any

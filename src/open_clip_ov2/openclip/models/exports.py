@@ -151,9 +151,7 @@ def write_model_folder(
     model: CaptionModel, encoder: Encoder, tokenizer: Any, folder: Path, name: str, max_tokens: int | None = None
 ) -> None:
     """Write the whole model as OpenCLIP's `local-dir:` or hub folder; `max_tokens` of one trained with --aspect native.
-
-    `name` is what the folder will be called, or its hub name; OpenCLIP looks for the tokenizer under it.
-    """
+    `name` is what the folder will be called, or its hub name; OpenCLIP looks for the tokenizer under it."""
     cfg = model_cfg(model, encoder)
     if isinstance(tokenizer, WordPieceTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_mode": MODE}

@@ -57,10 +57,8 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Where:
-    """Where a model is. `name` is its name for OpenCLIP; `pretrained` belongs to a model of OpenCLIP's registry.
-
-    With neither `checkpoint` nor `pretrained`, the folder's own weights are meant. `config` is the checkpoint's.
-    """
+    """Where a model is. `name` is its name for OpenCLIP; `pretrained` belongs to a model of OpenCLIP's registry. With
+    neither `checkpoint` nor `pretrained`, the folder's own weights are meant. `config` is the checkpoint's."""
 
     name: str
     folder: Path | None = None
@@ -197,10 +195,8 @@ def _with_decoder(model: VisionModel, tokenizer: Any, where: Where) -> tuple[nn.
 
 
 def _fetch_decoder(name: str) -> Path | None:
-    """The hub's snapshot with all three files of the decoder in it; none if the repository has no decoder.
-
-    Raises UserError if that cannot be known: a network that fails does not answer the question.
-    """
+    """The hub's snapshot with all three files of the decoder in it; none if the repository has no decoder. Raises
+    UserError if that cannot be known: a network that fails does not answer the question."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -44,11 +44,9 @@ INIT_SCALE, MAX_SCALE = math.log(1 / 0.07), math.log(100)  # CLIP, section 2.5
 
 
 class ContrastiveCaptionModel(CaptionModel):
-    """OpenVision 1: an ov2 model with a text encoder, trained by a contrastive loss beside the caption loss.
-
-    The pooled output of `visual` is compared with that of `text`, a tower from ids `(B, L)` to `(B, D)`, so here its
-    norm and projection are trained. All tokens are pooled; the decoder gets what token dropping keeps.
-    """
+    """OpenVision 1: an ov2 model with a text encoder, trained by a contrastive loss beside the caption loss. The pooled
+    output of `visual` is compared with that of `text`, a tower from ids `(B, L)` to `(B, D)`, so here its norm and
+    projection are trained. All tokens are pooled; the decoder gets what token dropping keeps."""
 
     def __init__(self, visual: nn.Module, *args: Any, text_tower: nn.Module, **options: Any) -> None:
         super().__init__(visual, *args, **options)

@@ -30,11 +30,9 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2  # docs/reference.md: [PAD] and the first two u
 
 
 class WordPieceTokenizer:
-    """The reference's ids: BERT's uncased word pieces, [PAD] = 0, bos = 1, eos = 2.
-
-    `source`: see `find_vocab`; `vocabulary` is the file's text. Texts are not cleaned and never parsed for special
-    tokens, as in the reference's TensorFlow op; a truncated caption keeps eos as its last id.
-    """
+    """The reference's ids: BERT's uncased word pieces, [PAD] = 0, bos = 1, eos = 2. `source`: see `find_vocab`;
+    `vocabulary` is the file's text. Texts are not cleaned and never parsed for special tokens, as in the reference's
+    TensorFlow op; a truncated caption keeps eos as its last id."""
 
     def __init__(self, source: str | Path, context_length: int = 128, cache_dir: str | None = None) -> None:
         self.source = str(source)

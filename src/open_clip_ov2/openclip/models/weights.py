@@ -35,10 +35,8 @@ _SHOWN = 6  # names of keys in an error; the rest is counted
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a .safetensors, .bin, .pt or .pth file, on the CPU. Raises ValueError.
-
-    Only tensors and plain containers are read: a pickle that holds anything else is refused, and nothing of it runs.
-    """
+    """The state dict of a .safetensors, .bin, .pt or .pth file, on the CPU. Raises ValueError. Only tensors and plain
+    containers are read: a pickle that holds anything else is refused, and nothing of it runs."""
     if Path(path).suffix in (".npz", ".npy"):
         raise ValueError(f"{path}: Flax parameters; make a model of them with `ov2 convert {path} --to FOLDER`")
     try:
@@ -94,10 +92,8 @@ def check_fit(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 @torch.no_grad()
 def load_weights(model: VisionModel | CaptionModel, path: str, encoder_only: bool = False) -> None:
-    """Load all of an ov2 model if the file has a decoder, or its encoder; the decoder then stays as it is.
-
-    With `encoder_only`, whatever else the file holds is left out. Raises ValueError.
-    """
+    """Load all of an ov2 model if the file has a decoder, or its encoder; the decoder then stays as it is. With
+    `encoder_only`, whatever else the file holds is left out. Raises ValueError."""
     state = read_tensors(path)
     if not any(key.startswith(VISION) for key in state):  # a bare encoder
         state = {VISION + key: value for key, value in state.items()}

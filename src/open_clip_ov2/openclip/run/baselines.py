@@ -31,11 +31,8 @@ def init_coca_head(model: nn.Module) -> None:
 
 
 class RecordedLoss(nn.Module):
-    """OpenCLIP's loss, whose last values the monitor reads.
-
-    With `--coca-contrastive-loss-weight 0` text features do not reach OpenCLIP's loss, and DDP fails at its second
-    step: here they enter the loss with weight zero.
-    """
+    """OpenCLIP's loss, whose last values the monitor reads. With `--coca-contrastive-loss-weight 0` text features do
+    not reach OpenCLIP's loss, and DDP fails at its second step: here they enter the loss with weight zero."""
 
     def __init__(self, inner: nn.Module, model: nn.Module, args: Any) -> None:
         super().__init__()

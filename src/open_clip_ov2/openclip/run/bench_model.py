@@ -47,11 +47,8 @@ def add_models(folder: Path) -> None:
 
 class BenchModel:
     """What `ov2 train ARGV` would train in its last stage. `flags_of_ov2` are added if the model is an ov2 model.
-
-    `model`, `optimizer` and `args` (OpenCLIP's) are as training has them; `facts` are the model's sizes.
-
-    Raises UserError for flags that `ov2 train` refuses, and for a model that is not made of plain transformers.
-    """
+    `model`, `optimizer` and `args` (OpenCLIP's) are as training has them; `facts` are the model's sizes. Raises
+    UserError for flags that `ov2 train` refuses, and for a model that is not made of plain transformers."""
 
     def __init__(self, argv: Sequence[str], device: str, flags_of_ov2: Sequence[str] = ()) -> None:
         parsed = partial(parse, world_size=1, gpu=device != "cpu")
@@ -113,9 +110,7 @@ class BenchModel:
 
     def caption_ids(self, name: str) -> tuple[int, int, int, int]:
         """Vocabulary size and ids of begin, end and padding: of ov2 model `name`, or of --tokenizer's word pieces.
-
-        Raises UserError.
-        """
+        Raises UserError."""
         config = config_named(name)
         if not is_ov2_config(config):
             raise UserError(f"--model {name}: expected an ov2 model; models of other kinds go into --variants")
@@ -137,10 +132,8 @@ class BenchModel:
         return images.float().div_(255).sub_(mean).div_(std), texts
 
     def run(self, pairs: Sequence[Pair]) -> None:
-        """One update for each pair from `loaded`: images `(B, 3, H, W)` and ids `(B, L)` in CPU memory.
-
-        With --accum-freq N each pair is a micro-batch that an update sees N times.
-        """
+        """One update for each pair from `loaded`: images `(B, 3, H, W)` and ids `(B, L)` in CPU memory. With
+        --accum-freq N each pair is a micro-batch that an update sees N times."""
         repeated = [pair for pair in pairs for _ in range(self.args.accum_freq)]
         if not self.is_ov2:
             stock_train.train_one_epoch(

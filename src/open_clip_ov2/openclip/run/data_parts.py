@@ -17,10 +17,8 @@ from open_clip_ov2.quiet import quiet
 
 
 def train_loaders(argv: Sequence[str]) -> Callable[[int], TrainLoader]:
-    """For a number of data workers, the loader that a run's first stage would have. Raises UserError.
-
-    `argv`: flags of `ov2 train`.
-    """
+    """For a number of data workers, the loader that a run's first stage would have. Raises UserError. `argv`: flags of
+    `ov2 train`."""
     plan = parse(argv, world_size=1, gpu=False)
     stage = plan.stages[0]
     args = stage.args

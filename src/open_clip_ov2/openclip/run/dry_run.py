@@ -18,9 +18,7 @@ from open_clip_ov2.recipe.costs import Checked, Machine
 
 def check_run(argv: Sequence[str], world_size: int, gpu: bool, gpu_memory_gb: float | None) -> Checked:
     """Parse the flags, read the recipe, find the data, and build the model without memory. Raises UserError.
-
-    `world_size`, `gpu` and `gpu_memory_gb` are what the run will have, not what this machine has.
-    """
+    `world_size`, `gpu` and `gpu_memory_gb` are what the run will have, not what this machine has."""
     plan = parse(argv, world_size, gpu)
     samples = sum(_check_data(stage) for stage in plan.stages)
     parameters = [_check_model(stage) for stage in plan.stages]

@@ -66,11 +66,9 @@ class _LinearAttention(nn.Module):
 
 
 def add_lora(model: Any, rank: int, alpha: float | None) -> None:
-    """Freeze the vision tower, and add `alpha / rank * B A` to each matrix of its blocks; the rest trains as before.
-
-    A matrix computes what it did before the first step, since B begins as zero. Raises UserError for a tower that is
-    not OpenCLIP's own ViT, and without peft.
-    """
+    """Freeze the vision tower, and add `alpha / rank * B A` to each matrix of its blocks; the rest trains as before. A
+    matrix computes what it did before the first step, since B begins as zero. Raises UserError for a tower that is not
+    OpenCLIP's own ViT, and without peft."""
     blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", None)
     if blocks is None:
         raise UserError("--lora-rank: adapts OpenCLIP's own ViTs, and this model's image tower is another")

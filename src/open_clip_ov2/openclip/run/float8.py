@@ -17,11 +17,9 @@ CAPABILITY = (8, 9)  # of the first NVIDIA GPUs with such units: Ada, Hopper
 
 
 def use_float8(model: Any, how: str, device: torch.device) -> None:
-    """In the blocks of the vision tower, in place. Parameters and their names stay as they are, in float32.
-
-    `how`: "on", or "emulated", which rounds to float8 and multiplies in a wider type, on any device. Raises UserError
-    without torchao, and for a device without such units.
-    """
+    """In the blocks of the vision tower, in place. Parameters and their names stay as they are, in float32. `how`:
+    "on", or "emulated", which rounds to float8 and multiplies in a wider type, on any device. Raises UserError without
+    torchao, and for a device without such units."""
     if how == "on" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY):
         raise UserError("--fp8 on: needs an NVIDIA GPU from Ada or Hopper on; `--fp8 emulated` runs anywhere, slowly")
     try:

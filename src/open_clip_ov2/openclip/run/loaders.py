@@ -19,12 +19,9 @@ from open_clip_ov2.openclip.models.tokenizer import PromptTokenizer
 
 @dataclass
 class LoaderInfo:
-    """What OpenCLIP's `main` expects of an entry of `data`."""
+    """An entry of OpenCLIP's `data`."""
 
     dataloader: Any
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataloader.set_epoch(epoch)
 
 
 def caption_keys(args: argparse.Namespace, options: TrainOptions, train: bool) -> tuple[CaptionKey, ...]:

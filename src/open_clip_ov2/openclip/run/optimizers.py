@@ -100,11 +100,8 @@ def adamw_for(grouping: Callable[[], Grouping], **options: Any) -> Callable[...,
 
 def timm_optimizer(original: Callable[..., Any], grouping: Callable[[], Grouping]) -> Callable[..., Any]:
     """In the place of timm's `create_optimizer_v2`, with Muon for the matrices between hidden layers alone, and AdamW
-    for the rest.
-
-    Both take the same learning rate: timm scales Muon's updates by Moonlight's rule (arXiv 2502.16982, section 2.2).
-    Raises UserError for a timm that cannot tell the matrices apart.
-    """
+    for the rest. Both take the same learning rate: timm scales Muon's updates by Moonlight's rule (arXiv 2502.16982,
+    section 2.2). Raises UserError for a timm that cannot tell the matrices apart."""
 
     def create(model: nn.Module, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
         grouped, muon = grouping(), "muon" in opt
@@ -194,20 +191,16 @@ def ddp_on_any_device(original: type, reduction: str = "fp32") -> Callable[..., 
     """In the place of DistributedDataParallel. With `reduction` "bf16" processes exchange gradients in bfloat16."""
 
     def distributed_data_parallel(module: nn.Module, device_ids: Any = None, **kwargs: Any) -> nn.Module:
-        ddp = wrapped(module, device_ids, **kwargs)
-        if reduction == "bf16":
-            ddp.register_comm_hook(None, bf16_compress_hook)
-        return ddp
-
-    def wrapped(module: nn.Module, device_ids: Any, **kwargs: Any) -> Any:
-        if next(module.parameters()).device.type != "cpu":
-            return original(module, device_ids=device_ids, **kwargs)
-        if any(isinstance(each, nn.SyncBatchNorm) for each in module.modules()):
+        on_cpu = next(module.parameters()).device.type == "cpu"
+        if on_cpu and any(isinstance(each, nn.SyncBatchNorm) for each in module.modules()):
             raise UserError("--use-bn-sync: torch synchronizes batch norm on GPUs alone; leave the flag out")
-        if not kwargs.get("static_graph"):
+        if on_cpu and not kwargs.get("static_graph"):
             # DDP would regroup its buckets after its first step otherwise, and the order in which it sums more than two
             # processes would depend on when the run was last resumed.
             kwargs["find_unused_parameters"] = True
-        return original(module, **kwargs)
+        ddp: Any = original(module, device_ids=None if on_cpu else device_ids, **kwargs)
+        if reduction == "bf16":
+            ddp.register_comm_hook(None, bf16_compress_hook)
+        return ddp
 
     return distributed_data_parallel

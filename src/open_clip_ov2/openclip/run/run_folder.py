@@ -53,10 +53,8 @@ def check_same_run(plan: RunPlan) -> bool:
 
 def enter_run_folder(plan: RunPlan, trains: bool, sync: RemoteSync | None) -> tuple[bool, str]:
     """Begin the run in its folder, which is locked, or find it again. Returns whether it existed, or begins from the
-    file of --resume, and what the log should say of that. Raises UserError.
-
-    A run that exists continues if its configuration is the same, or with --override.
-    """
+    file of --resume, and what the log should say of that. Raises UserError. A run that exists continues if its
+    configuration is the same, or with --override."""
     file = plan.folder / RUN_FILE
     existed = check_same_run(plan) if trains else file.is_file()
     if existed and not trains and list_checkpoints(plan.folder / "checkpoints"):

@@ -21,10 +21,8 @@ logger = logging.getLogger("open_clip_ov2")
 
 
 def train(argv: Sequence[str]) -> Path:
-    """Run a training command on this rank; every rank calls it alike. Returns the run's folder.
-
-    Raises UserError (a mistake of the user's), RunFailed (the run cannot continue), Interrupted (a signal; all saved).
-    """
+    """Run a training command on this rank; every rank calls it alike. Returns the run's folder. Raises UserError (a
+    mistake of the user's), RunFailed (the run cannot continue), Interrupted (a signal; all saved)."""
     plan = parse(argv)
     with StopSignals() as signals, Session(plan, signals) as session, session.monitor.status.outcome():
         _run_stages(plan, session)

@@ -36,11 +36,9 @@ STOP, SAVE = 0, 1  # the flags that ranks agree on at each step
 
 
 class Session:
-    """Entered once in a run, by every rank alike.
-
-    `checkpoint` is what the next stage begins from, until it has begun: what the run resumes from, or the weights, and
-    with --carry-optimizer the optimizer state, of the stage before; None for the first stage of a new run.
-    """
+    """Entered once in a run, by every rank alike. `checkpoint` is what the next stage begins from, until it has begun:
+    what the run resumes from, or the weights, and with --carry-optimizer the optimizer state, of the stage before; None
+    for the first stage of a new run."""
 
     def __init__(self, plan: RunPlan, signals: StopSignals) -> None:
         self.plan = plan

@@ -18,7 +18,6 @@ from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
 from open_clip_ov2.recipe.model_costs import (
     PRECISION,
     Memory,
-    Precision,
     activation_bytes,
     fixed_bytes,
     flops,
@@ -48,18 +47,16 @@ def plan_costs(plan: RunPlan, machine: Machine, mean_caption_tokens: float | Non
 
 def stage_facts(stage: StagePlan) -> ModelFacts:
     """The model of a stage, built without memory. Raises UserError."""
-    args, options = stage.args, stage.options
-    return _with_budget(
-        stage,
-        model_facts(
-            args.model,
-            resolution=stage.image_size,
-            context_length=args.force_context_length,
-            patch_dropout=args.force_patch_dropout,
-            tokenizer=options.tokenizer,
-            **options.model_options(),
-        ),
+    args = stage.args
+    facts = model_facts(
+        args.model,
+        resolution=stage.image_size,
+        context_length=args.force_context_length,
+        patch_dropout=args.force_patch_dropout,
+        tokenizer=stage.options.tokenizer,
+        **stage.options.model_options(),
     )
+    return _with_budget(stage, facts)
 
 
 def _with_budget(stage: StagePlan, facts: ModelFacts) -> ModelFacts:
@@ -84,9 +81,13 @@ def stage_cost(
     tokens = facts.tokens(mean_caption_tokens)
     # Of a range of keep ratios the largest one needs the most memory.
     kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
-    precision, most = PRECISION[args.precision], replace(tokens, kept=kept)
+    precision, most, counts = PRECISION[args.precision], replace(tokens, kept=kept), (facts.trained, facts.frozen)
+    if shards == 1:
+        fixed = fixed_bytes(*counts, precision, machine.gpus)
+    else:
+        fixed = sharded_bytes(facts.sizes, *counts, precision, shards)
     memory = Memory(
-        _fixed_bytes(facts, precision, machine.gpus, shards) + loss_bytes(facts.sizes, precision),
+        fixed + loss_bytes(facts.sizes, precision),
         activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
     )
     budget = facts.sizes.encoder.budget
@@ -112,18 +113,10 @@ def stage_cost(
     )
 
 
-def _fixed_bytes(facts: ModelFacts, precision: Precision, gpus: int, shards: int) -> float:
-    if shards == 1:
-        return fixed_bytes(facts.trained, facts.frozen, precision, gpus)
-    return sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
-
-
 def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
-    """FLOPs of forward and backward of one image, as a function of its caption's real target tokens.
-
-    An ov2 model computes that many positions and no padding. CoCa and CLIP compute their whole context whatever the
-    caption, as does an ov2 model for None.
-    """
+    """FLOPs of forward and backward of one image, as a function of its caption's real target tokens. An ov2 model
+    computes that many positions and no padding. CoCa and CLIP compute their whole context whatever the caption, as does
+    an ov2 model for None."""
     whole = facts.tokens()
 
     def of(targets: float | None) -> float:

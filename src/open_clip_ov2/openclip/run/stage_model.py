@@ -53,9 +53,7 @@ def model_options(options: TrainOptions, args: argparse.Namespace) -> dict[str, 
 
 def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Sizes and ratios of NAME, given explicitly: a checkpoint does not bring its own to a run, whose flags say all.
-
-    `kwargs` of `create_model` are completed; the options beyond them are returned.
-    """
+    `kwargs` of `create_model` are completed; the options beyond them are returned."""
     config = open_clip_factory.get_model_config(name) or {}
     for key, section, size in (("image_size", "vision_cfg", 224), ("context_length", "text_cfg", 77)):
         if kwargs.get(f"force_{key}") is None:
@@ -71,10 +69,8 @@ def _created(original: Callable[..., Any], flag: str, name: str, pretrained: str
 
 
 class StageModel:
-    """`model`, `parallel`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them.
-
-    Weights come from the session's checkpoint, or --pretrained, or are new.
-    """
+    """`model`, `parallel`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them. Weights
+    come from the session's checkpoint, or --pretrained, or are new."""
 
     def __init__(self, session: Session, stage: StagePlan) -> None:
         self.session = session

@@ -27,13 +27,9 @@ logger = logging.getLogger("open_clip_ov2")
 
 
 class StageProgress:
-    """How far a stage has come. Steps are counted within the stage, samples over the whole run.
-
-    An entry of the schedule has `global_batch` images. A step has one, or several with --tokens-per-step.
-
-    `state` is the training state in the checkpoint that the stage resumes from; data and random states go back to it.
-    `config`: see CONFIG_KEY.
-    """
+    """How far a stage has come. Steps are counted within the stage, samples over the whole run. An entry of the
+    schedule has `global_batch` images. A step has one, or several with --tokens-per-step. `state` is the training state
+    in the checkpoint that the stage resumes from; data and random states go back to it. `config`: see CONFIG_KEY."""
 
     def __init__(
         self,

@@ -47,9 +47,7 @@ def until_signal(
     batches: Iterable[Batch], signals: StopSignals, note: Callable[[int], None] = lambda count: None
 ) -> Iterator[Batch]:
     """After a signal to this process the present batch is the last. `note` is called with their number after each.
-
-    Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation.
-    """
+    Schedulers signal all processes of a job. A process that is signalled alone waits for the others' validation."""
     for count, batch in enumerate(batches, start=1):
         yield batch
         note(count)
@@ -75,10 +73,8 @@ class Validation:
         average: WeightAverage | None = None,
     ) -> dict[str, float]:
         """Metrics by name, all of them on rank 0, of what is in `data`: captioned samples ("val"), folders of ImageNet.
-        Empty if a signal ended the validation. `tasks`: run --eval's too.
-
-        With `average` they are of the averaged weights, and live_* of the weights without averaging.
-        """
+        Empty if a signal ended the validation. `tasks`: run --eval's too. With `average` they are of the averaged
+        weights, and live_* of the weights without averaging."""
         compute, averaged = self.built.compute(args), average.applied if average else contextlib.nullcontext
         # torch.compile would compile each length of a growing caption anew.
         with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
