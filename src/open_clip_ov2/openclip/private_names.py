@@ -26,86 +26,63 @@ class PrivateName(NamedTuple):
     why: str
 
 
-_FACTORY, _BASELINES = "openclip/models/factory.py", "openclip/models/baseline_configs.py"
-_LOADER = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter"
-_FAST_TOKENIZER = "the same ids from a table of words; it takes the place of `encode` and `__call__`"
-_COCA_PARTS = "validation and generation with images that are encoded once"
-PRIVATE_NAMES: tuple[PrivateName, ...] = (
-    *(PrivateName(owner, name, "core/vit_fast.py", why) for owner, name, why in vit_fast.PRIVATE_NAMES),
-    PrivateName(
-        "open_clip.model",
-        "_build_vision_tower",
-        _FACTORY,
-        "the encoder of an ov2 model is OpenCLIP's own, so its checkpoints and tools fit",
+_FACTORY, _TOKENIZER = "openclip/models/factory.py", "openclip/models/tokenizer.py"
+_PATCHES, _BASELINES = "openclip/patches.py", "openclip/models/baseline_configs.py"
+_COMPUTE, _LOADER = "core/compute.py", "data/loader.py"
+_SIMPLE_TOKENIZER = "encoder byte_encoder bpe pat clean_fn reduction_fn sot_token_id"
+_COCA_FILES = "openclip/models/eval_models.py openclip/models/related.py"
+_DATA_LOADER = "torch.utils.data.dataloader"
+# Owner, names, files, why.
+_ROWS = (
+    *((owner, name, "core/vit_fast.py", why) for owner, name, why in vit_fast.PRIVATE_NAMES),
+    ("open_clip.model", "_build_vision_tower", _FACTORY, "the encoder of an ov2 model is OpenCLIP's own"),
+    ("open_clip.model", "_build_text_tower", _FACTORY, "the text encoder of OpenVision 1 is that of CLIP here"),
+    ("open_clip.factory", "_MODEL_CONFIGS", f"{_BASELINES} {_PATCHES}", "the registry, to which baselines are added"),
+    ("open_clip.factory", "_MODEL_CONFIG_PATHS", _PATCHES, "`unregister` takes our folder out"),
+    ("open_clip.factory", "_rescan_model_configs", _BASELINES, "sorts the registry, baselines included"),
+    ("open_clip.pretrained", "_PRETRAINED", "openclip/models/shipped.py", "weights that the package holds are listed"),
+    ("open_clip.tokenizer.SimpleTokenizer", _SIMPLE_TOKENIZER, _TOKENIZER, "the same ids from a table of words"),
+    ("open_clip.tokenizer.HFTokenizer", "tokenizer", _TOKENIZER, "its end of text"),
+    (
+        "open_clip.coca_model.CoCa",
+        "image_latent image_embs text text_decoder pad_id",
+        _COCA_FILES,
+        "images encoded once",
     ),
-    PrivateName(
-        "open_clip.model",
-        "_build_text_tower",
-        _FACTORY,
-        "the text encoder beside OpenVision 1's contrastive loss is the one that CLIP has here",
-    ),
-    PrivateName(
-        "open_clip.factory",
-        "_MODEL_CONFIGS",
-        f"{_BASELINES} openclip/patches.py",
-        "the registry: baselines are put into it, and `unregister` takes our models out",
-    ),
-    PrivateName("open_clip.factory", "_MODEL_CONFIG_PATHS", "openclip/patches.py", "`unregister` takes our folder out"),
-    PrivateName("open_clip.factory", "_rescan_model_configs", _BASELINES, "sorts the registry, baselines included"),
-    PrivateName(
-        "open_clip.pretrained",
-        "_PRETRAINED",
-        "openclip/models/shipped.py",
-        "the table of pretrained tags: weights that the package holds are put into it",
-    ),
-    *(
-        PrivateName("open_clip.tokenizer.SimpleTokenizer", name, "openclip/models/tokenizer.py", _FAST_TOKENIZER)
-        for name in ("encoder", "byte_encoder", "bpe", "pat", "clean_fn", "reduction_fn", "sot_token_id")
-    ),
-    PrivateName("open_clip.tokenizer.HFTokenizer", "tokenizer", "openclip/models/tokenizer.py", "its end of text"),
-    *(
-        PrivateName(
-            "open_clip.coca_model.CoCa", name, "openclip/models/eval_models.py openclip/models/related.py", _COCA_PARTS
-        )
-        for name in ("image_latent", "image_embs", "text", "text_decoder", "pad_id")
-    ),
-    PrivateName(
-        "torch.ops.aten",
-        "_flash_attention_forward",
-        "core/rows.py",
-        "FlashAttention-2 over rows of unequal length, forward and backward, without another dependency",
-    ),
-    PrivateName(
+    ("torch.ops.aten", "_flash_attention_forward", "core/rows.py", "FlashAttention-2 over rows of unequal length"),
+    (
         "torch.ops.aten",
         "_scaled_dot_product_efficient_attention",
         "core/attention.py",
         "the fastest kernel for up to 64 tokens, which torch itself does not choose",
     ),
-    PrivateName("torch", "_functorch", "core/compute.py", "its config has the memory budget, which has no public name"),
-    PrivateName("torch", "_inductor", "core/compute.py", "`compile_fx`, the compiler that the budget applies to"),
-    *(
-        PrivateName("torch.cpu", name, "core/compute.py", "whether the CPU multiplies bfloat16 in hardware")
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ("torch", "_functorch", _COMPUTE, "its config has the memory budget, which has no public name"),
+    ("torch", "_inductor", _COMPUTE, "`compile_fx`, the compiler that the budget applies to"),
+    ("torch.cpu", "_is_avx512_bf16_supported _is_amx_tile_supported", _COMPUTE, "whether the CPU multiplies bfloat16"),
+    (_DATA_LOADER, "_MultiProcessingDataLoaderIter", _LOADER, "see the next"),
+    (
+        f"{_DATA_LOADER}._MultiProcessingDataLoaderIter",
+        "_shutdown_workers",
+        _LOADER,
+        "ends data workers when an epoch is left early",
     ),
-    PrivateName("torch.utils.data.dataloader", "_MultiProcessingDataLoaderIter", "data/loader.py", "see the next"),
-    PrivateName(_LOADER, "_shutdown_workers", "data/loader.py", "ends data workers when an epoch is left early"),
-    PrivateName("torch.utils.data.DataLoader", "_iterator", "data/loader.py", "the iterator that has the workers"),
-    PrivateName(
-        "torch._dynamo.eval_frame.OptimizedModule",
-        "_orig_mod",
-        "openclip/models/eval_models.py",
-        "the model inside torch.compile",
-    ),
-    PrivateName(
+    ("torch.utils.data.DataLoader", "_iterator", _LOADER, "the iterator that has the workers"),
+    ("torch._dynamo.eval_frame.OptimizedModule", "_orig_mod", "openclip/models/eval_models.py", "inside torch.compile"),
+    (
         "torch.utils.tensorboard.SummaryWriter",
         "_get_file_writer",
         "tracking/sinks.py",
         "hyperparameters go into the run's own file; `add_hparams` makes a second run of them",
     ),
-    *(
-        PrivateName("submitit.SlurmExecutor", name, "launch/executor.py", "the sbatch file that a dry run shows")
-        for name in ("_make_submission_file_text", "_submitit_command_str")
+    (
+        "submitit.SlurmExecutor",
+        "_make_submission_file_text _submitit_command_str",
+        "launch/executor.py",
+        "the sbatch file that a dry run shows",
     ),
+)
+PRIVATE_NAMES = tuple(
+    PrivateName(owner, name, files, why) for owner, names, files, why in _ROWS for name in names.split()
 )
 
 

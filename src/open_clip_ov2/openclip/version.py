@@ -3,7 +3,7 @@
 | | 3.3 | 4.2.0.dev0 |
 |---|---|---|
 | training | `open_clip_train.main`, `.train`, `.data` | `.legacy_main`, `.legacy_train`, `.legacy_data` |
-| a block's attention (core/vit_fast.py) | `torch.nn.MultiheadAttention` | `open_clip.transformer.Attention`, unchanged |
+| attention of a block (core/vit_fast.py) | `torch.nn.MultiheadAttention` | `open_clip.transformer.Attention` |
 | `CoCa.forward` (models/related.py) | has `output_labels` | one more row of logits instead |
 | `set_grad_checkpointing` | `(enable)` | `(enable, impl)` |
 """

@@ -17,18 +17,9 @@ from open_clip import factory as open_clip_factory
 from open_clip_ov2.core import CaptionModel, DecoderConfig
 from open_clip_ov2.core.vision import ImageModel
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.models import own_config
 from open_clip_ov2.openclip.models.factory import DECODER_KEY, complete_vision_cfg, is_ov2_config, is_vision_only
-from open_clip_ov2.openclip.models.own_config import (
-    LOCAL,
-    OwnConfig,
-    as_folder,
-    config_of,
-    has_weights,
-    is_of_ov2_train,
-    named_config,
-    newest_of_run,
-    settings_of,
-)
+from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.shipped import WEIGHTS, shipped_folder
 from open_clip_ov2.openclip.models.tokenizer import find_vocab
 from open_clip_ov2.openclip.models.weights import load_strictly
@@ -52,17 +43,17 @@ def create_with_own_config(original: Callable[..., Any]) -> Callable[..., Any]:
         model_name: str, pretrained: str | None = None, load_weights: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
         encoder, checkpoint = kwargs.get("pretrained_image_path"), _checkpoint(model_name, pretrained, load_weights)
-        named = named_config(model_name) if encoder or checkpoint else None
-        if named is None or not (named.is_ours or (checkpoint and is_of_ov2_train(checkpoint))):
+        named = own_config.named_config(model_name) if encoder or checkpoint else None
+        if named is None or not (named.is_ours or (checkpoint and own_config.is_of_ov2_train(checkpoint))):
             return original(model_name, pretrained, load_weights, *args, **kwargs)
         if named.is_ours:
             kwargs["pretrained_image_path"] = None
-        own = config_of(checkpoint) if checkpoint else None
-        if own is None and checkpoint and model_name.startswith(LOCAL):
+        own = own_config.config_of(checkpoint) if checkpoint else None
+        if own is None and checkpoint and model_name.startswith(own_config.LOCAL):
             own = named
         if checkpoint and own and own.has_decoder == named.has_decoder:
             check_same_model(model_name, named, checkpoint, own)
-            with as_folder(checkpoint, own) as folder:
+            with own_config.as_folder(checkpoint, own) as folder:
                 model = original(folder, None, load_weights, *args, **kwargs)
             _warn(checkpoint, _taken(checkpoint, own, model, model_name, named) + _changed(own, model))
         else:
@@ -82,8 +73,8 @@ def load_and_tell(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def load_checkpoint(model: Any, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         report, file = load(model, checkpoint_path, *args, **kwargs), Path(checkpoint_path)
-        own = config_of(file) if isinstance(model, ImageModel) and hasattr(model.visual, "preprocess_cfg") else None
-        if own:
+        made_here = isinstance(model, ImageModel) and hasattr(model.visual, "preprocess_cfg")
+        if made_here and (own := own_config.config_of(file)):
             of_all = own.has_decoder and isinstance(model, CaptionModel)
             _warn(file, _changed(own, model, () if of_all else OF_IMAGES))
         return report
@@ -98,9 +89,9 @@ def _checkpoint(name: str, pretrained: str | None, load_weights: bool) -> Path |
         file = Path(pretrained) if folder is None else folder / WEIGHTS
         return file if file.is_file() else None
     schema, where = open_clip_factory.parse_model_name(name)
-    if schema != "local-dir" or not load_weights or has_weights(Path(where)):
+    if schema != "local-dir" or not load_weights or own_config.has_weights(Path(where)):
         return None
-    return newest_of_run(Path(where))
+    return own_config.newest_of_run(Path(where))
 
 
 def check_same_model(name: str, named: OwnConfig, checkpoint: Path, own: OwnConfig) -> None:
@@ -128,7 +119,7 @@ def _sizes(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_encoder(checkpoint: Path | None, model: Any, name: str, named: OwnConfig) -> None:
     """Warn if an encoder was trained on other images than the model gets. Raises UserError for other sizes."""
-    own = config_of(checkpoint) if checkpoint else None
+    own = own_config.config_of(checkpoint) if checkpoint else None
     if checkpoint and own:
         check_same_model(name, named, checkpoint, own)
         _warn(checkpoint, _changed(own, model, OF_IMAGES))
@@ -136,7 +127,7 @@ def _check_encoder(checkpoint: Path | None, model: Any, name: str, named: OwnCon
 
 def _taken(checkpoint: Path, own: OwnConfig, model: Any, name: str, named: OwnConfig) -> list[str]:
     """What the model has of the checkpoint that the name has otherwise."""
-    made, implied, taken = settings_of(model), named.settings(), []
+    made, implied, taken = own_config.settings_of(model), named.settings(), []
     for key, value in own.settings().items():
         if made.get(key, value) == value != implied.get(key, value):
             taken.append(f"{key} {_shown(value)} ({name}: {_shown(implied[key])})")
@@ -147,7 +138,7 @@ def _taken(checkpoint: Path, own: OwnConfig, model: Any, name: str, named: OwnCo
 
 def _changed(own: OwnConfig, model: Any, keys: Collection[str] = ()) -> list[str]:
     """What the model has otherwise than the checkpoint, of all settings or of some."""
-    made, trained = settings_of(model), own.settings()
+    made, trained = own_config.settings_of(model), own.settings()
     return [
         f"{key} {_shown(made[key])} instead of the checkpoint's {_shown(trained[key])}"
         for key in keys or made
@@ -171,10 +162,10 @@ def unstated(
     whose difference the weights' shapes do not show. Raises UserError, also for a `tokenizer` with other words, and
     for a run's folder without a checkpoint. Without `pretrained`, NAME brings all of it."""
     checkpoint = _checkpoint(name, pretrained, load_weights=True)
-    named, own = (named_config(name), config_of(checkpoint)) if checkpoint else (None, None)
+    named, own = (own_config.named_config(name), own_config.config_of(checkpoint)) if checkpoint else (None, None)
     if checkpoint is None or named is None or own is None or own.has_decoder != named.has_decoder:
         return []
-    if not named.is_ours and not is_of_ov2_train(checkpoint):
+    if not named.is_ours and not own_config.is_of_ov2_train(checkpoint):
         return []
     check_same_model(name, named, checkpoint, own)
     words = str(own.folder) if own.folder else f"FOLDER (written by `ov2 export {checkpoint} --to ov2 --out FOLDER`)"

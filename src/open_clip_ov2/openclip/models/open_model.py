@@ -18,17 +18,10 @@ from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.errors import UserError, first_line, nearest
 from open_clip_ov2.formats.authors import DECODER_CONFIG, DECODER_FILE, VOCAB_FILE
 from open_clip_ov2.formats.open_clip import CONFIG
+from open_clip_ov2.openclip.models import own_config
 from open_clip_ov2.openclip.models.factory import check_named_size
 from open_clip_ov2.openclip.models.named_model import check_same_model
-from open_clip_ov2.openclip.models.own_config import (
-    LOCAL,
-    OwnConfig,
-    as_folder,
-    config_in,
-    config_of,
-    has_weights,
-    newest_of_run,
-)
+from open_clip_ov2.openclip.models.own_config import OwnConfig
 from open_clip_ov2.openclip.models.preprocess import eval_transform
 from open_clip_ov2.openclip.models.released import CONTEXT_LENGTH, add_decoder
 from open_clip_ov2.openclip.models.shipped import shipped_folder
@@ -100,7 +93,7 @@ def open_model(
     elif folder is None:
         folder = _hub_file(where.name, CONFIG).parent
     if own is None and where.pretrained is None and (folder / CONFIG).is_file():
-        own = config_in(folder)
+        own = own_config.config_in(folder)
     preprocess_cfg, max_tokens = dict(model.visual.preprocess_cfg), own.max_tokens if own else None
     transform = eval_transform(preprocess_cfg)
     return LoadedModel(model, transform, tokenizer, preprocess_cfg, folder, checkpoint or folder, max_tokens)
@@ -109,7 +102,7 @@ def open_model(
 def _opened(where: Where, source: str, image_size: Any, position_table: str | None) -> tuple[Any, Any]:
     """Model and tokenizer, by whatever OpenCLIP raises."""
     by_name = contextlib.nullcontext(where.name)
-    with as_folder(where.checkpoint, where.config) if where.checkpoint and where.config else by_name as name:
+    with own_config.as_folder(where.checkpoint, where.config) if where.checkpoint and where.config else by_name as name:
         try:
             check_named_size(name, image_size)
         except ValueError as error:
@@ -148,31 +141,31 @@ def locate(source: str) -> Where:
         return Where(source)
     if (folder := shipped_folder(source)) is not None:
         return Where(source, folder)
-    path = Path(source.removeprefix(LOCAL))
+    path = Path(source.removeprefix(own_config.LOCAL))
     name, _, pretrained = source.partition(":")
     if not path.exists() and name in open_clip.list_models():
         if not pretrained:
             raise UserError(f"{source}: a model without weights; name them, {name}:TAG or {name}:FILE")
         return _named_file(name, pretrained)
     if path.is_file():
-        if (config := config_of(path)) is None:
+        if (config := own_config.config_of(path)) is None:
             raise UserError(f"{path}: no {CONFIG} in it, beside it or one folder up, so its model is not known")
-        return Where(LOCAL + str(config.folder), config.folder or path.parent, path, config=config)
+        return Where(own_config.LOCAL + str(config.folder), config.folder or path.parent, path, config=config)
     if not path.exists():
         raise UserError(f"{source}: no such file, folder or model{nearest(name, open_clip.list_models())}")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
-    if (checkpoint := newest_of_run(path)) is not None:
-        return Where(LOCAL + str(path), path, checkpoint, config=config_of(checkpoint))
-    if not has_weights(path):
+    if (checkpoint := own_config.newest_of_run(path)) is not None:
+        return Where(own_config.LOCAL + str(path), path, checkpoint, config=own_config.config_of(checkpoint))
+    if not own_config.has_weights(path):
         raise UserError(f"{path}: neither checkpoints nor weights in it")
-    return Where(LOCAL + str(path), path)
+    return Where(own_config.LOCAL + str(path), path)
 
 
 def _named_file(name: str, pretrained: str) -> Where:
     """NAME:FILE or NAME:TAG. A file that says what it is must be of that name, and brings its own configuration."""
     file = Path(pretrained)
-    config = config_of(file) if file.is_file() else None
+    config = own_config.config_of(file) if file.is_file() else None
     if config is None:
         return Where(name, pretrained=pretrained)
     check_same_model(name, OwnConfig(open_clip_factory.get_model_config(name), {}), file, config)

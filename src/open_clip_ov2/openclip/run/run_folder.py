@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from open_clip import factory as open_clip_factory
+from typing import Any
 
 from open_clip_ov2.data.crop import TokenBudget
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text
 from open_clip_ov2.locks import LOCK
-from open_clip_ov2.openclip.models.factory import is_ov2_config
+from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
+from open_clip_ov2.openclip.models.factory import config_named, is_ov2_config
 from open_clip_ov2.openclip.models.own_config import MAX_TOKENS, OwnConfig
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
 from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
@@ -24,11 +23,6 @@ from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.recipe.run_difference import differences
 from open_clip_ov2.train.checkpoint import list_checkpoints
 from open_clip_ov2.train.remote_sync import RemoteSync
-
-if TYPE_CHECKING:
-    import argparse
-
-    from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
 EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
@@ -57,7 +51,8 @@ def enter_run_folder(plan: RunPlan, trains: bool, sync: RemoteSync | None) -> tu
     configuration is the same, or with --override."""
     file = plan.folder / RUN_FILE
     existed = check_same_run(plan) if trains else file.is_file()
-    if existed and not trains and list_checkpoints(plan.folder / "checkpoints"):
+    saved = list_checkpoints(plan.folder / "checkpoints")
+    if existed and not trains and saved:
         raise UserError(
             f"{plan.folder}: this is a training run; give its validation another --name (or use `ov2 eval`)"
         )
@@ -65,15 +60,10 @@ def enter_run_folder(plan: RunPlan, trains: bool, sync: RemoteSync | None) -> tu
     if others and not existed:
         raise UserError(f"{plan.folder}: exists, but is not a run of ov2 (it has no {RUN_FILE}); choose another --name")
     versions = {name: version(name) for name in ("open_clip_torch", "torch", "open_clip_ov2")}
-    args, note = plan.stages[0].args, ""
-    about = {
-        "config": plan.config,
-        "command": ["ov2", "train", *plan.argv],
-        "versions": versions,
-        "resume": args.resume,
-    }
+    args, note, command = plan.stages[0].args, "", ["ov2", "train", *plan.argv]
+    about = {"config": plan.config, "command": command, "versions": versions, "resume": args.resume}
     begins = trains and args.resume not in (None, "latest")
-    if begins and _is_repeated(plan):
+    if begins and saved and existed and read_json(file, dict).get("resume") == args.resume:
         note = f"--resume {args.resume}: the run began from it before, and continues from its own newest checkpoint"
         begins = False
     if sync and not begins:
@@ -99,13 +89,6 @@ def _copy_code(folder: Path) -> None:
     made.rename(folder)
 
 
-def _is_repeated(plan: RunPlan) -> bool:
-    """Whether the run was last started with the same --resume FILE, and so continues from its own newest checkpoint."""
-    file = plan.folder / RUN_FILE
-    before = read_json(file, dict).get("resume") if file.is_file() else None
-    return before == plan.stages[0].args.resume and bool(list_checkpoints(plan.folder / "checkpoints"))
-
-
 def own_config(
     stage: StagePlan,
     model_options: dict[str, Any],
@@ -115,9 +98,7 @@ def own_config(
 ) -> OwnConfig:
     """The configuration of the model in training, with every flag that changed it folded in."""
     args = stage.args
-    cfg = deepcopy(open_clip_factory.get_model_config(args.model))
-    if cfg is None:
-        raise UserError(f"--model {args.model}: OpenCLIP has no config of this name")
+    cfg = config_named(args.model)
     cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in model_options.items()})
     if stage.image_size is not None:
         cfg["vision_cfg"]["image_size"] = stage.image_size

@@ -14,17 +14,8 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.command.flags import NATIVE
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.models.model_facts import ModelFacts, facts_of, model_facts
+from open_clip_ov2.recipe import model_costs
 from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
-from open_clip_ov2.recipe.model_costs import (
-    PRECISION,
-    Memory,
-    activation_bytes,
-    fixed_bytes,
-    flops,
-    loss_bytes,
-    sharded_bytes,
-    total_flops,
-)
 from open_clip_ov2.tracking.throughput import Meter, peak_of
 
 logger = logging.getLogger("open_clip_ov2")
@@ -81,14 +72,12 @@ def stage_cost(
     tokens = facts.tokens(mean_caption_tokens)
     # Of a range of keep ratios the largest one needs the most memory.
     kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
-    precision, most, counts = PRECISION[args.precision], replace(tokens, kept=kept), (facts.trained, facts.frozen)
-    if shards == 1:
-        fixed = fixed_bytes(*counts, precision, machine.gpus)
-    else:
-        fixed = sharded_bytes(facts.sizes, *counts, precision, shards)
-    memory = Memory(
-        fixed + loss_bytes(facts.sizes, precision),
-        activation_bytes(facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing),
+    precision, most = model_costs.PRECISION[args.precision], replace(tokens, kept=kept)
+    memory = model_costs.Memory(
+        _fixed_bytes(facts, precision, machine.gpus, shards) + model_costs.loss_bytes(facts.sizes, precision),
+        model_costs.activation_bytes(
+            facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing
+        ),
     )
     budget = facts.sizes.encoder.budget
     images = f"{resolution} px" if budget is None else f"{budget} tokens"
@@ -105,12 +94,18 @@ def stage_cost(
         precision=args.precision,
         grad_checkpointing=args.grad_checkpointing,
         context_length=facts.context_length,
-        parts=flops(facts.sizes, resolution, tokens),
+        parts=model_costs.flops(facts.sizes, resolution, tokens),
         memory=memory,
         machine=machine,
         speed=speed,
         remedy="--grad-checkpointing" if shards > 1 or machine.gpus == 1 else "--fsdp, --grad-checkpointing",
     )
+
+
+def _fixed_bytes(facts: ModelFacts, precision: model_costs.Precision, gpus: int, shards: int) -> float:
+    if shards == 1:
+        return model_costs.fixed_bytes(facts.trained, facts.frozen, precision, gpus)
+    return model_costs.sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
 
 
 def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
@@ -121,7 +116,7 @@ def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:
 
     def of(targets: float | None) -> float:
         length = whole.text if targets is None or not facts.sizes.is_ov2 else targets
-        return total_flops(facts.sizes, facts.resolution, replace(whole, text=length, targets=length))
+        return model_costs.total_flops(facts.sizes, facts.resolution, replace(whole, text=length, targets=length))
 
     return of
 

@@ -20,6 +20,7 @@ from open_clip_ov2.data.crop import TokenBudget
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, NATIVE, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
+from open_clip_ov2.openclip.models.factory import config_named
 from open_clip_ov2.openclip.models.own_config import brings_weights, named_config
 from open_clip_ov2.openclip.models.preprocess import (
     eval_transform,
@@ -45,7 +46,7 @@ def model_options(options: TrainOptions, args: argparse.Namespace) -> dict[str, 
     """Options of `create_model` beyond the model's config. Raises UserError for a missing vocabulary."""
     extra: dict[str, Any] = options.model_options()
     if options.tokenizer:
-        config = open_clip_factory.get_model_config(args.model) or {}
+        config = config_named(args.model)
         length = args.force_context_length or config["text_cfg"].get("context_length", 77)
         extra |= text_options(args.model, config, text_cfg_for(options.tokenizer, length, args.cache_dir))
     return extra
@@ -54,7 +55,7 @@ def model_options(options: TrainOptions, args: argparse.Namespace) -> dict[str, 
 def stated_options(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Sizes and ratios of NAME, given explicitly: a checkpoint does not bring its own to a run, whose flags say all.
     `kwargs` of `create_model` are completed; the options beyond them are returned."""
-    config = open_clip_factory.get_model_config(name) or {}
+    config = config_named(name)
     for key, section, size in (("image_size", "vision_cfg", 224), ("context_length", "text_cfg", 77)):
         if kwargs.get(f"force_{key}") is None:
             kwargs[f"force_{key}"] = config[section].get(key, size)
@@ -92,8 +93,12 @@ class StageModel:
         def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
             if self.model is not None:
                 return _created(original, "--distill-model", name, pretrained, **kwargs)
-            extra = self.extra = self._model_options()
-            checkpoint = self.session.checkpoint
+            extra, checkpoint = model_options(self.options, self.args), self.session.checkpoint
+            own = named_config(f"local-dir:{self.session.plan.folder}") if checkpoint is not None else None
+            if own is not None and "decoder_cfg" in own.model_cfg:
+                # A run goes on with the decoder it began with, though the model of that name may have another by now.
+                extra["decoder_cfg"] = own.model_cfg["decoder_cfg"]
+            self.extra = extra
             if checkpoint is not None:
                 pretrained, kwargs["pretrained_image"], kwargs["load_weights"] = None, False, False
             elif self.is_ov2 and (pretrained or brings_weights(name)):
@@ -195,20 +200,10 @@ class StageModel:
 
         return distributed
 
-    def _model_options(self) -> dict[str, Any]:
-        """A run goes on with the decoder that it began with, though the model of that name may have another by now."""
-        extra = model_options(self.options, self.args)
-        own = named_config(f"local-dir:{self.session.plan.folder}") if self.session.checkpoint is not None else None
-        if own is not None and "decoder_cfg" in own.model_cfg:
-            extra["decoder_cfg"] = own.model_cfg["decoder_cfg"]
-        return extra
-
     def get_tokenizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_tokenizer(name: str, **kwargs: Any) -> Any:
-            if self.options.tokenizer:
-                self.tokenizer = WordPieceTokenizer(
-                    self.options.tokenizer, self.model.context_length, kwargs.get("cache_dir")
-                )
+            if (words := self.options.tokenizer) is not None:
+                self.tokenizer = WordPieceTokenizer(words, self.model.context_length, kwargs.get("cache_dir"))
             else:
                 self.tokenizer = caching(original(name, **kwargs))
             return self.tokenizer
@@ -227,8 +222,8 @@ class StageModel:
 
     def step_settings(self, args: argparse.Namespace) -> StepSettings:
         weights = (args.coca_caption_loss_weight, args.coca_contrastive_loss_weight)
-        clip, tokens = args.grad_clip_norm, self.options.tokens_per_step
-        return StepSettings(self.compute(args), args.accum_freq, clip, *weights, tokens_per_step=tokens)
+        tokens = self.options.tokens_per_step
+        return StepSettings(self.compute(args), args.accum_freq, args.grad_clip_norm, *weights, tokens_per_step=tokens)
 
     def caption_loss(self, args: argparse.Namespace) -> CaptionLoss:
         """Of an ov2 model, with OpenCLIP's own contrastive loss for one that has a text encoder. Features of all

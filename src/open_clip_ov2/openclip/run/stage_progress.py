@@ -37,7 +37,6 @@ class StageProgress:
         stage: StagePlan,
         state: dict[str, Any] | None,
         *,
-        model: torch.nn.Module,
         parallel: Whole,
         optimizer: torch.optim.Optimizer,
         scaler: Any,
@@ -46,7 +45,7 @@ class StageProgress:
         average: WeightAverage | None = None,
     ) -> None:
         self._session, self._options, self._stage = session, session.plan.options, stage
-        self._model, self.optimizer, self._scaler, self._loader = model, optimizer, scaler, loader
+        self.optimizer, self._scaler, self._loader = optimizer, scaler, loader
         self._config, self.average, self._parallel = config, average, parallel
         self.global_batch = stage.args.batch_size * stage.args.accum_freq * session.world_size
         self._entries_per_epoch = loader.num_batches // stage.args.accum_freq
@@ -72,7 +71,7 @@ class StageProgress:
             first_sample=self.entries_done * self.global_batch,
             samples=self._entries * self.global_batch,
             samples_before=session.samples_before,
-            meter=stage_meter(self._model, stage, session.device, session.world_size) if on_rank_0 else None,
+            meter=stage_meter(self._parallel.model, stage, session.device, session.world_size) if on_rank_0 else None,
             workers=stage.args.workers,
         )
 
@@ -161,13 +160,12 @@ class StageProgress:
 
     def end_epoch(self) -> None:
         """After the epoch's validation: save if it is time to, as it always is at the stage's end."""
-        agreement = self._session.agreement
+        agreement, args = self._session.agreement, self._stage.args
         asked = agreement.close()[SAVE]  # at the step before, whose answer no other step waits for
         self._guard.check()
         # In epochs of one or two steps this is the only place where ranks agree on a signal.
         stop = not self.finished and agreement.now(self._session.signals.name is not None)
-        every = self._stage.args.save_frequency
-        due = self._stage.args.save_most_recent or (every > 0 and self._epochs_done % every == 0)
+        due = args.save_most_recent or (args.save_frequency > 0 and self._epochs_done % args.save_frequency == 0)
         if stop or self.finished or due or asked or self._save_step or agreement.now(self._save_time_is_up()):
             self._save()
         if stop:
@@ -190,10 +188,9 @@ class StageProgress:
         """Rank 0 gathers the random state and data position of every rank, and writes."""
         self._guard.check()
         session = self._session
-        own = {"random": get_random_state(session.device), "data": self._loader.state()}
-        ranks: list[Any] = [own]
+        own: Any = {"random": get_random_state(session.device), "data": self._loader.state()}
+        ranks = [own] * session.world_size
         if session.world_size > 1:
-            ranks = [None] * session.world_size
             torch.distributed.gather_object(own, ranks if session.rank == 0 else None)
         name, trained, write = self._trained()
         if session.writer is None:

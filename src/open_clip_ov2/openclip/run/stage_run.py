@@ -166,7 +166,6 @@ class StageRun:
             session,
             self.stage,
             state,
-            model=self.built.model,
             parallel=self.built.parallel,
             optimizer=optimizer,
             scaler=scaler,
