@@ -29,9 +29,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(
-            x.dtype
-        )
+        normed = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normed.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -48,13 +47,6 @@ class Attention(nn.Module):
         """`(..., D)` -> `(..., (stop - first) D)`: projections `first` to `stop` of (query, key, value)."""
         rows = slice(first * x.shape[-1], stop * x.shape[-1])
         return F.linear(x, self.in_proj_weight[rows].to(x.dtype), self.in_proj_bias[rows].to(x.dtype))
-
-    def attend_packed(self, q: Tensor, kv_T2D: Tensor, rows: Rows) -> Tensor:
-        """`(T, D)` queries, or `(t, D)` of the captions alone -> the same: image tokens see those of their row, caption
-        tokens those and the captions before them."""
-        images, captions = q.split([len(q) - rows.num_captions, rows.num_captions])
-        attended_tD, image_kv = rows.after_image(captions, kv_T2D, self.heads)
-        return torch.cat([rows.images(images, image_kv, self.heads), attended_tD]) if len(images) else attended_tD
 
 
 class _Block(nn.Module):
@@ -108,10 +100,14 @@ class SelfBlock(_Block):
         return self.attn.project(x[first:], 0, 1), self.attn.project(x, 1, 3)
 
     def packed(self, x_TD: Tensor, rows: Rows, last: bool) -> Tensor:
-        """`(T, D)` -> `(T, D)`; the `last` block gives the captions alone, `(t, D)`: nobody reads its image tokens."""
-        first = rows.num_image if last else 0
+        """`(T, D)` -> `(T, D)`; the `last` block gives the captions alone, `(t, D)`: nobody reads its image tokens.
+        These see those of their row, caption tokens those and the caption before them."""
+        first, heads = rows.num_image if last else 0, self.attn.heads
         q, kv_T2D = self._run("before", x_TD, first)
-        attended = self.attn.attend_packed(q, kv_T2D, rows)
+        images, captions = q.split([len(q) - rows.num_captions, rows.num_captions])
+        attended, image_kv = rows.after_image(captions, kv_T2D, heads)
+        if len(images):
+            attended = torch.cat([rows.images(images, image_kv, heads), attended])
         return self._run("after", x_TD[first:] if first else x_TD, attended)
 
     def forward(

@@ -68,7 +68,7 @@ def create_with_own_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_and_tell(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same as `load_strictly` under its public name; what the model has otherwise than the checkpoint is logged."""
+    """The same function under its public name; what the model has otherwise than the checkpoint is logged."""
     load = load_strictly(original)
 
     def load_checkpoint(model: Any, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:

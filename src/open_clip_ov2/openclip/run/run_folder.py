@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from importlib import import_module
@@ -104,21 +103,12 @@ def own_config(
         cfg["vision_cfg"]["image_size"] = stage.image_size
     if args.force_context_length is not None:
         cfg["text_cfg"]["context_length"] = args.force_context_length
-    if not is_ov2_config(cfg):
-        cfg.update(_forced(args))
+    if not is_ov2_config(cfg):  # without these the weights do not fit, or compute something else
+        cfg |= {"quick_gelu": True} if args.force_quick_gelu else {}
+        cfg |= {"custom_text": True} if args.force_custom_text else {}
+        cfg |= {"init_logit_bias": -10} if args.siglip else {}  # whatever number: the weights have the trained one
     plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))
     if budget is not None:
         plain["preprocess"][MAX_TOKENS] = budget.most
     vocabulary = tokenizer.vocabulary if isinstance(tokenizer, WordPieceTokenizer) else None
     return OwnConfig(plain["model"], plain["preprocess"], vocabulary)
-
-
-def _forced(args: argparse.Namespace) -> dict[str, Any]:
-    """What other flags of OpenCLIP's `main` give a model of its own: without it the weights do not fit, or compute
-    something else."""
-    forced = {
-        "quick_gelu": (args.force_quick_gelu, True),
-        "custom_text": (args.force_custom_text, True),
-        "init_logit_bias": (args.siglip, -10),  # whatever number: the weights have the trained one
-    }
-    return {key: value for key, (given, value) in forced.items() if given}

@@ -41,9 +41,7 @@ class Session:
     for the first stage of a new run."""
 
     def __init__(self, plan: RunPlan, signals: StopSignals) -> None:
-        self.plan = plan
-        self.signals = signals
-        self.console = Console()
+        self.plan, self.signals, self.console = plan, signals, Console()
         self.checkpoint: dict[str, Any] | None = None
         self._lock: FolderLock | None = None  # of rank 0, as is `sync`
         self.sync: RemoteSync | None = None
@@ -55,12 +53,9 @@ class Session:
         self.device = init_distributed_device(self._ranks)
         self.rank, self.world_size = int(self._ranks.rank), int(self._ranks.world_size)
         self._waiting = waiting_group(self.world_size)
-        self._opened = contextlib.ExitStack()
-        try:
+        with contextlib.ExitStack() as self._opened:  # closes what is open if this fails
             self._open()
-        except BaseException:
-            self._opened.close()
-            raise
+            self._opened = self._opened.pop_all()
         return self
 
     def _open(self) -> None:

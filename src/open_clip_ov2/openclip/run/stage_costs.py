@@ -16,6 +16,7 @@ from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
 from open_clip_ov2.openclip.models.model_facts import ModelFacts, facts_of, model_facts
 from open_clip_ov2.recipe import model_costs
 from open_clip_ov2.recipe.costs import Machine, Plan, StageCost, baseline_flops
+from open_clip_ov2.recipe.model_costs import Tokens
 from open_clip_ov2.tracking.throughput import Meter, peak_of
 
 logger = logging.getLogger("open_clip_ov2")
@@ -70,15 +71,6 @@ def stage_cost(
     included, by default all positions; `shards`: processes that share one copy of the model. Raises UserError."""
     args, resolution = stage.args, facts.resolution
     tokens = facts.tokens(mean_caption_tokens)
-    # Of a range of keep ratios the largest one needs the most memory.
-    kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
-    precision, most = model_costs.PRECISION[args.precision], replace(tokens, kept=kept)
-    memory = model_costs.Memory(
-        _fixed_bytes(facts, precision, machine.gpus, shards) + model_costs.loss_bytes(facts.sizes, precision),
-        model_costs.activation_bytes(
-            facts.sizes, most, resolution, precision, grad_checkpointing=args.grad_checkpointing
-        ),
-    )
     budget = facts.sizes.encoder.budget
     images = f"{resolution} px" if budget is None else f"{budget} tokens"
     return StageCost(
@@ -95,17 +87,25 @@ def stage_cost(
         grad_checkpointing=args.grad_checkpointing,
         context_length=facts.context_length,
         parts=model_costs.flops(facts.sizes, resolution, tokens),
-        memory=memory,
+        memory=_memory(stage, facts, tokens, machine.gpus, shards),
         machine=machine,
         speed=speed,
         remedy="--grad-checkpointing" if shards > 1 or machine.gpus == 1 else "--fsdp, --grad-checkpointing",
     )
 
 
-def _fixed_bytes(facts: ModelFacts, precision: model_costs.Precision, gpus: int, shards: int) -> float:
+def _memory(stage: StagePlan, facts: ModelFacts, tokens: Tokens, gpus: int, shards: int) -> model_costs.Memory:
+    sizes, precision = facts.sizes, model_costs.PRECISION[stage.args.precision]
+    # Of a range of keep ratios the largest one needs the most memory.
+    kept = int((tokens.encoder - 1) * facts.keep_ratio[1]) if facts.keep_ratio else tokens.kept
     if shards == 1:
-        return model_costs.fixed_bytes(facts.trained, facts.frozen, precision, gpus)
-    return model_costs.sharded_bytes(facts.sizes, facts.trained, facts.frozen, precision, shards)
+        fixed = model_costs.fixed_bytes(facts.trained, facts.frozen, precision, gpus)
+    else:
+        fixed = model_costs.sharded_bytes(sizes, facts.trained, facts.frozen, precision, shards)
+    activations = model_costs.activation_bytes(
+        sizes, replace(tokens, kept=kept), facts.resolution, precision, grad_checkpointing=stage.args.grad_checkpointing
+    )
+    return model_costs.Memory(fixed + model_costs.loss_bytes(sizes, precision), activations)
 
 
 def image_flops(facts: ModelFacts) -> Callable[[float | None], float]:

@@ -53,9 +53,12 @@ class StageRun:
 
     def run(self) -> None:
         """Raises UserError, RunFailed, Interrupted."""
+        argv = self.stage.main_argv(by_block=self.is_ov2 or self.session.layout is not None)
+        # With `--resume latest` it accepts the folder, and asks what to load.
+        argv += ["--resume", "latest", "--name", self.session.plan.name]
         try:
             with patches.run_patches(self.replacements()):
-                result = open_clip_main.main(self._argv())
+                result = open_clip_main.main(argv)
         except RuntimeError as error:  # torch reports a dead data worker wherever the main thread happens to be
             death = worker_death(error)
             if death is None:
@@ -85,11 +88,6 @@ class StageRun:
                 optimizer = progress.optimizer if self.session.plan.carry_optimizer else None
                 state = self.built.parallel.read(checkpoint_weights, progress.average, optimizer, everywhere=True)
                 self.session.checkpoint = snapshot(state)
-
-    def _argv(self) -> list[str]:
-        """The stage's flags for `main`. With `--resume latest` it accepts the folder, and asks what to load."""
-        by_block = self.is_ov2 or self.session.layout is not None  # StageModel compiles blocks
-        return [*self.stage.main_argv(by_block), "--resume", "latest", "--name", self.session.plan.name]
 
     def replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """For each name of patches.RUN a function from the original to what takes its place."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, CoCa
 from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor, nn
+from torch import nn
 
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.native import NativeImages
@@ -83,7 +83,8 @@ class Validation:
                 if metrics is not None and tasks and "val" in data:
                     metrics |= self._tasks(model, args, compute)
                 if metrics is not None and set(data) - {"val"}:
-                    metrics = self._zero_shot(model, data, args, compute, metrics)
+                    metrics |= self._zero_shot(model, data, args, compute)
+                    metrics = None if self._signalled() else metrics
             live = self._losses(model, data, epoch, args, compute) if average and metrics is not None else {}
             if metrics is None or live is None:
                 logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
@@ -99,12 +100,12 @@ class Validation:
         self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute
     ) -> dict[str, float] | None:
         """The caption loss, and OpenCLIP's own metrics of CLIP and CoCa; None if a signal ended the validation."""
-        loader, signals = data["val"].dataloader if "val" in data else None, self.session.signals
+        loader = data["val"].dataloader if "val" in data else None
         metrics: dict[str, float] = {}
         if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
             evaluated = as_eval_model(model, self.built.tokenizer, compute)
             metrics = caption_loss(evaluated, self._watched(loader))
-            if self.session.agreement.now(signals.name is not None):
+            if self._signalled():
                 return None
         if not self.is_ov2 and args.rank == 0:
             metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
@@ -119,14 +120,14 @@ class Validation:
         return self._figures("--eval", model, args, compute, figures)
 
     def _zero_shot(
-        self, model: nn.Module, data: dict[str, Any], args: argparse.Namespace, compute: Compute,
-        metrics: dict[str, float],
-    ) -> dict[str, float] | None:  # fmt: skip
-        """`metrics` and those of ImageNet; None if a signal ended it."""
+        self, model: nn.Module, data: dict[str, Any], args: argparse.Namespace, compute: Compute
+    ) -> dict[str, float]:
         folders = {flag: data[flag].dataloader for flag in SETS if flag in data}
         figures = lambda model: zero_shot(model, folders, args, self._watched)  # noqa: E731
-        found = self._figures("zero-shot", model, args, compute, figures)
-        return None if self.session.agreement.now(self.session.signals.name is not None) else {**metrics, **found}
+        return self._figures("zero-shot", model, args, compute, figures)
+
+    def _signalled(self) -> bool:
+        return self.session.agreement.now(self.session.signals.name is not None)
 
     def _figures(
         self, what: str, model: nn.Module, args: argparse.Namespace, compute: Compute,
@@ -152,16 +153,11 @@ class Validation:
         generated = as_eval_model(model, self.built.tokenizer, compute).generate(
             images, keys, batch.prompts[:count] or None, short_prompts=True
         )
-        cfg = self.built.preprocess_cfg
+        mean, std = (torch.tensor(self.built.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         each = images.images() if isinstance(images, NativeImages) else images
-        pictures = [_to_uint8(image, cfg["mean"], cfg["std"]) for image in each]
+        floats = [(image.float().cpu() * std + mean).clamp(0, 1) for image in each]
+        pictures = [(image * 255).round().to(torch.uint8) for image in floats]
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
-
-
-def _to_uint8(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalized float `(3, H, W)` -> uint8, for people to look at."""
-    mean_C11, std_C11 = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return ((image.float().cpu() * std_C11 + mean_C11).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def imagenet_folders(args: argparse.Namespace) -> dict[str, Path]:
