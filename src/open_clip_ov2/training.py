@@ -164,7 +164,7 @@ def open_evaluated(model: str, device: str | None = None) -> EvalModel:
 
 def shipped_model() -> str:
     """The name of the model that this package holds. Raises UserError if the weights are not in this installation."""
-    name = f"{shipped.SHIPPED[0].name}:{shipped.SHIPPED[0].tag}"
+    name = ":".join(shipped.SHIPPED[0])
     if shipped.shipped_folder(name) is None:
         raise UserError(f"this installation lacks the weights of {name}: name another model, a run or a folder")
     return name

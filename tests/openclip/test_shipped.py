@@ -45,7 +45,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     save_file({name: value.half() for name, value in tensors.items()}, folder / shipped.WEIGHTS)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "pretrained")
-    monkeypatch.setattr(shipped, "SHIPPED", (shipped.Shipped(NAME, TAG), shipped.Shipped(NAME, "not_there")))
+    monkeypatch.setattr(shipped, "SHIPPED", ((NAME, TAG), (NAME, "not_there")))
     open_clip_ov2.unregister()
     open_clip_ov2.register()
     return Package(run, folder)
@@ -111,8 +111,8 @@ def test_the_package_contains_its_weights() -> None:
     tomllib = pytest.importorskip("tomllib")
     root = Path(__file__).parents[2]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["open_clip_ov2"]
-    for one in shipped.SHIPPED:
+    for _, tag in shipped.SHIPPED:
         for name in (shipped.WEIGHTS, "open_clip_config.json", "vocab.txt"):
-            assert (one.folder / name).is_file()
-            path = (one.folder / name).relative_to(root / "src" / "open_clip_ov2")
+            assert (shipped.FOLDER / tag / name).is_file()
+            path = (shipped.FOLDER / tag / name).relative_to(root / "src" / "open_clip_ov2")
             assert any(path.match(pattern) for pattern in data)

@@ -9,50 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from open_clip import pretrained as open_clip_pretrained
 
 FOLDER = Path(__file__).parents[2] / "pretrained"
 WEIGHTS = "open_clip_model.safetensors"
 
-
-class Shipped(NamedTuple):
-    """Weights for the model `name` of OpenCLIP's registry, in the folder `tag`: lower case, with _ for -."""
-
-    name: str
-    tag: str
-
-    @property
-    def folder(self) -> Path:
-        return FOLDER / self.tag
-
-
-SHIPPED: tuple[Shipped, ...] = (Shipped("ov2-vit-nano-8", "rendered"),)
+SHIPPED = (("ov2-vit-nano-8", "rendered"),)  # a model of OpenCLIP's registry, and its folder: lower case, with _ for -
 
 
 def shipped_folder(source: str) -> Path | None:
-    """The folder of `NAME:TAG`; None for any other name."""
-    return next((one.folder for one in _present() if f"{one.name}:{one.tag}" == source), None)
-
-
-def _present() -> list[Shipped]:
-    """A checkout may lack the weights."""
-    return [one for one in SHIPPED if (one.folder / WEIGHTS).is_file()]
+    """The folder of `NAME:TAG`; None for any other name, and where the weights are missing, as in a checkout."""
+    tag = next((tag for name, tag in SHIPPED if f"{name}:{tag}" == source), None)
+    return FOLDER / tag if tag and (FOLDER / tag / WEIGHTS).is_file() else None
 
 
 def add_shipped() -> None:
     """List them in `open_clip.list_pretrained()`."""
-    for one in _present():
-        open_clip_pretrained._PRETRAINED.setdefault(one.name, {})[one.tag] = {"file": str(one.folder / WEIGHTS)}
+    for name, tag in SHIPPED:
+        if (folder := shipped_folder(f"{name}:{tag}")) is not None:
+            open_clip_pretrained._PRETRAINED.setdefault(name, {})[tag] = {"file": str(folder / WEIGHTS)}
 
 
 def remove_shipped() -> None:
     """Undo add_shipped."""
-    for one in SHIPPED:
-        open_clip_pretrained._PRETRAINED.get(one.name, {}).pop(one.tag, None)
-        if not open_clip_pretrained._PRETRAINED.get(one.name):
-            open_clip_pretrained._PRETRAINED.pop(one.name, None)
+    for name, tag in SHIPPED:
+        open_clip_pretrained._PRETRAINED.get(name, {}).pop(tag, None)
+        if not open_clip_pretrained._PRETRAINED.get(name):
+            open_clip_pretrained._PRETRAINED.pop(name, None)
 
 
 def resolve_shipped(original: Callable[[str], tuple[str | None, str]]) -> Callable[[str], tuple[str | None, str]]:
