@@ -1,5 +1,7 @@
-"""The training step of a caption model, and an epoch of such steps. To accumulate, OpenCLIP's own step caches features
-and runs each forward pass twice, which a contrastive loss needs and a caption loss does not.
+"""The training step of a caption model, and an epoch of such steps.
+
+Shapes: B batch, L caption tokens. To accumulate, OpenCLIP's own step caches features and runs each forward pass twice,
+which a contrastive loss needs and a caption loss does not.
 """
 
 from __future__ import annotations
