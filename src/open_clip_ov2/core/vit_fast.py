@@ -183,15 +183,6 @@ class LinearPatches(nn.Conv2d):
         return out_BND.transpose(1, 2).unflatten(2, (rows, columns))
 
 
-def _attended(attention: Any, query: Tensor, key: Tensor) -> Tensor:
-    """`(B, S, D)` queries, and keys and values of `(B, S', D)` -> `(B, S, D)`; one product where they are the same."""
-    if query is key:
-        return _of_projections(attention, projections(attention, query))
-    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
-    kv = F.linear(key, weight[width:], bias[width:])
-    return _of_projections(attention, F.linear(query, weight[:width], bias[:width]), *kv.chunk(2, dim=-1))
-
-
 def projections(attention: Any, x: Tensor) -> Tensor:
     """Queries, keys and values side by side, `(..., D)` -> `(..., 3 D)`."""
     layer = getattr(attention, "projects_by", None)
@@ -222,7 +213,11 @@ class SelfAttention(nn.MultiheadAttention):
         given = {name for name, option in kwargs.items() if option is not None}
         if args or given != {"need_weights"} or kwargs["need_weights"] or key is not value or not self.is_fused:
             return super().forward(query, key, value, *args, **kwargs)
-        return _attended(self, query, key), None
+        if query is key:  # one product
+            return _of_projections(self, projections(self, query)), None
+        weight, bias, width = self.in_proj_weight, cast(Tensor, self.in_proj_bias), query.shape[-1]
+        kv = F.linear(key, weight[width:], bias[width:])
+        return _of_projections(self, F.linear(query, weight[:width], bias[:width]), *kv.chunk(2, dim=-1)), None
 
     @property
     def is_fused(self) -> bool:

@@ -86,7 +86,14 @@ def newest_readable(
     nothing was found. `first_of_all` gives the first problem of all processes, which then read the same files. Raises
     UserError if none can be read."""
     for path in reversed(found):
-        content, problem = _try_to_read(path, layout)
+        content, problem = {}, ""
+        try:
+            content = read_checkpoint(path, layout)
+            problem = "" if RESUME_KEY in content else "has no training state to resume from"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # zip, pickle and I/O errors of every kind: a damaged file must not end the run
+            problem = f"cannot be read ({first_line(_cause(error))})"
         if not (problem := first_of_all(problem)):
             return path, content
         del content  # before the next one is read
@@ -96,17 +103,6 @@ def newest_readable(
             f"{found[0].parent}: none of {len(found)} checkpoints can be read; --name a new run, or restore one"
         )
     return None
-
-
-def _try_to_read(path: Path, layout: Layout | None) -> tuple[dict[str, Any], str]:
-    """The content, or the end of a sentence about why there is none. Raises torch.OutOfMemoryError."""
-    try:
-        content = read_checkpoint(path, layout)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # zip, pickle and I/O errors of every kind: a damaged file must not end the run
-        return {}, f"cannot be read ({first_line(_cause(error))})"
-    return content, "" if RESUME_KEY in content else "has no training state to resume from"
 
 
 def _cause(error: BaseException) -> BaseException:

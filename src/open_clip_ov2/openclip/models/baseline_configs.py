@@ -2,13 +2,12 @@
 (OpenVision 1: X with a contrastive loss beside its caption loss) and `genlip-of-X` (GenLIP: one transformer).
 
 All of the code behind CoCa and CLIP is OpenCLIP's own; the other two are ov2 models (related.py) whose decoder
-sees all tokens. For CoCa and CLIP the encoder has X's patches, width, layers, heads, MLP, norms and no ln_pre, plus
-what the baseline itself needs: a learned position table and a trained projection to the text's width. CoCa also gets
-its attentional pooler (256 queries, 8 heads, as in OpenCLIP's coca_ViT-L-14 and coca_ViT-B-32); CLIP averages the
-patches as X does. Text towers have the width, layers and heads of X's decoder, CoCa's decoder has as many layers as
-its text tower (12 and 12 in both stock configs), and captions are as long as X's. For ov2-vit-l-14 the results are
-coca_ViT-L-14 and ViT-L-14 except for the caption length, ln_pre, and CLIP's pooling. OpenVision 1's text encoder is
-that of `clip-of-X`, of the width of X's encoder after its projection.
+sees all tokens. For CoCa and CLIP the encoder has X's sizes, norms and no ln_pre, plus what the baseline itself needs:
+a learned position table, a trained projection to the text's width, and CoCa's attentional pooler (256 queries, 8 heads,
+as in OpenCLIP's coca_ViT-L-14 and coca_ViT-B-32); CLIP averages the patches as X does. Text towers have the sizes of
+X's decoder, CoCa's decoder has as many layers as its text tower (12 and 12 in both stock configs), and captions are as
+long as X's. For ov2-vit-l-14 the results are coca_ViT-L-14 and ViT-L-14 except for the caption length, ln_pre, and
+CLIP's pooling. OpenVision 1's text encoder is that of `clip-of-X`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,10 @@ class OwnConfig:
                 "keep ratio": str(keep),
                 "evaluation keep ratio": keep.high if evaluated is None else evaluated,
             }
-        return found | _pixels(self.preprocess())
+        if self.is_ours:
+            given = {key: one for key, one in self.preprocess_cfg.items() if key != MAX_TOKENS}
+            return found | _pixels(ov2_preprocess_cfg(given))
+        return found | _pixels({**asdict(PreprocessCfg()), **self.preprocess_cfg})
 
     @property
     def max_tokens(self) -> int | None:
@@ -84,12 +87,6 @@ class OwnConfig:
     @property
     def is_ours(self) -> bool:
         return is_ov2_config(self.model_cfg) or is_vision_only(self.model_cfg)
-
-    def preprocess(self) -> dict[str, Any]:
-        """OpenCLIP's `preprocess_cfg` that a model with this configuration gets."""
-        if self.is_ours:
-            return ov2_preprocess_cfg({key: one for key, one in self.preprocess_cfg.items() if key != MAX_TOKENS})
-        return {**asdict(PreprocessCfg()), **self.preprocess_cfg}
 
 
 def _pixels(preprocess: Mapping[str, Any]) -> dict[str, Any]:
