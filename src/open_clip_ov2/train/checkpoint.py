@@ -187,7 +187,8 @@ class CheckpointWriter:
     def last_good(self) -> str:
         """The newest file, for messages."""
         self.wait()
-        return str((list_checkpoints(self.folder) or ["none yet"])[-1])
+        found = list_checkpoints(self.folder)
+        return str(found[-1]) if found else "none yet"
 
     def check_saved(self, what: str) -> None:
         """Raises RunFailed, which begins with `what`, if the newest save was not written."""

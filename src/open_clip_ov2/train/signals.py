@@ -105,7 +105,7 @@ def on_rank_0(rank: int, group: Any, function: Callable[..., Any], *arguments: A
             box = [(None, error)]
     if group is not None:
         torch.distributed.broadcast_object_list(box, src=0, group=group)
-    value, error = box[0]
-    if error is not None:
-        raise error
+    value, problem = box[0]
+    if problem is not None:
+        raise problem
     return value

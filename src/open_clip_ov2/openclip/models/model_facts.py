@@ -124,8 +124,9 @@ def _context_length(name: str, model: Any) -> int:
 
 def _sizes(model: Any, text: Any) -> ModelSizes:
     visual, contrastive = model.visual, text is not None
-    blocks, patch_size = _tower(visual.transformer.resblocks), visual.conv1.kernel_size[0]
-    encoder = Encoder(blocks, patch_size, *visual.proj.shape, contrastive)  # its head is trained with a text encoder
+    (pooled_width, embed_dim), patch_size = visual.proj.shape, visual.conv1.kernel_size[0]
+    # The encoder's head is trained with a text encoder.
+    encoder = Encoder(_tower(visual.transformer.resblocks), patch_size, pooled_width, embed_dim, contrastive)
     tower = _tower(text.transformer.resblocks) if contrastive else None
     if isinstance(model, CaptionModel):
         decoder, one = model.text_decoder, isinstance(model, OneTransformerModel)
