@@ -38,9 +38,8 @@ from open_clip_ov2.data.captions import choose_caption, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.order.layout import Elastic, parse_elastic
-from open_clip_ov2.data.resize import Resize
+from open_clip_ov2.data.resize import Resize, Shrink
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
-from open_clip_ov2.data.shrink import Shrink
 from open_clip_ov2.data.sidecars import CaptionSet, begin_set, sidecar_path, write_sidecar
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG, CROP_AREA, train_crop

@@ -115,7 +115,7 @@ MAY_IMPORT: dict[str, Layer] = {
         "jinja2 matplotlib numpy",
         "models on equal terms: runs, one page",
     ),
-    "commands.captions": Layer(f"{BASE} data captions", "rich", "one module for each `ov2 captions` command"),
+    "commands.captions": Layer(f"{BASE} data captions", "", "the `ov2 captions` commands"),
     "commands": Layer(
         f"{BASE} core data evaluate recipe formats tracking training vlm vlm.benchmarks launch compare compare.bench "
         "commands.captions",

@@ -16,7 +16,7 @@ from export_fixtures import make_run
 from PIL import Image
 
 from open_clip_ov2.captions.repetition import is_refusal, later_duplicates, repetition, signature
-from open_clip_ov2.captions.shards_of import note_shards
+from open_clip_ov2.captions.tars_of import note_shards
 from open_clip_ov2.cli import main
 from open_clip_ov2.core.loss import caption_targets
 from open_clip_ov2.data.sidecars import begin_set, read_sidecar, write_sidecar
@@ -161,7 +161,8 @@ def test_likelihood_is_what_the_picture_is_worth(made: Path, tmp_path: Path) -> 
     ("flags", "said"),
     [
         ([], "no rule is given"),
-        (["--score", "likelihood:run"], "expected NAME>NUMBER in quotes"),
+        (["--score", "likelihood:run"], "expected in quotes FIELD>NUMBER"),
+        (["--score", "clip>high"], "expected in quotes FIELD>NUMBER"),
         (["--score", "likelihood>0.3"], "needs a model"),
         (["--score", "clip:run>0.3"], "takes no model"),
         (["--uids", "nothing.npy"], "cannot be read"),

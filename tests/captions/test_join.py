@@ -24,7 +24,7 @@ V2 = "re_caption_condition_diverse_topk"
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["open_clip_ov2.commands.captions.join", "duckdb"])
+SERVER.set_forkserver_preload(["open_clip_ov2.commands.captions", "duckdb"])
 
 
 def digest(number: int) -> str:

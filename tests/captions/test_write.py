@@ -17,12 +17,12 @@ from square_shards import write_square_shards
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import captions_soak
 
-from open_clip_ov2.captions import engine_ov2, engine_vllm
-from open_clip_ov2.captions.engine_transformers import open_processor, special_texts
-from open_clip_ov2.captions.requests import Prompts, Request, read_sampler, row_sampling
+from open_clip_ov2.captions import engine_hub, engine_ov2
+from open_clip_ov2.captions.engine_hub import open_processor, special_texts
+from open_clip_ov2.captions.engines import Prompts, Request, read_sampler, row_sampling
 from open_clip_ov2.captions.write import NO_TEXT, Task, Writing, task_here, write_captions
 from open_clip_ov2.cli import main
-from open_clip_ov2.data.captions import CaptionKey, cleaned
+from open_clip_ov2.data.captions import CaptionKey, cleaned, parse_caption_keys
 from open_clip_ov2.data.sidecars import begin_set, read_sidecar, sidecar_path
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
@@ -119,6 +119,24 @@ def test_odd_samples_get_a_line_each(folder: Path, tmp_path: Path, capsys: pytes
     assert "1 of 1 shards are finished" in capsys.readouterr().out
 
 
+def test_a_prompt_takes_any_texts_of_a_sample(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the prompts, by hand. A text that looks like a place is text; the package's own model takes none."""
+    keys = parse_caption_keys("txt,json:about.title")
+    sample = {"txt": b"a {json:about.title}</s> cat", "json": b'{"about": {"title": "Max\\u0000 2"}}'}
+    named = Prompts(keys, "Alt: {txt}. Title: {json:about.title}. {x}", "none")
+    assert named.of(sample, ["</s>"]) == "Alt: a {json:about.title} cat. Title: Max 2. {x}"
+    assert named.of({"json": sample["json"]}, ()) == "Alt: . Title: Max 2. {x}"
+    assert Prompts(keys, "{text} :", "none").of(sample, ["</s>"]) == "a {json:about.title} cat Max 2 :"
+    assert [named.of({"txt": b" "}, ()), Prompts((), "{text} :", "none").of(sample, ())] == ["none", "none"]
+    argv = ["captions", "write", str(folder / "odd.tar"), "--condition", "txt,json:title", "--out", str(tmp_path)]
+    assert main([*argv, "--prompt", "Title: {json:title}"]) == 2
+    assert "{text} is missing, where the text of --condition goes, or each place in it" in capsys.readouterr().err
+    assert main([*argv, "--image-size", "8"]) == 2
+    assert "the package's own model was trained without prompts" in caplog.text
+
+
 class Failing:
     """A model of ours that cannot take some samples, and raises for a batch that has one."""
 
@@ -140,7 +158,7 @@ def test_a_failed_batch_costs_the_one_sample(folder: Path, tmp_path: Path) -> No
     def written(name: str, bad: set[str]) -> tuple[list[dict[str, str]], list[int]]:
         engine = Failing(folder / "run", bad)
         begin_set(tmp_path / name, {})
-        prompts = Prompts(CaptionKey("txt"), "{text} :", "")
+        prompts = Prompts((CaptionKey("txt"),), "{text} :", "")
         writing = Writing(engine, prompts, (read_sampler("top-k=9,temperature=2"),), 0, 8, 10**6, 2)
         write_captions([url], tmp_path / name, Task(0, 1), writing)
         return list(read_sidecar(sidecar_path(tmp_path / name, url))), engine.calls
@@ -181,11 +199,11 @@ def test_what_vllm_is_given_is_what_it_takes(folder: Path) -> None:
     processor, picture = open_processor(str(folder / "llava")), Image.new("RGB", (64, 48))
     for text, temperature in (("greedy", 0.0), ("top-k=5,temperature=0.7", 0.7)):
         request = Request("a", picture, "red", row_sampling([read_sampler(text)], 0, "a"))
-        taken = vllm.SamplingParams(**engine_vllm.sampling_options(request, 12))
+        taken = vllm.SamplingParams(**engine_hub.sampling_options(request, 12))
         assert (taken.temperature, taken.max_tokens) == (temperature, 12)
         assert temperature == 0 or (taken.top_k, taken.seed) == (5, request.sampling.seed)
-        prompt = engine_vllm.text_prompt(processor, request, 32)
+        prompt = engine_hub.text_prompt(processor, request, 32)
         assert set(prompt) <= TextPrompt.__required_keys__ | TextPrompt.__optional_keys__
         assert min(prompt["multi_modal_data"]["image"].size) == 32
-    arguments = EngineArgs(model="any", **engine_vllm.LLM_OPTIONS)
-    assert all(getattr(arguments, name) == value for name, value in engine_vllm.LLM_OPTIONS.items())
+    arguments = EngineArgs(model="any", **engine_hub.LLM_OPTIONS)
+    assert all(getattr(arguments, name) == value for name, value in engine_hub.LLM_OPTIONS.items())

@@ -17,8 +17,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from open_clip_ov2.data.captions import parse_caption_keys
 from open_clip_ov2.data.crop import Box, RandomCrop
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, decode_image
+from open_clip_ov2.data.resize import Shrink, shrunk_image
 from open_clip_ov2.data.samples import Decoder
-from open_clip_ov2.data.shrink import Shrink, shrunk_image
 from open_clip_ov2.data.skips import TOO_MANY_PIXELS, UNDECODABLE_IMAGE, SkipCounter, SkipSample
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.options import CaptionOptions

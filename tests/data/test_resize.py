@@ -18,9 +18,8 @@ from broken_shards import cut, write_tar
 from PIL import Image, ImageOps
 
 from open_clip_ov2.cli import main
-from open_clip_ov2.data.resize import LEDGER, SIZES, Resize
+from open_clip_ov2.data.resize import LEDGER, SIZES, Resize, Shrink
 from open_clip_ov2.data.shards import WebDatasetSource
-from open_clip_ov2.data.shrink import Shrink
 from open_clip_ov2.data.sidecars import shard_names
 from open_clip_ov2.errors import InUse, UserError
 

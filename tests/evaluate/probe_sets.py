@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey
-from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.sources import ImageFolderSource, Source
 from open_clip_ov2.evaluate.extraction import Features, cache_file, extract
 

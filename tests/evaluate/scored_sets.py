@@ -18,7 +18,7 @@ from torch import Tensor
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
-from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.shards import WebDatasetSource
 from open_clip_ov2.evaluate.classes import Classes
 from open_clip_ov2.evaluate.eval_model import EvalModel

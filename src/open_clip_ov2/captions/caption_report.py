@@ -7,13 +7,14 @@ opened: reading a tar takes as long as training on it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,17 @@ from jinja2 import Environment, StrictUndefined
 from open_clip_ov2.argv import flag
 from open_clip_ov2.captions.filter import usable
 from open_clip_ov2.captions.repetition import LIMIT, is_refusal, later_duplicates, repetition, signature, words
-from open_clip_ov2.captions.requests import read_condition
-from open_clip_ov2.captions.shards_of import shards_of
-from open_clip_ov2.data.captions import CaptionKey, group_text
+from open_clip_ov2.captions.tars_of import tars_of, with_samples
+from open_clip_ov2.data.captions import CaptionKey, group_text, parse_caption_keys
 from open_clip_ov2.data.samples import Decoder
-from open_clip_ov2.data.sidecars import read_settings, read_sidecar, shard_name, sidecars_in
+from open_clip_ov2.data.sidecars import read_settings, read_sidecar, sidecars_in
 from open_clip_ov2.data.skips import SkipSample
-from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import write_text
 from open_clip_ov2.tables import text, whole
 
-PAGE = "report.html"
-SIDE_PX, BARS = 224, 40
+PAGE, TXT = "report.html", CaptionKey("txt")
+SIDE_PX, BARS, REASONS = 224, 40, 20
 WITH_PICTURES = 2000  # samples of the first tars whose alt-texts are compared
 STOPWORDS = frozenset("a an and are as at be by for from in is it its of on or that the this to with".split())  # noqa: SIM905
 
@@ -46,19 +45,20 @@ class ReportOptions:
     """What the report shows."""
 
     samples: int = flag("N", whole(0), "samples with pictures on the page (default: 24)", default=24)
-    alt_text: CaptionKey = flag(
-        "KEY", read_condition, "where alt-texts are: txt, json:caption (default: txt)", default=CaptionKey("txt")
+    alt_text: tuple[CaptionKey, ...] = flag(
+        "KEY,...", parse_caption_keys, "where alt-texts are: txt, json:caption (default: txt)", default=(TXT,)
     )
     shards: str | None = flag("IN", text, "the tars, if they have moved (default: as the set notes them)")
+
+    def alt_text_of(self, sample: Mapping[str, Any]) -> str:
+        return " ".join(group_text(sample, key) for key in self.alt_text).strip()
 
 
 @dataclass
 class Texts:
-    """Figures of the captions that are used, and counts of the others."""
+    """Figures of the captions that are used, and counts of the others by reason."""
 
-    lines: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     repetitions: list[float] = field(default_factory=list)
     refusals: int = 0
@@ -66,11 +66,10 @@ class Texts:
     scores: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        self.lines += 1
         caption = usable(line)
         if not caption:
-            verdict = line.get("dropped")
-            (self.dropped if verdict else self.errors)[str(verdict or line.get("error", "no caption"))] += 1
+            dropped = line.get("dropped")
+            self.unused[f"dropped: {dropped}" if dropped else f"no caption: {line.get('error', 'it is empty')}"] += 1
             return
         self.lengths.append(len(caption.split()))
         self.repetitions.append(repetition(caption))
@@ -81,13 +80,11 @@ class Texts:
                 self.scores.setdefault(name, []).append(value)
 
     def table(self) -> Iterator[tuple[str, str]]:
-        yield "samples", f"{self.lines:,}"
         count = len(self.lengths)
+        yield "samples", f"{count + self.unused.total():,}"
         yield "captions", f"{count:,}"
-        for verdict, number in self.dropped.most_common():
-            yield f"dropped: {verdict}", f"{number:,}"
-        for error, number in self.errors.most_common(5):
-            yield f"no caption: {error}", f"{number:,}"
+        for reason, number in self.unused.most_common(REASONS):
+            yield reason, f"{number:,}"
         if not count:
             return
         low, median, high = np.percentile(self.lengths, (5, 50, 95))
@@ -100,30 +97,31 @@ class Texts:
             yield f"{name}, mean", f"{np.mean(values):.3f}"
 
 
-def run(folder: Path, options: ReportOptions) -> list[tuple[str, str]]:
+def write_report(folder: Path, options: ReportOptions) -> list[tuple[str, str]]:
     """Write FOLDER/report.html; the rows of the table. Raises UserError."""
     sidecars, texts = sidecars_in(folder), Texts()
     if not sidecars:
         raise UserError(f"{folder}: no sidecar is finished in this set")
-    for path in sidecars:
-        for line in read_sidecar(path):
-            texts.add(line)
-    samples, agreement, note = _from_tars(folder, sidecars, options)
+    for line in chain.from_iterable(map(read_sidecar, sidecars)):
+        texts.add(line)
+    pairs, note = _with_samples(folder, sidecars, options)
     table = list(texts.table())
-    if agreement:
-        table.append(
-            (f"words of the alt-text that the caption has, of {len(agreement):,}", _percent(float(np.mean(agreement))))
-        )
-    charts = [_chart("Words of a caption", texts.lengths), _chart("Repetition", texts.repetitions)]
-    charts += [_chart("Words of the alt-text that the caption has, share", agreement)] if agreement else []
-    charts += [_chart(name, values) for name, values in texts.scores.items()]
+    charts: dict[str, Sequence[float]] = {"Words of a caption": texts.lengths, "Repetition": texts.repetitions}
+    if agreement := _agreement(pairs, options):
+        said = "words of the alt-text that the caption has"
+        table.append((f"{said}, of {len(agreement):,}", _percent(float(np.mean(agreement)))))
+        charts[f"{said.capitalize()}, share"] = agreement
+    chosen = pairs[:: max(1, len(pairs) // max(1, options.samples))][: options.samples]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(files(__package__).joinpath(PAGE).read_text(encoding="utf-8"))
-    settings = json.dumps(read_settings(folder), indent=1)
-    shown = page.render(
-        name=folder.resolve().name, table=table, charts=charts, samples=samples, note=note, settings=settings
+    page = environment.from_string(files(__package__).joinpath(PAGE).read_text(encoding="utf-8")).render(
+        name=folder.resolve().name,
+        table=table,
+        charts=[_chart(title, values) for title, values in {**charts, **texts.scores}.items()],
+        samples=[_shown(line, sample, options) for line, sample in chosen],
+        note=note,
+        settings=json.dumps(read_settings(folder), indent=1),
     )
-    write_text(folder / PAGE, shown)
+    write_text(folder / PAGE, page)
     return table
 
 
@@ -133,67 +131,52 @@ def _percent(share: float) -> str:
 
 def _chart(title: str, values: Sequence[float]) -> dict[str, Any]:
     """A histogram; the highest bar is 100%."""
-    if not values:
-        return {"title": title, "bars": [], "low": "", "high": ""}
     counts, edges = np.histogram(values, bins=BARS)
+    highest = max(1, int(counts.max()))
     bars = [
-        {"percent": round(100 * int(count) / int(counts.max()), 1), "label": f"{low:.4g} to {high:.4g}: {count:,}"}
+        {"percent": round(100 * int(count) / highest, 1), "label": f"{low:.4g} to {high:.4g}: {count:,}"}
         for count, low, high in zip(counts, edges, edges[1:], strict=False)
     ]
     return {"title": title, "bars": bars, "low": f"{edges[0]:.4g}", "high": f"{edges[-1]:.4g}"}
 
 
-def _from_tars(
+def _with_samples(
     folder: Path, sidecars: Sequence[Path], options: ReportOptions
-) -> tuple[list[dict[str, str]], list[float], str]:
-    """(samples for the page, share of the alt-text's words in each caption, what is missing and why)."""
+) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], str]:
+    """(lines with their samples of the tars that are known, "") or (lines with empty samples, why)."""
     try:
-        tars = {f"{shard_name(url)}.jsonl.gz": url for url in shards_of(folder, options.shards)}
+        tars = tars_of(folder, options.shards)
+        known = (with_samples(path, tars[path.name], lambda _: None) for path in sidecars if path.name in tars)
+        return list(islice(chain.from_iterable(known), WITH_PICTURES)), ""
     except UserError as error:
-        return _without_pictures(sidecars, options.samples), [], f"No pictures: {error}"
-    pairs = list(islice(_pairs(sidecars, tars), WITH_PICTURES))
-    agreement = []
+        return [(line, {}) for line in islice(read_sidecar(sidecars[0]), options.samples)], f"No pictures: {error}"
+
+
+def _agreement(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: ReportOptions) -> list[float]:
+    """The share of the alt-text's words in each caption, where there are both."""
+    found = []
     for line, sample in pairs:
-        wanted = _content(group_text(sample, options.alt_text))
-        if wanted and usable(line):
-            agreement.append(len(wanted & _content(usable(line))) / len(wanted))
-    step = max(1, len(pairs) // max(1, options.samples))
-    chosen = pairs[::step][: options.samples]
-    return [_sample(line, sample, options.alt_text) for line, sample in chosen], agreement, ""
-
-
-def _pairs(sidecars: Iterable[Path], tars: Mapping[str, str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Lines with their samples, of the tars that are known."""
-    for path in sidecars:
-        if path.name in tars:
-            samples = read_tar(tars[path.name], lambda _: None)
-            for line, sample in zip(read_sidecar(path), samples, strict=False):
-                if line["key"] != sample["__key__"]:
-                    raise UserError(f"{tars[path.name]}: has {sample['__key__']!r} where {path} has {line['key']!r}")
-                yield line, sample
+        wanted, caption = _content(options.alt_text_of(sample)), usable(line)
+        if wanted and caption:
+            found.append(len(wanted & _content(caption)) / len(wanted))
+    return found
 
 
 def _content(caption: str) -> set[str]:
     return {word for word in map(str.lower, words(caption)) if word[0].isalnum()} - STOPWORDS
 
 
-def _without_pictures(sidecars: Sequence[Path], count: int) -> list[dict[str, str]]:
-    return [_texts_of(line) for line in islice(read_sidecar(sidecars[0]), count)]
-
-
-def _texts_of(line: Mapping[str, Any]) -> dict[str, str]:
-    caption = line.get("caption")
-    shown = " · ".join(caption) if isinstance(caption, list) else str(caption or line.get("error", ""))
-    return {"key": line["key"], "caption": shown, "dropped": str(line.get("dropped", "")), "alt": "", "picture": ""}
-
-
-def _sample(line: Mapping[str, Any], sample: Mapping[str, Any], alt_text: CaptionKey) -> dict[str, str]:
-    found = {**_texts_of(line), "alt": group_text(sample, alt_text), "picture": ""}
-    try:
+def _shown(line: Mapping[str, Any], sample: Mapping[str, Any], options: ReportOptions) -> dict[str, str]:
+    """What the page has of a sample."""
+    caption, picture = line.get("caption"), io.BytesIO()
+    with contextlib.suppress(SkipSample):
         image = Decoder(torch.as_tensor, ()).image(sample)
-    except SkipSample:
-        return found
-    image.thumbnail((SIDE_PX, SIDE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return {**found, "picture": base64.b64encode(buffer.getvalue()).decode()}
+        image.thumbnail((SIDE_PX, SIDE_PX))
+        image.save(picture, "JPEG", quality=80)
+    return {
+        "key": line["key"],
+        "caption": " · ".join(caption) if isinstance(caption, list) else str(caption or line.get("error", "")),
+        "dropped": str(line.get("dropped", "")),
+        "alt": options.alt_text_of(sample),
+        "picture": base64.b64encode(picture.getvalue()).decode(),
+    }

@@ -6,21 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_clip_ov2 import training
-from open_clip_ov2.captions.engines import Defaults
-from open_clip_ov2.captions.requests import Request
+from open_clip_ov2.captions.engines import Request
 from open_clip_ov2.data.captions import PROMPT_TEMPLATE
 from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_model import lacking
 from open_clip_ov2.evaluate.text.normalise import detokenized
 
-DEFAULTS = Defaults(batch_size=32, with_text=PROMPT_TEMPLATE, without="")
-
 
 class Ov2Engine:
     """The prompt is what the decoder has read before its first token, cut to half of the context."""
 
-    def __init__(self, model: str | None, device: str | None, max_tokens: int | None) -> None:
+    batch_size, with_text, without = 32, PROMPT_TEMPLATE, ""
+
+    def __init__(
+        self, model: str | None, device: str | None, max_tokens: int | None, image_size: int | None = None
+    ) -> None:
+        if image_size is not None:
+            raise UserError("--image-size is for models of the hub; ours see pictures at their own size")
         source = model or training.shipped_model()
         self._model, self._max_tokens = training.open_evaluated(source, device), max_tokens
         if problem := lacking(source, self._model.abilities, ("caption",)):

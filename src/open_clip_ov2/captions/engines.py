@@ -1,19 +1,99 @@
-"""The models that write captions, behind one interface."""
+"""The models that write captions, behind one interface, and what they are asked for: a picture, a prompt, and how the
+caption's tokens are chosen.
+
+A request follows from the settings, the seed and the sample, so that the caption of a sample depends neither on its
+batch nor on when and by which process it is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from open_clip_ov2.captions.requests import Request
+from open_clip_ov2.core.generate import RowSampling
+from open_clip_ov2.data.captions import CaptionKey, cleaned, group_text
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.tables import from_table, key, pairs, real, whole
 
 OV2, TRANSFORMERS, VLLM = "ov2", "transformers", "vllm"
 ENGINES = (OV2, TRANSFORMERS, VLLM)
+TEXT = "{text}"
+GREEDY = "greedy"
+
+
+class Request(NamedTuple):
+    """One caption to be written. `image` is in RGB."""
+
+    key: str
+    image: Image.Image
+    prompt: str
+    sampling: RowSampling
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One way to choose tokens: `top_k` = 1 is greedy. `weight`: how often it is drawn beside others."""
+
+    top_k: int = key(whole(1), default=1)
+    temperature: float = key(real(0, above=True), default=1.0)
+    weight: float = key(real(0, above=True), default=1.0)
+
+
+def read_sampler(text: str) -> Sampler:
+    """From `greedy`, `greedy,weight=2` or `top-k=20,temperature=0.7,weight=1`. Raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    greedy = GREEDY in parts
+    items = pairs("sampling", ",".join(part for part in parts if part != GREEDY))
+    if greedy and any(name != "weight" for name, _ in items):
+        raise UserError(f"{text!r}: greedy takes the likeliest token, so it has no top-k and no temperature")
+    if not greedy and not any(name.strip() == "top-k" for name, _ in items):
+        raise UserError(f"{text!r}: expected greedy, or top-k=K,temperature=T")
+    return from_table(Sampler, f"{text!r}", items)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`condition` names the texts that are given. `template` has `{PLACE}` where the text of a place goes, and `{text}`
+    for all of them; `without` is the prompt of a sample that has none."""
+
+    condition: tuple[CaptionKey, ...]
+    template: str
+    without: str
+
+    def __post_init__(self) -> None:
+        places = [f"{{{key}}}" for key in self.condition]
+        if TEXT not in self.template and not all(place in self.template for place in places):
+            raise UserError(
+                f"--prompt {self.template!r}: {TEXT} is missing, where the text of --condition goes, or each place in "
+                f"it ({', '.join(places)})"
+            )
+
+    def of(self, sample: Mapping[str, Any], special: Sequence[str]) -> str:
+        """The prompt of a raw sample, its texts cleaned of `special` strings."""
+        texts = {f"{{{key}}}": cleaned(group_text(sample, key), special) for key in self.condition}
+        texts[TEXT] = " ".join(filter(None, texts.values()))
+        if not texts[TEXT]:
+            return self.without
+        return re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], self.template)
+
+
+def row_sampling(samplers: Sequence[Sampler], seed: int, key: str) -> RowSampling:
+    """The sampler of one sample, drawn by weight, and its noise: a function of seed and key alone."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    point = int.from_bytes(digest[:8], "big") / 2**64 * sum(one.weight for one in samplers)
+    chosen = samplers[-1]
+    for one in samplers:
+        if point < one.weight:
+            chosen = one
+            break
+        point -= one.weight
+    return RowSampling(chosen.top_k, chosen.temperature, int.from_bytes(digest[8:], "big") >> 1)
 
 
 class Engine(Protocol):
@@ -31,29 +111,14 @@ class Engine(Protocol):
         """One for each request. May raise anything for a request that it cannot take."""
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What an engine takes where a flag is not given. `with_text` has `{text}` in it."""
-
-    batch_size: int
-    with_text: str
-    without: str
-
-
-INSTRUCTION = "Describe the image in one paragraph."
-WITH_TEXT = f"{INSTRUCTION} Its alt-text, which may be wrong or incomplete, is: {{text}}"
-
-
 def engine_of(engine: str | None, model: str | None) -> str:
     """The engine that is asked for: `ov2` for models of ours, which are the default, else transformers. Raises
     UserError."""
-    if engine is not None:
-        if model is None and engine != OV2:
-            raise UserError(f"--engine {engine}: name its model with --model, for example llava-hf/llava-1.5-7b-hf")
-        return engine
-    if model is None or _is_ours(model):
-        return OV2
-    return TRANSFORMERS
+    if engine is None:
+        return OV2 if model is None or _is_ours(model) else TRANSFORMERS
+    if model is None and engine != OV2:
+        raise UserError(f"--engine {engine}: name its model with --model, for example llava-hf/llava-1.5-7b-hf")
+    return engine
 
 
 def _is_ours(model: str) -> bool:
@@ -64,22 +129,13 @@ def _is_ours(model: str) -> bool:
     return path.is_file() or ":" in model
 
 
-def small(image: Image.Image, short_side: int | None) -> Image.Image:
-    """The image with at most this short side in px, its proportions kept."""
-    side = min(image.size)
-    if short_side is None or side <= short_side:
-        return image
-    width, height = (max(1, round(length * short_side / side)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+def engine_class(engine: str) -> Any:
+    """The class whose (model, device, max_tokens, image_size) opens a model: an Engine. It has what stands where no
+    flag says otherwise: `batch_size`, and prompts `with_text`, which has `{text}` in it, and `without`."""
+    if engine == OV2:
+        from open_clip_ov2.captions.engine_ov2 import Ov2Engine
 
+        return Ov2Engine
+    from open_clip_ov2.captions.engine_hub import TransformersEngine, VllmEngine
 
-def needs(extra: str, error: ModuleNotFoundError) -> UserError:
-    return UserError(f"--engine {extra} needs {error.name}: pip install 'open_clip_ov2[{extra}]'")
-
-
-def seen_size(processor: Any) -> int | None:
-    """The short side in px to which a processor of transformers resizes pictures; None if it is not fixed."""
-    size = getattr(getattr(processor, "image_processor", None), "size", None) or {}
-    found = [dict(size).get(name) for name in ("shortest_edge", "height", "width")]
-    sides = [side for side in found if side]
-    return int(max(sides)) if sides and not dict(size).get("longest_edge") else None
+    return TransformersEngine if engine == TRANSFORMERS else VllmEngine

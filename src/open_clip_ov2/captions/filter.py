@@ -8,70 +8,55 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from open_clip_ov2.captions.filter_options import LIKELIHOOD, NEAR, FilterOptions
+from open_clip_ov2.captions.filter_options import LIKELIHOOD, NEAR, FilterOptions, ScoreRule
 from open_clip_ov2.captions.likelihood import Gaps
 from open_clip_ov2.captions.repetition import later_duplicates, signature
-from open_clip_ov2.captions.shards_of import copy_note, shards_of
+from open_clip_ov2.captions.tars_of import note_shards, noted_shards, tars_of, with_samples
 from open_clip_ov2.captions.write import task_here
 from open_clip_ov2.data.captions import CaptionKey, group_text
-from open_clip_ov2.data.sidecars import (
-    begin_set,
-    read_settings,
-    read_sidecar,
-    shard_name,
-    sidecars_in,
-    write_sidecar,
-)
-from open_clip_ov2.data.tars import read_tar
+from open_clip_ov2.data.sidecars import begin_set, read_settings, read_sidecar, sidecars_in, write_sidecar
 from open_clip_ov2.errors import UserError
 
 UID = re.compile(r"([0-9a-f]{16})([0-9a-f]{16})(?:-\d+)?")
-Lines = list[dict[str, Any]]
+Line = dict[str, Any]
+Rules = Mapping[str, Callable[[str], bool]]  # by verdict: whether a text breaks the rule
 
 
-def run(source: Path, out: Path, options: FilterOptions) -> Counter[str]:
+def filter_set(source: Path, out: Path, options: FilterOptions) -> Counter[str]:
     """Write the sidecars that are missing in `out`; lines of the whole set by verdict, "kept" and "no caption".
 
     Raises UserError: no set, no rule, other settings, tars that are gone, a list of uids that is none.
     """
-    sidecars, rules = sidecars_in(source), options.text_rules()
-    if not (rules or options.duplicates or options.uids or options.score):
+    sidecars, rules, scores = sidecars_in(source), options.text_rules(), options.score or []
+    if not (rules or options.duplicates or options.uids or scores):
         raise UserError("ov2 captions filter: no rule is given, for example --min-words 5 (--help lists them)")
     if not sidecars:
         raise UserError(f"{source}: no sidecar is finished in this set")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the set itself; name another folder")
     uids = None if options.uids is None else Uids(options.uids)
-    tars = _tars(source, options, sidecars, uids)
-    gaps = [Gaps(rule.model, options.device) for rule in options.score or () if rule.model is not None]
+    tars = _tars(source, options, sidecars)
+    gaps = [Gaps(rule.model, options.device) for rule in scores if rule.model is not None]
     begin_set(out, _settings(source, options, sidecars))
-    copy_note(source, out, options.shards)
+    for shards in noted_shards(source) if options.shards is None else [options.shards]:
+        note_shards(out, shards)
     duplicates = _duplicates(sidecars, rules, options.duplicates == NEAR) if options.duplicates else {}
     task = options.task or task_here()
     for path in sidecars[task.place :: task.tasks]:
-        if (out / path.name).is_file():
-            continue
-        lines = list(read_sidecar(path))
-        _judge_texts(lines, rules)
-        for place in duplicates.get(path.name, ()):
-            _drop(lines[place], "duplicate")
-        samples = read_tar(tars[path.name], _broken(tars[path.name])) if path.name in tars else iter(())
-        _judge_samples(lines, samples, tars.get(path.name, ""), options, uids, gaps)
-        write_sidecar(out / path.name, map(_ordered, lines))
-    return verdicts(out)
-
-
-def verdicts(folder: Path) -> Counter[str]:
-    """Lines of a set by what was decided on them."""
-    lines = chain.from_iterable(map(read_sidecar, sidecars_in(folder)))
-    return Counter(line.get("dropped") or ("no caption" if not line.get("caption") else "kept") for line in lines)
+        if not (out / path.name).is_file():
+            pairs = _with_samples(path, tars.get(path.name))
+            lines = _judged(pairs, rules, duplicates.get(path.name, ()), uids, gaps)
+            _judge_scores(lines, scores)
+            write_sidecar(out / path.name, map(_ordered, lines))
+    written = chain.from_iterable(map(read_sidecar, sidecars_in(out)))
+    return Counter(line.get("dropped") or ("no caption" if not line.get("caption") else "kept") for line in written)
 
 
 def _settings(source: Path, options: FilterOptions, sidecars: Sequence[Path]) -> dict[str, Any]:
@@ -87,36 +72,62 @@ def _settings(source: Path, options: FilterOptions, sidecars: Sequence[Path]) ->
     }
 
 
-def _tars(source: Path, options: FilterOptions, sidecars: Sequence[Path], uids: Uids | None) -> dict[str, str]:
+def _tars(source: Path, options: FilterOptions, sidecars: Sequence[Path]) -> dict[str, str]:
     """Addresses by sidecar, of the tars that have to be read. Raises UserError."""
-    needs_pictures = any(rule.model for rule in options.score or ())
-    if not needs_pictures and (uids is None or all(UID.fullmatch(line["key"]) for line in read_sidecar(sidecars[0]))):
+    uids_of_json = options.uids and not all(UID.fullmatch(line["key"]) for line in read_sidecar(sidecars[0]))
+    if not uids_of_json and not any(rule.model for rule in options.score or ()):
         return {}
-    named = {f"{shard_name(url)}.jsonl.gz": url for url in shards_of(source, options.shards)}
-    missing = [path.name for path in sidecars if path.name not in named]
-    if missing:
+    tars = tars_of(source, options.shards)
+    if missing := [path.name for path in sidecars if path.name not in tars]:
         raise UserError(
             f"{source}: no tar is known for {missing[0]}, one of {len(missing)}; name them all with --shards"
         )
-    return {path.name: named[path.name] for path in sidecars}
+    return tars
 
 
-def _broken(url: str) -> Callable[[str], None]:
+def _with_samples(path: Path, url: str | None) -> Iterable[tuple[Line, Mapping[str, Any]]]:
+    """The lines of a sidecar with their samples, which are empty without a tar. Raises UserError."""
+
     def refuse(reason: str) -> None:
         raise UserError(f"{url} is broken ({reason}): its captions cannot be filtered")
 
-    return refuse
+    if url is None:
+        return ((line, {}) for line in read_sidecar(path))
+    return with_samples(path, url, refuse)
 
 
-def _drop(line: dict[str, Any], verdict: str) -> None:
+def _judged(
+    pairs: Iterable[tuple[Line, Mapping[str, Any]]],
+    rules: Rules,
+    duplicates: Collection[int],
+    uids: Uids | None,
+    gaps: Sequence[Gaps],
+) -> list[Line]:
+    """The lines of a sidecar, with the first verdict on each and all likelihoods."""
+    lines = []
+    for place, (line, sample) in enumerate(pairs):
+        _judge_text(line, rules)
+        if place in duplicates:
+            _drop(line, "duplicate")
+        if uids is not None and usable(line) and not uids.has(_uid(line["key"], sample)):
+            _drop(line, "uids")
+        if text := usable(line):
+            for gap in gaps:
+                gap.add(line, sample, text)
+        lines.append(line)
+    for gap in gaps:
+        gap.finish(LIKELIHOOD)
+    return lines
+
+
+def _drop(line: Line, verdict: str) -> None:
     """The first verdict stays."""
     line.setdefault("dropped", verdict)
 
 
-def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
+def _ordered(line: Line) -> Line:
     """Key first, then the verdict, as sidecars have it."""
-    first = {name: line[name] for name in ("key", "dropped") if name in line}
-    return {**first, **line}
+    return {name: line[name] for name in ("key", "dropped") if name in line} | line
 
 
 def usable(line: Mapping[str, Any]) -> str:
@@ -126,75 +137,43 @@ def usable(line: Mapping[str, Any]) -> str:
     return "" if "dropped" in line or not isinstance(first, str) else first
 
 
-def _judge_texts(lines: Lines, rules: Mapping[str, Callable[[str], bool]]) -> None:
-    """Drop captions by their text alone; of a list of captions those that break a rule, if another one is left."""
+def _judge_text(line: Line, rules: Rules) -> None:
+    """Drop a caption by its text alone; of a list of captions those that break a rule, if another one is left."""
+    caption = line.get("caption")
+    texts: list[str] = caption if isinstance(caption, list) else [usable(line)] if usable(line) else []
+    broken = [next((name for name, breaks in rules.items() if breaks(text)), None) for text in texts]
+    if broken and all(broken):
+        _drop(line, str(broken[0]))
+    elif isinstance(caption, list) and "dropped" not in line:
+        line["caption"] = [text for text, verdict in zip(texts, broken, strict=True) if verdict is None]
+
+
+def _judge_scores(lines: Iterable[Line], scores: Iterable[ScoreRule]) -> None:
     for line in lines:
-        caption = line.get("caption")
-        texts: list[str] = caption if isinstance(caption, list) else [usable(line)] if usable(line) else []
-        broken = [next((name for name, breaks in rules.items() if breaks(text)), None) for text in texts]
-        if broken and all(broken):
-            _drop(line, str(broken[0]))
-        elif isinstance(caption, list) and "dropped" not in line:
-            line["caption"] = [text for text, verdict in zip(texts, broken, strict=True) if verdict is None]
-
-
-def _duplicates(
-    sidecars: Sequence[Path], rules: Mapping[str, Callable[[str], bool]], near: bool
-) -> dict[str, list[int]]:
-    """Places of the captions, by sidecar, that an earlier one makes superfluous."""
-    places: list[tuple[str, int]] = []
-    found: list[np.ndarray] = []
-    for path in sidecars:
-        lines = list(read_sidecar(path))
-        _judge_texts(lines, rules)
-        for place, line in enumerate(lines):
-            if text := usable(line):
-                places.append((path.name, place))
-                found.append(signature(text, near))
-    later: dict[str, list[int]] = {}
-    for (name, place), superfluous in zip(places, later_duplicates(np.array(found)) if found else (), strict=True):
-        if superfluous:
-            later.setdefault(name, []).append(place)
-    return later
-
-
-def _judge_samples(
-    lines: Lines,
-    samples: Iterator[dict[str, Any]],
-    url: str,
-    options: FilterOptions,
-    uids: Uids | None,
-    gaps: Sequence[Gaps],
-) -> None:
-    """Drop captions by their sample: its uid, its picture, and scores that the lines have."""
-    for line, sample in _beside(lines, samples, url):
-        if uids is not None and usable(line) and not uids.has(_uid(line["key"], sample)):
-            _drop(line, "uids")
-        for gap in gaps:
-            if text := usable(line):
-                gap.add(line, sample or {}, text)
-    for gap in gaps:
-        gap.finish(LIKELIHOOD)
-    for rule in options.score or ():
-        for line in lines:
+        for rule in scores:
             if usable(line) and not rule.keeps(line.get(rule.name)):
                 _drop(line, rule.name)
 
 
-def _beside(
-    lines: Lines, samples: Iterator[dict[str, Any]], url: str
-) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Each line with its sample, None without a tar. Raises UserError if they do not belong together."""
-    for number, line in enumerate(lines, 1):
-        sample = next(samples, None) if url else None
-        if url and (sample is None or sample["__key__"] != line["key"]):
-            found = "no sample" if sample is None else repr(sample["__key__"])
-            raise UserError(f"{url}: has {found} where line {number} of its sidecar has {line['key']!r}")
-        yield line, sample
+def _duplicates(sidecars: Sequence[Path], rules: Rules, near: bool) -> dict[str, set[int]]:
+    """Places of the captions, by sidecar, that an earlier one makes superfluous."""
+    places: list[tuple[str, int]] = []
+    found: list[np.ndarray] = []
+    for path in sidecars:
+        for place, line in enumerate(read_sidecar(path)):
+            _judge_text(line, rules)
+            if text := usable(line):
+                places.append((path.name, place))
+                found.append(signature(text, near))
+    later: dict[str, set[int]] = {}
+    for (name, place), superfluous in zip(places, later_duplicates(np.array(found)) if found else (), strict=True):
+        if superfluous:
+            later.setdefault(name, set()).add(place)
+    return later
 
 
-def _uid(key: str, sample: Mapping[str, Any] | None) -> str:
-    return key if UID.fullmatch(key) else group_text(sample or {}, CaptionKey("json", ("uid",)))
+def _uid(key: str, sample: Mapping[str, Any]) -> str:
+    return key if UID.fullmatch(key) else group_text(sample, CaptionKey("json", ("uid",)))
 
 
 class Uids:
@@ -209,15 +188,15 @@ class Uids:
             raise UserError(
                 f"--uids {path}: expected a list of dtype u8,u8, found {table.dtype} of shape {table.shape}"
             )
-        self._high, self._low = np.ascontiguousarray(table["f0"]), np.ascontiguousarray(table["f1"])
-        if np.any(self._high[1:] < self._high[:-1]):
+        if np.any(table["f0"][1:] < table["f0"][:-1]):
             raise UserError(f"--uids {path}: is not sorted; write np.sort of it")
+        self._table = table
 
     def has(self, uid: str) -> bool:
         """Of 32 hexadecimal digits, with or without `-N` after them."""
         found = UID.fullmatch(uid)
         if found is None:
             return False
-        high, low = (np.uint64(int(part, 16)) for part in found.groups())
-        first, last = (int(np.searchsorted(self._high, high, side)) for side in ("left", "right"))
-        return bool(np.any(self._low[first:last] == low))
+        wanted = np.array(tuple(int(part, 16) for part in found.groups()), self._table.dtype)
+        place = np.searchsorted(self._table, wanted)
+        return bool(place < len(self._table) and self._table[place] == wanted)

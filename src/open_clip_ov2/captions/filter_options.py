@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from open_clip_ov2.argv import flag, switch_flag
 from open_clip_ov2.captions.repetition import is_refusal, repetition
-from open_clip_ov2.captions.write import Task
-from open_clip_ov2.captions.write_options import read_task
+from open_clip_ov2.captions.write import Task, read_task
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import comma_separated, one_of, real, text, whole
 
 LIKELIHOOD = "likelihood"
 EXACT, NEAR = "exact", "near"
-_SCORE = re.compile(r"(?P<name>[\w-]+)(?::(?P<model>.+?))?(?P<sign>[<>])(?P<limit>[^<>]+)")
+_SCORE = re.compile(r"(?P<name>[\w-]+)(?::(?P<model>.+?))?(?P<sign>[<>])(?P<limit>-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
 
 
 class ScoreRule(NamedTuple):
@@ -42,20 +41,12 @@ class ScoreRule(NamedTuple):
 def read_score(value: str) -> ScoreRule:
     """`likelihood:logs/RUN>0.3`, or `re_clip_score>0.25` of the lines themselves. Raises UserError."""
     found = _SCORE.fullmatch(value.strip())
-    if found is None:
-        raise UserError(f"{value!r}: expected NAME>NUMBER in quotes, for example 'likelihood:logs/RUN>0.3'")
-    name, model = found["name"], found["model"]
-    if (name == LIKELIHOOD) == (model is None):
+    if found is None or (found["name"] == LIKELIHOOD) != (found["model"] is not None):
         raise UserError(
-            f"{value!r}: {LIKELIHOOD} needs a model, likelihood:MODEL>NUMBER"
-            if model is None
-            else f"{value!r}: {name} is a field of the lines and takes no model; likelihood:MODEL>NUMBER does"
+            f"{value!r}: expected in quotes FIELD>NUMBER, of a field of the lines, which takes no model, or "
+            f"{LIKELIHOOD}:MODEL>NUMBER, which needs a model, for example 'likelihood:logs/RUN>0.3'"
         )
-    try:
-        limit = float(found["limit"])
-    except ValueError:
-        raise UserError(f"{value!r}: {found['limit']!r} is not a number") from None
-    return ScoreRule(name, model, found["sign"], limit)
+    return ScoreRule(found["name"], found["model"], found["sign"], float(found["limit"]))
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.data import storage
+from open_clip_ov2.data.retries import RetryingStore
 from open_clip_ov2.errors import UserError, first_line, unknown_key
 
 if TYPE_CHECKING:
@@ -54,33 +53,28 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-@dataclass(frozen=True)
 class Tables:
     """Parquet files that patterns name. `column` has the captions; `also` names columns that are kept beside them.
 
-    Raises UserError: no file, or none with the columns.
+    `columns`: names by file; `lacking`: files without the captions. Raises UserError: no file, or none with the column.
     """
 
-    patterns: Sequence[str]
-    column: str
-    also: Sequence[str]
-    database: duckdb.DuckDBPyConnection
-    columns: dict[str, set[str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        files = [file for pattern in self.patterns for file in storage.matching(pattern)]
+    def __init__(
+        self, patterns: Sequence[str], column: str, also: Sequence[str], database: duckdb.DuckDBPyConnection
+    ) -> None:
+        self.column, self.also, self.database = column, also, database
+        files = [file for pattern in patterns for file in storage.matching(pattern)]
         if not files:
-            raise UserError(
-                f"--captions {' '.join(self.patterns)}: no such file; name parquet files, 'recap/*.parquet'"
-            )
+            raise UserError(f"--captions {' '.join(patterns)}: no such file; name parquet files, 'recap/*.parquet'")
         if storage.is_store(files[0]):
-            self.database.register_filesystem(storage.store_of(files[0]))
-        object.__setattr__(self, "columns", {file: set[str]() for file in dict.fromkeys(files)})
+            database.register_filesystem(RetryingStore(files[0]))
+        self.columns: dict[str, set[str]] = {file: set() for file in files}
         query = f"SELECT file_name, name FROM parquet_schema({literal(list(self.columns))}) WHERE type IS NOT NULL"
         with database_errors():
-            for file, name in self.database.execute(query).fetchall():
+            for file, name in database.execute(query).fetchall():
                 self.columns[self._own_name(file)].add(name)
-        self._check(self.column, "--column")
+        self._check(column, "--column")
+        self.lacking = [file for file, names in self.columns.items() if column not in names]
 
     def _check(self, name: str, flag: str) -> None:
         known = set[str]().union(*self.columns.values())
@@ -89,14 +83,9 @@ class Tables:
 
     def _own_name(self, file: str) -> str:
         """DuckDB may write an address in another way than it was given."""
-        return (
-            file if file in self.columns else next(one for one in self.columns if one.endswith(file.split("://")[-1]))
-        )
-
-    @cached_property
-    def lacking(self) -> list[str]:
-        """Files that lack the column."""
-        return [file for file, names in self.columns.items() if self.column not in names]
+        if file in self.columns:
+            return file
+        return next(one for one in self.columns if one.endswith(file.split("://")[-1]))
 
     def files(self, on: str) -> list[str]:
         """Files that have the captions and the id. Raises UserError if there are none."""

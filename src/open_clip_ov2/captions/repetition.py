@@ -33,11 +33,8 @@ _REFUSAL = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-BANDS, ROWS, SHINGLE = (
-    14,
-    8,
-    3,
-)  # FineWeb's 14 x 8 (arXiv 2406.17557): alike from some 0.75 on; words of a shingle: ours
+BANDS, ROWS = 14, 8  # as FineWeb (arXiv 2406.17557): alike from some 0.75 on
+SHINGLE = 3  # words; ours
 _PRIME = (1 << 31) - 1  # hashes are below it, so that products fit 64 bits
 _RANDOM = np.random.default_rng(0)
 _FACTORS = _RANDOM.integers(1, _PRIME, (2, BANDS * ROWS, 1), dtype=np.uint64)

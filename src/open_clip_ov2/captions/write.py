@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from open_clip_ov2.captions.engines import Engine
+from open_clip_ov2.captions.engines import Engine, Prompts, Request, Sampler, row_sampling
 from open_clip_ov2.captions.journal import Journal, in_work, was_begun
-from open_clip_ov2.captions.requests import Prompts, Request, Sampler, row_sampling
 from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
@@ -50,6 +49,14 @@ def task_here(environment: Mapping[str, str] = os.environ) -> Task:
     step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
     element = (int(environment.get("SLURM_ARRAY_TASK_ID", least)) - least) // step
     return Task(element * ranks + rank, ranks * int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)))
+
+
+def read_task(value: str) -> Task:
+    """`0/4` to `3/4`. Raises UserError."""
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"{value!r}: expected T/N, for example 0/4 to 3/4 for four processes")
+    return Task(int(index), int(count))
 
 
 @dataclass(frozen=True)
@@ -128,20 +135,15 @@ def _write_shard(
     return []
 
 
-class _Prepared(NamedTuple):
-    """A sample that is ready for the model, or why it is not."""
-
-    key: str
-    request: Request | None
-    error: str
+Prepared = tuple[str, Request | str]  # the key of a sample, and what the model is asked for it or why nothing is
 
 
 def _prepared(
     samples: Iterable[dict[str, Any]], first: int, writing: Writing, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, list[_Prepared]]]:
+) -> Iterator[tuple[int, list[Prepared]]]:
     """(place of its first sample, batch) from sample `first` on; each is decoded while the one before is captioned."""
     decoder = Decoder(torch.as_tensor, (), writing.max_image_pixels)  # for its `image` alone
-    ahead: tuple[int, list[Future[_Prepared]]] | None = None
+    ahead: tuple[int, list[Future[Prepared]]] | None = None
     remaining = itertools.islice(samples, first, None)
     for start in itertools.count(first, writing.batch_size):
         batch = list(itertools.islice(remaining, writing.batch_size))
@@ -153,64 +155,54 @@ def _prepared(
         ahead = start, submitted
 
 
-def _prepare(raw: dict[str, Any], decoder: Decoder, writing: Writing) -> _Prepared:
+def _prepare(raw: dict[str, Any], decoder: Decoder, writing: Writing) -> Prepared:
     key = raw["__key__"]
     try:
         image = bounded(decoder.image(raw))
     except SkipSample as error:
-        return _Prepared(key, None, error.cause)
+        return key, error.cause
     prompt = writing.prompts.of(raw, writing.engine.special)
-    return _Prepared(key, Request(key, image, prompt, row_sampling(writing.samplers, writing.seed, key)), "")
+    return key, Request(key, image, prompt, row_sampling(writing.samplers, writing.seed, key))
 
 
-def _check_keys(url: str, lines: Sequence[Mapping[str, Any]], batch: Sequence[_Prepared]) -> None:
-    for line, sample in zip(lines, batch, strict=False):
-        if line["key"] != sample.key:
+def _check_keys(url: str, lines: Sequence[Mapping[str, Any]], batch: Sequence[Prepared]) -> None:
+    for line, (key, _) in zip(lines, batch, strict=False):
+        if line["key"] != key:
             raise UserError(
-                f"{url}: its captions were begun with {line['key']!r} where it now has {sample.key!r}; another tar of "
+                f"{url}: its captions were begun with {line['key']!r} where it now has {key!r}; another tar of "
                 "this name? write into another folder"
             )
 
 
-def _lines(batch: Sequence[_Prepared], engine: Engine) -> list[dict[str, Any]]:
+def _lines(batch: Sequence[Prepared], engine: Engine) -> list[dict[str, Any]]:
     """A line for each sample. Raises UserError if the model fails on each of several samples."""
-    found = _captions([sample.request for sample in batch if sample.request is not None], engine)
-    failed = [text for text in found if isinstance(text, Exception)]
+    found = _captioned([request for _, request in batch if isinstance(request, Request)], engine)
+    failed = [line for line in found if line.get("error", NO_TEXT) != NO_TEXT]
     if len(failed) == len(found) > 1:
-        raise UserError(f"the model fails on every picture of a batch: {_said(failed[0])}") from failed[0]
-    texts = iter(found)
-    return [_line(sample, next(texts) if sample.request else "") for sample in batch]
+        raise UserError(f"the model fails on every picture of a batch: {failed[0]['error']}")
+    for line in failed:
+        logger.warning("no caption of %s: %s", line["key"], line["error"])
+    written = iter(found)
+    return [next(written) if isinstance(one, Request) else {"key": key, "error": one} for key, one in batch]
 
 
-def _line(sample: _Prepared, text: str | Exception) -> dict[str, Any]:
-    if isinstance(text, Exception):
-        logger.warning("no caption of %s: %s", sample.key, _said(text))
-        return {"key": sample.key, "error": _said(text)}
-    if text.strip():
-        return {"key": sample.key, "caption": text.strip()}
-    return {"key": sample.key, "error": sample.error or NO_TEXT}
-
-
-def _captions(requests: Sequence[Request], engine: Engine) -> list[str | Exception]:
-    """One for each request. A batch that fails is halved, down to the one sample that fails."""
+def _captioned(requests: Sequence[Request], engine: Engine) -> list[dict[str, Any]]:
+    """A line for each request. A batch that fails is halved, down to the one sample that fails."""
     if not requests:
         return []
     try:
-        texts: list[str | Exception] = [*engine.captions(requests)]
+        texts = [text.strip() for text in engine.captions(requests)]
         if len(texts) != len(requests):
             raise ValueError(f"{len(texts)} captions of {len(requests)} pictures")
-        return texts
     except UserError:
         raise
     except Exception as error:
         if len(requests) == 1:
-            return [error]
+            return [{"key": requests[0].key, "error": f"{type(error).__name__}: {first_line(error)}"[:300]}]
         half = len(requests) // 2
-        return _captions(requests[:half], engine) + _captions(requests[half:], engine)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"[:300]
+        return _captioned(requests[:half], engine) + _captioned(requests[half:], engine)
+    written = zip(requests, texts, strict=True)
+    return [{"key": one.key, **({"caption": text} if text else {"error": NO_TEXT})} for one, text in written]
 
 
 def standing(urls: Sequence[str], folder: Path) -> str:

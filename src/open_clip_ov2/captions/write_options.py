@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
-from open_clip_ov2.captions.engines import ENGINES, OV2, TRANSFORMERS, Defaults, Engine, engine_of
-from open_clip_ov2.captions.requests import Prompts, Sampler, read_condition, read_sampler
-from open_clip_ov2.captions.shards_of import note_shards
-from open_clip_ov2.captions.write import Task, Writing, standing, task_here, write_captions
-from open_clip_ov2.data.captions import CaptionKey
+from open_clip_ov2.captions.engines import ENGINES, Prompts, Sampler, engine_class, engine_of, read_sampler
+from open_clip_ov2.captions.tars_of import note_shards
+from open_clip_ov2.captions.write import Task, Writing, read_task, standing, task_here, write_captions
+from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.sidecars import begin_set
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import one_of, text, whole
 
-
-def read_task(value: str) -> Task:
-    """`0/4` to `3/4`. Raises UserError."""
-    index, slash, count = value.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"{value!r}: expected T/N, for example 0/4 to 3/4 for four processes")
-    return Task(int(index), int(count))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,15 @@ class WriteOptions:
     engine: str | None = flag(
         "|".join(ENGINES), one_of(*ENGINES), "what runs the model (default: ov2 for ours, transformers for the hub's)"
     )
-    condition: CaptionKey | None = flag(
-        "KEY", read_condition, "text to give the model with each picture: txt, json:title (default: none)"
-    )
+    condition: tuple[CaptionKey, ...] = flag(
+        "KEY,...", parse_caption_keys, "texts to give the model with each picture: txt, json:title (default: none)",
+        default=(),
+    )  # fmt: skip
     prompt: str | None = flag(
-        "TEXT", text, "the prompt, with {text} where that text goes (default: the engine's; for ours '{text} :')"
+        "TEXT",
+        text,
+        "the prompt, with {text} where those texts go, {json:title} for one of them (default: the engine's; for ours "
+        "'{text} :')",
     )
     prompt_without: str | None = flag(
         "TEXT", str, "the prompt where there is no text (default: the engine's; for ours none)"
@@ -126,71 +123,46 @@ def run_parsed(parsed: Parsed, task: Task | None = None, wrote: Callable[[int], 
     logging.getLogger("open_clip_ov2.captions").setLevel(logging.INFO)
     if options.status:
         return standing(urls, out)
-    kind = engine_of(options.engine, options.model)
-    if options.image_size is not None and kind == OV2:
-        raise UserError("--image-size is for models of the hub; ours see pictures at their own size")
-    defaults = _defaults(kind)
-    samplers = tuple(options.sampling or (Sampler(),))
-    condition = options.condition
-    prompts = Prompts(
-        condition,
-        options.prompt or defaults.with_text,
-        defaults.without if options.prompt_without is None else options.prompt_without,
-    )
-    if options.prompt and condition is None:
+    if options.prompt and not options.condition:
         raise UserError("--prompt is for the text of --condition; without one give --prompt-without")
-    engine = _open(kind, options)
-    batch_size = options.batch_size or defaults.batch_size
-    begin_set(out, _settings(kind, engine, prompts, samplers, batch_size, options))
+    if options.condition and options.model is None:
+        logger.warning(
+            "--condition: the package's own model was trained without prompts, so text may make its captions worse; "
+            "leave the flag out, or name a --model that was trained with --prompt-keys"
+        )
+    kind = engine_of(options.engine, options.model)
+    defaults = engine_class(kind)
+    without = defaults.without if options.prompt_without is None else options.prompt_without
+    prompts = Prompts(options.condition, options.prompt or defaults.with_text, without)
+    writing = Writing(
+        engine=defaults(options.model, options.device, options.max_tokens, options.image_size),
+        prompts=prompts,
+        samplers=tuple(options.sampling or (Sampler(),)),
+        seed=options.seed,
+        batch_size=options.batch_size or defaults.batch_size,
+        max_image_pixels=options.max_image_pixels,
+        workers=options.workers,
+    )
+    begin_set(out, _settings(kind, writing, options))
     note_shards(out, shards)
-    task = options.task or task_here()
-    write_captions(
-        urls, out, task,
-        Writing(engine, prompts, samplers, options.seed, batch_size, options.max_image_pixels, options.workers),
-        wrote,
-    )  # fmt: skip
+    write_captions(urls, out, options.task or task or task_here(), writing, wrote)
     return standing(urls, out)
 
 
-def _settings(
-    kind: str, engine: Engine, prompts: Prompts, samplers: tuple[Sampler, ...], batch_size: int, options: WriteOptions
-) -> dict[str, Any]:
+def _settings(kind: str, writing: Writing, options: WriteOptions) -> dict[str, Any]:
     """What the captions of a set depend on, JSON-ready."""
-    local = os.path.exists(engine.model)
+    model, prompts = writing.engine.model, writing.prompts
     return {
         "made_by": "ov2 captions write",
         "engine": kind,
-        "model": str(Path(engine.model).absolute()) if local else engine.model,
-        "condition": str(prompts.condition) if prompts.condition else None,
+        "model": str(Path(model).absolute()) if os.path.exists(model) else model,
+        "condition": ",".join(map(str, prompts.condition)) or None,
         "prompt": prompts.template if prompts.condition else None,
         "prompt_without": prompts.without,
-        "sampling": [vars(one) for one in samplers],
-        "seed": options.seed,
+        "sampling": [vars(one) for one in writing.samplers],
+        "seed": writing.seed,
         "max_tokens": options.max_tokens,
-        "batch_size": batch_size,
+        "batch_size": writing.batch_size,
         "image_size": options.image_size,
-        "max_image_pixels": options.max_image_pixels,
+        "max_image_pixels": writing.max_image_pixels,
     }
-
-
-def _defaults(kind: str) -> Defaults:
-    from open_clip_ov2.captions import engine_ov2, engine_transformers, engine_vllm
-
-    modules: dict[str, Any] = {OV2: engine_ov2, TRANSFORMERS: engine_transformers}
-    found: Defaults = modules.get(kind, engine_vllm).DEFAULTS
-    return found
-
-
-def _open(kind: str, options: WriteOptions) -> Engine:
-    if kind == OV2:
-        from open_clip_ov2.captions.engine_ov2 import Ov2Engine
-
-        return Ov2Engine(options.model, options.device, options.max_tokens)
-    assert options.model is not None
-    if kind == TRANSFORMERS:
-        from open_clip_ov2.captions.engine_transformers import TransformersEngine
-
-        return TransformersEngine(options.model, options.device, options.max_tokens, options.image_size)
-    from open_clip_ov2.captions.engine_vllm import VllmEngine
-
-    return VllmEngine(options.model, options.max_tokens, options.image_size)

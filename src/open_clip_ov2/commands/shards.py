@@ -13,9 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from open_clip_ov2.argv import Parser, flag_type
 from open_clip_ov2.commands.options import add_captions
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
-from open_clip_ov2.data.resize import LEDGER, Resize
+from open_clip_ov2.data.resize import LEDGER, Resize, ShardReport, Shrink
 from open_clip_ov2.data.shards import expand_shards
-from open_clip_ov2.data.shrink import ShardReport, Shrink
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import describe
 from open_clip_ov2.tables import whole

@@ -79,7 +79,10 @@ def choose_caption(sample: Mapping[str, Any], keys: Sequence[CaptionKey], rng: r
 
     Text that cannot be read (bad UTF-8, bad JSON) counts as a key without captions.
     """
-    found = _read_all(sample, keys)
+    return _drawn(_read_all(sample, keys), rng)
+
+
+def _drawn(found: Sequence[tuple[CaptionKey, list[str]]], rng: random.Random) -> str:
     chosen = rng.choices([captions for _, captions in found], weights=[key.weight for key, _ in found])[0]
     return rng.choice(chosen)
 
@@ -91,10 +94,7 @@ def with_prompt(sample: Mapping[str, Any], caption: str, keys: Sequence[CaptionK
     with contextlib.suppress(SkipSample):
         found = _read_all(sample, [key for key in keys if str(key) != NO_PROMPT])
     choices = [*found, *((key, [""]) for key in keys if str(key) == NO_PROMPT)] or [(CaptionKey(NO_PROMPT), [""])]
-    if rng is None:
-        prompt = choices[0][1][0]
-    else:
-        prompt = rng.choice(rng.choices([texts for _, texts in choices], weights=[key.weight for key, _ in choices])[0])
+    prompt = choices[0][1][0] if rng is None else _drawn(choices, rng)
     return prompt_of(prompt) + PROMPT_END + caption
 
 
@@ -165,8 +165,11 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
 def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> list[str] | None:
     """Non-empty captions under a key, stripped; None if the sample has no such entry or path."""
     node = _find(sample, key, parsed)
-    if isinstance(sample.get(key.entry), Line):
-        _refuse_without_caption(parsed[key.entry])
+    line = parsed[key.entry] if isinstance(sample.get(key.entry), Line) else {}
+    if "dropped" in line:
+        raise SkipSample(f"{DROPPED}: {line['dropped']}")
+    if "error" in line:
+        raise SkipSample(NO_CAPTION, str(line["error"]))
     if node is _ABSENT:
         return None
     captions = node if isinstance(node, list) else [] if node is None else [node]
@@ -179,14 +182,6 @@ def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
     except UnicodeEncodeError as error:
         raise SkipSample(BAD_JSON, f"{key}: {error}") from None
     return stripped
-
-
-def _refuse_without_caption(line: Any) -> None:
-    """Raises SkipSample for a sidecar's line that says why its caption is not there, or not to be used."""
-    if isinstance(line, dict) and "dropped" in line:
-        raise SkipSample(f"{DROPPED}: {line['dropped']}")
-    if isinstance(line, dict) and "error" in line:
-        raise SkipSample(NO_CAPTION, str(line["error"]))
 
 
 _ABSENT = object()
@@ -210,12 +205,11 @@ def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
         return _follow(parsed[entry], path)
     try:
         text = value.decode("utf-8-sig") if isinstance(value, bytes) else value  # -sig: Windows writes a mark
+        if not is_json:
+            return text
+        parsed[entry] = json.loads(text)
     except UnicodeDecodeError as error:
         raise SkipSample(BAD_UTF8, f"{key}: {error}") from None
-    if not is_json:
-        return text
-    try:
-        parsed[entry] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SkipSample(BAD_JSON, f"{key}: {error}") from None
     return _follow(parsed[entry], path)

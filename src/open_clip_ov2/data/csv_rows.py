@@ -39,26 +39,20 @@ def rows(lines: Sequence[str], separator: str, image_column: str, endings: Seque
     """The header first, then every row. `endings`: of image files, by which a swallowed row is recognized."""
     start, columns, image = 0, 0, 0
     while start < len(lines):
-        first = start
-        reader = csv.reader((lines[i] for i in range(first, len(lines))), delimiter=separator)
-        while True:
-            begin, problem, fields = start, "", list[str]()
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problem = str(error)
-            start = first + reader.line_num
-            part = lines[begin:start]
-            if not problem and _swallows(part, separator, image, columns, endings, at_end=start == len(lines)):
-                problem = "a quote is opened and not closed"
-            if problem:
-                yield Row(begin + 1, (), problem)
-                start = begin + 1
-                break
-            if not fields:
-                continue  # an empty line
+        reader = csv.reader((lines[i] for i in range(start, len(lines))), delimiter=separator)
+        problem, fields = "", list[str]()
+        try:
+            fields = next(reader)
+        except csv.Error as error:
+            problem = str(error)
+        begin, start = start, start + reader.line_num
+        part = lines[begin:start]
+        if not problem and _swallows(part, separator, image, columns, endings, at_end=start == len(lines)):
+            problem = "a quote is opened and not closed"
+        if problem:
+            yield Row(begin + 1, (), problem)
+            start = begin + 1
+        elif fields:
             if not columns:
                 columns, image = len(fields), fields.index(image_column) if image_column in fields else 0
             if len(fields) > columns:
@@ -72,7 +66,8 @@ def _swallows(
 ) -> bool:
     """Whether the lines of one record are several rows that a lone quote has joined."""
     if len(part) == 1:
-        return at_end and part[0].count('"') % 2 == 1 and _opens(part[0], separator)
+        odd = part[0].count('"') % 2 == 1
+        return at_end and odd and any(cell.startswith('"') for cell in part[0].split(separator))
     if "".join(part).count('"') % 2:
         return True
     for line in part[1:]:
@@ -80,7 +75,3 @@ def _swallows(
         if len(cells) >= columns and cells[image].strip('"').lower().endswith(tuple(f".{e}" for e in endings)):
             return True
     return False
-
-
-def _opens(line: str, separator: str) -> bool:
-    return any(cell.startswith('"') for cell in line.split(separator))

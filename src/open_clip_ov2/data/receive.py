@@ -94,16 +94,15 @@ def watched(items: Iterable[Any], after_s: float, reading: Callable[[], str]) ->
     stop = threading.Event()
 
     def watch() -> None:
-        seen, due_s, pause_s = None, after_s, after_s
-        while not stop.wait(pause_s):
+        due_s = after_s
+        while not stop.wait(after_s / 10):
             begun = since
-            if begun != seen:
-                seen, due_s = begun, after_s
             waited_s = 0.0 if begun is None else time.monotonic() - begun
-            if waited_s >= due_s:
+            if waited_s < after_s:
+                due_s = after_s
+            elif waited_s >= due_s:
                 logger.warning("no batch for %.0f s: %s", waited_s, reading())
                 due_s *= 2
-            pause_s = max(0.0, due_s - waited_s)
 
     threading.Thread(target=watch, name="data-stall", daemon=True).start()
     since = time.monotonic()

@@ -1,4 +1,5 @@
-"""Many tars to a folder of the same tars with smaller images; a stopped resize continues where it was.
+"""Tars to a folder of the same tars with smaller images, every other entry byte for byte; a stopped resize continues
+where it was.
 
 The folder's ledger, resize.jsonl, has one line of settings and one for each finished shard; a shard without a line is
 made again. sizes.json is written last, so a folder that has it is complete.
@@ -7,25 +8,135 @@ made again. sizes.json is written last, so a folder that has it is complete.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
 import signal
+import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from open_clip_ov2.data.shrink import ShardReport, Shrink, shrink_shard
-from open_clip_ov2.data.sidecars import CaptionSet, begin_set, shard_names
+from open_clip_ov2.data.decode import EncodedImage, pil_errors_skip
+from open_clip_ov2.data.samples import IMAGE_SUFFIXES
+from open_clip_ov2.data.sidecars import (
+    CaptionSet,
+    begin_set,
+    check_same_settings,
+    refuse_files,
+    shard_names,
+    sidecar_path,
+    write_sidecar,
+)
+from open_clip_ov2.data.skips import BROKEN_SHARD, DOTTED, MISSING_IMAGE, SkipSample, missing
+from open_clip_ov2.data.tars import APART, read_tar
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import TEMPORARY, write_json
+from open_clip_ov2.files import TEMPORARY, write_json, written_whole
 from open_clip_ov2.locks import LOCK, FolderLock
 
 LEDGER, SIZES = "resize.jsonl", "sizes.json"
+KINDS = ("JPEG", "PNG", "WEBP")  # images of other formats become JPEG
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """`short_side` in px: smaller images are copied. `quality`: of JPEG and WebP, 1 to 95."""
+
+    short_side: int
+    quality: int
+    max_image_pixels: int
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """Samples in and out, bytes of the new tar, and what was dropped: (key, cause, detail)."""
+
+    name: str
+    source: str
+    samples_in: int
+    samples_out: int
+    bytes_out: int
+    dropped: tuple[tuple[str, str, str], ...]
+    broken: str = ""
+
+
+def shrink_shard(source: str, target: Path, shrink: Shrink, captions: Sequence[CaptionSet] = ()) -> ShardReport:
+    """Write `target` whole or not at all, after its sidecars in a folder beside it for each caption set. Raises
+    UserError if it cannot be written."""
+    try:
+        with written_whole(target) as file:
+            lines: dict[str, list[bytes]] = {one.name: [] for one in captions}
+            report = _write(source, target.name, file, shrink, captions, lines)
+            for name, found in lines.items():
+                write_sidecar(sidecar_path(target.parent / name, target.name), map(json.loads, found))
+            return report
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}); finished shards are whole: free some space and "
+            "run the same command"
+        ) from error
+
+
+def _write(
+    source: str,
+    name: str,
+    file: IO[bytes],
+    shrink: Shrink,
+    captions: Sequence[CaptionSet],
+    lines: Mapping[str, list[bytes]],
+) -> ShardReport:
+    broken: list[str] = []
+    dropped, samples_in = [], 0
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for samples_in, sample in enumerate(read_tar(source, broken.append, captions), 1):  # noqa: B007
+            found = {one: sample.pop(one) for one in lines}
+            try:
+                entries = shrunk_entries(sample, shrink)
+            except SkipSample as error:
+                dropped.append((sample["__key__"], error.cause, error.detail))
+                continue
+            for one, line in found.items():
+                lines[one].append(line)
+            for suffix, data in entries.items():
+                info = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    misnamed = [f"{key}: {cause} ({detail})" for key, cause, detail in dropped if DOTTED in detail]
+    if refused := [reason for reason in broken if APART in reason] + misnamed:  # whose captions would be lost
+        raise UserError(f"{source}: {refused[0]}")
+    if not samples_in and broken:
+        raise UserError(f"{source}: {BROKEN_SHARD}, nothing in it can be read ({broken[0]}); repair it or leave it out")
+    written = samples_in - len(dropped)
+    return ShardReport(name, source, samples_in, written, file.tell(), tuple(dropped), "".join(broken[:1]))
+
+
+def shrunk_entries(sample: Mapping[str, Any], shrink: Shrink) -> dict[str, bytes]:
+    """A sample's entries by suffix, its images smaller. Raises SkipSample: no image, or one that is broken."""
+    entries = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+    images = [suffix for suffix in entries if suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise missing(MISSING_IMAGE, entries, IMAGE_SUFFIXES)
+    return entries | {suffix: shrunk_image(entries[suffix], shrink) for suffix in images}
+
+
+def shrunk_image(data: bytes, shrink: Shrink) -> bytes:
+    """The image upright, its short side at most `short_side`, without metadata; JPEG unless it is PNG or WebP.
+
+    Nothing is enlarged; what needs neither turning nor shrinking stays as it is. Raises SkipSample.
+    """
+    encoded = EncodedImage(data, shrink.max_image_pixels)
+    small = encoded.shrunk(shrink.short_side)
+    if small is None:
+        return data
+    kind, buffer = encoded.format if encoded.format in KINDS else "JPEG", io.BytesIO()
+    with pil_errors_skip(shrink.max_image_pixels):
+        small.save(buffer, kind, quality=shrink.quality, exif=b"", optimize=True)
+    return buffer.getvalue()
 
 
 @dataclass
@@ -50,8 +161,8 @@ class Resize:
         with contextlib.ExitStack() as opened:
             opened.enter_context(FolderLock(self.folder))
             self._ledger = opened.enter_context(open(self.folder / LEDGER, "a+", encoding="utf-8"))
-            for name in filter(_is_unfinished, os.listdir(self.folder)):
-                (self.folder / name).unlink()
+            for unfinished in self.folder.glob(f"{TEMPORARY}*"):
+                unfinished.unlink()
             self._read_ledger()
             for one in self.captions:
                 begin_set(self.folder / one.name, {"resized": one.settings()})
@@ -62,13 +173,11 @@ class Resize:
         self._opened.close()
 
     def _refuse_other_files(self) -> None:
-        present = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(LOCK))
+        present = [path.name for path in self.folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY))]
         if LEDGER in present:
-            sets = (one.name for one in self.captions)
-            known = {LEDGER, SIZES, *sets, *self._names, *(entry.get("name", "") for entry in self._entries())}
-            present = [name for name in present if name not in known and not _is_unfinished(name)]
-        if present:
-            raise UserError(f"{self.folder}: holds other files ({', '.join(present[:3])}); name a folder of its own")
+            sets, made = (one.name for one in self.captions), (entry.get("name", "") for entry in self._entries())
+            present = list({*present} - {LEDGER, SIZES, *sets, *self._names, *made})
+        refuse_files(self.folder, present)
 
     def _entries(self) -> list[dict[str, Any]]:
         """The ledger's whole lines, without what a kill left of the last one."""
@@ -85,23 +194,15 @@ class Resize:
         self._ledger.truncate((self.folder / LEDGER).read_bytes().rfind(b"\n") + 1)
         if not entries:
             return self._append({"settings": wanted})
-        found = entries[0]["settings"]
-        if found != wanted:
-            differ = [f"{key} {found.get(key)}, not {wanted.get(key)}" for key in found | wanted
-                      if wanted.get(key) != found.get(key)]  # fmt: skip
-            raise UserError(f"{self.folder}: was begun with {', '.join(differ)}; give the same, or name another folder")
+        check_same_settings(self.folder, entries[0]["settings"], wanted)
         for report in (ShardReport(**entry) for entry in entries[1:]):
-            if self._is_whole(report):  # another one is made again
+            if (self.folder / report.name).is_file():  # another one is made again
                 self.reports[report.name] = report
         for name, url in self._names.items():
             if name in self.reports and self.reports[name].source != url:
                 raise UserError(
                     f"{self.folder / name}: was made of {self.reports[name].source}, not of {url}; name another folder"
                 )
-
-    def _is_whole(self, report: ShardReport) -> bool:
-        path = self.folder / report.name
-        return path.is_file() and path.stat().st_size == report.bytes_out
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
@@ -126,18 +227,10 @@ class Resize:
             yield report
 
     def finish(self) -> dict[str, int]:
-        """Write sizes.json for all shards in the folder. Raises UserError if one is missing or has changed."""
-        for name, report in self.reports.items():
-            if not self._is_whole(report):
-                raise UserError(f"{self.folder / name}: gone or changed since it was written; run the same command")
+        """Write sizes.json for all shards in the folder."""
         sizes = {name: report.samples_out for name, report in sorted(self.reports.items())}
         write_json(self.folder / SIZES, sizes)
         return sizes
-
-
-def _is_unfinished(name: str) -> bool:
-    """Whether a file is what a killed resize left; releases before 0.1 wrote `.NAME.part`."""
-    return name.startswith(TEMPORARY) or (name.startswith(".") and name.endswith(".part"))
 
 
 def in_processes(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:

@@ -14,8 +14,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, assigned_shards
-from open_clip_ov2.data.order.shuffled import ShuffledPass
+from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, ShuffledPass, assigned_shards
 from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.sources import SHARES, Source
@@ -117,18 +116,14 @@ class WebDatasetSource(Source):
         def on_broken(shard: int, detail: str) -> None:
             skips.add_broken(self.urls[shard], detail)
 
-        ranges = self._resampled(assignment) if self.resampled else self._dealt_out(assignment)
-        return iter(ShuffledPass(ranges, assignment, cursor or Cursor(), read, on_broken))
-
-    def _dealt_out(self, assignment: Assignment) -> list[ShardRange]:
         order = list(range(len(self.urls)))
-        assignment.rng("shards").shuffle(order)
-        return assigned_shards(order, assignment)
-
-    def _resampled(self, assignment: Assignment) -> list[ShardRange]:
-        shards = range(len(self.urls))
-        rng, count = assignment.rng("resampled", assignment.consumer), max(1, len(shards) // assignment.consumers)
-        return [ShardRange(shard) for shard in rng.choices(shards, weights=self.weights, k=count)]
+        if self.resampled:
+            rng, count = assignment.rng("resampled", assignment.consumer), max(1, len(order) // assignment.consumers)
+            ranges = [ShardRange(shard) for shard in rng.choices(order, weights=self.weights, k=count)]
+        else:
+            assignment.rng("shards").shuffle(order)
+            ranges = assigned_shards(order, assignment)
+        return iter(ShuffledPass(ranges, assignment, cursor or Cursor(), read, on_broken))
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         counter = skips or SkipCounter()

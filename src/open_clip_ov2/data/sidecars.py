@@ -129,19 +129,15 @@ class CaptionSet:
 
 def caption_sets(value: Any) -> tuple[CaptionSet, ...]:
     """From NAME=FOLDER, a set, or a list or mapping of them; of equal names the last counts. Raises UserError."""
+    if isinstance(value, CaptionSet):
+        return (value,)
+    if isinstance(value, str):
+        return (CaptionSet.of(value),)
     if isinstance(value, Mapping):
         value = [f"{name}={where}" for name, where in value.items()]
-    if isinstance(value, (str, CaptionSet)):
-        value = [value]
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{value!r}: expected NAME=FOLDER, {EXAMPLE}")
-    found: dict[str, CaptionSet] = {}
-    for item in value:
-        for one in [item] if isinstance(item, CaptionSet) else [CaptionSet.of(item)] if isinstance(item, str) else (
-            caption_sets(item)
-        ):  # fmt: skip
-            found[one.name] = one
-    return tuple(found.values())
+    return tuple({one.name: one for item in value for one in caption_sets(item)}.values())
 
 
 def with_lines(
@@ -238,18 +234,25 @@ def begin_set(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder of a set, or continue one of the same settings. Raises UserError."""
     wanted = json.loads(json.dumps(settings))
     if (path := folder / SETTINGS).is_file():
-        found = read_settings(folder)
-        if found != wanted:
-            keys = [key for key in (*wanted, *found) if wanted.get(key) != found.get(key)]
-            differ = ", ".join(f"{key} {found.get(key)}, not {wanted.get(key)}" for key in dict.fromkeys(keys))
-            raise UserError(f"{folder}: was begun with {differ}; give the same, or name another folder")
-        return
+        return check_same_settings(folder, read_settings(folder), wanted)
     if folder.is_dir():
-        others = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
-        if others:
-            raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); name a folder of its own")
+        refuse_files(folder, [one.name for one in folder.iterdir() if not one.name.startswith(".")])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def check_same_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError if a folder was begun with other settings than are wanted now."""
+    keys = [key for key in dict.fromkeys((*wanted, *found)) if wanted.get(key) != found.get(key)]
+    if keys:
+        differ = ", ".join(f"{key} {found.get(key)}, not {wanted.get(key)}" for key in keys)
+        raise UserError(f"{folder}: was begun with {differ}; give the same, or name another folder")
+
+
+def refuse_files(folder: Path, others: Sequence[str]) -> None:
+    """Raises UserError if there are files in a folder that is to be of one kind alone."""
+    if others:
+        raise UserError(f"{folder}: holds other files ({', '.join(sorted(others)[:3])}); name a folder of its own")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

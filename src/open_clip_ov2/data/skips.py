@@ -158,8 +158,7 @@ def describe(counts: Mapping[str, int]) -> str:
 
 def merge_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Sums of counts by cause."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for one in counts:
-        for cause, count in one.items():
-            total[cause] = total.get(cause, 0) + count
-    return total
+        total.update(one)
+    return dict(total)

@@ -45,7 +45,7 @@ class Source:
 
     def place(self, index: int) -> str:
         """The name of the shard or row that `Cursor.on_open` gets by number."""
-        raise NotImplementedError
+        return f"row {index + 1} of {self.name}"
 
     def fingerprint(self) -> dict[str, str | int]:
         """What the order of samples depends on, small; equal for equal data."""
@@ -129,9 +129,6 @@ class CsvSource(Source):
     def fingerprint(self) -> dict[str, str | int]:
         return {"rows": len(self._rows), "content": self._digest}
 
-    def place(self, index: int) -> str:
-        return f"row {index + 1} of {self.path}"
-
     def sample(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         if row.problem:
@@ -184,11 +181,7 @@ def image_names(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = Path(root).relative_to(folder)
         shown = (name for name in files if not name.startswith("."))
-        yield from ((below / name).as_posix() for name in shown if _suffix(name) in IMAGE_SUFFIXES)
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+        yield from ((below / name).as_posix() for name in shown if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -206,9 +199,6 @@ class SyntheticSource(Source):
 
     def fingerprint(self) -> dict[str, str | int]:
         return {"synthetic samples": self.num_samples}
-
-    def place(self, index: int) -> str:
-        return f"synthetic sample {index}"
 
     def sample(self, index: int) -> dict[str, Any]:
         image = Image.new("RGB", self.image_size)

@@ -10,38 +10,31 @@ from __future__ import annotations
 import contextlib
 import glob as local_glob
 import importlib.util
-import io
-import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import fsspec
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url
 
+from open_clip_ov2.data.retries import open_stored, retried
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.files import written_whole
 
-logger = logging.getLogger(__name__)
-
-Found = TypeVar("Found")
 # By scheme the package that reads it. `gs` stays with webdataset's gsutil where gcsfs is not installed.
 STORES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs",
     "abfss": "adlfs", "az": "adlfs", "oss": "ossfs", "oci": "ocifs", "memory": "fsspec",
 }  # fmt: skip
-WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between attempts to read at one place; the stores' own retries come on top
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)
-BUFFER = 1 << 20  # bytes that are asked for at once
+KNOWN = ", ".join(f"{store}:" for store in STORES if store != "memory")
 
 
 def is_store(address: str) -> bool:
     """Whether fsspec reads it."""
-    return gopen_schemes.get(scheme(address)) is _open_in_store
+    return gopen_schemes.get(scheme(address)) is open_stored
 
 
 def scheme(address: str) -> str:
@@ -63,69 +56,9 @@ def abandon(stream: Any) -> None:
         stream.close()
 
 
-def retried(what: str, act: Callable[[], Found]) -> Found:
-    """What `act` gives; after an error that may pass, once more after a wait, at most len(WAITS_S) times."""
-    for wait_s in WAITS_S:
-        try:
-            return act()
-        except PERMANENT:
-            raise
-        except Exception as error:
-            logger.info("%s: %s; once more in %g s", what, first_line(error), wait_s)
-            time.sleep(wait_s)
-    return act()
-
-
-class StoredFile(io.RawIOBase):
-    """A file of an object store; after a read error it is opened anew and read on from the same place."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__()
-        self._address, self._place = address, 0
-        self._file: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = retried(f"{self._address} at byte {self._place}", lambda: self._read(len(buffer)))
-        self._place += len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _read(self, size: int) -> bytes:
-        try:
-            if self._file is None:
-                fs, path = fsspec.url_to_fs(self._address)
-                self._file = fs.open(path, "rb", block_size=BUFFER)
-                self._file.seek(self._place)
-            data: bytes = self._file.read(size)
-            return data
-        except Exception:
-            self._drop()
-            raise
-
-    def _drop(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(Exception):  # it is broken already
-                file.close()
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
-
-
-def _open_in_store(address: str, mode: str = "rb", bufsize: int = -1) -> IO[bytes]:
-    """webdataset's interface; the first bytes are read at once, so that a missing file is an error of opening."""
-    file = io.BufferedReader(StoredFile(address), BUFFER)
-    file.peek(1)
-    return file
-
-
 for _scheme, _package in STORES.items():
     if _scheme != "gs" or importlib.util.find_spec(_package):
-        gopen_schemes[_scheme] = _open_in_store
+        gopen_schemes[_scheme] = open_stored
 
 
 def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
@@ -134,7 +67,7 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
     for address in addresses:
         parsed = urlparse(rewrite_url(address))
         if scheme(address) not in ("", "file"):
-            _check_scheme(address, scheme(address))
+            _check_scheme(address)
             continue
         path = parsed.path if parsed.scheme else address
         if os.path.isdir(path):
@@ -166,30 +99,25 @@ def check_there(addresses: Sequence[str], what: str) -> None:
             raise UserError(f"{addresses[0]}: the first of the {what} cannot be read ({problem}); check the command")
 
 
-def _check_scheme(address: str, name: str) -> None:
+def _check_scheme(address: str) -> None:
+    name = scheme(address)
     if name not in gopen_schemes:
-        known = ", ".join(f"{store}:" for store in STORES if store != "memory")
         raise UserError(
-            f"{address}: {name}: cannot be opened (known: {known}); use 'pipe:COMMAND' that prints the file"
+            f"{address}: {name}: cannot be opened (known: {KNOWN}); use 'pipe:COMMAND' that prints the file"
         )
     if is_store(address):
-        _store_class(address, name)
+        _check_installed(address, name)
 
 
-def _store_class(address: str, name: str) -> Any:
+def _check_installed(address: str, name: str) -> None:
     try:
-        return fsspec.get_filesystem_class(name)
+        fsspec.get_filesystem_class(name)
     except (ImportError, ValueError) as error:
         package = STORES[name]
         raise UserError(
             f"{address}: {name}: is read with {package}, which is not installed ({first_line(error)}): "
             f"pip install {package}"
         ) from None
-
-
-def store_of(address: str) -> Any:
-    """fsspec's file system of an address."""
-    return fsspec.url_to_fs(address)[0]
 
 
 def join(folder: str, name: str) -> str:
@@ -204,17 +132,16 @@ def read_bytes(address: str) -> bytes:
 
 def names_in(folder: str) -> set[str]:
     """Names of what is in a folder, of an object store too. Raises UserError."""
+    if is_store(folder):
+        _check_scheme(folder)
     try:
         if not is_store(folder):
             return set(os.listdir(folder))
-        _check_scheme(folder, scheme(folder))
         fs, path = fsspec.url_to_fs(folder)
         found = retried(folder, lambda: fs.ls(path, detail=False))
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
     except FileNotFoundError:
         raise UserError(f"{folder}: no such folder") from None
-    except UserError:
-        raise
     except Exception as error:  # whatever a store's library raises
         raise UserError(f"{folder}: cannot be listed ({first_line(error)})") from error
 
@@ -223,23 +150,21 @@ def matching(pattern: str) -> list[str]:
     """Addresses of the files that a pattern with `*`, `**`, `?` and `[...]` matches, sorted. Raises UserError."""
     if not is_store(pattern):
         return sorted(path for path in local_glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    _check_scheme(pattern, scheme(pattern))
+    _check_scheme(pattern)
     fs, path = fsspec.url_to_fs(pattern)
     try:
-        found: Iterator[Any] = iter(retried(pattern, lambda: fs.glob(path)))
+        return sorted(str(fs.unstrip_protocol(name)) for name in retried(pattern, lambda: fs.glob(path)))
     except Exception as error:
         raise UserError(f"{pattern}: cannot be listed ({first_line(error)})") from error
-    return sorted(str(fs.unstrip_protocol(name)) for name in found)
 
 
 def check_writable(address: str) -> None:
     """Raises UserError unless it is a path, `file:` or in an object store whose library is installed."""
     name = scheme(address)
     if name in STORES:
-        _store_class(address, name)
+        _check_installed(address, name)
     elif name not in ("", "file"):
-        known = ", ".join(f"{store}:" for store in STORES if store != "memory")
-        raise UserError(f"{address}: cannot be written; expected a folder or one of {known}")
+        raise UserError(f"{address}: cannot be written; expected a folder or one of {KNOWN}")
 
 
 def check_apart(address: str, logs: Path, name: str | None) -> None:

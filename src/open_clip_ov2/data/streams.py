@@ -201,27 +201,18 @@ class TrainStream(_Stream):
     def _items(self) -> Iterator[Batch]:
         self.skips.begin()
         start, epoch = self.start if self.resuming.value else Start(), self.epoch.value
+        whole = {"pass_index": 0, "consumer": 0, "consumers": self.layout.streams}
+        first = Assignment(self.seed, epoch, **whole, shuffle_buffer=self.shuffle_buffer, history=start.history)
         worker, workers = _worker()
         consumers: dict[int, Iterator[Batch]] = {}
         for number in range(start.batches_done + worker, self.num_batches, workers):
             numbers, samples = self.layout.pieces(self.rank, number)
             for consumer in numbers:
                 if consumer not in consumers:
-                    consumers[consumer] = self._endless(self._first(consumer, start), start, worker, samples)
+                    consumers[consumer] = self._endless(first.of(consumer), start, worker, samples)
             batch = joined([next(consumers[consumer]) for consumer in numbers])
             step = number // self.layout.accum_freq
             yield batch._replace(draw=random.Random(f"{self.seed}/{epoch}/{step}").random()) if self.elastic else batch
-
-    def _first(self, consumer: int, start: Start) -> Assignment:
-        return Assignment(
-            seed=self.seed,
-            epoch=self.epoch.value,
-            pass_index=0,
-            consumer=consumer,
-            consumers=self.layout.streams,
-            shuffle_buffer=self.shuffle_buffer,
-            history=start.history,
-        )
 
     def _endless(self, first: Assignment, start: Start, worker: int, samples: int) -> Iterator[Batch]:
         """A consumer's samples, so many at a time, pass after pass. Raises UserError after too many passes without a

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_clip_ov2.data.eval_loader import EvalLoader
-from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.data.loader import Batch, EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.labels import class_scores, ranks

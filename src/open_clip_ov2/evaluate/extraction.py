@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.gathering import all_gathered, gathered, gathered_keys, place

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from open_clip_ov2.data.crop import as_batch
-from open_clip_ov2.data.eval_loader import EvalLoader
+from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.errors import UserError, unknown_key
 from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.attentive import attentive_probe

@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_clip_ov2.data.eval_loader import EvalLoader
-from open_clip_ov2.data.loader import Batch
+from open_clip_ov2.data.loader import Batch, EvalLoader
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.classes import NOT_FINITE, Classes, classify
 from open_clip_ov2.evaluate.eval_model import EvalModel

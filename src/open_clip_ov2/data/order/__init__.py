@@ -6,8 +6,7 @@ consumer reads its shards one after the other and mixes their samples in a shuff
 seed, epoch, pass, consumer and counts, never from what the samples contain, so it can be repeated without reading them.
 An example: two shards of three samples, two consumers, and a buffer of two samples.
 
->>> from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position, assigned_shards
->>> from open_clip_ov2.data.order.shuffled import ShuffledPass
+>>> from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position, ShuffledPass, assigned_shards
 >>> shards = [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
 >>> order = [1, 0]  # as shuffled for this pass: b, then a
 >>> def one(consumer, consumers, history=()):
