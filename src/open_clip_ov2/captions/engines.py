@@ -1,5 +1,5 @@
-"""The models that write captions, behind one interface, and what they are asked for: a picture, a prompt, and how the
-caption's tokens are chosen.
+"""What the models that write captions are asked for, behind one interface: a picture, a prompt, and how the caption's
+tokens are chosen.
 
 A request follows from the settings, the seed and the sample, so that the caption of a sample depends neither on its
 batch nor on when and by which process it is written.
@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -21,8 +20,6 @@ from open_clip_ov2.data.captions import CaptionKey, cleaned, group_text
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import from_table, key, pairs, real, whole
 
-OV2, TRANSFORMERS, VLLM = "ov2", "transformers", "vllm"
-ENGINES = (OV2, TRANSFORMERS, VLLM)
 TEXT = "{text}"
 GREEDY = "greedy"
 
@@ -109,33 +106,3 @@ class Engine(Protocol):
 
     def captions(self, requests: Sequence[Request]) -> list[str]:
         """One for each request. May raise anything for a request that it cannot take."""
-
-
-def engine_of(engine: str | None, model: str | None) -> str:
-    """The engine that is asked for: `ov2` for models of ours, which are the default, else transformers. Raises
-    UserError."""
-    if engine is None:
-        return OV2 if model is None or _is_ours(model) else TRANSFORMERS
-    if model is None and engine != OV2:
-        raise UserError(f"--engine {engine}: name its model with --model, for example llava-hf/llava-1.5-7b-hf")
-    return engine
-
-
-def _is_ours(model: str) -> bool:
-    """A run, a checkpoint, an exported folder or NAME:TAG of OpenCLIP's registry."""
-    path = Path(model)
-    if path.is_dir():
-        return (path / "open_clip_config.json").is_file() or not (path / "config.json").is_file()
-    return path.is_file() or ":" in model
-
-
-def engine_class(engine: str) -> Any:
-    """The class whose (model, device, max_tokens, image_size) opens a model: an Engine. It has what stands where no
-    flag says otherwise: `batch_size`, and prompts `with_text`, which has `{text}` in it, and `without`."""
-    if engine == OV2:
-        from open_clip_ov2.captions.engine_ov2 import Ov2Engine
-
-        return Ov2Engine
-    from open_clip_ov2.captions.engine_hub import TransformersEngine, VllmEngine
-
-    return TransformersEngine if engine == TRANSFORMERS else VllmEngine

@@ -52,8 +52,7 @@ def filter_set(source: Path, out: Path, options: FilterOptions) -> Counter[str]:
     for path in sidecars[task.place :: task.tasks]:
         if not (out / path.name).is_file():
             pairs = _with_samples(path, tars.get(path.name))
-            lines = _judged(pairs, rules, duplicates.get(path.name, ()), uids, gaps)
-            _judge_scores(lines, scores)
+            lines = _judged(pairs, rules, duplicates.get(path.name, ()), uids, gaps, scores)
             write_sidecar(out / path.name, map(_ordered, lines))
     written = chain.from_iterable(map(read_sidecar, sidecars_in(out)))
     return Counter(line.get("dropped") or ("no caption" if not line.get("caption") else "kept") for line in written)
@@ -102,6 +101,7 @@ def _judged(
     duplicates: Collection[int],
     uids: Uids | None,
     gaps: Sequence[Gaps],
+    scores: Sequence[ScoreRule],
 ) -> list[Line]:
     """The lines of a sidecar, with the first verdict on each and all likelihoods."""
     lines = []
@@ -109,14 +109,20 @@ def _judged(
         _judge_text(line, rules)
         if place in duplicates:
             _drop(line, "duplicate")
-        if uids is not None and usable(line) and not uids.has(_uid(line["key"], sample)):
-            _drop(line, "uids")
+        if uids is not None and usable(line):
+            key_is_uid = UID.fullmatch(line["key"])
+            if not uids.has(line["key"] if key_is_uid else group_text(sample, CaptionKey("json", ("uid",)))):
+                _drop(line, "uids")
         if text := usable(line):
             for gap in gaps:
                 gap.add(line, sample, text)
         lines.append(line)
     for gap in gaps:
         gap.finish(LIKELIHOOD)
+    for line in lines:
+        for rule in scores:
+            if usable(line) and not rule.keeps(line.get(rule.name)):
+                _drop(line, rule.name)
     return lines
 
 
@@ -148,13 +154,6 @@ def _judge_text(line: Line, rules: Rules) -> None:
         line["caption"] = [text for text, verdict in zip(texts, broken, strict=True) if verdict is None]
 
 
-def _judge_scores(lines: Iterable[Line], scores: Iterable[ScoreRule]) -> None:
-    for line in lines:
-        for rule in scores:
-            if usable(line) and not rule.keeps(line.get(rule.name)):
-                _drop(line, rule.name)
-
-
 def _duplicates(sidecars: Sequence[Path], rules: Rules, near: bool) -> dict[str, set[int]]:
     """Places of the captions, by sidecar, that an earlier one makes superfluous."""
     places: list[tuple[str, int]] = []
@@ -170,10 +169,6 @@ def _duplicates(sidecars: Sequence[Path], rules: Rules, near: bool) -> dict[str,
         if superfluous:
             later.setdefault(name, set()).add(place)
     return later
-
-
-def _uid(key: str, sample: Mapping[str, Any]) -> str:
-    return key if UID.fullmatch(key) else group_text(sample, CaptionKey("json", ("uid",)))
 
 
 class Uids:

@@ -91,15 +91,10 @@ class FilterOptions:
         if self.refusals:
             rules["refusal"] = is_refusal
         if self.language:
-            classify, kept = _identifier(), self.language
-            rules["language"] = lambda text: classify(text)[0] not in kept
+            kept = self.language
+            try:
+                import py3langid
+            except ModuleNotFoundError as error:
+                raise UserError(f"--language needs {error.name}: pip install 'open_clip_ov2[captions]'") from None
+            rules["language"] = lambda text: py3langid.classify(text)[0] not in kept
         return rules
-
-
-def _identifier() -> Callable[[str], tuple[str, float]]:
-    try:
-        import py3langid
-    except ModuleNotFoundError as error:
-        raise UserError(f"--language needs {error.name}: pip install 'open_clip_ov2[captions]'") from None
-    found: Callable[[str], tuple[str, float]] = py3langid.classify
-    return found

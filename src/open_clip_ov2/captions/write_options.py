@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
-from open_clip_ov2.captions.engines import ENGINES, Prompts, Sampler, engine_class, engine_of, read_sampler
+from open_clip_ov2.captions.engine_hub import TransformersEngine, VllmEngine
+from open_clip_ov2.captions.engine_ov2 import Ov2Engine
+from open_clip_ov2.captions.engines import Prompts, Sampler, read_sampler
 from open_clip_ov2.captions.tars_of import note_shards
 from open_clip_ov2.captions.write import Task, Writing, read_task, standing, task_here, write_captions
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
@@ -22,6 +24,9 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import one_of, text, whole
 
 logger = logging.getLogger(__name__)
+# CLASS(model, device, max_tokens, image_size) is an `Engine`. A class has what stands where no flag says otherwise:
+# `batch_size`, and prompts `with_text`, which has `{text}` in it, and `without`.
+ENGINES: dict[str, Any] = {"ov2": Ov2Engine, "transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,9 @@ def parse_write(argv: Sequence[str]) -> Parsed:
     return parsed_write(parser.parse_args(argv))
 
 
-def run_parsed(parsed: Parsed, task: Task | None = None, wrote: Callable[[int], None] = lambda _: None) -> str:
-    """Write what is missing, or show where the set stands; returns lines to print. Raises UserError, Interrupted.
-
-    `task`: the part of this process, where the command line names none; `wrote` as for `write_captions`.
-    """
+def run_parsed(parsed: Parsed, wrote: Callable[[int], None] = lambda _: None) -> str:
+    """Write what is missing, or show where the set stands; returns lines to print. `wrote`: as for `write_captions`.
+    Raises UserError, Interrupted."""
     urls, shards, out, options = parsed
     logging.basicConfig(format="ov2: %(message)s")
     logging.getLogger("open_clip_ov2.captions").setLevel(logging.INFO)
@@ -125,13 +128,15 @@ def run_parsed(parsed: Parsed, task: Task | None = None, wrote: Callable[[int], 
         return standing(urls, out)
     if options.prompt and not options.condition:
         raise UserError("--prompt is for the text of --condition; without one give --prompt-without")
+    kind = options.engine or ("ov2" if options.model is None or _is_ours(options.model) else "transformers")
+    if options.model is None and kind != "ov2":
+        raise UserError(f"--engine {kind}: name its model with --model, for example llava-hf/llava-1.5-7b-hf")
     if options.condition and options.model is None:
         logger.warning(
             "--condition: the package's own model was trained without prompts, so text may make its captions worse; "
             "leave the flag out, or name a --model that was trained with --prompt-keys"
         )
-    kind = engine_of(options.engine, options.model)
-    defaults = engine_class(kind)
+    defaults = ENGINES[kind]
     without = defaults.without if options.prompt_without is None else options.prompt_without
     prompts = Prompts(options.condition, options.prompt or defaults.with_text, without)
     writing = Writing(
@@ -145,8 +150,16 @@ def run_parsed(parsed: Parsed, task: Task | None = None, wrote: Callable[[int], 
     )
     begin_set(out, _settings(kind, writing, options))
     note_shards(out, shards)
-    write_captions(urls, out, options.task or task or task_here(), writing, wrote)
+    write_captions(urls, out, options.task or task_here(), writing, wrote)
     return standing(urls, out)
+
+
+def _is_ours(model: str) -> bool:
+    """A run, a checkpoint, an exported folder or NAME:TAG of OpenCLIP's registry."""
+    path = Path(model)
+    if path.is_dir():
+        return (path / "open_clip_config.json").is_file() or not (path / "config.json").is_file()
+    return path.is_file() or ":" in model
 
 
 def _settings(kind: str, writing: Writing, options: WriteOptions) -> dict[str, Any]:

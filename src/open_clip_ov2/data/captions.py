@@ -95,13 +95,8 @@ def with_prompt(sample: Mapping[str, Any], caption: str, keys: Sequence[CaptionK
         found = _read_all(sample, [key for key in keys if str(key) != NO_PROMPT])
     choices = [*found, *((key, [""]) for key in keys if str(key) == NO_PROMPT)] or [(CaptionKey(NO_PROMPT), [""])]
     prompt = choices[0][1][0] if rng is None else _drawn(choices, rng)
-    return prompt_of(prompt) + PROMPT_END + caption
-
-
-def prompt_of(text: str, template: str = PROMPT_TEMPLATE) -> str:
-    """The template with the cleaned text in the place of `{text}`; "" for a text of nothing."""
-    text = cleaned(text)
-    return template.replace("{text}", text) if text else ""
+    prompt = cleaned(prompt)
+    return (PROMPT_TEMPLATE.replace("{text}", prompt) if prompt else "") + PROMPT_END + caption
 
 
 def cleaned(text: str, special: Sequence[str] = ()) -> str:

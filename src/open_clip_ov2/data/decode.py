@@ -1,8 +1,5 @@
-"""Encoded bytes to upright RGB pixels. Every reader decodes here: training, evaluation, captioning and shards resize.
-
-The rules, the same for all of them (docs/data.md): an image is turned as its EXIF orientation says, and one whose EXIF
-block is damaged counts as upright; what is transparent is composited over white; of 16-bit gray values the high byte is
-taken; values without a defined range (32-bit integers and floats) are a counted skip.
+"""Encoded bytes to upright RGB pixels, by the rules of docs/data.md ("Pixels"). Every reader decodes here: training,
+evaluation, captioning and shards resize.
 
 simplejpeg binds libjpeg-turbo as PIL does and at full scale gives the same pixels bit for bit (a test checks this); it
 skips PIL's own copies. At a reduced scale the inverse DCT leaves the high frequencies out.
@@ -83,8 +80,7 @@ class EncodedImage:
         """Width and height of the upright image, in px."""
         if self._jpeg_size is None:
             return self._upright.size
-        width, height = self._jpeg_size
-        return (height, width) if self._jpeg_orientation >= 5 else (width, height)
+        return self._jpeg_size[::-1] if self._jpeg_orientation >= 5 else self._jpeg_size
 
     @property
     def format(self) -> str:

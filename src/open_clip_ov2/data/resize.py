@@ -256,11 +256,11 @@ def in_processes(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], work
 def _follow_the_parent() -> None:
     """Leave Ctrl-C to the parent, and end when it is killed, so that nothing writes what the next command writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()

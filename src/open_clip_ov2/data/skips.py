@@ -109,16 +109,13 @@ class SkipCounter:
             self.example = reason
         if self._log:
             self._write(cause, reason)
-        if self._gives_up and self._hopeless():
-            raise self.nothing_usable()
+        late = time.monotonic() - self._started > HOPELESS_S
+        if self._gives_up and late and not self.used and self.total.total() >= HOPELESS_SKIPS:
+            raise nothing_usable("training", "--train-data", self.total, self.example)
 
     def add_broken(self, url: str, detail: str) -> None:
         """Count a broken shard."""
         self.add(BROKEN_SHARD, detail, "", url)
-
-    def _hopeless(self) -> bool:
-        many = self.total.total() >= HOPELESS_SKIPS
-        return many and not self.used and time.monotonic() - self._started > HOPELESS_S
 
     def _write(self, cause: str, reason: str) -> None:
         now = time.monotonic()
@@ -138,10 +135,6 @@ class SkipCounter:
         """Keys by cause since the last call; for a broken shard its address."""
         keys, self._keys = self._keys, {}
         return keys
-
-    def nothing_usable(self) -> UserError:
-        """The error for training data of which nothing can be used."""
-        return nothing_usable("training", "--train-data", self.total, self.example)
 
 
 def nothing_usable(what: str, flag: str, counts: Mapping[str, int], example: str = "") -> UserError:

@@ -68,17 +68,13 @@ class Source:
         self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
     ) -> Iterator[dict[str, Any]]:
         """One pass over a consumer's part, shuffled, from `cursor` on; no sample twice."""
-        cursor = cursor or Cursor()
-        for row in itertools.islice(assigned_rows(self._order(assignment), assignment), cursor.taken, None):
+        cursor, order = cursor or Cursor(), list(range(self.count() or 0))
+        if self.shuffled:
+            assignment.rng("rows").shuffle(order)
+        for row in itertools.islice(assigned_rows(order, assignment), cursor.taken, None):
             cursor.on_open(row)
             cursor.taken += 1
             yield from self._usable(row, skips)
-
-    def _order(self, assignment: Assignment) -> list[int]:
-        order = list(range(self.count() or 0))
-        if self.shuffled:
-            assignment.rng("rows").shuffle(order)
-        return order
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         """Everything, in file order."""

@@ -2,7 +2,8 @@
 are written too.
 
 Importing this module teaches webdataset the schemes of the stores, in data workers too. Credentials and endpoints are
-the libraries' business (for s3:// the environment and files of the AWS command line).
+the libraries' business (for s3:// the environment and files of the AWS command line), and so are their errors, which
+come through where no UserError is promised.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def scheme(address: str) -> str:
 
 
 def open_address(address: str) -> IO[bytes]:
-    """Open for reading from the beginning to the end. Raises whatever the library raises."""
+    """Open for reading from the beginning to the end."""
     stream: IO[bytes] = gopen(address)
     return stream
 
@@ -66,8 +67,13 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
     missing: list[str] = []
     for address in addresses:
         parsed = urlparse(rewrite_url(address))
-        if scheme(address) not in ("", "file"):
-            _check_scheme(address)
+        if (name := scheme(address)) not in ("", "file"):
+            if name not in gopen_schemes:
+                raise UserError(
+                    f"{address}: {name}: cannot be opened (known: {KNOWN}); use 'pipe:COMMAND' that prints the file"
+                )
+            if is_store(address):
+                _check_installed(address)
             continue
         path = parsed.path if parsed.scheme else address
         if os.path.isdir(path):
@@ -99,24 +105,14 @@ def check_there(addresses: Sequence[str], what: str) -> None:
             raise UserError(f"{addresses[0]}: the first of the {what} cannot be read ({problem}); check the command")
 
 
-def _check_scheme(address: str) -> None:
+def _check_installed(address: str) -> None:
     name = scheme(address)
-    if name not in gopen_schemes:
-        raise UserError(
-            f"{address}: {name}: cannot be opened (known: {KNOWN}); use 'pipe:COMMAND' that prints the file"
-        )
-    if is_store(address):
-        _check_installed(address, name)
-
-
-def _check_installed(address: str, name: str) -> None:
     try:
         fsspec.get_filesystem_class(name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError):
         package = STORES[name]
         raise UserError(
-            f"{address}: {name}: is read with {package}, which is not installed ({first_line(error)}): "
-            f"pip install {package}"
+            f"{address}: {name}: is read with {package}, which is not installed: pip install {package}"
         ) from None
 
 
@@ -125,7 +121,7 @@ def join(folder: str, name: str) -> str:
 
 
 def read_bytes(address: str) -> bytes:
-    """A whole file. Raises whatever the library raises."""
+    """A whole file."""
     with open_address(address) as stream:
         return stream.read()
 
@@ -133,7 +129,7 @@ def read_bytes(address: str) -> bytes:
 def names_in(folder: str) -> set[str]:
     """Names of what is in a folder, of an object store too. Raises UserError."""
     if is_store(folder):
-        _check_scheme(folder)
+        _check_installed(folder)
     try:
         if not is_store(folder):
             return set(os.listdir(folder))
@@ -150,7 +146,7 @@ def matching(pattern: str) -> list[str]:
     """Addresses of the files that a pattern with `*`, `**`, `?` and `[...]` matches, sorted. Raises UserError."""
     if not is_store(pattern):
         return sorted(path for path in local_glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    _check_scheme(pattern)
+    _check_installed(pattern)
     fs, path = fsspec.url_to_fs(pattern)
     try:
         return sorted(str(fs.unstrip_protocol(name)) for name in retried(pattern, lambda: fs.glob(path)))
@@ -160,10 +156,9 @@ def matching(pattern: str) -> list[str]:
 
 def check_writable(address: str) -> None:
     """Raises UserError unless it is a path, `file:` or in an object store whose library is installed."""
-    name = scheme(address)
-    if name in STORES:
-        _check_installed(address, name)
-    elif name not in ("", "file"):
+    if scheme(address) in STORES:
+        _check_installed(address)
+    elif scheme(address) not in ("", "file"):
         raise UserError(f"{address}: cannot be written; expected a folder or one of {KNOWN}")
 
 
@@ -176,14 +171,13 @@ def check_apart(address: str, logs: Path, name: str | None) -> None:
 
 
 def names_below(folder: str) -> list[str]:
-    """All files of a folder, with what leads to each; none where there is no such folder. Raises whatever the library
-    raises."""
+    """All files of a folder, with what leads to each; none where there is no such folder."""
     fs, path = fsspec.url_to_fs(folder)
     return [str(name)[len(path) :].lstrip("/") for name in retried(folder, lambda: fs.find(path))]
 
 
 def put(path: Path, address: str) -> None:
-    """Copy a file to where `check_writable` allows, whole or not at all. Raises whatever the library raises."""
+    """Copy a file to where `check_writable` allows, whole or not at all."""
     fs, place = fsspec.url_to_fs(address)
     if is_store(address):
         fs.put_file(str(path), place)
@@ -194,7 +188,7 @@ def put(path: Path, address: str) -> None:
 
 
 def get(address: str, path: Path) -> None:
-    """Copy a file from there, whole or not at all. Raises whatever the library raises."""
+    """Copy a file from there, whole or not at all."""
     fs, place = fsspec.url_to_fs(address)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
@@ -211,7 +205,7 @@ def is_current(path: Path, address: str) -> bool:
 
 
 def copy(address: str, to: str) -> None:
-    """Copy a file within a store or folder. Raises whatever the library raises."""
+    """Copy a file within a store or folder."""
     fs, place = fsspec.url_to_fs(address)
     target = fsspec.url_to_fs(to)[1]
     if not is_store(address):
@@ -220,6 +214,6 @@ def copy(address: str, to: str) -> None:
 
 
 def remove(address: str) -> None:
-    """Delete a file. Raises whatever the library raises."""
+    """Delete a file."""
     fs, place = fsspec.url_to_fs(address)
     fs.rm_file(place)

@@ -24,7 +24,7 @@ from open_clip_ov2.data.order.assignment import Assignment, Cursor, Position
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.data.order.resume import Start
 from open_clip_ov2.data.samples import Decoder, sample_seed, seeded
-from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample, merge_counts
+from open_clip_ov2.data.skips import TOKENIZER_FAILED, SkipCounter, SkipSample, merge_counts, nothing_usable
 from open_clip_ov2.data.sources import Source
 from open_clip_ov2.errors import UserError
 
@@ -231,7 +231,7 @@ class TrainStream(_Stream):
             collector.tokenized()  # removes what the tokenizer refuses, so that `used` says what this pass gave
             empty = 0 if self.skips.used > used_before or not whole else empty + 1
             if empty == most:
-                raise self.skips.nothing_usable()
+                raise nothing_usable("training", "--train-data", self.skips.total, self.skips.example)
             cursor = Cursor()
 
     def _pass(self, collector: _Collector, assignment: Assignment, cursor: Cursor, samples: int) -> Iterator[Batch]:
