@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.config import Comparison, Measure, Metric, Variant, VariantStage
 from open_clip_ov2.compare.measuring import Cost
-from open_clip_ov2.compare.parts import Measure, Metric, Variant, VariantStage
 from open_clip_ov2.compare.results import Found, VariantResult
 
 LOSS = Metric("caption_loss", "caption loss", "nats", better="lower", digits=2, learning="caption_loss")

@@ -13,9 +13,8 @@ import pytest
 from open_clip_ov2 import training
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare.bench.settings import CaptionLengths, Job
-from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.config import Comparison, Measure, Variant, VariantStage
 from open_clip_ov2.compare.measuring import Cache, job_of, measure_cost
-from open_clip_ov2.compare.parts import Measure, Variant, VariantStage
 from open_clip_ov2.compare.plan import Study
 from open_clip_ov2.compare.study import unlike
 from open_clip_ov2.errors import UserError

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_up import variant_result
 
 from open_clip_ov2.compare.config import Comparison, load_comparison
-from open_clip_ov2.compare.plan import Study, runs, stage_samples
+from open_clip_ov2.compare.plan import Study, runs
 from open_clip_ov2.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
@@ -62,11 +62,10 @@ def test_equal_seconds(
     """Property: at the rates given, each variant takes the seconds asked for, to a batch of each stage."""
     comparison = load(tmp_path_factory.getbasetemp(), FILE.format(terms=f'mode = "seconds"\nseconds = {seconds!r}'))
     rates = {"one": (one, two), "two": (three,)}
-    for variant in comparison.variants:
-        counts = stage_samples(comparison, variant, rates, {})
-        result = variant_result(variant.name, (1.0,), stage_samples=counts, stage_rates=rates[variant.name])
-        taken = result.seconds
-        assert abs(taken - seconds) <= sum(32 / rate for rate in rates[variant.name])
+    for run in runs(STUDY, comparison, rates, {})[:2]:
+        own = rates[run.variant.name]
+        result = variant_result(run.variant.name, (1.0,), stage_samples=run.stage_samples, stage_rates=own)
+        assert abs(result.seconds - seconds) <= sum(32 / rate for rate in own)
 
 
 def test_what_the_command_line_changes(tmp_path: Path) -> None:
@@ -95,8 +94,7 @@ def test_equal_flops(tmp_path: Path) -> None:
     """Oracle: by hand. 0.75 x 1 + 0.25 x 5 = 2 units an image against 5: two fifths of the samples."""
     comparison = load(tmp_path, FILE.format(terms='mode = "flops"\nsamples = "64k"'))
     flops = {"one": (1.0, 5.0), "two": (5.0,)}
-    assert stage_samples(comparison, comparison.variant("one"), {}, flops) == (48_000, 16_000)
-    assert stage_samples(comparison, comparison.variant("two"), {}, flops) == (25_600,)
+    assert [run.stage_samples for run in runs(STUDY, comparison, {}, flops)[:2]] == [(48_000, 16_000), (25_600,)]
 
 
 def test_seconds_along_the_stages() -> None:
@@ -117,7 +115,7 @@ def test_seconds_along_the_stages() -> None:
         ("lr = 1e-3", "seed = 1", "flags: seed: `ov2 compare` sets it"),
         ('samples = "1k"', "seconds = 5", "seconds: mode 'samples' needs samples instead"),
         ('samples = "1k"', 'mode = "time"', "mode: 'time': expected one of samples, seconds, flops"),
-        ('samples = "1k"', 'samples = "1k"\nseeds = [1, 1]', "seeds: [1, 1]: expected one or more different integers"),
+        ('samples = "1k"', 'samples = "1k"\nseeds = [1, 1]', "seeds: [1, 1]: expected one or more different numbers"),
         (
             "[[metric]]",
             '[measure]\ncaption-tokens = "9:8:8"\n[[metric]]',

@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from open_clip_ov2.evaluate.text.captioning import caption_scores
+from open_clip_ov2.evaluate.text.captioning import caption_scores, caption_words
 from open_clip_ov2.evaluate.text.normalise import detokenized
 from open_clip_ov2.evaluate.text.question_answering import relaxed
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, decode_caption
@@ -53,4 +53,4 @@ def test_what_it_is_for() -> None:
     assert relaxed(detokenized("1 0 2 . 5"), ["100"]) == 1
     generated, true = {0: "she doesn 't wear a t - shirt"}, {0: ["She doesn't wear a t-shirt."]}
     assert caption_scores(generated, true).bleu4 == pytest.approx(1, abs=1e-6)
-    assert caption_scores(generated, true, clean=str).bleu4 < 0.5
+    assert caption_words(generated[0]) != caption_words(true[0][0]) == caption_words(detokenized(generated[0]))

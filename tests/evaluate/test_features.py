@@ -19,7 +19,7 @@ from open_clip_ov2.data.sources import ImageFolderSource
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import extraction as features_module
 from open_clip_ov2.evaluate.attentive import AttentiveTraining, attentive_probe
-from open_clip_ov2.evaluate.extraction import Features, available_bytes, cache_file, extract, pages, stamp
+from open_clip_ov2.evaluate.extraction import Features, available_bytes, cache_file, extract, stamp, zeros
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_features_on_disk_need_no_memory(pictures: Path, tmp_path: Path, monkeyp
     assert attentive_probe(found, found, training=short) == attentive_probe(usual, usual, training=short)
     assert list((tmp_path / "disk").iterdir()) == []
     with pytest.raises(UserError, match=r"disk: no room for .* GB of features \(.*\); name another folder"):
-        pages(1 << 60, tmp_path / "disk")
+        zeros((1 << 58,), tmp_path / "disk")
 
 
 def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path: Path) -> None:

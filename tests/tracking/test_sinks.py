@@ -45,9 +45,6 @@ class Memory(Tracker):
     def image(self, name: str, image: Image, samples_seen: int) -> None:
         self.calls.append(("image", name, image.mode, samples_seen))
 
-    def text(self, name: str, markdown: str, samples_seen: int) -> None:
-        self.calls.append(("text", name, markdown.splitlines()[-1], samples_seen))
-
     def finish(self, metrics: Mapping[str, float]) -> None:
         self.calls.append(("finish", dict(self.flags), metrics["val_loss"]))
 
@@ -81,7 +78,6 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
         ("train", 16, 2.0, 2.0),
         ("val", 16, 1.5, 1.5),
         ("image", "val/captions", "RGB", 16),
-        ("text", "val/captions_text", "| generated | true |", 16),
         ("finish", {"lr": 0.1}, 1.5),
         ("close",),
     ]

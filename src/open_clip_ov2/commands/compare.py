@@ -23,8 +23,7 @@ def main(argv: Sequence[str]) -> None:
     before, after = split(argv)
     args = _parser().parse_args(before)
     from open_clip_ov2.compare import page, study
-    from open_clip_ov2.compare.config import load_comparison
-    from open_clip_ov2.compare.parts import BATCH, SET_BY_US
+    from open_clip_ov2.compare.config import BATCH, SET_BY_US, load_comparison
     from open_clip_ov2.compare.plan import Study
 
     comparisons = [load_comparison(path).scaled(args.seeds, args.scale) for path in args.files]

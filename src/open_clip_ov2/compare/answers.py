@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from open_clip_ov2.compare.config import Comparison
-from open_clip_ov2.compare.parts import Question
+from open_clip_ov2.compare.config import Comparison, Metric, Question
 from open_clip_ov2.errors import UserError
 
 DRAWS, SEED, LEVEL = 4000, 0, 0.95
@@ -33,14 +32,10 @@ class Outcomes(NamedTuple):
 @dataclass(frozen=True)
 class Answer:
     """Values as they are shown. `low`, `high`: of the difference a - b; `error`: its standard error. `better` is 1 if
-    the interval says that a is better, -1 that b is, 0 if it cannot tell."""
+    the interval says that a is better, -1 that b is, 0 if it cannot tell. `pictures`: 0 where only seeds are known."""
 
-    text: str
-    a: str
-    b: str
-    metric: str
-    unit: str
-    digits: int
+    question: Question
+    metric: Metric
     mean_a: float
     mean_b: float
     low: float
@@ -57,24 +52,21 @@ class Answer:
     @property
     def sentence(self) -> str:
         verdict = {1: "Yes", -1: "No, the other way round", 0: "Cannot tell"}[self.better]
-        a, b, difference, low, high = (
-            f"{value:.{self.digits}f}" for value in (self.mean_a, self.mean_b, self.difference, self.low, self.high)
-        )
-        unit = "%" if self.unit == "%" else f" {self.unit}" if self.unit else ""
-        sizes = " points" if self.unit == "%" else unit
-        sign = "+" if self.difference > 0 else ""
+        digits = self.metric.digits
+        a, b, low, high = (f"{value:.{digits}f}" for value in (self.mean_a, self.mean_b, self.low, self.high))
+        unit = "%" if self.metric.unit == "%" else f" {self.metric.unit}".rstrip()
         return (
-            f"{self.text} {verdict}: {self.a} {a} against {self.b} {b}{unit} on {self.metric}, a difference of "
-            f"{sign}{difference}{sizes} ({LEVEL:.0%} interval {low} to {high}; {self._counted})."
+            f"{self.question.text} {verdict}: {self.question.a} {a} against {self.question.b} {b}{unit} on "
+            f"{self.metric.label}, a difference of {self.difference:+.{digits}f}{' points' if unit == '%' else unit} "
+            f"({LEVEL:.0%} interval {low} to {high}; {self._counted})."
         )
 
     @property
     def _counted(self) -> str:
         a, b = self.seeds
         seeds = f"{a} seed{'s' if a > 1 else ''}" if a == b else f"{a} and {b} seeds"
-        alone = " alone" if self.pictures == 0 else ""
         only = ", which says nothing of how seeds differ" if min(a, b) < 2 else ""
-        return f"{f'{self.pictures:,} images, ' if self.pictures else ''}{seeds}{alone}{only}"
+        return f"{self.pictures:,} images, {seeds}{only}" if self.pictures else f"{seeds} alone{only}"
 
 
 def answers(comparison: Comparison, found: Mapping[str, Mapping[str, Outcomes]]) -> tuple[Answer, ...]:
@@ -95,12 +87,10 @@ def _questions(comparison: Comparison, found: Mapping[str, Mapping[str, Outcomes
 
 def _answer(comparison: Comparison, question: Question, found: Mapping[str, Mapping[str, Outcomes]]) -> Answer:
     metric = next(one for one in comparison.metrics if one.key == question.metric)
-    pair = []
     for name in (question.a, question.b):
         if metric.key not in found.get(name, {}):
             raise UserError(f"{comparison.name}: question {question.text!r}: {name} has no values of {metric.key}")
-        pair.append(found[name][metric.key])
-    a, b = pair
+    a, b = (found[name][metric.key] for name in (question.a, question.b))
     if a.keys != b.keys:
         raise UserError(
             f"{comparison.name}: question {question.text!r}: {question.a} and {question.b} were evaluated on different "
@@ -108,25 +98,18 @@ def _answer(comparison: Comparison, question: Question, found: Mapping[str, Mapp
         )
     drawn_n = metric.scale * differences(a.values, b.values)
     low, high = np.quantile(drawn_n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    better = 0
-    if np.isfinite(drawn_n).all() and (low > 0 or high < 0):
-        better = metric.sign * (1 if low > 0 else -1)
-    if min(len(a.values), len(b.values)) < 2 and a.keys is None:
-        better = 0  # one number each
+    one_number_each = a.keys is None and min(len(a.values), len(b.values)) < 2
+    tells = np.isfinite(drawn_n).all() and (low > 0 or high < 0) and not one_number_each
     return Answer(
-        text=question.text,
-        a=question.a,
-        b=question.b,
-        metric=metric.label,
-        unit=metric.unit,
-        digits=metric.digits,
+        question,
+        metric,
         mean_a=float(metric.scale * a.values.mean()),
         mean_b=float(metric.scale * b.values.mean()),
         low=float(low),
         high=float(high),
         error=float(drawn_n.std(ddof=1)),
-        better=better,
-        pictures=0 if a.keys is None else len(a.keys),
+        better=metric.sign * (1 if low > 0 else -1) if tells else 0,
+        pictures=len(a.keys or ()),
         seeds=(len(a.values), len(b.values)),
     )
 

@@ -1,92 +1,165 @@
-"""A comparison's file: what is compared, on which terms, and what is evaluated.
-
-title = "..."                            # and `about`, one paragraph: what the page says above the table
-mode = "samples"                         # equal samples; or "seconds", or "flops" (as many as `reference` needs)
-samples = "30k"                          # seconds = 120 in mode "seconds"
-seeds = [0, 1, 2]
-reference = "ov2"                        # the variant that others are set in relation to
-resolution = 32                          # of variants without stages of their own
-notes = ["..."]                          # what a reader should know below the table
-base = "study.toml"                      # another such file, beside this one, whose keys hold where this one has none
-[flags]                                  # of `ov2 train`, for all variants; added to those of `base`
-[measure]                                # images/s: short runs, in turns, before all others; step memory
-repetitions = 3
-samples = 2048
-caption-tokens = "12:128:64"             # of the captions that memory is measured with: low, high, mean
-largest-batch = true                     # find it too
-memory-limit-gb = 8                      # GPU memory that a process may use; on a CPU, what a batch may use
-[search]                                 # learning rates of variants that have no `lr` of their own (search.py)
-lr = [1e-3, 2e-3, 4e-3]
-samples = "4k"                           # of each run of the search
-[[variant]]                              # or [[arm]]
-name = "ov2"
-model = "ov2-vit-nano-8"
-flags = { keep-ratio = 0.35 }
-stages = [{ resolution = 32, share = 0.7 }, { resolution = 48, share = 0.3 }]   # share of the samples
-train = false                            # only its speed and memory are measured
-samples = 64                             # instead of the file's: with `lr = 0`, random weights for nothing
-[[evaluate]]                             # one call of `ov2 eval` for each run
-tasks = ["linear-probe", "knn"]
-train-data = true                        # gets --train-data (--probe-data of `ov2 compare`)
-variants = ["ov2"]                       # or `arms`; default: all
-name = "half"                            # begins the keys of its metrics: half.knn.top1 (default: the task does)
-flags = { label-key = "json:label" }
-[[metric]]                               # a column: a number of the evaluations' JSON by its dotted path or, as in
-                                         # run.caption_loss, of the last validation in training
-key = "linear-probe.top1"
-title = "linear probe"
-unit = "%"
-scale = 100
-better = "higher"
-digits = 1
-learning = "linear-probe/top1"           # its name in results.jsonl, for a learning curve
-[[question]]                             # answered above all else (answers.py); default: `reference` against the others
-text = "Is A better than B in the same time?"
-a = "ov2"
-b = "CLIP"
-metric = "knn.top1"
-[curve]                                  # metrics over a flag of the variants
-over = "keep-ratio"
-"""
+"""A comparison's file: what is compared, on which terms, and what is evaluated. docs/evaluation.md lists its keys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.compare.parts import (
-    Evaluation,
-    Flags,
-    Measure,
-    Metric,
-    Question,
-    Search,
-    Variant,
-    VariantStage,
-    paragraph,
-    renamed,
-    tables_of,
-    train_flags,
-)
+from open_clip_ov2.compare.bench.settings import CaptionLengths
 from open_clip_ov2.errors import UserError, nearest
 from open_clip_ov2.recipe.counts import sample_count
-from open_clip_ov2.tables import each, from_table, kebab, key, one_of, read_toml, real, table, text, whole
+from open_clip_ov2.tables import (
+    Reader,
+    each,
+    flag_table,
+    from_table,
+    kebab,
+    key,
+    one_of,
+    read_toml,
+    real,
+    switch,
+    table,
+    text,
+    whole,
+)
 
-MODES = ("samples", "seconds", "flops")
+BATCH = ("batch-size", "accum-freq", "global-batch")
+SET_BY_US = ("name", "logs", "model", "seed", "stage", "recipe", "train-data", "val-data", "force-image-size", "epochs")
+FORMER_NAMES = {"arm": "variant", "arms": "variants"}
+Flags = Mapping[str, Any]
+train_flags = flag_table(SET_BY_US, "`ov2 compare`")
+_key = key  # where a field is called `key`
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
-    seeds = each(whole(0))(value)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"{list(seeds)}: expected one or more different integers")
-    return seeds
+def paragraph(value: Any) -> str:
+    return " ".join(text(value).split())
+
+
+def renamed(value: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(FORMER_NAMES.get(name, name), item) for name, item in value.items()]
+
+
+def different(read: Reader) -> Reader:
+    """A list of one or more different values, which are all read so."""
+
+    def read_all(value: Any) -> tuple[Any, ...]:
+        values: tuple[Any, ...] = each(read)(value)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{list(values)}: expected one or more different numbers")
+        return values
+
+    return read_all
+
+
+def table_of(kind: type) -> Reader:
+    return lambda value: from_table(kind, "table", table(value))
+
+
+def tables_of(kind: type) -> Reader:
+    """A list of tables. An error gives the name of its table, or its number."""
+
+    def read(value: Any) -> tuple[Any, ...]:
+        items = enumerate(each(table)(value), 1)
+        names = ((str(item.get("name") or item.get("key") or f"number {number}"), item) for number, item in items)
+        return tuple(from_table(kind, name, renamed(item)) for name, item in names)
+
+    return read
+
+
+@dataclass(frozen=True)
+class VariantStage:
+    """`share` of the run's samples."""
+
+    resolution: int = key(whole(1), example="32")
+    share: float = key(real(0, 1, above=True), example="0.5")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train. `trained` false: only its speed and memory are measured."""
+
+    name: str = key(text)
+    model: str = key(text, example='"ov2-vit-nano-8"')
+    flags: Flags = key(train_flags, default=dict)
+    stages: tuple[VariantStage, ...] = key(tables_of(VariantStage), default=())
+    trained: bool = key(switch, default=True, name="train")
+    samples: int | None = key(sample_count(1), default=None)
+
+    def __post_init__(self) -> None:
+        if self.stages and not math.isclose(sum(stage.share for stage in self.stages), 1.0):
+            raise UserError("stages: the shares must add up to 1")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Before training. `samples`: of each run that is timed."""
+
+    repetitions: int = key(whole(1), default=3)
+    samples: int = key(sample_count(1), default=2048)
+    lengths: CaptionLengths = key(CaptionLengths.parse, default=CaptionLengths, name="caption-tokens")
+    largest_batch: bool = key(switch, default=False)
+    memory_limit_gb: float | None = key(real(0, above=True), default=None)
+
+
+@dataclass(frozen=True)
+class Search:
+    """`samples`: of each run."""
+
+    lr: tuple[float, ...] = key(different(real(0, above=True)), example="[1e-3, 2e-3]")
+    samples: int = key(sample_count(1), example='"4k"')
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether variant `a` is better than `b` on a metric, by its key; `text` asks it."""
+
+    a: str = key(text, example='"ov2"')
+    b: str = key(text, example='"CLIP"')
+    metric: str = key(text, example='"knn.top1"')
+    text: str = key(paragraph, example='"Is ov2 better than CLIP?"')
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of `ov2 eval`. `variants` empty: all. `name` begins the keys of its metrics."""
+
+    tasks: tuple[str, ...] = key(each(text), example='["knn"]')
+    flags: Flags = key(flag_table((), ""), default=dict)
+    train_data: bool = key(switch, default=False)
+    variants: tuple[str, ...] = key(each(text), default=())
+    name: str = key(text, default="")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`key`: dotted path in the evaluations' JSON. A value is shown times `scale`, with `unit`."""
+
+    key: str = _key(text, example='"knn.top1"')
+    title: str = _key(text, default="")
+    unit: str = _key(str, default="")
+    scale: float = _key(real(-math.inf), default=1.0)
+    better: str = _key(one_of("higher", "lower"), default="higher")
+    digits: int = _key(whole(0), default=1)
+    learning: str | None = _key(text, default=None)
+
+    @property
+    def sign(self) -> int:
+        """Larger is better after multiplication with it."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def label(self) -> str:
+        return self.title or re.sub(r"[._-]+", " ", self.key)
 
 
 @dataclass(frozen=True)
 class _Curve:
-    over: str = key(text)
+    over: str = key(lambda value: kebab(text(value)))
 
 
 @dataclass(frozen=True)
@@ -95,22 +168,20 @@ class Comparison:
 
     title: str = key(text, default="")
     about: str = key(paragraph, default="")
-    mode: str = key(one_of(*MODES), default="samples")
+    mode: str = key(one_of("samples", "seconds", "flops"), default="samples")
     samples: float = key(sample_count(1), default=0)
     seconds: float = key(real(0, above=True), default=0.0)
-    seeds: tuple[int, ...] = key(_seeds, default=(0, 1, 2))
+    seeds: tuple[int, ...] = key(different(whole(0)), default=(0, 1, 2))
     reference: str = key(text, default="")
     resolution: int | None = key(whole(1), default=None)
     flags: Flags = key(train_flags, default=dict)
     variants: tuple[Variant, ...] = key(tables_of(Variant), name="variant", default=())
-    measure: Measure = key(lambda value: from_table(Measure, "table", table(value)), default=Measure)
+    measure: Measure = key(table_of(Measure), default=Measure)
     evaluations: tuple[Evaluation, ...] = key(tables_of(Evaluation), name="evaluate", default=())
     metrics: tuple[Metric, ...] = key(tables_of(Metric), name="metric", default=())
     questions: tuple[Question, ...] = key(tables_of(Question), name="question", default=())
-    search: Search | None = key(lambda value: from_table(Search, "table", table(value)), default=None)
-    curve_over: str | None = key(
-        lambda value: kebab(from_table(_Curve, "table", table(value)).over), name="curve", default=None
-    )
+    search: Search | None = key(table_of(Search), default=None)
+    curve_over: str | None = key(lambda value: table_of(_Curve)(value).over, name="curve", default=None)
     notes: tuple[str, ...] = key(each(paragraph), default=())
     name: str = ""
 
@@ -120,23 +191,20 @@ class Comparison:
             raise UserError(f"{other}: mode {self.mode!r} needs {wanted} instead")
         if not getattr(self, wanted):
             raise UserError(f"{wanted} is missing")
-        if not self.variants:
-            raise UserError("there is no [[variant]] to compare")
+        if not self.trained:
+            raise UserError("there is no [[variant]] to train")
         names = [variant.name for variant in self.variants]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"two variants have the name {name!r}")
-        asked = [name for one in self.questions for name in (one.a, one.b)]
-        for name in (self.reference, *(name for one in self.evaluations for name in one.variants), *asked):
-            if name and name not in names:
-                raise UserError(f"there is no variant {name!r}{nearest(name, names)}")
-        for variant in self.variants:
-            if not variant.stages and self.resolution is None:
-                raise UserError(f"variant {variant.name}: it needs stages, or the file a resolution")
-        keys = [metric.key for metric in self.metrics]
-        for question in self.questions:
-            if question.metric not in keys:
-                raise UserError(f"question: there is no [[metric]] {question.metric!r}{nearest(question.metric, keys)}")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two variants have the name {twice[0]!r}")
+        variants = [self.reference or names[0], *(name for one in self.evaluations for name in one.variants)]
+        variants += [name for one in self.questions for name in (one.a, one.b)]
+        metrics, keys = [one.metric for one in self.questions], [metric.key for metric in self.metrics]
+        for what, asked, known in (("variant", variants, names), ("[[metric]]", metrics, keys)):
+            for name in asked:
+                if name not in known:
+                    raise UserError(f"there is no {what} {name!r}{nearest(name, known)}")
+        if bare := [one.name for one in self.variants if not one.stages and self.resolution is None]:
+            raise UserError(f"variant {bare[0]}: it needs stages, or the file a resolution")
         if self.curve_over and not self.metrics:
             raise UserError("curve: there is no [[metric]] to draw")
 
@@ -154,9 +222,9 @@ class Comparison:
 
     def scaled(self, seeds: Sequence[int] | None, scale: float) -> Comparison:
         """With the command line's seeds and so many times the file's samples or seconds."""
-        seeds = tuple(seeds or self.seeds)
         search = self.search and replace(self.search, samples=max(1, round(scale * self.search.samples)))
-        return replace(self, seeds=seeds, seconds=scale * self.seconds, samples=scale * self.samples, search=search)
+        seconds, samples = scale * self.seconds, scale * self.samples
+        return replace(self, seeds=tuple(seeds or self.seeds), seconds=seconds, samples=samples, search=search)
 
 
 def _with_base(path: Path) -> dict[str, Any]:

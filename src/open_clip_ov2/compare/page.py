@@ -9,10 +9,10 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare.parts import Metric
+from open_clip_ov2.compare.config import Metric
+from open_clip_ov2.compare.plan import best_rate
 from open_clip_ov2.compare.plots import answer_plots, plots
-from open_clip_ov2.compare.results import Found, VariantResult, best, summary
-from open_clip_ov2.compare.search import best_rate
+from open_clip_ov2.compare.results import Found, VariantResult, best, labelled, summary
 from open_clip_ov2.recipe.counts import short_count
 
 NONE = "–"
@@ -20,19 +20,16 @@ NONE = "–"
 TERMS = (
     "Within a comparison every variant has the same images and captions, in the order and with the crops that a seed "
     "gives. What else differs, besides model, resolution and samples, is listed under the table.",
-    "ov2 is trained by this package's step, CLIP and CoCa exactly as stock OpenCLIP trains them, which is part of the "
-    "difference in speed and memory.",
+    "ov2 is trained by this package's step, CLIP and CoCa exactly as stock OpenCLIP trains them.",
     "Images/s are measured before training by short runs in turns, with nothing beside them: the median and the range. "
-    "Ratios are taken within each repetition. Seconds are samples divided by these images/s, since the clock of runs "
-    "that train side by side, or on a busy machine, says little.",
-    "Step memory is the peak of a step above weights, gradients and optimizer state, by the allocator's count, at the "
-    "batch size of training.",
+    "Ratios are taken within each repetition. Seconds are samples divided by these images/s.",
+    "Step memory is the peak of a step above weights, gradients and optimizer state, at the batch size of training.",
     "Learning curves and final values are of held-out images; ± is the standard deviation over seeds (n - 1). Bold: "
     "better than all others with every seed.",
     "An answer's interval is a bootstrap over images and seeds: 4,000 draws, in each the same images for both, "
     "and seeds for each of them, whose spread is widened to what so few seeds leave unknown (compare/answers.py). The "
-    "answer is 'cannot tell' where 0 lies in the 95% interval. Of twenty questions without a difference, one seems to "
-    "have one.",
+    "answer is 'cannot tell' where 0 lies in the 95% interval: one of twenty questions seems to have a difference "
+    "though there is none.",
 )
 
 
@@ -47,7 +44,7 @@ def table(found: Found) -> list[list[Cell]]:
     """The header, and a row for each variant. A column in which no variant has anything is left out."""
     winners, metrics = best(found), found.comparison.metrics
     fixed = ("", "images/s", f"× {found.comparison.reference}", "step memory, MiB", "largest batch", "samples")
-    titles = (f"{_titled(metric)} {'↑' if metric.better == 'higher' else '↓'}" for metric in metrics)
+    titles = (f"{labelled(metric)} {'↑' if metric.better == 'higher' else '↓'}" for metric in metrics)
     rows = [[Cell(title) for title in (*fixed, "training, s", *titles)]]
     for one in found.variants:
         texts = [one.name, spread(one.rates, 0), spread(one.ratios, 2)]
@@ -57,10 +54,6 @@ def table(found: Found) -> list[list[Cell]]:
         rows.append([*map(Cell, texts), *cells])
     columns = [column for column in zip(*rows, strict=True) if any(cell.text != NONE for cell in column[1:])]
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _titled(metric: Metric) -> str:
-    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
 
 
 def _number(value: float | None) -> str:
@@ -75,18 +68,15 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def mean_and_sd(metric: Metric, variant: VariantResult) -> str:
     """Mean ± standard deviation over seeds."""
-    total = summary(variant.shown(metric))
-    if total is None:
+    values = variant.shown(metric)
+    if not values:
         return NONE
+    total = summary(values)
     text = f"{total.mean:.{metric.digits}f}"
     return text if total.sd is None else f"{text} ± {total.sd:.{metric.digits}f}"
 
 
-def markdown(found: Found) -> str:
-    return markdown_of(table(found))
-
-
-def markdown_of(cells: list[list[Cell]]) -> str:
+def markdown(cells: list[list[Cell]]) -> str:
     header, *rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in cells]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
@@ -121,12 +111,11 @@ def notes(found: Found) -> list[str]:
 
 
 def results_md(title: str, found: Sequence[Found], command: str) -> str:
-    blocks = [f"# {title}"]
-    blocks += [answers_md(found)]
-    blocks += ["\n".join(f"- {term}" for term in TERMS), f"```bash\n{command}\n```"]
+    terms = "\n".join(f"- {term}" for term in TERMS)
+    blocks = [f"# {title}", answers_md(found), terms, f"```bash\n{command}\n```"]
     for one in found:
-        search = markdown_of(search_table(one)) if one.searched else ""
-        blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one), markdown(one), search, *notes(one)]
+        blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one)]
+        blocks += [*map(markdown, tables(one)), *notes(one)]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 

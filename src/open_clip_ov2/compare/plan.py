@@ -1,18 +1,27 @@
-"""The runs of a comparison: variants x seeds, each with its samples by stage and its flags of `ov2 train`."""
+"""The runs of a comparison: variants x seeds, each with its samples by stage and its flags of `ov2 train`.
+
+Before them the learning rate of each variant that states no `lr` is searched, with the same effort: a short run with
+the first seed and a schedule of its own for each rate of [search]. The rate with the lowest loss wins: the mean of what
+the variant itself minimizes over the last fifth of the run, in training, since no other loss is common to captioners
+and contrastive models.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from open_clip_ov2.argv import to_argv
-from open_clip_ov2.compare.config import Comparison
-from open_clip_ov2.compare.parts import Variant
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.compare.config import Comparison, Variant
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
+LAST = 0.2  # of a search's run
 ByStage = Mapping[str, Sequence[float]]  # numbers of each variant, by stage
+Losses = Mapping[str, Mapping[float, float]]  # by variant and learning rate
 
 
 @dataclass(frozen=True)
@@ -67,33 +76,70 @@ def mean_over_stages(variant: Variant, by_stage: Sequence[float]) -> float:
     return sum(stage.share * value for stage, value in zip(variant.stages, by_stage, strict=True))
 
 
-def stage_samples(comparison: Comparison, variant: Variant, rates: ByStage, flops: ByStage) -> tuple[int, ...]:
-    """Samples of each stage of a variant, to a whole batch.
-
-    `rates`: images/s (mode "seconds"); `flops`: FLOPs of an image (mode "flops").
-    """
-    total = comparison.budget
+def samples_of(comparison: Comparison, variant: Variant, rates: ByStage, flops: ByStage) -> float:
+    """Samples of a run; `rates`: images/s (mode "seconds"); `flops`: FLOPs of an image (mode "flops")."""
     if variant.samples is not None:
-        total = variant.samples
-    elif comparison.mode == "seconds":
-        total /= mean_over_stages(variant, [1 / rate for rate in rates[variant.name]])
-    elif comparison.mode == "flops":
+        return variant.samples
+    if comparison.mode == "seconds":
+        return comparison.seconds / mean_over_stages(variant, [1 / rate for rate in rates[variant.name]])
+    if comparison.mode == "flops":
         reference = comparison.variant(comparison.reference)
         needed = mean_over_stages(reference, flops[reference.name])
-        total *= needed / mean_over_stages(variant, flops[variant.name])
+        return comparison.samples * needed / mean_over_stages(variant, flops[variant.name])
+    return comparison.samples
+
+
+def _run(
+    study: Study, comparison: Comparison, variant: Variant, seed: int, samples: float, more: Sequence[str] = ()
+) -> Run:
+    """With so many samples, each stage's to a whole batch."""
     batch = global_batch(comparison, variant)
-    return tuple(max(1, round(total * stage.share / batch)) * batch for stage in variant.stages)
+    counts = tuple(max(1, round(samples * stage.share / batch)) * batch for stage in variant.stages)
+    stages = [(stage.resolution, count) for stage, count in zip(variant.stages, counts, strict=True)]
+    argv = train_argv(study, comparison, variant, stages)
+    return Run(variant, seed, counts, (*argv, *more, "--seed", str(seed)))
 
 
 def runs(study: Study, comparison: Comparison, rates: ByStage, flops: ByStage) -> list[Run]:
-    """All runs, seed by seed, so that a study that is cut short still has every variant. Raises UserError."""
+    """All runs, seed by seed, so that a study that is cut short still has every variant; see `samples_of`."""
+    samples = {variant.name: samples_of(comparison, variant, rates, flops) for variant in comparison.trained}
+    return [
+        _run(study, comparison, variant, seed, samples[variant.name], ("--val-data", study.val))
+        for seed in comparison.seeds
+        for variant in comparison.trained
+    ]
+
+
+def search_runs(study: Study, comparison: Comparison) -> list[tuple[str, float, Run]]:
+    """Every run of the search, with its variant's name and its learning rate."""
+    search = comparison.search
+    if search is None:
+        return []
     out = []
-    for seed in comparison.seeds:
-        for variant in comparison.trained:
-            counts = stage_samples(comparison, variant, rates, flops)
-            stages = [(stage.resolution, count) for stage, count in zip(variant.stages, counts, strict=True)]
-            argv = train_argv(study, comparison, variant, stages)
-            out.append(Run(variant, seed, counts, (*argv, "--val-data", study.val, "--seed", str(seed))))
-    if not out:
-        raise UserError(f"{comparison.name}: no variant is trained")
+    for variant in comparison.trained:
+        for lr in () if "lr" in variant.flags else search.lr:
+            tried = replace(variant, name=f"{variant.name}, lr {lr:g}", flags={**variant.flags, "lr": lr})
+            out.append((variant.name, lr, _run(study, comparison, tried, comparison.seeds[0], search.samples)))
     return out
+
+
+def final_loss(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of a run's results.jsonl; infinite if it has diverged."""
+    points = [(row["samples_seen"], row.get("loss")) for row in rows if row["kind"] == "train"]
+    last = [loss for seen, loss in points if seen > (1 - LAST) * points[-1][0]]
+    values = [math.inf if loss is None or not math.isfinite(loss) else loss for loss in last]
+    return statistics.fmean(values) if values else math.inf
+
+
+def best_rate(by_rate: Mapping[float, float]) -> float:
+    """Of equal losses, the lower rate's."""
+    return min(sorted(by_rate), key=by_rate.__getitem__)
+
+
+def with_rates(comparison: Comparison, found: Losses) -> Comparison:
+    """The comparison with the learning rates that won."""
+    chosen = [
+        replace(one, flags={**one.flags, "lr": best_rate(found[one.name])}) if one.name in found else one
+        for one in comparison.variants
+    ]
+    return replace(comparison, variants=tuple(chosen))

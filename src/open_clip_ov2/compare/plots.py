@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from open_clip_ov2.compare.answers import Answer
-from open_clip_ov2.compare.parts import Metric
-from open_clip_ov2.compare.results import Found, VariantResult, mean_curve, summary
+from open_clip_ov2.compare.config import Metric
+from open_clip_ov2.compare.results import Found, VariantResult, labelled, mean_curve, summary
 from open_clip_ov2.tracking.figures import COLORS, MARKERS, figure
 
-COLUMNS = 3  # panels side by side
 INK = "#010203"  # stands for the page's text color until the SVG is written
 STYLE = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
@@ -26,40 +24,30 @@ STYLE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """`name` is its id on the page; `caption` says what it shows."""
 
     name: str
     caption: str
     svg: str
-    wide: bool = False  # of several panels
 
 
 def plots(found: Found) -> list[Plot]:
     """All that a comparison has numbers for."""
-    metrics, over, trained = found.comparison.metrics, found.comparison.curve_over, found.trained
-    size = (6.4, 0.7 + 0.42 * len(found.variants))
-    caption = "Images/s: median and range of repetitions in turns."
-    out = [_plot(found, "speed", caption, [partial(speeds, found=found)], size)]
-    for metric in metrics:
+    over, trained, out = found.comparison.curve_over, found.trained, []
+    for metric in found.comparison.metrics:
+        name, label = f"{found.comparison.name}-{metric.key}", metric.label
         if metric.learning and any(any(one.learning.get(metric.key, ())) for one in trained):
             for axis, where in (("samples", ""), ("seconds", ", at the images/s measured beforehand")):
-                caption = f"Held-out {metric.label} over {axis}{where}; mean and standard deviation of seeds."
+                caption = f"Held-out {label} over {axis}{where}; mean and standard deviation of seeds."
                 draw = partial(learning, found=found, metric=metric, over=axis)
-                out.append(_plot(found, f"{metric.key}-over-{axis}", caption, [draw]))
-    if metrics:
-        caption = "At the end of training: each seed, mean and standard deviation; the arrow points to better."
-        each = [
-            partial(final, found=found, metric=metric, named=index % COLUMNS == 0)
-            for index, metric in enumerate(metrics)
-        ]
-        out.append(_plot(found, "finals", caption, each, (3.2, 1.0 + 0.3 * len(trained))))
-    if over:
-        flags = [partial(over_flag, found=found, metric=metric) for metric in metrics]
-        out.append(
-            _plot(found, f"over-{over}", f"Over {over}: mean and standard deviation of seeds.", flags, (3.2, 2.6))
-        )
+                out.append(_plot(f"{name}-over-{axis}", caption, draw))
+        caption = f"{label} at the end of training: each seed, mean and standard deviation; the arrow points to better."
+        draw, size = partial(final, found=found, metric=metric), (6.4, 1.2 + 0.4 * len(trained))
+        out.append(_plot(f"{name}-at-the-end", caption, draw, size))
+        if over:
+            caption = f"{label} at the end of training, over {over}: mean and standard deviation of seeds."
+            out.append(_plot(f"{name}-over-{over}", caption, partial(over_flag, found=found, metric=metric)))
     return out
 
 
@@ -67,13 +55,13 @@ def answer_plots(results: Sequence[Found]) -> list[Plot]:
     """The differences of all answers with their intervals, in one figure for each unit, most answers first."""
     by_unit: dict[str, list[Answer]] = {}
     for answer in (answer for found in results for answer in found.answers):
-        by_unit.setdefault(answer.unit, []).append(answer)
+        by_unit.setdefault(answer.metric.unit, []).append(answer)
     out = []
     for number, (unit, found) in enumerate(sorted(by_unit.items(), key=lambda item: -len(item[1]))):
         what = "points" if unit == "%" else unit or "the metric's own unit"
         caption = f"Differences in {what} between two variants, with 95% intervals; gray where 0 lies inside."
         size = (9.6, 0.9 + 0.34 * len(found))
-        out.append(_drawn(f"answers-{number}", caption, [partial(intervals, found=found, what=what)], size))
+        out.append(_plot(f"answers-{number}", caption, partial(intervals, found=found, what=what), size))
     return out
 
 
@@ -84,28 +72,19 @@ def intervals(axes: Any, found: Sequence[Answer], what: str) -> None:
         color = COLORS[0] if answer.better else COLORS[5]
         axes.errorbar(answer.difference, place, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(found)), [f"{one.a} − {one.b}: {one.metric}" for one in reversed(found)])
+    names = [f"{one.question.a} − {one.question.b}: {one.metric.label}" for one in reversed(found)]
+    axes.set_yticks(range(len(found)), names)
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.set(xlabel=f"difference, {what}")
 
 
-def _plot(
-    found: Found, name: str, caption: str, draw: Sequence[Callable[[Any], None]], size: tuple[float, float] = (6.4, 3.8)
-) -> Plot:
-    """A panel for each of `draw`, three in a row. `size` is that of one panel, in inches."""
-    name = f"{found.comparison.name}-{re.sub(r'[^a-zA-Z0-9]+', '-', name).strip('-').lower()}"
-    return _drawn(name, caption, draw, size)
-
-
-def _drawn(name: str, caption: str, draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Plot:
-    columns, rows = min(COLUMNS, len(draw)), -(-len(draw) // COLUMNS)
+def _plot(name: str, caption: str, draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.8)) -> Plot:
+    """`size` in inches."""
+    name = re.sub(r"[^a-zA-Z0-9]+", "-", name).lower()
     out, saving = io.StringIO(), {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
-    with figure(out, columns, rows, size=(size[0] * columns, size[1] * rows), style=STYLE, **saving) as panels:
-        for axes, one in zip_longest(panels, draw):
-            axes.set_visible(one is not None)
-            if one is not None:
-                one(axes)
-    return Plot(name, caption, _for_page(out.getvalue(), name), wide=len(draw) > 1)
+    with figure(out, size=size, style=STYLE, **saving) as (axes,):
+        draw(axes)
+    return Plot(name, caption, _for_page(out.getvalue(), name))
 
 
 def _for_page(svg: str, name: str) -> str:
@@ -123,10 +102,6 @@ def _look(found: Found, variant: VariantResult) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
 
 
-def _labelled(metric: Metric) -> str:
-    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-
-
 def learning(axes: Any, found: Found, metric: Metric, over: str) -> None:
     """Mean over seeds with a band of one standard deviation."""
     from matplotlib.ticker import EngFormatter
@@ -136,50 +111,35 @@ def learning(axes: Any, found: Found, metric: Metric, over: str) -> None:
         if not points:
             continue
         x = [seen if over == "samples" else variant.seconds_at(seen) for seen, _ in points]
-        means = [metric.scale * mean.mean for _, mean in points]
-        sds = [abs(metric.scale) * (mean.sd or 0.0) for _, mean in points]
+        means = metric.scale * np.array([mean.mean for _, mean in points])
+        sds = metric.scale * np.array([mean.sd or 0.0 for _, mean in points])
         color, marker = _look(found, variant)
         axes.plot(x, means, marker=marker, color=color, markersize=4, label=variant.name)
-        low, high = zip(*((m - s, m + s) for m, s in zip(means, sds, strict=True)), strict=True)
-        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.set(xlabel="samples seen" if over == "samples" else "seconds of training", ylabel=_labelled(metric))
+        axes.fill_between(x, means - sds, means + sds, color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="samples seen" if over == "samples" else "seconds of training", ylabel=labelled(metric))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend()
 
 
-def speeds(axes: Any, found: Found) -> None:
-    """Images/s: the median, and the least and the greatest of the repetitions."""
-    names = [one.name for one in reversed(found.variants)]
-    for place, variant in enumerate(reversed(found.variants)):
-        middle = statistics.median(variant.rates)
-        reach = [[middle - min(variant.rates)], [max(variant.rates) - middle]]
-        color, _ = _look(found, variant)
-        axes.barh(place, middle, color=color, height=0.6, xerr=reach, ecolor=INK, capsize=3)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="images/s in training")
-    axes.grid(visible=False, axis="y")
-
-
-def final(axes: Any, found: Found, metric: Metric, named: bool) -> None:
-    """Every seed's value, with mean and standard deviation; `named`: with the variants' names."""
+def final(axes: Any, found: Found, metric: Metric) -> None:
+    """Every seed's value, with mean and standard deviation."""
     names = [one.name for one in reversed(found.trained)]
     for place, variant in enumerate(reversed(found.trained)):
-        values = variant.shown(metric)
-        if total := summary(values):
-            color, marker = _look(found, variant)
+        if values := variant.shown(metric):
+            total, (color, marker) = summary(values), _look(found, variant)
             axes.plot(values, [place] * len(values), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
             axes.errorbar(total.mean, place, xerr=total.sd or 0, fmt=marker, color=color, capsize=3, markersize=6)
-    axes.set_yticks(range(len(names)), names if named else [""] * len(names))
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_title(f"{_labelled(metric)} {'→' if metric.better == 'higher' else '←'}")
+    axes.set_title(f"{labelled(metric)} {'→' if metric.better == 'higher' else '←'}")
 
 
 def over_flag(axes: Any, found: Found, metric: Metric) -> None:
     """The metric over the value of a flag."""
-    points = [(one.over, summary(one.shown(metric))) for one in found.trained if one.over is not None]
-    known = sorted((x, total.mean, total.sd or 0.0) for x, total in points if total is not None)
-    if known:
-        x, means, sds = zip(*known, strict=True)
+    shown = [(one.over, one.shown(metric)) for one in found.trained if one.over is not None]
+    totals = [(x, summary(values)) for x, values in shown if values]
+    if totals:
+        x, means, sds = zip(*sorted((x, total.mean, total.sd or 0.0) for x, total in totals), strict=True)
         axes.errorbar(x, means, yerr=sds, fmt="o-", color=COLORS[0], capsize=3, markersize=5)
     arrow = "↑" if metric.better == "higher" else "↓"
-    axes.set(title=f"{_labelled(metric)} {arrow}", xlabel=found.comparison.curve_over or "")
+    axes.set(title=f"{labelled(metric)} {arrow}", xlabel=found.comparison.curve_over or "")

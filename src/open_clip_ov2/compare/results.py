@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.compare.answers import Answer
-from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.config import Comparison, Metric
 from open_clip_ov2.compare.measuring import Cost
-from open_clip_ov2.compare.parts import Metric
-from open_clip_ov2.compare.search import Losses
+from open_clip_ov2.compare.plan import Losses
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json
 
@@ -65,6 +64,10 @@ class VariantResult:
         return [metric.scale * value for value in self.values.get(metric.key, ())]
 
 
+def labelled(metric: Metric) -> str:
+    return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+
 @dataclass(frozen=True)
 class Found:
     """One comparison with all its variants."""
@@ -88,9 +91,7 @@ class Summary:
     sd: float | None
 
 
-def summary(values: Sequence[float]) -> Summary | None:
-    if not values:
-        return None
+def summary(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
@@ -113,15 +114,13 @@ def best(found: Found) -> dict[str, str]:
 
 def flatten(value: Any, path: str = "") -> dict[str, float]:
     """Numbers of nested tables by dotted path; a list's items by their index."""
-    return dict(_leaves(value, path))
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield path, float(value)
+        return {path: float(value)}
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    out: dict[str, float] = {}
+    for key, item in inner:
+        out |= flatten(item, f"{path}.{key}" if path else str(key))
+    return out
 
 
 def read_evaluations(files: Mapping[Path, str]) -> dict[str, float]:
@@ -133,12 +132,6 @@ def read_evaluations(files: Mapping[Path, str]) -> dict[str, float]:
             raise UserError(f"two [[evaluate]] give {twice}: give one of them a name, which begins its metrics' keys")
         out |= found
     return out
-
-
-def by_metric(metrics: Sequence[Metric], found: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
-    """The values of each metric over a variant's seeds, without metrics that one of them lacks."""
-    keys = [metric.key for metric in metrics]
-    return {key: tuple(one[key] for one in found) for key in keys if found and all(key in one for one in found)}
 
 
 def check_metrics(comparison: Comparison, known: set[str], variants: Sequence[VariantResult]) -> None:
@@ -163,8 +156,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
     """Mean curve over seeds, at the points where all of them have a value."""
     tables = [dict(curve) for curve in curves]
     shared = set.intersection(*map(set, tables)) if tables else set()
-    means = [(x, summary([table[x] for table in tables])) for x in sorted(shared)]
-    return [(x, mean) for x, mean in means if mean is not None]
+    return [(x, summary([table[x] for table in tables])) for x in sorted(shared)]
 
 
 # --- to results.json and results.csv -------------------------------------------------------------------
@@ -179,9 +171,8 @@ def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
         comparison = plain["comparison"] | {"budget": one.comparison.budget}
         for table in (comparison, *comparison["evaluations"]):
             table["arms"] = table.pop("variants")
-        found_answers = [{**asdict(answer), "sentence": answer.sentence} for answer in one.answers]
-        search = {name: {f"{lr:g}": loss for lr, loss in by_rate.items()} for name, by_rate in one.searched.items()}
-        more = {"machine": one.machine, "answers": found_answers, "search": search}
+        answered = [{**asdict(answer), "sentence": answer.sentence} for answer in one.answers]
+        more = {"machine": one.machine, "answers": answered, "search": plain["searched"]}
         out.append({"comparison": comparison, "arms": plain["variants"], **more})
     return out
 
@@ -194,7 +185,8 @@ def as_csv(found: Sequence[Found]) -> str:
     for one in found:
         for variant in one.variants:
             for quantity, unit, values in _quantities(one, variant):
-                if total := summary(values):
+                if values:
+                    total = summary(values)
                     sd = "" if total.sd is None else f"{total.sd:.6g}"
                     numbers = (f"{total.mean:.6g}", sd, len(values), " ".join(f"{value:.6g}" for value in values))
                     writer.writerow((one.comparison.name, variant.name, variant.model, quantity, unit, *numbers))

@@ -11,14 +11,12 @@ import numpy as np
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import to_argv, value_of
-from open_clip_ov2.compare import page, results
+from open_clip_ov2.compare import page, plan, results
 from open_clip_ov2.compare.answers import Outcomes, answers, stacked
-from open_clip_ov2.compare.config import Comparison
+from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
 from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
-from open_clip_ov2.compare.parts import Evaluation, Variant
-from open_clip_ov2.compare.plan import ByStage, Run, Study, global_batch, mean_over_stages, runs, train_argv
+from open_clip_ov2.compare.plan import ByStage, Losses, Run, Study, global_batch, mean_over_stages, train_argv
 from open_clip_ov2.compare.results import Found, VariantResult
-from open_clip_ov2.compare.search import Losses, best_rate, losses, search_runs, with_rates
 from open_clip_ov2.compare.subprocesses import Command, run_all
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.text.outcomes import outcomes_file, read_outcomes
@@ -64,14 +62,13 @@ def carry_out(study: Study, log: Log) -> list[Found]:
         costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
         speeds = [measure_speeds(study, one, log) for one in study.comparisons]
         searched = [_search(study, one, log) for one in study.comparisons]
-        comparisons = [with_rates(*of_one) for of_one in zip(study.comparisons, searched, strict=True)]
+        comparisons = [plan.with_rates(*of_one) for of_one in zip(study.comparisons, searched, strict=True)]
         planned = [_plan(study, *of_one) for of_one in zip(comparisons, speeds, flops, strict=True)]
-        _train(study, [run for group in planned for run in group], log)
-        _evaluate(study, [run for group in planned for run in group], log)
-        found = [
-            replace(_gather(*of_one), searched=losses)
-            for *of_one, losses in zip(comparisons, planned, costs, speeds, flops, searched, strict=True)
-        ]
+        every = [run for of_one in planned for run in of_one]
+        _train(study, every, log)
+        _evaluate(study, every, log)
+        gathered = zip(comparisons, planned, costs, speeds, flops, searched, strict=True)
+        found = [replace(_gather(*of_one), searched=losses) for *of_one, losses in gathered]
         write_text(study.folder / "index.html", page.page(study.title, found, study.command))
         write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
         write_text(study.folder / "answers.md", page.answers_md(found))
@@ -96,20 +93,22 @@ def _check(study: Study, comparison: Comparison) -> ByStage:
 
 def _search(study: Study, comparison: Comparison, log: Log) -> Losses:
     """The losses of short runs at each learning rate. Raises UserError."""
-    tried = search_runs(study, comparison)
-    folders = {run.title: training.planned_run([*run.argv, "--logs", str(study.logs)]) for _, _, run in tried}
-    _train(study, [PlannedRun(run, folders[run.title], {}) for _, _, run in tried], log)
-    found = losses(tried, lambda run: read_results(folders[run.title].run_dir))
+    tried = plan.search_runs(study, comparison)
+    planned = [PlannedRun(run, training.planned_run([*run.argv, "--logs", str(study.logs)]), {}) for _, _, run in tried]
+    _train(study, planned, log)
+    found: dict[str, dict[float, float]] = {}
+    for (name, lr, _), one in zip(tried, planned, strict=True):
+        found.setdefault(name, {})[lr] = plan.final_loss(read_results(one.known.run_dir))
     for name, by_rate in found.items():
         shown = ", ".join(f"{lr:g} {loss:.3f}" for lr, loss in by_rate.items())
-        log(f"learning rate of {name}: {best_rate(by_rate):g} (loss {shown})")
+        log(f"learning rate of {name}: {plan.best_rate(by_rate):g} (loss {shown})")
     return found
 
 
 def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
     rates = {variant.name: speeds.medians(variant.name) for variant in comparison.variants}
     out = []
-    for run in runs(study, comparison, rates, flops):
+    for run in plan.runs(study, comparison, rates, flops):
         known = training.planned_run([*run.argv, "--logs", str(study.logs)])
         files = {
             study.folder / "evaluations" / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one
@@ -127,24 +126,18 @@ def _train(study: Study, planned: Sequence[PlannedRun], log: Log) -> None:
     commands: dict[str, Command | None] = {}
     for one in planned:
         name, folder, status = one.known.name, one.known.run_dir, read_status(one.known.run_dir)
+        argv = ["train", *one.run.argv, "--logs", str(study.logs), "--name", name]
+        commands[name] = Command.ov2(one.run.title, argv, study.folder / "logs" / f"{name}.txt")
         if status is not None and status.state == FINISHED and status.stage == status.stages:
-            other = validated_otherwise(folder, one.run.argv)
+            commands[name] = None
+            before = read_json(folder / "run.json", dict, "what `ov2 train` writes").get("command", [])
+            other = [flag for flag in VALIDATION if value_of(before, flag) != value_of(argv, flag)]
             if other:
                 raise UserError(
                     f"{folder}: a run of another comparison, validated with another {', '.join(other)}; give --out or "
                     "--logs another folder, or remove the run"
                 )
-            commands[name] = None
-        else:
-            argv = ["train", *one.run.argv, "--logs", str(study.logs), "--name", name]
-            commands[name] = Command.ov2(one.run.title, argv, study.folder / "logs" / f"{name}.txt")
     _run("training", list(commands.values()), study, log)
-
-
-def validated_otherwise(run_dir: Path, argv: Sequence[str]) -> list[str]:
-    """Flags of validation that a run was trained with other values of. Raises UserError."""
-    before = read_json(run_dir / "run.json", dict, "what `ov2 train` writes").get("command", [])
-    return [flag for flag in VALIDATION if value_of(before, flag) != value_of(argv, flag)]
 
 
 def _eval_argv(study: Study, evaluation: Evaluation) -> list[str]:
@@ -183,11 +176,12 @@ def _gather(
 ) -> Found:
     rates = {variant.name: _rates(variant, speeds) for variant in comparison.variants}
     reference = next((one for one in planned if one.run.variant.name == comparison.reference), None)
-    variants, known = [], set[str]()
+    variants, known, outcomes = [], set[str](), {}
     for variant in comparison.variants:
         name, own = variant.name, [one for one in planned if one.run.variant is variant]
         numbers = [one.numbers() for one in own]
         known.update(*numbers)
+        shared = set(numbers[0]).intersection(*numbers) if numbers else set[str]()
         over = {**comparison.flags, **variant.flags}.get(comparison.curve_over or "")
         result = VariantResult(
             name=name,
@@ -202,14 +196,12 @@ def _gather(
             cost=costs[name],
             unlike=unlike(own[0].known.config, reference.known.config) if own and reference else (),
             over=float(over) if isinstance(over, (int, float)) and not isinstance(over, bool) else None,
-            values=results.by_metric(comparison.metrics, numbers),
+            values={one.key: tuple(n[one.key] for n in numbers) for one in comparison.metrics if one.key in shared},
             learning=results.learning_curves(comparison.metrics, [read_results(one.known.run_dir) for one in own]),
         )
         variants.append(result)
+        outcomes[name] = _outcomes(result, own)
     results.check_metrics(comparison, known, variants)
-    outcomes = {
-        one.name: _outcomes(one, [run for run in planned if run.run.variant.name == one.name]) for one in variants
-    }
     return Found(comparison, tuple(variants), speeds.machine, answers(comparison, outcomes))
 
 

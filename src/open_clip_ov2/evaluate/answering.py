@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
@@ -74,8 +74,8 @@ def answer_questions(
         raise UserError(f"no question could be asked ({summary(skipped)}); check the images and the questions")
     return {
         **_mean(answered),
-        "by_rule": _means((row.rule, row) for row in answered),
-        "by_group": _means((row.group, row) for row in answered),
+        "by_rule": _means(answered, "rule"),
+        "by_group": _means(answered, "group"),
         "skipped": [asdict(one) for one in skipped],
     }
 
@@ -106,9 +106,7 @@ def _mean(answered: Sequence[Answered]) -> dict[str, Any]:
     return {"score": sum(row.score for row in answered) / len(answered), "questions": len(answered)}
 
 
-def _means(named: Iterable[tuple[str, Answered]]) -> dict[str, Any]:
-    """By name, sorted; what has none is left out."""
-    by_name: dict[str, list[Answered]] = {}
-    for name, row in named:
-        by_name.setdefault(name, []).append(row)
-    return {name: _mean(rows) for name, rows in sorted(by_name.items()) if name}
+def _means(answered: Sequence[Answered], field: str) -> dict[str, Any]:
+    """By a field, sorted; what has none is left out."""
+    names = sorted({getattr(row, field) for row in answered} - {""})
+    return {name: _mean([row for row in answered if getattr(row, field) == name]) for name in names}

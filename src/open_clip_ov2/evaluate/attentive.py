@@ -1,8 +1,7 @@
 """Attentive probe: one cross-attention of a learned query over frozen patch tokens, and a linear classifier.
 
 As in AIM (arXiv 2401.08541), after CAE (arXiv 2202.03026): tokens standardized by channel, keys and values projected
-without bias, the query a parameter without a projection of its own, several heads, then the classifier. V-JEPA (arXiv
-2404.08471) adds a residual and an MLP, which are not used here.
+without bias, the query a parameter without a projection of its own.
 
 Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head, C classes.
 """
@@ -10,9 +9,9 @@ Shapes: B batch, M samples, N image tokens, D width, H heads, E width of a head,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +24,17 @@ HEAD_WIDTH = 64  # as in every ov2 ViT
 INIT_STD = 0.02  # a ViT's
 MIN_STD = 1e-6  # a channel that never changes stays 0
 BLOCK_ROWS = 64  # samples at a time where nothing is trained
+WARMUP_SHARE = 0.1  # of the steps
 
 
 @dataclass(frozen=True)
 class AttentiveTraining:
-    """AdamW, linear warm-up and cosine to zero. The numbers are ours: papers tune them for each data set."""
+    """The numbers are ours: papers tune them for each data set."""
 
     epochs: int = 30
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.1
-    warmup_share: float = 0.1
     seed: int = 0
 
 
@@ -76,63 +75,52 @@ def standardiser(values_MND: Tensor, rows_M: Tensor) -> Callable[[Tensor], Tenso
 
 
 def attentive_probe(
-    train: Features,
-    test: Features,
-    *,
-    training: AttentiveTraining | None = None,
-    device: torch.device | str = "cpu",
+    train: Features, test: Features, *, training: AttentiveTraining | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Accuracy on token features, JSON-ready. What is drawn depends on the seed and the training set's order alone.
-
-    The last epoch counts, no epoch is chosen. Raises UserError, see `match_labels`.
-    """
+    """Accuracy on token features after the last epoch, JSON-ready. What is drawn depends on the seed and the training
+    set's order alone. Raises UserError, see `match_labels`."""
     training, labels = training or AttentiveTraining(), match_labels(train, test)
     standardised, split = standardiser(train.values, labels.train.rows), labels.train
     generator = torch.Generator().manual_seed(training.seed)  # of the CPU: the same draws on every device
     head = AttentiveHead(train.values.shape[-1], len(labels.names), generator).to(device)
-    optimizer, schedule = adamw(head, training, training.epochs * math.ceil(len(split) / training.batch_size))
-    for _ in range(training.epochs):
-        total = torch.zeros((), device=device)
-        for chosen in torch.randperm(len(split), generator=generator).split(training.batch_size):
-            logits_BC = head(standardised(train.values[split.rows[chosen]]).to(device))
-            loss = F.cross_entropy(logits_BC, split.classes_M[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach() * len(chosen)
+    epochs = [torch.randperm(len(split), generator=generator) for _ in range(training.epochs)]
+    batches = [batch for epoch in epochs for batch in epoch.split(training.batch_size)]
+
+    def loss_of(batch: Tensor) -> Tensor:
+        logits_BC = head(standardised(train.values[split.rows[batch]]).to(device))
+        return F.cross_entropy(logits_BC, split.classes_M[batch].to(device))
+
+    losses = train_steps(head, batches, loss_of, training.lr, training.weight_decay)
+    last = slice(-math.ceil(len(split) / training.batch_size), None)
+    total = sum(loss * len(batch) for loss, batch in zip(losses[last], batches[last], strict=True))
     with torch.no_grad():
         blocks = labels.test.rows.split(BLOCK_ROWS)
         logits_MC = torch.cat([head(standardised(test.values[rows]).to(device)).cpu() for rows in blocks])
     result = labels.result(ranks(logits_MC, labels.test.classes_M))
-    return {**result, "training": vars(training).copy(), "train_loss": total.item() / len(split)}
+    return {**result, "training": vars(training).copy(), "train_loss": total / len(split)}
 
 
-class Rates(Protocol):
-    """What `adamw` needs to know of a training."""
-
-    @property
-    def lr(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
-
-    @property
-    def warmup_share(self) -> float: ...
-
-
-def adamw(
-    module: nn.Module, training: Rates, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW without weight decay of vectors, with linear warm-up and cosine to zero."""
+def train_steps(
+    module: nn.Module, batches: Sequence[Any], loss_of: Callable[[Any], Tensor], lr: float, weight_decay: float
+) -> list[float]:
+    """AdamW without weight decay of vectors, with linear warm-up and cosine to zero; the loss of each step."""
+    steps = len(batches)
     matrices, others = ([one for one in module.parameters() if (one.ndim > 1) == wanted] for wanted in (True, False))
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
-    warmup = max(1, round(training.warmup_share * steps))
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    warmup = max(1, round(WARMUP_SHARE * steps))
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    schedule, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, share), []
+    for batch in batches:
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()

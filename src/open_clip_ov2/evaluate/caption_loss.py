@@ -36,26 +36,22 @@ def eval_kept_idx(
 ) -> Tensor | list[Tensor] | None:
     """`kept_by_key` at `keep_ratio`, by default the model's own in evaluation; None if all tokens are kept. Of
     NativeImages for each `(K,)`."""
+    own = model.token_drop.eval_keep_ratio
+    ratio = own if keep_ratio is None else keep_ratio
     if isinstance(images, NativeImages):
-        ratio = model.token_drop.eval_keep_ratio if keep_ratio is None else keep_ratio
-        if ratio == model.token_drop.eval_keep_ratio == 1:
-            return None
         each = zip(keys, images.counts, strict=True)
-        return [kept_by_key([key], count, num_kept(count, ratio))[0] for key, count in each]
-    rows, columns = model.visual.grid_size
-    num_tokens = rows * columns
-    own = num_kept(num_tokens, model.token_drop.eval_keep_ratio)
-    kept = own if keep_ratio is None else num_kept(num_tokens, keep_ratio)
-    if kept == own == num_tokens:
+        whole = ratio == own == 1
+        return None if whole else [kept_by_key([key], count, num_kept(count, ratio))[0] for key, count in each]
+    num_tokens = math.prod(model.visual.grid_size)
+    kept = num_kept(num_tokens, ratio)
+    if kept == num_kept(num_tokens, own) == num_tokens:
         return None
     return kept_by_key(keys, num_tokens, kept).to(model.visual.positional_embedding.device)
 
 
 def caption_loss(model: EvalModel, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Caption loss (nats per token) and perplexity over this process's batches and all others'.
-
-    Where samples have groups, the same of each group as `by_kind`; samples without one count in the whole alone.
-    """
+    """Caption loss (nats per token) and perplexity over this process's batches and all others'. Where samples have
+    groups, the same of each group as `by_kind`; samples without one count in the whole alone."""
     sums: dict[str, tuple[float, ...]] = {}  # by kind: nll, targets, samples
     for batch in batches:
         for kind, part in _by_kind(batch):

@@ -37,9 +37,7 @@ class Classes:
     @classmethod
     def of(cls, given: Sequence[str] | Mapping[str, str]) -> Classes:
         """From {label: name}, or from names. A name's labels are its place from 0 on and the name itself, the latter
-        unless two names are equal (ImageNet's list has such), the former unless a name is a number.
-        Raises UserError: fewer than two classes, an empty name.
-        """
+        unless two names are equal (ImageNet's has such), the former unless a name is a number. Raises UserError."""
         names = tuple(given.values()) if isinstance(given, Mapping) else tuple(given)
         wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
         if wrong or len(set(names)) < 2:
@@ -86,34 +84,29 @@ class Classes:
 
 
 def classify(loader: EvalLoader, classes: Classes, scores: Callable[[Batch], Tensor], decimals: int) -> dict[str, Any]:
-    """Accuracy of the class with the highest score, JSON-ready; the same on any number of processes.
-
-    `scores` gives `(B, C)` of a batch, which is rounded to `decimals`; of equal ones the first class is first.
-    `skipped`: keys by reason, in no average. Raises UserError if no sample is left.
-    """
-    places: dict[int, tuple[int, int, str]] = {}  # of a sample: its class's number, that one's place among all, its key
-    skipped: dict[int, tuple[str, str]] = {}  # its key, and why
+    """Accuracy of the class with the highest score, JSON-ready; the same on any number of processes. `scores` gives
+    `(B, C)` of a batch, which is rounded to `decimals`; of equal ones the first class is first. `skipped`: keys by
+    reason, in no average. Raises UserError if no sample is left."""
+    # Of a sample: its key, why it is skipped, its class's number, and that one's place among all.
+    rows: dict[int, tuple[str, str | None, int, int]] = {}
     for batch in loader:
         scores_BC = scores(batch).double().cpu().round(decimals=decimals)
         finite = scores_BC.isfinite().all(dim=1).tolist()
         numbers = [classes.number.get(label, -1) for label in batch.groups]
         ranked = ranks(scores_BC, torch.tensor(numbers).clamp(min=0)).tolist()
         for row, index in enumerate(batch.indices):
+            cause = None if finite[row] else NOT_FINITE
             if numbers[row] < 0:
-                skipped[index] = batch.keys[row], UNKNOWN_CLASS if batch.groups[row] else NO_LABEL
-            elif not finite[row]:
-                skipped[index] = batch.keys[row], NOT_FINITE
-            else:
-                places[index] = numbers[row], ranked[row], batch.keys[row]
-    used, left_out = gathered(places), gathered(skipped).values()
+                cause = UNKNOWN_CLASS if batch.groups[row] else NO_LABEL
+            rows[index] = batch.keys[row], cause, numbers[row], ranked[row]
+    every = gathered(rows).values()
     causes = (NO_LABEL, UNKNOWN_CLASS, NOT_FINITE)
-    keys = {cause: [key for key, why in left_out if why == cause] for cause in causes}
+    skipped = {cause: [key for key, why, *_ in every if why == cause] for cause in causes}
+    used = [row for row in every if row[1] is None]
     if not used:
-        counts = ", ".join(f"{len(found)} with {cause}" for cause, found in keys.items() if found)
-        raise UserError(
-            f"none of {len(left_out)} samples can be classified ({counts}); check the labels and the classes"
-        )
-    numbered, places_of, keys_of = zip(*used.values(), strict=True)
-    classes_M, places_M = torch.tensor(numbered), torch.tensor(places_of)
-    right = {"top1": outcome(keys_of, (places_M == 0).tolist())}
-    return {**class_scores(places_M, classes_M, classes.shown), "skipped": keys, OUTCOMES: right}
+        counts = ", ".join(f"{len(keys)} with {cause}" for cause, keys in skipped.items() if keys)
+        raise UserError(f"none of {len(every)} samples can be classified ({counts}); check the labels and the classes")
+    keys, _, class_numbers, places = zip(*used, strict=True)
+    classes_M, places_M = torch.tensor(class_numbers), torch.tensor(places)
+    right = {"top1": outcome(keys, (places_M == 0).tolist())}
+    return {**class_scores(places_M, classes_M, classes.shown), "skipped": skipped, OUTCOMES: right}

@@ -132,11 +132,9 @@ class EvalJob:
         return gathered(rows), gathered_keys(loader.skipped_keys)
 
     def with_shuffled_images(self) -> Iterator[Batch]:
-        """Each caption with the image of the sample before it in file order, the first with that of the last.
-
-        This process's share of batches; every process decodes all images, because workers would bring them in another
-        order. Raises UserError for a single sample.
-        """
+        """Each caption with the image of the sample before it in file order, the first with that of the last. This
+        process's share of batches; every process decodes all images, because workers would bring them in another order.
+        Raises UserError for a single sample."""
         rank, world_size = place()
         whole = self.captioned(workers=0).full()
         begin = next(whole)

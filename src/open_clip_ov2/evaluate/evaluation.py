@@ -26,13 +26,10 @@ def run_tasks(
     say: Callable[[str], None] | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Results by task.
-
-    After each task, the first process writes all results so far to `out`, what came out for each picture to a file .npz
-    beside it (text/outcomes.py), and calls `done` with the task's name and the results. If no tasks are named, `say`
-    gets a line for each task that is left out. Raises UserError if a task that was named cannot be done, before the
-    first task as far as that can be known.
-    """
+    """Results by task. After each, the first process writes all results so far to `out`, what came out for each picture
+    to a file .npz beside it (text/outcomes.py), and calls `done` with the task's name and the results. If no tasks are
+    named, `say` gets a line for each that is left out. Raises UserError if a task that was named cannot be done, before
+    the first task as far as that can be known."""
     model, options, first = job.model, job.options, place()[0] == 0
     check_tasks(options, model.name, model.abilities)
     results: dict[str, Any] = {}

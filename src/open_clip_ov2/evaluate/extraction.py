@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +39,8 @@ SHARED_ROWS = 1 << 10  # summed over processes at a time
 @dataclass(frozen=True)
 class Features:
     """All usable samples in file order: `values` `(M, D)` for "pooled", `(M, N, D)` for "tokens" of the last and of the
-    "penultimate" block; float32 on the CPU.
-
-    A label is the text under the loader's `group_by`, "" where a sample has none. `skips`: keys of samples that could
-    not be used, by cause, over all processes.
-    """
+    "penultimate" block; float32 on the CPU. A label is the text under the loader's `group_by`, "" where a sample has
+    none. `skips`: keys of samples that could not be used, by cause, over all processes."""
 
     keys: tuple[str, ...]
     labels: tuple[str, ...]
@@ -74,11 +71,9 @@ def stamp(paths: Sequence[str | Path]) -> str:
 def extract(
     model: EvalModel, loader: EvalLoader, kind: Kind = "pooled", *, cache: Path | None = None, disk: Path | None = None
 ) -> Features:
-    """Features of the loader's set; the same on any number of processes, each of which gets all of them.
-
-    `cache`: a file that they are read from if it is there, and written to otherwise. `disk`: a folder in which they are
-    memory-mapped instead of held in RAM. Raises UserError if they need more memory than there is.
-    """
+    """Features of the loader's set; the same on any number of processes, each of which gets all of them. `cache`: a
+    file that they are read from if it is there, and written to otherwise. `disk`: a folder in which they are
+    memory-mapped instead of held in RAM. Raises UserError if they need more memory than there is."""
     if cache and all(all_gathered(cache.is_file())):
         logger.info("%s: features read", cache)
         return _read(cache)
@@ -124,14 +119,9 @@ class _Store:
     def _grow(self, samples: int, shape: Sequence[int]) -> None:
         if self._disk is None:
             self._check_memory(samples, shape)
-        self._pages = pages(4 * samples * math.prod(shape), self._disk)
-        before, self._values_MD = self._values_MD, self._view(samples, shape)
+        before, self._values_MD = self._values_MD, zeros((samples, *shape), self._disk)
         if len(before):
             self._values_MD[: len(before)] = before
-
-    def _view(self, samples: int, shape: Sequence[int]) -> Tensor:
-        count = samples * math.prod(shape)
-        return torch.frombuffer(self._pages, dtype=torch.float32, count=count).view(samples, *shape)
 
     def _check_memory(self, samples: int, shape: Sequence[int]) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", place()[1]))  # every process of a machine ends with all features
@@ -158,10 +148,7 @@ class _Store:
         for row, index in enumerate(used):
             if row != index:
                 self._values_MD[row] = self._values_MD[index]
-        return self._view(len(used), self._values_MD.shape[1:])
-
-
-# --- memory: how much is free, and pages of one's own ---------------------------------------------------------
+        return torch.from_numpy(self._values_MD.numpy()[: len(used)])  # torch.save would write all that a view is of
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
@@ -177,20 +164,19 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | Non
     return min(known, default=None)
 
 
-def pages(size: int, folder: Path | None = None) -> mmap.mmap:
-    """So many zero bytes outside the allocator, which go when nothing refers to them: in RAM, or in a file without a
-    name in `folder`. Raises UserError if there is no room: the file's blocks are reserved now, or writing to it could
-    kill the process.
-    """
+def zeros(shape: tuple[int, ...], folder: Path | None = None) -> Tensor:
+    """float32, in RAM (pages that are taken when they are written to) or in a file without a name in `folder`. Raises
+    UserError if there is no room: the file's blocks are reserved now, or writing to it could kill the process."""
     if folder is None:
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    size = 4 * math.prod(shape)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-            return mmap.mmap(file.fileno(), size)
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
     except OSError as error:
         raise UserError(
             f"{folder}: no room for {size / 1e9:.1f} GB of features ({error.strerror}); name another folder"

@@ -30,8 +30,7 @@ def all_gathered(mine: Value) -> list[Value]:
 
 def gathered(rows: Mapping[int, Value]) -> dict[int, Value]:
     """Results by a sample's place in file order (`Batch.indices`) from all processes, in that order; every process gets
-    all. Raises ValueError if a sample was evaluated twice.
-    """
+    all. Raises ValueError if a sample was evaluated twice."""
     parts = all_gathered(rows)
     merged = {index: value for part in parts for index, value in part.items()}
     if len(merged) != sum(map(len, parts)):

@@ -15,15 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.labels import accuracy, match_labels, ranks
 
 TEMPERATURE = 0.07  # DINO's, from arXiv 1805.01978
 NEIGHBOURS = (10, 20, 100, 200)  # DINO's list
 HEADLINE = 20  # DINO: works best consistently; a k chosen on the test set would flatter
-# Ours. Decimals of a similarity: equal images are equally near, wherever in a matrix product they stood.
-DECIMALS = 9
+DECIMALS = 9  # ours: equal images are equally near, wherever in a matrix product they stood
 BLOCK_BYTES = 1 << 28  # ours: similarities held at once
 
 
@@ -32,11 +30,12 @@ def nearest(train_TD: Tensor, test_MD: Tensor, k: int, device: torch.device | st
     near ones the first row is first.
     """
     train_TD = F.normalize(train_TD.to(device, torch.float64), dim=1)
-    found: list[tuple[Tensor, Tensor]] = []
+    found = []
     for block_BD in test_MD.split(max(1, BLOCK_BYTES // (8 * len(train_TD)))):
         similar_BT = F.normalize(block_BD.to(device, torch.float64), dim=1) @ train_TD.T
         found.append(_largest(similar_BT.round(decimals=DECIMALS), k))
-    return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
+    similar, rows = zip(*found, strict=True)
+    return torch.cat(similar), torch.cat(rows)
 
 
 def _largest(similar_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -59,18 +58,14 @@ def knn(
     train: Features, test: Features, *, neighbours: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy on pooled features, JSON-ready. The headline is the weighted vote of 20, or of the most that there are.
-
-    By default DINO's k as far as the training set has so many samples. Equally near training samples come in the order
-    of their keys, so the order of the set does not matter. A class without a vote is never among the first five.
-    Raises UserError: a k out of range; see `match_labels`.
-    """
+    `neighbours`: the k's, by default DINO's as far as the training set has so many samples. Equally near training
+    samples come in the order of their keys, so the order of the set does not matter. Raises UserError, see
+    `match_labels`."""
     labels = match_labels(train, test)
     most = len(labels.train)
-    counts = [k for k in NEIGHBOURS if k <= most] or [most] if neighbours is None else sorted(set(neighbours))
-    if wrong := [k for k in counts if not 1 <= k <= most] if counts else ["none"]:
-        raise UserError(f"k-NN: k = {wrong[0]}; expected 1 to the {most} training samples")
+    counts = neighbours or [k for k in NEIGHBOURS if k <= most] or [most]
     headline = HEADLINE if HEADLINE in counts else max(counts)
-    by_key = torch.tensor(sorted(range(len(labels.train)), key=labels.train.keys.__getitem__))
+    by_key = torch.tensor(sorted(range(most), key=labels.train.keys.__getitem__))
     reference = labels.train.part(by_key)
     train_TD, test_MD = train.values[reference.rows], test.values[labels.test.rows]
     similar_MK, rows_MK = nearest(train_TD, test_MD, max(counts), device=device)

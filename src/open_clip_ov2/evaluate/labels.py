@@ -90,8 +90,7 @@ def _split(features: Features, number: dict[str, int], which: str, skipped: dict
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """(to fit, held out): `share` of each class, one sample at least but never its last; chosen by key alone, so that
-    neither the order of the samples nor other classes matter. Raises UserError if no class has two samples.
-    """
+    neither the order of the samples nor other classes matter. Raises UserError if no class has two samples."""
     by_class: dict[int, list[int]] = {}
     for row, number in enumerate(split.classes_M.tolist()):
         by_class.setdefault(number, []).append(row)
@@ -106,8 +105,7 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
 
 def ranks(scores_MC: Tensor, classes_M: Tensor) -> Tensor:
     """Place of the true class, from 0, `(M,)` int64; of equal scores the lower class number is first, and a class with
-    score -inf (nothing speaks for it) is last, as is one among scores that are not numbers.
-    """
+    score -inf (nothing speaks for it) is last, as is one among scores that are not numbers."""
     true_M1 = scores_MC.gather(1, classes_M[:, None])
     before = torch.arange(scores_MC.shape[1], device=scores_MC.device)[None] < classes_M[:, None]
     places = ((scores_MC > true_M1) | ((scores_MC == true_M1) & before)).sum(dim=1)

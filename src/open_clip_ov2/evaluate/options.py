@@ -92,9 +92,7 @@ class GenerationOptions:
         "native: images keep their shapes, as with `ov2 train --aspect native` (default: as the model was trained)",
     )
     max_tokens: int | None = flag(
-        "N",
-        whole(1),
-        "with native: tokens of one image at most (default: as in training, or as many as a square)",
+        "N", whole(1), "with native: tokens of one image at most (default: as in training, or as many as a square)"
     )
     generation_type: str = flag(
         "NAME", one_of(*GENERATION_TYPES), "how tokens are chosen (default: greedy)", default="greedy", group=GENERATION

@@ -67,17 +67,11 @@ class Picture:
 
 
 def captions_of(
-    model: EvalModel,
-    images: Iterable[str | Path | Picture],
-    options: CaptionOptions,
-    skips: SkipCounter | None = None,
+    model: EvalModel, images: Iterable[str | Path | Picture], options: CaptionOptions, skips: SkipCounter | None = None
 ) -> Iterator[tuple[Picture, str]]:
-    """Each image with its best caption; paths are read by `pictures`. What cannot be used is counted in `skips`.
-
-    With several draws, draw n keeps the tokens that belong to the key "draw n", whatever the image is called. The best
-    caption is the one with the greatest mean over the draws of log p(caption | the tokens that the draw keeps), among
-    the captions that were generated with each. Raises UserError.
-    """
+    """Each image with its best caption; paths are read by `pictures`. What cannot be used is counted in `skips`. With
+    several draws, draw n keeps the tokens that belong to the key "draw n", and the best caption is the one of all that
+    were generated with the greatest mean over the draws of log p(caption | the kept tokens). Raises UserError."""
     if options.draws > 1 or options.show_tokens:
         model.kept([""])  # raises UserError for a model that drops no tokens
     if options.num_captions > 1 and options.generation_type == "greedy" and options.draws == 1:
@@ -155,12 +149,10 @@ def pictures(
     skips: SkipCounter | None = None,
     captions: tuple[CaptionSet, ...] = (),
 ) -> Iterator[Picture]:
-    """Every Nth image of all that the paths hold; what cannot be used is counted in `skips`.
-
-    A path is an image file, a folder with images at any depth, tars as `ov2 train` takes them (braces, `::`, `pipe:`),
-    a csv, a pipe with an image or a tar, or `-` for standard input. `captions` are sets beside the tars. Raises
-    UserError, at once, for a path that does not exist or a folder without images.
-    """
+    """Every Nth image of all that the paths hold; what cannot be used is counted in `skips`. A path is an image file, a
+    folder with images at any depth, tars as `ov2 train` takes them (braces, `::`, `pipe:`), a csv, a pipe with an image
+    or a tar, or `-` for standard input. `captions` are sets beside the tars. Raises UserError, at once, for a path that
+    does not exist or a folder without images."""
     counter = skips or SkipCounter()
     with naming("--caption-keys"):
         keys = parse_caption_keys(caption_keys)
@@ -216,7 +208,7 @@ def _of_any_file(file: Path, skips: SkipCounter) -> Iterator[Raw]:
     except OSError:
         yield _of_file(file)  # counted with the reason when it is decoded
         return
-    if data[MARK_AT : MARK_AT + len(TAR_MARK)] != TAR_MARK:
+    if not data.startswith(TAR_MARK, MARK_AT):
         yield {**_of_file(file), IMAGE_ENTRY: data}
         return
     with tempfile.NamedTemporaryFile(suffix=".tar") as copy:

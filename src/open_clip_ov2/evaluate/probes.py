@@ -1,8 +1,7 @@
 """Linear probe: multinomial logistic regression on frozen features.
 
-Protocol: CLIP (arXiv 2103.00020, section 3.2 and appendix A.3): L-BFGS, at most 1000 iterations, L2 strength searched
-on a held-out part of the training set, then fitted to all of it. Features are standardized, as MAE's batch norm without
-affine does it (arXiv 2111.06377, appendix A.1), because models differ in the scale of their features.
+Protocol: CLIP (arXiv 2103.00020, section 3.2 and appendix A.3), on features that are standardized, as MAE's batch norm
+without affine does it (arXiv 2111.06377, appendix A.1), because models differ in their scale (docs/evaluation.md).
 
 Shapes: M samples, D width, C classes (evaluate/__init__.py).
 """
@@ -25,9 +24,7 @@ FIRST_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINEST_STEP = 1 / 8
 MAX_ITERATIONS = 1000
 HELD_OUT = 0.2  # ours: CLIP does not say which part of a training set without a validation set it holds out
-SEARCH_ITERATIONS = (
-    60  # ours: the search needs an order of the candidates and not their minima (as with 200: dev/LOG.md)
-)
+SEARCH_ITERATIONS = 60  # ours: the search needs the order of the candidates, not their minima (dev/LOG.md)
 TOLERANCE = 1e-9  # ours: largest entry of the gradient of the mean loss, in the coordinates of `_stretched_axes`
 LEAST_CHANGE = 1e-11  # ours: an iteration that lowers the mean loss by less (nats) is the last one
 LOSS_DIGITS = 3  # ours: a difference of less than 0.001 nats between two candidates may be rounding of the features
@@ -62,11 +59,8 @@ def fit(
     least_change: float = LEAST_CHANGE,
     max_iterations: int = MAX_ITERATIONS,
 ) -> LinearModel:
-    """Minimize sum of cross-entropies + regulariser / 2 * |weight|^2, with a free bias, from zero and in float64.
-
-    scikit-learn's C is 1 / regulariser. It ends when an iteration lowers the mean loss by less than
-    `least_change`; `converged` is false if `max_iterations` ended it.
-    """
+    """Minimize sum of cross-entropies + regulariser / 2 * |weight|^2, with a free bias, from zero and in float64. It
+    ends when an iteration lowers the mean loss by less than `least_change`, or after `max_iterations`."""
     x_MD, classes_M = x_MD.to(device, torch.float64), classes_M.to(device)
     std_D, mean_D = torch.std_mean(x_MD, dim=0, correction=0)
     std_D = torch.where(std_D > 0, std_D, 1.0)  # a feature that never changes
@@ -109,8 +103,7 @@ def _stretched_axes(x_MD: Tensor, num_classes: int, regulariser: float) -> Tenso
     """Principal axes as columns `(D, D)`, each stretched so that the loss is about as steep along each of them.
 
     The loss's Hessian is X^T S X + regulariser with S somewhere below 1/2 (Böhning 1992), taken as CURVATURE / classes.
-    The minimum is the same in any coordinates; features that are much alike take a tenth of the iterations.
-    """
+    The minimum is the same in any coordinates."""
     variance_D, axes_DD = torch.linalg.eigh(x_MD.T @ x_MD)
     variance_D = variance_D.clamp(min=torch.finfo(variance_D.dtype).eps * max(variance_D.max().item(), 1.0))
     return axes_DD * (CURVATURE / num_classes * variance_D + regulariser).rsqrt()
@@ -133,12 +126,9 @@ def search(score: Callable[[float], tuple[float, float]]) -> tuple[float, dict[f
 def linear_probe(
     train: Features, test: Features, *, regulariser: float | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Accuracy of a linear classifier on pooled features, JSON-ready. `regulariser` spares the search for one.
-
-    The search chooses the regulariser with the most held-out samples right; of equals, the one with the least held-out
-    loss to LOSS_DIGITS; of equals in that too, the strongest. Nothing is drawn at random.
-    Raises UserError, see `match_labels` and `hold_out`.
-    """
+    """Accuracy of a linear classifier on pooled features, JSON-ready. `regulariser` spares the search for one, which
+    takes the most held-out samples right; of equals, the least held-out loss to LOSS_DIGITS; of equals in that too, the
+    strongest. Nothing is drawn at random. Raises UserError, see `match_labels` and `hold_out`."""
     labels = match_labels(train, test)
 
     def fitted(split: Split, regulariser: float, max_iterations: int) -> LinearModel:

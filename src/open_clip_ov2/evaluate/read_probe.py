@@ -1,8 +1,7 @@
 """Reading probe: how well a small fresh decoder reads through a frozen encoder.
 
 A `TextDecoder` with cross-attention, the same for every encoder, is trained on frozen patch tokens to spell captions,
-then writes those of held-out pictures. The protocol is ours: it measures for encoders that write nothing themselves
-(CLIP) what OpenVision 2 (arXiv 2509.01644) claims of generative ones. All draws depend on the seed alone.
+then writes those of held-out pictures. The protocol is ours (docs/evaluation.md). All draws depend on the seed alone.
 
 Shapes: B batch, M samples, N image tokens, D width, L caption tokens, V vocabulary.
 """
@@ -24,7 +23,7 @@ from torch import Tensor
 from open_clip_ov2.core import IGNORE_INDEX, DecoderConfig, TextDecoder, caption_targets
 from open_clip_ov2.core.generate import CaptionStream, GenerationConfig, generate
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.attentive import BLOCK_ROWS, adamw, standardiser
+from open_clip_ov2.evaluate.attentive import BLOCK_ROWS, standardiser, train_steps
 from open_clip_ov2.evaluate.eval_job import EvalJob, Readable
 from open_clip_ov2.evaluate.extraction import Kind
 from open_clip_ov2.evaluate.text.normalise import plain
@@ -50,7 +49,6 @@ class ReadTraining:
     batch_size: int
     lr: float
     weight_decay: float = 0.01
-    warmup_share: float = 0.1
 
     def decoder(self, image_width: int, vocab_size: int, seed: int) -> TextDecoder:
         """A fresh one, drawn on the CPU: the same on every device."""
@@ -95,10 +93,10 @@ class Spelling:
 def read_probe(job: EvalJob) -> dict[str, Any]:
     """By layer; at the top the last one's rates."""
     options, layers, skipped = job.options, {}, {}
-    names = ("samples", "width", "layers", "lr")
-    training = ReadTraining(batch_size=options.read_batch, **{name: getattr(options, f"read_{name}") for name in names})
+    sizes = (options.read_samples, options.read_width, options.read_layers)
+    training = ReadTraining(*sizes, options.read_batch, options.read_lr)
+    assert options.train_data is not None
     for layer, kind in LAYERS.items():
-        assert options.train_data is not None
         sets = [job.readable(data, kind) for data in (options.train_data, options.data)]
         layers[layer] = probe_layer(sets[0][0], sets[1][0], training, options.read_seeds, job.model.device)
         skipped = {"train": sets[0][1], "test": sets[1][1]}
@@ -140,10 +138,8 @@ def _spread(row: Mapping[str, Any], name: str) -> str:
 
 
 def probe_layer(train: Readable, test: Readable, training: ReadTraining, seeds: int, device: Any) -> dict[str, Any]:
-    """Rates of the test captions: mean over seeds and standard deviation (`_std`), by kind too; JSON-ready.
-
-    Raises UserError if a set has no sample.
-    """
+    """Rates of the test captions: mean over seeds and standard deviation (`_std`), by kind too; JSON-ready. Raises
+    UserError if a set has no sample."""
     for name, one in (("training", train), ("test", test)):
         if not one.rows:
             raise UserError(f"no {name} sample has a caption and finite features; check --caption-keys and the model")
@@ -179,19 +175,16 @@ def train_decoder(
     """A trained decoder and the loss of each step, in nats per token."""
     decoder = training.decoder(train.tokens.values.shape[-1], len(spelling.pieces), seed).to(device)
     ids = [torch.tensor(spelling.ids(caption)) for caption in train.captions]
-    order = batches(len(ids), training, seed)
-    optimizer, schedule = adamw(decoder, training, len(order))
-    losses = []
-    for chosen in order:
+
+    def loss_of(chosen: list[int]) -> Tensor:
         texts_BL = torch.nn.utils.rnn.pad_sequence([ids[one] for one in chosen], True, PAD).to(device)
         tokens_BND = standardised(train.tokens.values[[train.rows[one] for one in chosen]]).to(device)
-        loss = caption_loss(decoder, tokens_BND, texts_BL)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-    return decoder, torch.stack(losses).tolist()
+        logits_BPV = decoder.lm_head(decoder(tokens_BND, texts_BL[:, :-1]))
+        targets_BP = caption_targets(texts_BL, EOS)
+        return F.cross_entropy(logits_BPV.flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORE_INDEX)
+
+    order = batches(len(ids), training, seed)
+    return decoder, train_steps(decoder, order, loss_of, training.lr, training.weight_decay)
 
 
 def batches(samples: int, training: ReadTraining, seed: int) -> list[list[int]]:
@@ -201,13 +194,6 @@ def batches(samples: int, training: ReadTraining, seed: int) -> list[list[int]]:
     passes = math.ceil(steps * training.batch_size / samples)
     order = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
     return order[: steps * training.batch_size].view(steps, training.batch_size).tolist()
-
-
-def caption_loss(decoder: TextDecoder, tokens_BND: Tensor, texts_BL: Tensor) -> Tensor:
-    """Nats per target token, a scalar."""
-    logits_BPV = decoder.lm_head(decoder(tokens_BND, texts_BL[:, :-1]))
-    targets_BP = caption_targets(texts_BL, EOS)
-    return F.cross_entropy(logits_BPV.flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORE_INDEX)
 
 
 @torch.no_grad()
@@ -220,7 +206,7 @@ def write(decoder: TextDecoder, tokens_BND: Tensor, spelling: Spelling) -> list[
 
 
 def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each rate, and standard deviation with n - 1; None for a single seed."""
+    """Mean of each rate and standard deviation (n - 1)."""
     found: dict[str, Any] = {"pictures": scores[0]["pictures"]}
     for name in RATES:
         values = [score[name] for score in scores if score[name] is not None]
@@ -232,9 +218,8 @@ def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _mean_outcomes(by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each rate of right or wrong that the probe reports: the share of seeds in which a picture is right."""
-    paths = [path for path in by_seed[0] if path.rpartition(".")[2] in RATES]
-    columns = {path: [one[path] for one in by_seed] for path in paths}
     return {
-        path: {"keys": ones[0]["keys"], "values": np.mean([one["values"] for one in ones], axis=0).tolist()}
-        for path, ones in columns.items()
+        path: {"keys": first["keys"], "values": np.mean([one[path]["values"] for one in by_seed], axis=0).tolist()}
+        for path, first in by_seed[0].items()
+        if path.rpartition(".")[2] in RATES
     }

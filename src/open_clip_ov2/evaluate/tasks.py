@@ -45,13 +45,12 @@ KEEP_RATIOS = (1.0, 0.5, 0.35, 0.25, 0.1)  # 0.35 and 0.25 are the paper's
 DEPENDS_NATS = 0.01  # ours: a loss that shuffling the images raises by less hardly depends on them
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
     """`line`: one line of a result, given the results of all tasks so far. `table`: rows of equal keys, where a line is
     not enough. `needs`: abilities of the model. `flags`: fields of EvalOptions that must be given. `module`: what must
     be installed. `labels`: needs --label-key, unless the data are folders of classes. `named_only`: left out of `all`,
-    because it takes minutes: it scores all pairs of images and texts, or trains.
-    """
+    because it takes minutes."""
 
     compute: Callable[[EvalJob], dict[str, Any]]
     line: Callable[[Result, Mapping[str, Result]], str]
@@ -179,7 +178,7 @@ def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Task:
         skipped = {"train": dict(train.skips), "test": dict(test.skips)}
         return {**probe(train, test, device=job.model.device), "skipped_samples": skipped}
 
-    return Task(compute=compute, line=_top1_line, needs=("features",), flags=("train_data",))
+    return Task(compute, _top1_line, needs=("features",), flags=("train_data",))
 
 
 def _top1_line(found: Result, results: Mapping[str, Result]) -> str:
@@ -197,7 +196,7 @@ def _recall_line(found: Result, results: Mapping[str, Result]) -> str:
 
 def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     """Caption loss by keep ratio; the default ones as far as they keep a token."""
-    rows: dict[str, Any] = {}
+    rows = {}
     for ratio in sorted(set(job.options.keep_ratios or KEEP_RATIOS)):
         try:
             at = EvalJob(job.model, replace(job.options, keep_ratio=ratio))
@@ -242,36 +241,25 @@ def _image_sizes_line(found: Result, results: Mapping[str, Result]) -> str:
 
 
 TASKS: Mapping[str, Task] = {
-    "caption-loss": Task(compute=_on(EvalJob.captioned, _caption_loss), line=_loss_line, needs=("caption",)),
-    "shuffled-loss": Task(compute=_shuffled_loss, line=_shuffled_line, needs=("caption",)),
-    "caption": Task(compute=_caption, line=_caption_line, needs=("caption",), module="pycocoevalcap"),
-    "read-text": Task(compute=_read_text, line=_reading_line, needs=("caption",), table=_reading_table),
-    "likelihood": Task(
-        compute=_on(EvalJob.labelled, zero_shot_likelihood), line=_top1_line, needs=("caption",), labels=True
-    ),
+    "caption-loss": Task(_on(EvalJob.captioned, _caption_loss), _loss_line, needs=("caption",)),
+    "shuffled-loss": Task(_shuffled_loss, _shuffled_line, needs=("caption",)),
+    "caption": Task(_caption, _caption_line, needs=("caption",), module="pycocoevalcap"),
+    "read-text": Task(_read_text, _reading_line, needs=("caption",), table=_reading_table),
+    "likelihood": Task(_on(EvalJob.labelled, zero_shot_likelihood), _top1_line, needs=("caption",), labels=True),
     "likelihood-retrieval": Task(
-        compute=_on(EvalJob.captioned, likelihood_retrieval), line=_recall_line, needs=("caption",), named_only=True
+        _on(EvalJob.captioned, likelihood_retrieval), _recall_line, needs=("caption",), named_only=True
     ),
-    "zero-shot": Task(
-        compute=_on(EvalJob.labelled, zero_shot_contrastive), line=_top1_line, needs=("contrast",), labels=True
-    ),
-    "retrieval": Task(compute=_on(EvalJob.captioned, contrastive_retrieval), line=_recall_line, needs=("contrast",)),
-    "questions": Task(compute=_questions, line=_questions_line, needs=("caption",), flags=("questions",)),
+    "zero-shot": Task(_on(EvalJob.labelled, zero_shot_contrastive), _top1_line, needs=("contrast",), labels=True),
+    "retrieval": Task(_on(EvalJob.captioned, contrastive_retrieval), _recall_line, needs=("contrast",)),
+    "questions": Task(_questions, _questions_line, needs=("caption",), flags=("questions",)),
     "linear-probe": _probe(linear_probe, "pooled"),
     "knn": _probe(knn, "pooled"),
     "attentive-probe": _probe(attentive_probe, "tokens"),
     "read-probe": Task(
-        compute=read_probe,
-        line=read_probe_line,
-        table=read_probe_table,
-        needs=("features",),
-        flags=("train_data",),
-        named_only=True,
+        read_probe, read_probe_line, ("features",), read_probe_table, flags=("train_data",), named_only=True
     ),
-    "keep-ratios": Task(compute=_keep_ratios, line=_keep_ratios_line, needs=("caption", "dropping")),
-    "image-sizes": Task(
-        compute=_image_sizes, line=_image_sizes_line, needs=("features", "resizing"), flags=("image_sizes",)
-    ),
+    "keep-ratios": Task(_keep_ratios, _keep_ratios_line, needs=("caption", "dropping")),
+    "image-sizes": Task(_image_sizes, _image_sizes_line, needs=("features", "resizing"), flags=("image_sizes",)),
 }
 
 

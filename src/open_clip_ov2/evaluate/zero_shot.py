@@ -1,9 +1,5 @@
-"""Classes and retrieval without training, by one of two scores of a text and an image.
-
-    cosine       similarity of the embeddings of models with a text tower (CLIP, arXiv 2103.00020, section 3.1)
-    likelihood   log p(text | image): the sum over the text's tokens, end of text included, of log p(token | tokens
-                 before, image), not divided by the length (CapPa, arXiv 2306.07915; big_vision,
-                 trainers/proj/cappa/predict_fns.py)
+"""Classes and retrieval without training, by cosine similarity (CLIP, arXiv 2103.00020, section 3.1) or by log p(text |
+image), summed over the text's tokens (CapPa, arXiv 2306.07915; big_vision, trainers/proj/cappa/predict_fns.py).
 
 Candidates of retrieval are the different texts of the set: a text that equals one of an image's own captions is right,
 whichever image it was written for. Where no two captions are equal, this is the usual recall (Karpathy and Fei-Fei
@@ -39,8 +35,7 @@ RECALL_AT = (1, 5, 10)
 
 def zero_shot_likelihood(model: EvalModel, loader: EvalLoader, options: EvalOptions) -> dict[str, Any]:
     """Accuracy of the class whose texts are the most likely, mean of the log likelihoods over templates; by default the
-    data's own labels are the names. Raises UserError, see `classify` and `Classes`.
-    """
+    data's own labels are the names. Raises UserError, see `classify` and `Classes`."""
     classes, templates = options.classes or Classes.in_data(loader), options.templates
     texts_CL = model.tokenize(classes.texts(templates))
     log_likelihood, targets_C = _log_likelihood(model, texts_CL), model.num_targets(texts_CL)
@@ -100,8 +95,7 @@ class Pairs:
 
 def scored(loader: EvalLoader, captions: Captions, scores: Callable[[Batch], Tensor], decimals: int) -> Pairs:
     """`scores` gives `(B, all texts)` of a batch, which is rounded to `decimals`. Images whose scores are not finite
-    are left out. Raises UserError if fewer than two images or texts are left.
-    """
+    are left out. Raises UserError if fewer than two images or texts are left."""
     rows: dict[int, tuple[str, Tensor | None]] = {}
     for batch in loader:
         for index, key, row_U in zip(batch.indices, batch.keys, scores(batch).cpu(), strict=True):
@@ -144,12 +138,9 @@ def both_ways(values_MU: Tensor, own_MU: Tensor) -> dict[str, Any]:
 
 
 def likelihood_retrieval(model: EvalModel, loader: EvalLoader, options: EvalOptions) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 both ways, from log p(text | image) of all pairs. Every caption of an image counts.
-
-    A text that is likely for any image wins by that alone. Therefore image to text is also given with log p(text)
-    subtracted, the log of the mean of p(text | image) over the set's own images (Lin et al. 2023, arXiv 2306.01879,
-    alpha = 1); text to image does not change by that. Raises UserError: fewer than two images or texts.
-    """
+    """Recall at 1, 5 and 10 both ways, from log p(text | image) of all pairs. A text that is likely for any image wins
+    by that alone, so image to text is also given with log p(text) subtracted, the log of the mean of p(text | image)
+    over the set's own images (Lin et al. 2023, arXiv 2306.01879, alpha = 1). Raises UserError, see `scored`."""
     captions = Captions.of(loader)
     texts_UL = model.tokenize(captions.texts)
     pairs = scored(loader, captions, _log_likelihood(model, texts_UL), LIKELIHOOD_DECIMALS)
@@ -167,10 +158,7 @@ def likelihood_retrieval(model: EvalModel, loader: EvalLoader, options: EvalOpti
 
 
 def contrastive_retrieval(model: EvalModel, loader: EvalLoader, options: EvalOptions) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 both ways, from cosine similarities. Every caption of an image counts.
-
-    Raises UserError: fewer than two images or texts.
-    """
+    """Recall at 1, 5 and 10 both ways, from cosine similarities. Raises UserError, see `scored`."""
     captions = Captions.of(loader)
     pairs = scored(loader, captions, _cosine(model, _embedded(model, captions.texts)), COSINE_DECIMALS)
     return {**both_ways(pairs.values_MU, pairs.own_MU), **pairs.counts()}

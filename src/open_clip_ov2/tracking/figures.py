@@ -33,17 +33,14 @@ REACH = 5  # values on each side in the window that smooths a training curve
 def figure(
     out: Path | IO[Any],
     columns: int = 1,
-    rows: int = 1,
     *,
     size: tuple[float, float] = SIZE,
     style: Mapping[str, Any] | None = None,
     **saving: Any,
 ) -> Iterator[list[Axes]]:
-    """Panels to draw on, row by row; saved as `out` when the block ends without an error.
-
-    `size` is the whole figure's, in inches; `style` adds to matplotlib's rc parameters; `saving` goes to `savefig`.
-    No display or backend is needed, and nothing of matplotlib's global state stays changed.
-    """
+    """Panels to draw on, side by side; saved as `out` when the block ends without an error. `size` in inches; `style`
+    adds to matplotlib's rc parameters; `saving` goes to `savefig`. No display is needed, and nothing of matplotlib's
+    global state stays changed."""
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -51,7 +48,7 @@ def figure(
     parameters: Any = {**_STYLE, "axes.prop_cycle": cycler(color=COLORS), **(style or {})}
     with matplotlib.rc_context(parameters):
         drawn = Figure(figsize=size, layout="constrained")
-        yield list(drawn.subplots(rows, columns, squeeze=False).flat)
+        yield list(drawn.subplots(1, columns, squeeze=False).flat)
         drawn.savefig(out, **{"dpi": DPI, **saving})
 
 
@@ -102,11 +99,8 @@ def _series(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> tup
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The median of a window around each value, which shrinks towards both ends.
-
-    A value stands in the middle of its window, so a curve that only falls stays as it is: a mean of past values would
-    show the first, high losses long after the loss has fallen.
-    """
+    """The median of a window around each value, which shrinks towards both ends: a curve that only falls stays as it
+    is, where a mean of past values would show the first, high losses for long."""
     reaches = [min(REACH, index, len(values) - 1 - index) for index in range(len(values))]
     return [statistics.median(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 

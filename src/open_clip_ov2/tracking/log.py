@@ -35,10 +35,8 @@ def _matters(record: logging.LogRecord) -> bool:
 
 
 def setup_logging(file: Path | None, rank: int, console: Console | None, debug: bool = False) -> ExitStack:
-    """Log to a file and the console, where given; ranks other than 0 print warnings to stderr after their rank.
-
-    The root logger's own handlers (of some basicConfig, which would print every line twice) come back with `close`.
-    """
+    """Log to a file and the console, where given; ranks other than 0 print warnings to stderr after their rank. The
+    root logger's own handlers (which would print every line twice) come back with `close`."""
     root, handlers = logging.getLogger(), []
     before, level = root.handlers[:], root.level
 

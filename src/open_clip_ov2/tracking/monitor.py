@@ -6,12 +6,14 @@ Units: `_s` is seconds, `memory_mb` mebibytes. The x axis of everything is sampl
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -29,9 +31,7 @@ SILENCE_S = 30.0  # ours: a person begins to worry about a run that prints nothi
 @dataclass(frozen=True)
 class StageInfo:
     """Stage `number` (from 1) of `of`, with `samples` in all, of which `first_sample` are seen, in `first_step` steps.
-
-    `workers` are data workers of each process.
-    """
+    `workers` are data workers of each process."""
 
     number: int
     of: int
@@ -50,11 +50,8 @@ class StageInfo:
 
 
 class RunMonitor:
-    """Reports one run, over all its stages. Ranks other than 0 count skipped samples and do nothing else.
-
-    `trackers`: names in TRACKERS. `gather` sums counts over all processes, which call it together at every
-    `log_every_n_steps`th step.
-    """
+    """Reports one run, over all its stages. Ranks other than 0 count skipped samples and do nothing else. `trackers`:
+    names in TRACKERS. `gather` sums counts over all processes, which call it together at every log step."""
 
     def __init__(
         self,
@@ -82,8 +79,7 @@ class RunMonitor:
         self.status = StatusFile(run.folder, self._active)
         if self._active:
             run.folder.mkdir(parents=True, exist_ok=True)
-            classes: list[type[Tracker]] = [JsonLines, *(TRACKERS[name] for name in trackers)]
-            self._trackers = [tracker(run) for tracker in classes]
+            self._trackers = [tracker(run) for tracker in (JsonLines, *(TRACKERS[name] for name in trackers))]
             self._console = console or Console()
 
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
@@ -152,7 +148,8 @@ class RunMonitor:
             if records:
                 self._write_records(samples_seen, values, speed, skips)
         if self._progress is not None:
-            self._progress.update(samples_seen, self.last.get("images_per_second"), self.last.get("loss"))
+            rate, loss = (self.last.get(name, math.nan) for name in ("images_per_second", "loss"))
+            self._progress.update(samples_seen, rate, loss)
 
     @property
     def _is_silent(self) -> bool:
@@ -224,15 +221,11 @@ class RunMonitor:
         """A contact sheet of images, uint8 `(3, H, W)` each, with the generated and the true caption of each."""
         if len(self._trackers) <= 1:  # results.jsonl shows no images
             return
-        from PIL import Image
-
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         cells = [Captioned(*cell) for cell in zip(pictures, generated, true, strict=True)]
         sheet = contact_sheet(cells, columns=min(4, len(cells)))
-        rows = "\n".join(f"| {b} | {a} |" for a, b in zip(true, generated, strict=True))
         for tracker in self._trackers:
             tracker.image("val/captions", sheet, samples_seen)
-            tracker.text("val/captions_text", f"| generated | true |\n|---|---|\n{rows}", samples_seen)
 
     def finish(self) -> None:
         """The run is complete."""

@@ -45,35 +45,34 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_p
     return lines or ["(nothing)"]
 
 
-def contact_sheet(cells: Sequence[Captioned], columns: int = 8, cell_px: int = CELL_PX) -> Image.Image:
+def contact_sheet(cells: Sequence[Captioned], columns: int = 8) -> Image.Image:
     """A grid of images. Below each stands its generated caption: black without a true one, green if both are equal,
     else red with the true one below it in gray."""
-    drawn = [_cell(cell, cell_px) for cell in cells]
+    drawn = [_cell(cell) for cell in cells]
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     heights = [max(cell.height for cell in row) + MARGIN_PX for row in rows]
-    width = MARGIN_PX + min(columns, max(len(cells), 1)) * (cell_px + MARGIN_PX)
+    width = MARGIN_PX + min(columns, max(len(cells), 1)) * (CELL_PX + MARGIN_PX)
     sheet = Image.new("RGB", (width, MARGIN_PX + sum(heights)), "white")
     top = MARGIN_PX
     for row, height in zip(rows, heights, strict=True):
         for column, cell in enumerate(row):
-            sheet.paste(cell, (MARGIN_PX + column * (cell_px + MARGIN_PX), top))
+            sheet.paste(cell, (MARGIN_PX + column * (CELL_PX + MARGIN_PX), top))
         top += height
     return sheet
 
 
-def _cell(cell: Captioned, size_px: int) -> Image.Image:
+def _cell(cell: Captioned) -> Image.Image:
     """The image, scaled to fit a square, and the lines of text below it."""
     font = ImageFont.load_default(TEXT_PX)
     right = cell.true is not None and "".join(cell.generated.split()) == "".join(cell.true.split())
     color = BLACK if cell.true is None else GREEN if right else RED
-    lines = [(line, color) for line in _wrap(cell.generated, font, size_px)]
+    lines = [(line, color) for line in _wrap(cell.generated, font, CELL_PX)]
     if cell.true is not None and not right:
-        lines += [(line, GRAY) for line in _wrap(cell.true, font, size_px)]
-    drawn = Image.new("RGB", (size_px, size_px + GAP_PX + LINE_PX * len(lines)), "white")
-    square = ImageOps.pad(cell.image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS, color="white")
-    drawn.paste(square)
+        lines += [(line, GRAY) for line in _wrap(cell.true, font, CELL_PX)]
+    drawn = Image.new("RGB", (CELL_PX, CELL_PX + GAP_PX + LINE_PX * len(lines)), "white")
+    drawn.paste(ImageOps.pad(cell.image.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS, color="white"))
     draw = ImageDraw.Draw(drawn)
-    draw.rectangle((0, 0, size_px - 1, size_px - 1), outline=(215, 215, 215))
+    draw.rectangle((0, 0, CELL_PX - 1, CELL_PX - 1), outline=(215, 215, 215))
     for index, (line, color) in enumerate(lines):
-        draw.text((0, size_px + GAP_PX + index * LINE_PX), line, fill=color, font=font)
+        draw.text((0, CELL_PX + GAP_PX + index * LINE_PX), line, fill=color, font=font)
     return drawn

@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +44,7 @@ class TrackedRun:
 
 
 class Tracker:
-    """One run's tracker, on rank 0, over all stages. Each method does nothing unless a tracker overrides it.
-
-    The x axis is samples seen.
-    """
+    """One run's tracker, on rank 0, over all stages. Each method does nothing unless a tracker overrides it."""
 
     def __init__(self, run: TrackedRun) -> None: ...
 
@@ -62,9 +58,6 @@ class Tracker:
     def image(self, name: str, image: Image, samples_seen: int) -> None:
         """A picture, such as a contact sheet of captioned images."""
 
-    def text(self, name: str, markdown: str, samples_seen: int) -> None:
-        """Markdown text."""
-
     def finish(self, metrics: Mapping[str, float]) -> None:
         """At the end of the run: its last metrics."""
 
@@ -73,10 +66,8 @@ class Tracker:
 
 
 class JsonLines(Tracker):
-    """RUN/results.jsonl: one line for each record, flushed, so that a killed run leaves a readable file.
-
-    A full disk costs no record: lines that cannot be written wait for the next one.
-    """
+    """RUN/results.jsonl: one line for each record, flushed, so that a killed run leaves a readable file. A full disk
+    costs no record: lines that cannot be written wait for the next one."""
 
     def __init__(self, run: TrackedRun) -> None:
         path = run.folder / "results.jsonl"
@@ -117,10 +108,6 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(folder), flush_secs=30, purge_step=purge)
         self._flags = run.flags
 
-    def begin_stage(self, number: int, title: str, samples_seen: int) -> None:
-        if title:
-            self._writer.add_text("run/stage", f"stage {number}: {title}", samples_seen)
-
     def write(self, kind: str, samples_seen: int, scalars: Mapping[str, float], row: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, samples_seen)
@@ -132,18 +119,13 @@ class TensorBoard(Tracker):
 
         self._writer.add_image(name, np.asarray(image.convert("RGB")), samples_seen, dataformats="HWC")
 
-    def text(self, name: str, markdown: str, samples_seen: int) -> None:
-        self._writer.add_text(name, markdown, samples_seen)
-
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Hyperparameters, in this run's own event file; SummaryWriter.add_hparams would show it as a second run."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {
-            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in self._flags.items()
-        }
+        flags = {name: value if isinstance(value, (int, float)) else str(value) for name, value in self._flags.items()}
         named = {f"hparam/{name}": value for name, value in metrics.items()}
-        for summary in hparams(plain, named):
+        for summary in hparams(flags, named):
             self._writer._get_file_writer().add_summary(summary)
         for name, value in named.items():
             self._writer.add_scalar(name, value)
@@ -153,21 +135,16 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """Weights & Biases. RUN/wandb.json keeps the run's id, so that a resumed run continues the same one there.
-
-    What the interrupted process has sent stays: the records that the run writes again are not sent twice.
-    """
+    """Weights & Biases. RUN/wandb.json keeps the run's id, so that a resumed run continues the same one there; records
+    that the interrupted process has sent are not sent twice."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        self._file = run.folder / "wandb.json"
-        known: dict[str, Any] = (
-            read_json(self._file) if self._file.is_file() else {"id": secrets.token_hex(4), "sent": {}}
-        )
-        self._sent, self._id = dict(known["sent"]), known["id"]
-        self._before: dict[str, int] = dict(self._sent)
-        self._wandb = wandb
+        self._wandb, self._file = wandb, run.folder / "wandb.json"
+        fresh: dict[str, Any] = {"id": secrets.token_hex(4), "sent": {}}
+        known = read_json(self._file) if self._file.is_file() else fresh
+        self._id, self._sent, self._before = known["id"], dict(known["sent"]), dict(known["sent"])
         try:
             self._run = wandb.init(
                 project=run.project, name=run.folder.name, id=self._id, resume="allow", notes=run.notes or None,
@@ -189,9 +166,6 @@ class WandB(Tracker):
     def image(self, name: str, image: Image, samples_seen: int) -> None:
         self._log(name, samples_seen, {name: self._wandb.Image(image)})
 
-    def text(self, name: str, markdown: str, samples_seen: int) -> None:
-        self._log(name, samples_seen, {name: self._wandb.Html(f"<pre>{escape(markdown)}</pre>")})
-
     def finish(self, metrics: Mapping[str, float]) -> None:
         self._run.summary.update(dict(metrics))
 
@@ -205,7 +179,7 @@ class Trackio(Tracker):
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        self._trackio, self._resumed_at = trackio, run.resumed_at
+        self._trackio = trackio
         config = {key: str(value) for key, value in run.flags.items()}
         self._run = trackio.init(run.project, run.folder.name, config=config, resume="allow", embed=False)
 
@@ -214,9 +188,6 @@ class Trackio(Tracker):
 
     def image(self, name: str, image: Image, samples_seen: int) -> None:
         self._run.log({name: self._trackio.Image(image)}, step=samples_seen)
-
-    def text(self, name: str, markdown: str, samples_seen: int) -> None:
-        self._run.log({name: self._trackio.Markdown(markdown)}, step=samples_seen)
 
     def close(self) -> None:
         self._run.finish()
@@ -250,10 +221,8 @@ class ProgressLine:
         self._task = self._progress.add_task(title, total=total_samples, speed=math.nan, loss=math.nan)
         self._progress.start()
 
-    def update(self, samples_seen: int, images_per_second: float | None, loss: float | None) -> None:
-        known = {"speed": images_per_second, "loss": loss}
-        fields: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
-        self._progress.update(self._task, completed=samples_seen, **fields)
+    def update(self, samples_seen: int, images_per_second: float, loss: float) -> None:
+        self._progress.update(self._task, completed=samples_seen, speed=images_per_second, loss=loss)
 
     def close(self) -> None:
         self._progress.stop()

@@ -23,10 +23,7 @@ RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "inter
 @dataclass(frozen=True)
 class Status:
     """`stage` of `stages` counts from 1 (0: none has begun). `restarts`: how often the run was started again. `started`
-    and `updated` are Unix times.
-
-    `finished` with `stage` < `stages`: the run stopped where it was asked to (--until-stage).
-    """
+    and `updated` are Unix times. `finished` with `stage` < `stages`: the run stopped where --until-stage says."""
 
     state: str
     stage: int = 0
@@ -68,10 +65,8 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class StatusFile:
-    """Written by rank 0 of a run. With `active=False` (other ranks) it does nothing.
-
-    A full disk must not end a run, so an update that cannot be written is skipped.
-    """
+    """Written by rank 0 of a run. With `active=False` (other ranks) it does nothing. A full disk must not end a run, so
+    an update that cannot be written is skipped."""
 
     def __init__(self, run_dir: Path, active: bool = True) -> None:
         self._run_dir, self._active = run_dir, active

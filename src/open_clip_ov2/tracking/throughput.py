@@ -28,8 +28,7 @@ JUDGED_S = 30.0  # ours: steps are judged together over this time, because a sin
 @dataclass(frozen=True)
 class Meter:
     """`image_flops`: model FLOPs (forward and backward) of an image, by the number of real target tokens of its caption
-    (None: the model's whole context). `peak_flops`: FLOP/s of all devices of the run together.
-    """
+    (None: the model's whole context). `peak_flops`: FLOP/s of all devices of the run together."""
 
     image_flops: Callable[[float | None], float]
     peak_flops: float
@@ -80,9 +79,8 @@ class PeakMemory(NamedTuple):
 def peak_memory(device_type: str) -> PeakMemory:
     if device_type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-        return PeakMemory(
-            peak / 2**20, peak / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        )
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return PeakMemory(peak / 2**20, peak / total)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return PeakMemory(resident / (2**20 if sys.platform == "darwin" else 2**10))  # bytes on macOS, KiB on Linux
 
@@ -104,32 +102,27 @@ def bottleneck(wait_share: float, mfu: float | None, memory: float, workers: int
 
 
 class BottleneckWatch:
-    """Warns of each bottleneck of a stage once, judged over JUDGED_S of steps.
-
-    The first window is ignored, because workers start and blocks compile in it.
-    """
+    """Warns of each bottleneck of a stage once, judged over JUDGED_S of steps, but not over the first window, in which
+    workers start and blocks compile."""
 
     def __init__(self, workers: int | None) -> None:
-        self._workers = workers
-        self._warm = False
+        self._workers, self._warm = workers, False
         self._warned: set[str] = set()
-        self._windows: list[tuple[float, Mapping[str, float]]] = []
+        self._seconds = self._waited = self._worked = 0.0
 
     def note(self, rates: Mapping[str, float], seconds: float, memory: float) -> str | None:
         """Add a window's rates; the warning to log, or None."""
         if not self._warm:
             self._warm = True
             return None
-        self._windows.append((seconds, rates))
-        total = sum(seconds for seconds, _ in self._windows)
-        if total < JUDGED_S:
+        self._seconds += seconds
+        self._waited += seconds * rates["data_wait_share"]
+        self._worked += seconds * rates.get("mfu", 0.0)
+        if self._seconds < JUDGED_S:
             return None
-        wait, mfu = (
-            sum(seconds * rates.get(name, 0.0) for seconds, rates in self._windows) / total
-            for name in ("data_wait_share", "mfu")
-        )
-        self._windows.clear()
-        found = bottleneck(wait, mfu if "mfu" in rates else None, memory, self._workers)
+        mfu = self._worked / self._seconds if "mfu" in rates else None
+        found = bottleneck(self._waited / self._seconds, mfu, memory, self._workers)
+        self._seconds = self._waited = self._worked = 0.0
         if found is None or found[0] in self._warned:
             return None
         self._warned.add(found[0])
@@ -169,8 +162,7 @@ class Peak:
 def peak_of(device: torch.device, precision: str) -> Peak:
     """From the data sheet if the device is known, else measured (in less than a second)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = data_sheet(name, precision)
-    return known or measured_peak(device, precision)
+    return data_sheet(name, precision) or measured_peak(device, precision)
 
 
 def data_sheet(device_name: str, precision: str) -> Peak | None:

@@ -29,11 +29,6 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
-    @classmethod
-    def of_ratios(cls, values: Sequence[float], reference: Sequence[float]) -> Spread:
-        """Within each repetition: what slows the machine slows both."""
-        return cls.of([a / b for a, b in zip(values, reference, strict=True)])
-
     def text(self, form: str) -> str:
         low, middle, high = (form.format(number) for number in (self.low, self.median, self.high))
         return f"{middle} ({low} to {high})"
@@ -42,11 +37,8 @@ class Spread:
 @dataclass(frozen=True)
 class Measured:
     """One variant in one case. `step_s`: seconds of a step by the clock, one a repetition, in their order; `cpu_s`: of
-    all processors together, which depends less on what else runs on the machine.
-
-    `step_bytes`: the step's peak above weights, gradients and optimizer state, which are `fixed_bytes`. `image_flops`:
-    model FLOPs of an image and its caption. `failure` says why there is nothing else.
-    """
+    all processors together. `step_bytes`: the step's peak above weights, gradients and optimizer state, which are
+    `fixed_bytes`. `image_flops`: of an image and its caption. `failure` says why there is nothing else."""
 
     name: str
     model: str
@@ -57,10 +49,6 @@ class Measured:
     fixed_bytes: int = 0
     image_flops: float = 0.0
     failure: str | None = None
-
-    def with_time(self, step_s: float, cpu_s: float) -> Measured:
-        """With one more repetition."""
-        return replace(self, step_s=(*self.step_s, step_s), cpu_s=(*self.cpu_s, cpu_s))
 
     @property
     def images_per_second(self) -> Spread:
@@ -86,14 +74,15 @@ class Results:
         return list(dict.fromkeys(one.case for one in self.measured))
 
     def ratios(self, one: Measured) -> dict[str, Any]:
-        """How many times the reference's time, CPU time (each a Spread) and step memory; empty without a reference."""
+        """How many times the reference's time, CPU time (each a Spread) and step memory; empty without a reference.
+        Times are compared within each repetition: what slows the machine slows both."""
         references = (other for other in self.measured if (other.name, other.case) == (REFERENCE, one.case))
         reference = next(references, None)
         if reference is None or not reference.step_s or not one.step_s:
             return {}
         return {
-            "time_ratio": Spread.of_ratios(one.step_s, reference.step_s),
-            "cpu_time_ratio": Spread.of_ratios(one.cpu_s, reference.cpu_s),
+            "time_ratio": Spread.of([a / b for a, b in zip(one.step_s, reference.step_s, strict=True)]),
+            "cpu_time_ratio": Spread.of([a / b for a, b in zip(one.cpu_s, reference.cpu_s, strict=True)]),
             "memory_ratio": one.step_bytes / reference.step_bytes if reference.step_bytes else None,
         }
 
@@ -144,9 +133,10 @@ def _best(results: Results) -> list[str]:
     if len({case.batch_size for case in results.cases}) < 2:
         return []
     best: dict[tuple[str, int, str], Measured] = {}
-    for one in (one for one in results.measured if one.step_s):
+    for one in results.measured:
         where = (one.name, one.case.resolution, one.case.precision)
-        best[where] = max(best.get(where, one), one, key=lambda measured: measured.images_per_second.median)
+        if one.step_s:
+            best[where] = max(best.get(where, one), one, key=lambda measured: measured.images_per_second.median)
     rows = []
     for (name, resolution, precision), one in best.items():
         ours, speed = best.get((REFERENCE, resolution, precision)), one.images_per_second.median
@@ -188,6 +178,5 @@ def _plain(one: Measured, results: Results) -> dict[str, Any]:
     if one.step_s:
         plain["images_per_second"] = asdict(one.images_per_second)
         plain["utilisation"] = one.mfu(results.peak_flops[one.case.precision])
-    for name, ratio in results.ratios(one).items():
-        plain[name] = asdict(ratio) if isinstance(ratio, Spread) else ratio
-    return plain
+    ratios = results.ratios(one).items()
+    return plain | {name: asdict(ratio) if isinstance(ratio, Spread) else ratio for name, ratio in ratios}

@@ -101,17 +101,19 @@ class MeasuredStep:
         flops = measured_peak(self.device, self.trained.args.precision).flops
         return {"flops": flops, "machine": machine_facts(self.job.device)}
 
-    def memory(self) -> dict[str, Any]:
-        """`step_bytes`: the step's peak above weights, gradients and optimizer state, which are `fixed_bytes`."""
-        found = self._memory(self._pairs(1, self.trained.args.batch_size))
+    def memory(self, batch_size: int | None = None) -> dict[str, int]:
+        """`step_bytes`: the step's peak above weights, gradients and optimizer state, which are `fixed_bytes`; by
+        default with the job's own batch."""
+        pairs = self._pairs(1, batch_size or self.trained.args.batch_size)
+        self.trained.run(pairs)
+        gc.collect()
+        above = step_bytes(lambda: self.trained.run(pairs), self.trained.optimizer, self.device)
         torch.cuda.empty_cache()  # for the other variants
-        return found
+        return {"step_bytes": above, "fixed_bytes": fixed_bytes(self.trained.model, self.trained.optimizer)}
 
     def time(self, steps: int) -> dict[str, Any]:
-        """`step_s` and `cpu_s`: seconds of a step by the clock and on all processors, of so many timed together.
-
-        All batches of the pool come first once, which compiles what is to be compiled; later one batch does.
-        """
+        """`step_s` and `cpu_s`: seconds of a step by the clock and on all processors, of so many timed together. All
+        batches of the pool come first once, which compiles what is to be compiled; later one batch does."""
         self._pool = self._pool or self._pairs(POOL, self.trained.args.batch_size)
         self.trained.run(self._pool[:1] if self._timed else self._pool)
         pairs = [self._pool[(self._timed + index) % POOL] for index in range(steps)]
@@ -128,27 +130,19 @@ class MeasuredStep:
         """torch.profiler's table of the kernels (on a CPU: operators) that take the most time in a step."""
         kind = "cuda" if self._on_gpu else "cpu"
         pairs = self._pool[:1] or self._pairs(1, self.trained.args.batch_size)
-        with profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU]) as profiler:
+        with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
             self.trained.run(pairs)
             self._wait()
-        table: str = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=rows)
-        return table
+        return str(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=rows))
 
     def fits(self, batch_size: int) -> bool:
         """Whether two steps run; on a CPU, whether a step stays below the limit by its allocator's count."""
-        pairs = self._pairs(1, batch_size)
         if self._on_gpu:
-            self.trained.run([*pairs, *pairs])
+            self.trained.run(2 * self._pairs(1, batch_size))
             self._wait()
             return True
         assert self.job.memory_limit_gb is not None
-        return sum(self._memory(pairs).values()) <= self.job.memory_limit_gb * GB
-
-    def _memory(self, pairs: list[Pair]) -> dict[str, int]:
-        self.trained.run(pairs)
-        gc.collect()
-        above = step_bytes(lambda: self.trained.run(pairs), self.trained.optimizer, self.device)
-        return {"step_bytes": above, "fixed_bytes": fixed_bytes(self.trained.model, self.trained.optimizer)}
+        return sum(self.memory(batch_size).values()) <= self.job.memory_limit_gb * GB
 
     def _pairs(self, count: int, batch_size: int) -> list[Pair]:
         context, resolution = self.trained.facts.context_length, int(self.trained.model.visual.image_size[0])
@@ -173,11 +167,8 @@ def fixed_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def step_bytes(step: Callable[[], None], optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """The peak during `step` above weights, gradients and optimizer state.
-
-    `step` must have run before, so that the optimizer has its state. Gradients are freed before it, as `zero_grad`
-    does, and what they take afterwards is subtracted.
-    """
+    """The peak during `step` above weights, gradients and optimizer state. `step` must have run before, so that the
+    optimizer has its state. Gradients are freed before it, and what they take afterwards is subtracted."""
     optimizer.zero_grad(set_to_none=True)
     above = _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
     trained = (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -51,10 +51,8 @@ class Case:
 @dataclass(frozen=True)
 class Job:
     """One variant, measured in one process. `argv`: flags of `ov2 train`; `flags_of_ov2` are added for ov2 models.
-
     `captions_of`: the ov2 model whose vocabulary captions are drawn from, unless `argv` has a --tokenizer. `threads`
-    of torch on a CPU. `memory_limit_gb`: what a GPU lets the process have, and what a batch may use on a CPU.
-    """
+    of torch on a CPU. `memory_limit_gb`: what a GPU lets the process have, and what a batch may use on a CPU."""
 
     name: str
     argv: tuple[str, ...]
@@ -91,10 +89,7 @@ _count = whole(1)
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Flags of `ov2 bench`, and the device. `steps`: timed together in one repetition.
-
-    Raises UserError for flags that need others.
-    """
+    """Flags of `ov2 bench`, and the device. Raises UserError for flags that need others."""
 
     model: str = flag("NAME", text, "an ov2 model")
     variants: tuple[str, ...] = flag(

@@ -28,9 +28,7 @@ Log = Callable[[str], None]
 
 def run_bench(settings: BenchSettings, log: Log) -> Iterator[Results]:
     """Yields all results after each case and each largest batch, so that an interrupted benchmark leaves what it found.
-
-    Raises UserError, RunFailed.
-    """
+    Raises UserError, RunFailed."""
     results = Results()
     for case in settings.cases:
         results = _with_case(results, settings, case, log)
@@ -58,8 +56,7 @@ def _with_case(results: Results, settings: BenchSettings, case: Case, log: Log) 
             if found[name].failure:
                 return None
             try:
-                reply: dict[str, Any] = running[name].ask(method, *arguments)
-                return reply
+                return dict(running[name].ask(method, *arguments))
             except OutOfMemory:
                 found[name] = Measured(name, found[name].model, case, failure=OUT_OF_MEMORY)
                 return None
@@ -77,7 +74,9 @@ def _with_case(results: Results, settings: BenchSettings, case: Case, log: Log) 
             first = repetition % len(names)  # no variant always follows the same other one
             for name in names[first:] + names[:first]:
                 if taken := ask(name, "time", settings.steps):
-                    found[name] = found[name].with_time(**taken)
+                    one = found[name]
+                    step_s, cpu_s = (*one.step_s, taken["step_s"]), (*one.cpu_s, taken["cpu_s"])
+                    found[name] = replace(one, step_s=step_s, cpu_s=cpu_s)
             times = (f"{name} {1e3 * one.step_s[-1]:.0f} ms" for name, one in found.items() if one.step_s)
             log(f"  {repetition + 1} of {settings.repetitions}: {', '.join(times) or OUT_OF_MEMORY}")
     return replace(results, measured=(*results.measured, *found.values()), peak_flops=peaks, machine=machine)
@@ -109,10 +108,8 @@ def largest_batch(job: Job, start: int, log: Log) -> int:
 
 def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> int:
     """The largest multiple of `step` up to `most` for which `fits` holds, by doubling and bisection; 0 if none does.
-
-    `fits` must be true up to some size and false beyond. `start` is tried first. Asks about 2 log2(result / step)
-    times, and never about more than twice what fits, or than `start`.
-    """
+    `fits` must be true up to some size and false beyond. `start` is tried first. Never asks about more than twice what
+    fits, or than `start`."""
     ceiling = most // step
     low, high = 0, ceiling + 1  # in steps: low fits (0 always does), high does not
     size = min(max(1, start // step), ceiling)
@@ -162,17 +159,15 @@ class Variant:
         try:
             value = self._connection.recv()
         except (EOFError, OSError):
-            value = self._unexplained_end()
+            status = self.close()
+            if status == -signal.SIGKILL:  # what Linux does to a process that takes too much memory
+                raise OutOfMemory from None
+            message = f"{self.job.name}: its process ended with exit status {status}; its messages stand above"
+            raise RunFailed(message) from None
         if isinstance(value, Exception):
             self.close()
             raise value
         return value
-
-    def _unexplained_end(self) -> Exception:
-        status = self.close()
-        if status == -signal.SIGKILL:  # what Linux does to a process that takes too much memory
-            return OutOfMemory()
-        return RunFailed(f"{self.job.name}: its process ended with exit status {status}; its messages stand above")
 
     def close(self) -> int | None:
         """End the process; its exit status."""

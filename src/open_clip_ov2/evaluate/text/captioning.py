@@ -1,26 +1,16 @@
-"""CIDEr-D, BLEU-4 and ROUGE-L of generated captions against references.
+"""CIDEr-D, BLEU-4 and ROUGE-L of generated captions against references, by COCO's own scorers (pycocoevalcap).
 
-    CIDEr-D   Vedantam et al. 2015, arXiv 1411.5726, section 7: n = 1..4, sigma = 6. Document frequencies are those of
-              the references at hand, so that a value depends on the set, and is 0 for a single picture. Mean over
-              pictures, in [0, 10]; papers print 100 times this.
-    BLEU-4    Papineni et al. 2002, equation 3, over the corpus, brevity against the closest reference; in [0, 1]
-    ROUGE-L   Lin 2004, section 3, beta = 1.2, best precision and best recall over the references; mean over pictures
-
-The scores are computed by pycocoevalcap, COCO's own evaluation code for Python 3, which published numbers were made
-with. Only its scorers are used, which are plain Python: its tokenizer starts Java.
-
-`caption_words` takes its place. The evaluation (Chen et al. 2015, Microsoft COCO Captions, section 3) lowers the case,
-splits with Stanford's Penn Treebank tokenizer and drops punctuation. The rules here are the treebank's (MacIntyre,
-1995), as far as captions need them. Compared with Stanford's CoreNLP 3.4.1, which pycocoevalcap carries: the same words
-for all but 13 of 5,244 names of emoji, those with a typographic apostrophe inside a word (straightened here). Also
-known to differ: abbreviations beyond ABBREVIATIONS, emoji (dropped there, words here), fractions such as 9½ (two words
-there), a few slang forms.
+Its tokenizer starts Java, and `caption_words` takes its place. The evaluation (Chen et al. 2015, Microsoft COCO
+Captions, section 3) lowers the case, splits with Stanford's Penn Treebank tokenizer and drops punctuation; the rules
+here are the treebank's (MacIntyre, 1995), as far as captions need them. Compared with Stanford's CoreNLP 3.4.1, 13 of
+5,244 names of emoji have other words, those with a typographic apostrophe inside a word (straightened here). Also known
+to differ: abbreviations beyond ABBREVIATIONS, emoji (dropped there), fractions such as 9½, a few slang forms.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +60,9 @@ _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))$")
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Over all pictures that have a reference."""
+    """Over all pictures that have a reference. CIDEr-D: Vedantam et al. 2015, arXiv 1411.5726, section 7; a mean over
+    pictures in [0, 10], 0 for a single one, since document frequencies are of the references at hand. BLEU-4: Papineni
+    et al. 2002, equation 3, over the corpus. ROUGE-L: Lin 2004, section 3, beta = 1.2; a mean over pictures."""
 
     cider: float
     bleu4: float
@@ -80,14 +72,10 @@ class CaptionScores:
 
 
 def caption_scores(
-    hypotheses: Mapping[int, str],
-    references: Mapping[int, Sequence[str]],
-    keys: Mapping[int, str] | None = None,
-    clean: Callable[[str], str] = detokenized,
+    hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]], keys: Mapping[int, str] | None = None
 ) -> CaptionScores:
-    """Scores of one caption a picture, by the picture's index. An empty caption is one that scores 0.
+    """Scores of one generated caption a picture, by the picture's index. An empty caption is one that scores 0.
 
-    `clean` is what is done to the generated captions first; `str` for captions from files, which lost nothing.
     A picture without a reference that has words is skipped under its key (`keys`, else its index).
     Raises UserError if all are, or pycocoevalcap is missing; ValueError if the indices of the two differ.
     """
@@ -95,15 +83,14 @@ def caption_scores(
         raise ValueError(f"captions and references differ in {sorted(hypotheses.keys() ^ references.keys())[:5]}")
     # In the order of the indices: sums of floats are then the same on any number of processes.
     words = {index: _words(references[index]) for index in sorted(references)}
-    skipped = tuple(
-        Skipped(keys[index] if keys else str(index), EMPTY_REFERENCES) for index, texts in words.items() if not texts
-    )
     wanted = {index: texts for index, texts in words.items() if texts}
+    left_out = [keys[index] if keys else str(index) for index, texts in words.items() if not texts]
+    skipped = tuple(Skipped(key, EMPTY_REFERENCES) for key in left_out)
     if not wanted:
         raise UserError(
             f"no picture has a reference caption ({summary(skipped) or 'no picture at all'}): look at the data"
         )
-    given = {index: [" ".join(caption_words(clean(hypotheses[index])))] for index in wanted}
+    given = {index: [" ".join(caption_words(detokenized(hypotheses[index])))] for index in wanted}
     bleu, cider, rouge = _scorers()
     return CaptionScores(
         cider=float(cider.compute_score(wanted, given)[0]),

@@ -3,10 +3,8 @@
 `vqa_normalised` follows TextVQA's official evaluation, `EvalAIAnswerProcessor` of facebookresearch/mmf
 (mmf/utils/m4c_evaluators.py), its oddities included: a score is comparable only if they are the same.
 
-`detokenized` joins what tokenizers split. OpenCLIP's BPE splits off each digit and each mark, so that "$1,000.50" and
-"it's" are decoded as "$ 1 , 0 0 0 . 5 0" and "it 's"; word pieces come back as "$ 1, 000. 50". Without it, no number of
-several digits would ever be right. Text that lost nothing stays as it is, except that digits and marks that stood apart
-on purpose cannot be told from the others: "1 2" becomes 12, "red - 5" becomes red-5.
+`detokenized` joins what tokenizers split: OpenCLIP's BPE decodes "$1,000.50" and "it's" as "$ 1 , 0 0 0 . 5 0" and
+"it 's". What stood apart on purpose cannot be told from that: "1 2" becomes 12, "red - 5" becomes red-5.
 """
 
 from __future__ import annotations
@@ -54,10 +52,8 @@ _JOINED = (
 
 def vqa_normalised(answer: str) -> str:
     """Lower case, single spaces, number words as digits, apostrophes restored, without punctuation, articles and
-    periods (those in decimals stay).
-
-    A punctuation mark that touches a space anywhere in the answer is deleted everywhere, any other becomes a space.
-    """
+    periods (those in decimals stay). A mark that touches a space anywhere is deleted everywhere, any other becomes a
+    space."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     plain = text
@@ -89,10 +85,7 @@ def detokenized(text: str) -> str:
 
 
 def edit_distance(true: Sequence[Hashable], generated: Sequence[Hashable]) -> int:
-    """Fewest insertions, deletions and substitutions that turn one into the other (Levenshtein, 1966), each of cost 1.
-
-    It counts characters if strings are given, words if lists of words are.
-    """
+    """Fewest insertions, deletions and substitutions that turn one into the other (Levenshtein, 1966)."""
     above = list(range(len(generated) + 1))
     for row, wanted in enumerate(true, start=1):
         left = row

@@ -25,7 +25,6 @@ def outcome(keys: Sequence[str], values: Sequence[float]) -> dict[str, list[Any]
 
 
 def outcomes_file(results: Path) -> Path:
-    """Where the outcomes of a file of results are."""
     return results.with_suffix(".npz")
 
 

@@ -22,10 +22,8 @@ Score = Callable[[str, Sequence[str]], float]
 
 
 def vqa(answer: str, answers: Sequence[str]) -> float:
-    """min(agreeing / 3, 1), averaged over the ten ways to leave one of the people out.
-
-    Normalised as the official evaluation does it (normalise.vqa_normalised). Raises ValueError unless there are ten.
-    """
+    """min(agreeing / 3, 1), averaged over the ten ways to leave one of the people out. Raises ValueError unless there
+    are ten."""
     if len(answers) != VQA_ANSWERS:
         raise ValueError(f"vqa is defined on {VQA_ANSWERS} answers, not {len(answers)}")
     given = vqa_normalised(answer)
@@ -33,21 +31,21 @@ def vqa(answer: str, answers: Sequence[str]) -> float:
     return sum(min((sum(agrees) - left_out) / VQA_AGREEING, 1.0) for left_out in agrees) / VQA_ANSWERS
 
 
-def relaxed(answer: str, answers: Sequence[str], tolerance: float = RELAXED_TOLERANCE) -> float:
-    """Numbers within 5% of the true one, all else equal but for case; `12%` and `0.12` are the same number.
+def relaxed(answer: str, answers: Sequence[str]) -> float:
+    """Numbers within 5% of one of the true ones, all else equal but for case; `12%` and `0.12` are the same number.
 
     As in google-research/pix2struct (pix2struct/metrics.py), whose code published results use: a true value of zero
     is compared as text, because no relative error exists, and thousands separators make it text too. White space at
-    the ends, which a decoder may leave, is dropped here. The best of several answers counts.
+    the ends, which a decoder may leave, is dropped here.
     """
-    return max(float(_relaxed_one(answer.strip(), true.strip(), tolerance)) for true in answers)
+    return float(any(_relaxed_one(answer.strip(), true.strip()) for true in answers))
 
 
-def _relaxed_one(answer: str, true: str, tolerance: float) -> bool:
+def _relaxed_one(answer: str, true: str) -> bool:
     given, wanted = number(answer), number(true)
     if given is None or not wanted:
         return answer.lower() == true.lower()
-    return abs(given - wanted) / abs(wanted) <= tolerance
+    return abs(given - wanted) / abs(wanted) <= RELAXED_TOLERANCE
 
 
 def ocrbench(answer: str, answers: Sequence[str]) -> float:
@@ -68,18 +66,11 @@ def _one_line(text: str) -> str:
 
 def anls(answer: str, answers: Sequence[str]) -> float:
     """1 - edit distance / length of the longer, case and runs of white space aside, of the closest answer; 0 where that
-    is below 0.5.
-
-    Lengths are those before white space is collapsed, as in the evaluation of DocVQA's challenge (rrc.cvc.uab.es,
-    infographicsvqa_eval.py).
-    """
-    similarity = max(_similarity(answer, true) for true in answers)
+    is below 0.5. Lengths are those before white space is collapsed, as in the evaluation of DocVQA's challenge
+    (rrc.cvc.uab.es, infographicsvqa_eval.py)."""
+    distances = [edit_distance(plain(true), plain(answer)) / max(len(answer), len(true), 1) for true in answers]
+    similarity = 1 - min(distances)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
-
-
-def _similarity(answer: str, true: str) -> float:
-    longer = max(len(answer), len(true))
-    return 1 - edit_distance(plain(true), plain(answer)) / longer if longer else 1.0
 
 
 def exact(answer: str, answers: Sequence[str]) -> float:

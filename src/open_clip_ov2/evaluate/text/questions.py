@@ -1,12 +1,8 @@
-"""Questions about images, from our JSON lines or the files that benchmarks publish.
+"""Questions about images, from our JSON lines (docs/evaluation.md) or the files that benchmarks publish:
 
-    *.jsonl   a line each: {"image": path, "question": str, "answer" or "answers": text or list, "id", "rule", "group"}
-    *.json    TextVQA, DocVQA  {"data": [{"question", "answers", "image_id" or "image", "question_id", ...}]}
-              ChartQA          [{"imgname", "query", "label"}]
-              OCRBench         [{"dataset_name", "type", "image_path", "question", "answers"}]
-              a list of objects like our lines
-
-Images are looked for beside the file, or in the folder that is given, and in the subfolders that a benchmark ships.
+TextVQA, DocVQA  {"data": [{"question", "answers", "image_id" or "image", "question_id", ...}]}
+ChartQA          [{"imgname", "query", "label"}]
+OCRBench         [{"dataset_name", "type", "image_path", "question", "answers"}]
 """
 
 from __future__ import annotations
@@ -47,19 +43,15 @@ class QuestionFile(NamedTuple):
 
 
 def read_questions(path: Path, images: Path | None = None, rule: str = "exact") -> QuestionFile:
-    """The questions of a file; `rule` is for those that neither name one nor come from a known benchmark.
-
-    A bad line is skipped under its id, or under the file's name and its line number.
-    Raises UserError if the file cannot be read or has no usable question.
-    """
+    """The questions of a file; `rule` is for those that neither name one nor come from a known benchmark. A bad line is
+    skipped under its id, or its file's name and its line number. Raises UserError."""
     folder = path.parent if images is None else images
     questions: list[Question] = []
     skipped: list[Skipped] = []
     for number, entry in _entries(path):
         key = f"{path.name}:{number}"
         try:
-            if isinstance(entry, bytes):
-                entry = _parsed(entry)
+            entry = _parsed(entry) if isinstance(entry, bytes) else entry
             if not isinstance(entry, dict):
                 raise SkipSample(BAD_JSON, "not an object")
             ids = (entry.get(name) for name in ("id", "question_id", "questionId"))
@@ -112,10 +104,7 @@ def _question(key: str, entry: Mapping[str, Any], rule: str, folder: Path) -> Qu
 
 
 def _benchmark(entry: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Where the image of a benchmark's entry may be, and what its fields are to us; None for an entry of our own.
-
-    A benchmark is known by the field that only its entries have.
-    """
+    """Where the image of a benchmark's entry may be, and what its fields are to us; None for an entry of our own."""
     if "rule" in entry or ("image" in entry and "questionId" not in entry):
         return None
     if "imgname" in entry:  # ChartQA

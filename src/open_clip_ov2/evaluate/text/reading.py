@@ -40,9 +40,7 @@ _NUMBER_OR_WORD = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?%?|[^\W\d_]+")
 
 def reading_scores(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Any]:
     """Rates of all pictures and `by_kind`, JSON-ready; each row is a picture's key, kind, true and generated caption.
-
-    A picture whose true caption is empty is skipped under its key. Raises UserError if all are.
-    """
+    A picture whose true caption is empty is skipped under its key. Raises UserError if all are."""
     overall: Counter[str] = Counter()
     by_kind: dict[str, Counter[str]] = {}
     each: dict[str, list[tuple[str, float]]] = {}  # by metric: a picture's key, and whether it is right or how wrong
@@ -119,9 +117,7 @@ def rendered_text(caption: str) -> str | None:
 
 def numbers(caption: str) -> dict[tuple[str, int], float]:
     """Numbers by the word before them, and their place among the numbers of that word: "red 3 and blue 2" is
-    {(red, 0): 3, (blue, 0): 2}.
-
-    Number words up to ten are counts, whatever is counted: "three red circles" is count 3.
+    {(red, 0): 3, (blue, 0): 2}. Number words up to ten are counts, whatever is counted: "three red circles" is count 3.
     """
     found: dict[tuple[str, int], float] = {}
     seen: Counter[str] = Counter()
