@@ -19,9 +19,9 @@ from sklearn.preprocessing import StandardScaler
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate import probes
+from open_clip_ov2.evaluate.classes import accuracy, class_scores, hold_out, match_labels, ranks
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.knn import knn, nearest
-from open_clip_ov2.evaluate.labels import accuracy, class_scores, hold_out, match_labels, ranks
 from open_clip_ov2.evaluate.probes import fit, linear_probe, search
 
 

@@ -210,11 +210,7 @@ class Comparison:
 
     @property
     def budget(self) -> float:
-        """Samples, or seconds in that mode."""
-        return self.seconds if self.mode == "seconds" else self.samples
-
-    def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
+        return self.seconds or self.samples
 
     @property
     def trained(self) -> tuple[Variant, ...]:

@@ -1,8 +1,7 @@
 """Before anything is trained: images/s of each stage of each variant, memory of a step of its last stage.
 
 Images/s are of short runs of `ov2 train`, with nothing beside them. Variants take turns within a repetition, so that
-whatever else the machine does falls on all of them alike, and ratios are taken within each repetition. The clock of
-runs that train side by side would be wrong. What was measured is cached in speed.json and costs.json.
+whatever else the machine does falls on all of them alike. What was measured is cached in speed.json and costs.json.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The runs of a comparison: variants x seeds, each with its samples by stage and its flags of `ov2 train`.
 
-Before them the learning rate of each variant that states no `lr` is searched, with the same effort: a short run with
-the first seed and a schedule of its own for each rate of [search]. The rate with the lowest loss wins: the mean of what
-the variant itself minimizes over the last fifth of the run, in training, since no other loss is common to captioners
-and contrastive models.
+Before them the learning rate of each variant that states no `lr` is searched by a short run for each rate of [search],
+with the first seed and a schedule of its own. The lowest loss wins: what the variant itself minimizes in training, over
+the last fifth of the run, since no other loss is common to captioners and contrastive models.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def samples_of(comparison: Comparison, variant: Variant, rates: ByStage, flops: 
     if comparison.mode == "seconds":
         return comparison.seconds / mean_over_stages(variant, [1 / rate for rate in rates[variant.name]])
     if comparison.mode == "flops":
-        reference = comparison.variant(comparison.reference)
+        reference = next(one for one in comparison.variants if one.name == comparison.reference)
         needed = mean_over_stages(reference, flops[reference.name])
         return comparison.samples * needed / mean_over_stages(variant, flops[variant.name])
     return comparison.samples

@@ -49,10 +49,8 @@ def threads_each(at_once: int) -> int:
 
 
 def run_all(commands: Sequence[Command], at_once: int, threads: int | None = None) -> Iterator[tuple[Command, float]]:
-    """Runs `at_once` of them, in order, and yields each that has ended, with its seconds.
-
-    The first that fails stops the others (runs save a checkpoint) and is a UserError with its last line.
-    """
+    """Runs `at_once` of them, in order, and yields each that has ended, with its seconds. The first that fails stops
+    the others (runs save a checkpoint) and is a UserError with its last line."""
     waiting, going = list(commands), dict[Command, tuple[subprocess.Popen[bytes], float]]()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
     try:

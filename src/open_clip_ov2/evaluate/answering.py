@@ -52,10 +52,8 @@ def answer_questions(
     process gets all, the same on any number of them.
 
     `transform` maps a PIL image to `(C, H, W)`, and `collate` makes a batch of what it returns. `prompt` is the text
-    before the answer, with the question in the place of `{question}`. `answer` is called with batches of this process's
-    questions; `room` says how many tokens a prompt leaves for its answer. Images that do not decode and questions that
-    leave no room are skipped by key. Raises UserError if all are, or if the prompt has no `{question}`.
-    """
+    before the answer, with `{question}`; `room` says how many tokens one leaves for its answer. Images that do not
+    decode and questions that leave no room are skipped by key. Raises UserError if all are."""
     if PLACE not in prompt:
         raise UserError(f"the prompt {prompt!r} has no {PLACE}, where the question goes")
     found: dict[int, Answered | Skipped] = {}

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip_ov2.evaluate.classes import match_labels, ranks
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import match_labels, ranks
 
 HEAD_WIDTH = 64  # as in every ov2 ViT
 INIT_STD = 0.02  # a ViT's

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_clip_ov2.evaluate.classes import accuracy, match_labels, ranks
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import accuracy, match_labels, ranks
 
 TEMPERATURE = 0.07  # DINO's, from arXiv 1805.01978
 NEIGHBOURS = (10, 20, 100, 200)  # DINO's list

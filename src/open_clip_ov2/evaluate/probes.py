@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_clip_ov2.evaluate.classes import Split, hold_out, match_labels, ranks
 from open_clip_ov2.evaluate.extraction import Features
-from open_clip_ov2.evaluate.labels import Split, hold_out, match_labels, ranks
 
 # CLIP, appendix A.3: from 1e-6 to 1e6 every two decades, then halved around the best down to 8 steps a decade.
 FIRST_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)

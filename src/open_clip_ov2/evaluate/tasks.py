@@ -1,8 +1,6 @@
-"""The tasks of `ov2 eval`: what each needs of model and flags, what it computes, and what it prints.
+"""The tasks of `ov2 eval`: what each needs of model and flags, what it computes (JSON-ready), and what it prints.
 
-To add a task, write a function from an EvalJob to a JSON-ready result and one from that result to a line, and add a
-`Task` of both to TASKS; docs/evaluation.md says what it measures. The floats at the top of a result are what an
-evaluation during training reports.
+The floats at the top of a result are what an evaluation during training reports. CONTRIBUTING.md adds a task.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from open_clip_ov2.data.skips import Skipped, summary
 from open_clip_ov2.errors import UserError
@@ -74,11 +73,8 @@ class CaptionScores:
 def caption_scores(
     hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]], keys: Mapping[int, str] | None = None
 ) -> CaptionScores:
-    """Scores of one generated caption a picture, by the picture's index. An empty caption is one that scores 0.
-
-    A picture without a reference that has words is skipped under its key (`keys`, else its index).
-    Raises UserError if all are, or pycocoevalcap is missing; ValueError if the indices of the two differ.
-    """
+    """Scores of one generated caption a picture, by the picture's index. A picture without a reference that has words
+    is skipped under its key (`keys`, else its index). Raises UserError if all are, or pycocoevalcap is missing."""
     if hypotheses.keys() != references.keys():
         raise ValueError(f"captions and references differ in {sorted(hypotheses.keys() ^ references.keys())[:5]}")
     # In the order of the indices: sums of floats are then the same on any number of processes.
@@ -91,11 +87,16 @@ def caption_scores(
             f"no picture has a reference caption ({summary(skipped) or 'no picture at all'}): look at the data"
         )
     given = {index: [" ".join(caption_words(detokenized(hypotheses[index])))] for index in wanted}
-    bleu, cider, rouge = _scorers()
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ModuleNotFoundError as error:
+        raise UserError(f"caption scores need {error.name}: pip install 'open_clip_ov2[eval]'") from None
     return CaptionScores(
-        cider=float(cider.compute_score(wanted, given)[0]),
-        bleu4=float(bleu.compute_score(wanted, given, verbose=0)[0][3]),
-        rouge_l=float(rouge.compute_score(wanted, given)[0]),
+        cider=float(Cider().compute_score(wanted, given)[0]),
+        bleu4=float(Bleu(4).compute_score(wanted, given, verbose=0)[0][3]),
+        rouge_l=float(Rouge().compute_score(wanted, given)[0]),
         pictures=len(wanted),
         skipped=skipped,
     )
@@ -104,16 +105,6 @@ def caption_scores(
 def _words(captions: Sequence[str]) -> list[str]:
     """Each caption as words joined by spaces, which is what the scorers split at; those without words left out."""
     return [text for caption in captions if (text := " ".join(caption_words(caption)))]
-
-
-def _scorers() -> tuple[Any, Any, Any]:
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ModuleNotFoundError as error:
-        raise UserError(f"caption scores need {error.name}: pip install 'open_clip_ov2[eval]'") from None
-    return Bleu(4), Cider(), Rouge()
 
 
 def caption_words(caption: str) -> list[str]:

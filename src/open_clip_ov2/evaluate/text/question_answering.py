@@ -32,12 +32,9 @@ def vqa(answer: str, answers: Sequence[str]) -> float:
 
 
 def relaxed(answer: str, answers: Sequence[str]) -> float:
-    """Numbers within 5% of one of the true ones, all else equal but for case; `12%` and `0.12` are the same number.
-
-    As in google-research/pix2struct (pix2struct/metrics.py), whose code published results use: a true value of zero
-    is compared as text, because no relative error exists, and thousands separators make it text too. White space at
-    the ends, which a decoder may leave, is dropped here.
-    """
+    """Numbers within 5% of one of the true ones, all else equal but for case; `12%` and `0.12` are the same number. As
+    in google-research/pix2struct (pix2struct/metrics.py), whose code published results use: a true value of zero is
+    compared as text, and so are thousands separators. White space at the ends is dropped here."""
     return float(any(_relaxed_one(answer.strip(), true.strip()) for true in answers))
 
 
