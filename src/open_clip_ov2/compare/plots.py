@@ -81,8 +81,8 @@ def intervals(axes: Any, found: Sequence[Answer], what: str) -> None:
 def _plot(name: str, caption: str, draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.8)) -> Plot:
     """`size` in inches."""
     name = re.sub(r"[^a-zA-Z0-9]+", "-", name).lower()
-    out, saving = io.StringIO(), {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
-    with figure(out, size=size, style=STYLE, **saving) as (axes,):
+    out, about = io.StringIO(), {"Date": None, "Creator": None}
+    with figure(out, size=size, style=STYLE, format="svg", transparent=True, metadata=about) as (axes,):
         draw(axes)
     return Plot(name, caption, _for_page(out.getvalue(), name))
 

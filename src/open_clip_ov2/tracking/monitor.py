@@ -79,7 +79,7 @@ class RunMonitor:
         self.status = StatusFile(run.folder, self._active)
         if self._active:
             run.folder.mkdir(parents=True, exist_ok=True)
-            self._trackers = [tracker(run) for tracker in (JsonLines, *(TRACKERS[name] for name in trackers))]
+            self._trackers = [JsonLines(run), *(TRACKERS[name](run) for name in trackers)]
             self._console = console or Console()
 
     def begin_stage(self, stage: StageInfo, state: Mapping[str, Any] | None = None) -> None:
