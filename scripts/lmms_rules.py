@@ -1,4 +1,5 @@
-"""Score made answers by our rules and by lmms-eval's functions, in lmms-eval's environment; all have to agree.
+"""Score made answers by our rules and by lmms-eval's functions, in lmms-eval's environment, and ask TextVQA's question
+with OCR tokens as both do; all have to agree.
 
     PYTHONPATH=src ENV/bin/python scripts/lmms_rules.py
 
@@ -12,9 +13,10 @@ from collections import Counter
 
 from lmms_eval.tasks.chartqa.utils import chartqa_process_results
 from lmms_eval.tasks.ocrbench.utils import ocrbench_process_results
-from lmms_eval.tasks.textvqa.utils import textvqa_process_results
+from lmms_eval.tasks.textvqa.utils import textvqa_doc_to_text, textvqa_process_results
 
 from open_clip_ov2.evaluate.text.question_answering import RULES
+from open_clip_ov2.evaluate.text.questions import with_ocr_tokens
 
 WORDS = ("Stop", "the café", "12", "12.5%", "0.125", "$1,000", "no", "don't", "dont", "a dog.", "two", "2", "",
          "U.S.A.",
@@ -53,6 +55,10 @@ def main() -> None:
                 differ[rule] += 1
                 print(f"{rule}: {said!r} for {true!r} or {ten}: ours {ours}, lmms-eval's {theirs}")
     print(f"{COUNT} answers by each rule; different: {dict(differ) or 'none'}")
+    question, tokens = "What brand is it?", ["ACME", "12 oz"]
+    options = {"pre_prompt": "", "post_prompt": "", "ocr": True}
+    pair = with_ocr_tokens(question, tokens), textvqa_doc_to_text({"question": question, "ocr_tokens": tokens}, options)
+    print(f"question with OCR tokens: {pair[0]!r}; lmms-eval's is {'equal' if pair[0] == pair[1] else repr(pair[1])}")
 
 
 if __name__ == "__main__":

@@ -188,36 +188,42 @@ def test_any_resolution_gives_as_many_tokens_as_the_formula() -> None:
         assert count == anyres_tokens(width, height, grids), (width, height)
 
 
-def test_rows_that_cannot_be_used_are_counted_and_named(pictures: Path, tmp_path: Path) -> None:
-    """Oracle: a list of rows with one fault each, and the causes that are written beside the table."""
+def test_rows_that_are_left_out_or_unusual_are_counted_and_listed(pictures: Path, tmp_path: Path) -> None:
+    """Oracle: a list of rows with one fault each, and what is written beside the table: the causes, and which rows have
+    no picture, several, or one that the text does not name."""
     (pictures / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     Image.new("1", (12_000, 12_000)).save(pictures / "bomb.png")
     Image.new("1", (8_000_000, 10)).save(pictures / "line.png")
     good = row_of(RECORDED["two turns"])
     faults = {
-        "whose picture is missing": {**good, "image": "none.png"},
-        "whose picture is outside the folder of pictures": {**good, "image": "../../etc/passwd"},
-        "whose picture cannot be read": {**good, "image": "broken.png"},
-        "whose picture has more than 89,478,485 pixels": {**good, "image": "bomb.png"},
-        "whose picture is too long for its width": {**good, "image": "line.png"},
-        "with another number of <image> than of pictures": {**good, "image": ["cat.png", "cat.png"]},
-        "with <image> outside a question": row_of([(H, "<image>"), (G, "<image>")]),
-        "with a turn that is not from human or gpt": {**good, "conversations": [{"from": "tool", "value": "x"}]},
-        "whose turns do not alternate between question and answer": row_of([(H, "a"), (H, "b"), (G, "c")]),
-        "without conversations": {"id": "x"},
-        "with more than 200,000 characters": row_of([(H, "a"), (G, "b" * 200_001)]),
-        "with more than 512 turns": row_of([(H, "a"), (G, "b")] * 257),
+        "missing image": {**good, "image": "none.png"},
+        "image outside the folder of images": {**good, "image": "../../etc/passwd"},
+        "undecodable image": {**good, "image": "broken.png"},
+        "too many pixels": {**good, "image": "bomb.png"},
+        "odd shape": {**good, "image": "line.png"},
+        "another number of <image> than of images": {**good, "image": ["cat.png", "cat.png"]},
+        "<image> outside a question": row_of([(H, "<image>"), (G, "<image>")]),
+        "turn that is not from human or gpt": {**good, "conversations": [{"from": "tool", "value": "x"}]},
+        "turns that do not alternate between question and answer": row_of([(H, "a"), (H, "b"), (G, "c")]),
+        "no conversations": {"id": "x"},
+        "more than 200,000 characters": row_of([(H, "a"), (G, "b" * 200_001)]),
+        "more than 512 turns": row_of([(H, "a"), (G, "b")] * 257),
     }
     several = row_of([(H, "<image>\n<image>\nWhich is larger?"), (G, "The first.")])
     moved = {"id": "m", "image": "cat.png", "conversations": row_of([(H, "What?"), (G, "A cat.")])["conversations"]}
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([good, several, moved, row_of(RECORDED["no picture"]), *faults.values()]))
-    report = conversations.prepare(file, pictures, tmp_path / "out")
-    assert (report.rows, report.used, report.text_only) == (4 + len(faults), 4, 1)
-    assert (report.several_pictures, report.moved_pictures) == (1, 1)
-    assert report.skipped == dict.fromkeys(faults, 1)
-    written = json.loads((tmp_path / "out" / "skipped.json").read_text())
-    assert [row["cause"] for row in written] == list(faults)
+    assert conversations.prepare(file, pictures, tmp_path / "out") == 4
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["rows"], report["used"]) == (4 + len(faults), 4)
+    kinds = [conversations.SEVERAL, conversations.MOVED, conversations.TEXT_ONLY]
+    assert report["kinds"] == dict.fromkeys(kinds, 1)
+    assert report["skipped"] == dict.fromkeys(faults, 1)
+    listed = json.loads((tmp_path / "out" / "listed.json").read_text())
+    assert [(row["row"], row["cause"], row["used"]) for row in listed] == [
+        *((index, kind, True) for index, kind in enumerate(kinds, 1)),
+        *((index, cause, False) for index, cause in enumerate(faults, 4)),
+    ]
     rows = conversations.open_prepared(tmp_path / "out")
     assert [len(row["images"]) for row in rows] == [1, 2, 1, 0]
     assert [part["type"] for part in rows[1]["messages"][0]["content"]] == ["image", "image", "text"]

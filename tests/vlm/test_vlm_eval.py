@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from open_clip_ov2.cli import main
+from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import RunFailed, UserError
+from open_clip_ov2.evaluate.answering import answer_questions
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.vlm import assemble
 from open_clip_ov2.vlm.benchmarks import lmms, score_table
-from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer, ask
+from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer
 from open_clip_ov2.vlm.vlm_recipe import load_vlm_recipe
 
 
@@ -41,7 +44,7 @@ def test_answers_in_a_batch_are_those_of_one_question_at_a_time(parts: Path, mod
     (tmp_path / "q.jsonl").write_text(question_lines(parts))
     file = read_questions(tmp_path / "q.jsonl", parts / "data" / "pictures")
     answerer = VlmAnswerer(model, max_new_tokens=6)
-    found = ask(answerer, file, batch_size=3, prompt="Q: {question}")
+    found = answer_questions(file, answerer, bounded, batch_size=3, prompt="Q: {question}", collate=list)
     stops, expected = answerer.model.generation_config.eos_token_id, {}
     for one in file.questions:
         text = answerer.prompt(f"Q: {one.question}")
@@ -60,7 +63,7 @@ def test_answers_in_a_batch_are_those_of_one_question_at_a_time(parts: Path, mod
                 break
         ids = inputs["input_ids"][0, start:]
         expected[one.key] = answerer.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert found["answers"] == expected
+    assert answerer.answers == expected
     assert found["questions"] == 5
 
 
@@ -98,6 +101,7 @@ def test_scores_are_kept_and_compared(
         (["eval", "{parts}", "--tasks", "pope"], "no config.json"),
         (["eval", "{model}", "--tasks", "popes", "--lmms", "{parts}"], "did you mean pope?"),
         (["eval", "{model}", "--tasks", "pope", "--lmms", "{parts}"], "no environment with lmms-eval; bash scripts/"),
+        (["eval", "{model}", "--tasks", "pope", "--ocr-tokens"], "only TextVQA has OCR tokens"),
         (["compare", "{parts}"], "no scores; `ov2 vlm eval"),
         (["compare", "--recipe", "open-llava"], "did you mean open-llava-next?"),
     ],
@@ -112,6 +116,44 @@ def test_mistakes_are_named(
     assert "Traceback" not in shown
 
 
+# What lmms-eval 0.7.3's `textvqa_doc_to_text` returns for "What brand is it?" and two tokens, with its option `ocr` on,
+# without the sentence that it ends with (scripts/lmms_rules.py compares the two in its environment).
+WITH_TOKENS = "What brand is it?\nReference OCR token: ACME, 12 oz"
+
+
+def test_ocr_tokens_stand_in_the_prompt(
+    parts: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: lmms-eval's prompt. Tokens are those of a question's row, or of the file that TextVQA publishes with its
+    questions; a question that has none is not counted. Scores with and without them stand side by side."""
+    (tmp_path / "0.jpg").write_bytes((parts / "data" / "pictures" / "0.png").read_bytes())
+    row = {"image_id": "0", "question": "What brand is it?", "answers": ["acme"] * 10}
+    tokens = {"ocr_tokens": ["ACME", "12 oz"]}
+    rows = [{"question_id": 1, **row}, {"question_id": 2, **row, **tokens}]
+    (tmp_path / "val.json").write_text(json.dumps({"data": rows}))
+    found = read_questions(tmp_path / "val.json", ocr_tokens=True)
+    assert [one.question for one in found.questions] == [WITH_TOKENS]
+    assert [(one.key, one.cause) for one in found.skipped] == [("1", "missing OCR tokens")]
+    published = {"data": [{"image_id": "0", **tokens, "ocr_info": []}]}
+    (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps(published))
+    found = read_questions(tmp_path / "val.json", ocr_tokens=True)
+    assert [one.question for one in found.questions] == [WITH_TOKENS] * 2
+    words = ["vlm", "eval", str(model), "--questions", str(tmp_path / "val.json"), "--max-new-tokens", "2"]
+    assert main([*words, "--device", "cpu", "--ocr-tokens"]) == main([*words, "--device", "cpu"]) == 0
+    rows = {row.source for row in score_table.own_rows(model) if "textvqa" in row.scores}
+    assert {"ov2", "ov2, with OCR tokens"} <= rows
+
+
+def test_lmms_evals_own_option_for_ocr_tokens_is_set(tmp_path: Path) -> None:
+    """Oracle: the keys that lmms-eval 0.7.3's own task has, with `ocr` on; no other task has them."""
+    lmms.write_tasks(["textvqa", "gqa"], tmp_path, None, tmp_path, ocr_tokens=True)
+    with_tokens, without = (yaml.safe_load((tmp_path / f"ov2_{name}.yaml").read_text()) for name in ("textvqa", "gqa"))
+    prompt = "\nAnswer the question using a single word or phrase."
+    expected = {"default": {"pre_prompt": "", "post_prompt": prompt, "ocr": True}}
+    assert with_tokens["lmms_eval_specific_kwargs"] == expected
+    assert set(without) == {"include", "task"}
+
+
 def test_a_failed_lmms_eval_ends_with_its_last_lines(tmp_path: Path) -> None:
     """Oracle: a real process that prints, writes no results and fails."""
     with pytest.raises(RunFailed, match=r"status 3 and 0 files of results; .*log\.txt ends with: one \| two"):
@@ -122,7 +164,7 @@ def lmms_environment() -> Path | None:
     return Path(os.environ[lmms.VARIABLE]) if os.environ.get(lmms.VARIABLE) else None
 
 
-def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
+def rows_for(task: str, picture: Path, count: int) -> list[dict[str, Any]]:
     """The task's own columns, with made content."""
     more: dict[str, dict[str, Any]] = {
         "chartqa": {"type": "human_test", "answer": "1"},
@@ -131,10 +173,18 @@ def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
         "mme": {"answer": "Yes"},
         "pope": {"answer": "yes", "image_source": "x", "category": "random"},
     }
+    choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("red", "blue", "one", "two"), strict=True)}
+    more |= {
+        "seed": {"answer": "A", "data_type": "image", **choices},
+        "sqa": {"hint": "", "choices": ["red", "blue"], "answer": 0},
+        "gqa": {"answer": "red", "imageId": "0"},
+    }
     made = []
     for index in range(count):
         image = {"bytes": picture.read_bytes(), "path": f"{index}.png"}
         row = {"id": str(index), "question_id": str(index), "question": f"Is there a cat {index}?", "image": image}
+        if task == "seed":  # a list: some of its questions are about a video
+            row["image"] = [image]
         if task == "mme":  # two questions about each picture
             half = index // 2
             row |= {"question_id": f"{half}.png", "category": ("existence", "code_reasoning")[half % 2]}
@@ -145,18 +195,21 @@ def rows_for(task: str, picture: Path, count: int = 4) -> list[dict[str, Any]]:
 @pytest.mark.skipif(lmms_environment() is None, reason=f"{lmms.VARIABLE} names no environment with lmms-eval")
 def test_lmms_eval_runs_its_tasks_offline(parts: Path, model: Path, tmp_path: Path) -> None:
     """Oracle: lmms-eval itself, in its own environment, on files of this disk, gives a score for each task."""
-    from datasets import Dataset
+    from datasets import Dataset, List
     from datasets import Image as Picture
 
-    tasks = ("chartqa", "textvqa", "ocrbench", "mme", "pope")
-    for task in tasks:
-        rows = Dataset.from_list(rows_for(task, parts / "data" / "pictures" / "0.png"))
+    for task in lmms.TASKS:
+        rows = rows_for(task, parts / "data" / "pictures" / "0.png", 4 if task == "mme" else 2)
+        kind = List(Picture()) if task == "seed" else Picture()
         (tmp_path / task).mkdir()
-        rows.cast_column("image", Picture()).to_parquet(str(tmp_path / task / "test.parquet"))
-    words = ["vlm", "eval", str(model), "--tasks", ",".join(tasks), "--data", str(tmp_path), "--device", "cpu"]
+        Dataset.from_list(rows).cast_column("image", kind).to_parquet(str(tmp_path / task / "test.parquet"))
+    words = ["vlm", "eval", str(model), "--tasks", ",".join(lmms.TASKS), "--data", str(tmp_path), "--device", "cpu"]
     assert main(words) == 0
+    assert main([*words, "--tasks", "textvqa", "--ocr-tokens", "--limit", "1"]) == 0
+    samples = next((model / "eval").rglob("*_samples_ov2_textvqa.jsonl"))
+    assert "Reference OCR token: red" in samples.read_text()
     scores = json.loads((model / "eval" / "lmms-eval-scores.json").read_text())
-    names = {"chartqa", "textvqa", "ocrbench", "mme_perception", "mme_cognition", "pope", "pope_f1"}
+    names = {ours for task in lmms.TASKS.values() for ours, _ in task.metrics.values()}
     assert set(scores["scores"]) == names
 
 

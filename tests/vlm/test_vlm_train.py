@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_llava import write_recipe
 from training import Rank, finish, results, start_ranks, wait_for
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaForCausalLM
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.errors import INTERRUPTED_STATUS
@@ -26,6 +26,23 @@ def _vlm_train(*flags: str) -> int:
     from open_clip_ov2.cli import main
 
     return main(["vlm", "train", *flags])
+
+
+def _vlm_train_sharded(*flags: str) -> int:
+    """accelerate 1.15 turns FSDP on for GPUs alone (AcceleratorState); here it is turned on for CPUs, and all that
+    follows is the real thing."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    original = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None, **options: object) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+    return _vlm_train(*flags)
 
 
 def flags(parts: Path, out: Path, **more: object) -> list[str]:
@@ -77,6 +94,49 @@ def test_two_processes_train_the_same_model(one: Path, two: Path) -> None:
     first, second = weights(one), weights(two)
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_sharded_by_fsdp2_a_run_is_the_same(one: Path, parts: Path, tmp_path: Path) -> None:
+    """Weights, gradients and moments split over two processes, told to stop in stage 2, and resumed. Oracle: losses and
+    weights of one process; a folder that opens strictly."""
+    (tmp_path / "fsdp.toml").write_text("fsdp = true\n")
+    run, sharding = tmp_path / "run", {"trainer": tmp_path / "fsdp.toml"}
+    ranks = start_ranks(_vlm_train_sharded, flags(parts, run, **sharding), 2)
+    assert wait_for(lambda: seen(run) >= 28, ranks)
+    ranks[0].send_signal(signal.SIGTERM)
+    stopped = finish(ranks)
+    assert [status for status, _ in stopped] == [INTERRUPTED_STATUS] * 2, stopped
+    done = finish(start_ranks(_vlm_train_sharded, flags(parts, run, **sharding), 2))
+    assert [status for status, _ in done] == [0, 0], done
+    losses = [[row["loss"] for row in results(folder, "train")] for folder in (one, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    expected, found = weights(one), weights(run)
+    for name, value in expected.items():
+        torch.testing.assert_close(value, found[name], atol=1e-4, rtol=0, msg=name)
+    _, report = AutoModelForImageTextToText.from_pretrained(run, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        ("fsdp = true", 1, "there is only one"),
+        ("fsdp = true", 2, "accelerate splits weights over GPUs, and has none"),
+        ('fsdp = true\n[fsdp_config]\nstate_dict_type = "SHARDED_STATE_DICT"', 1, "only version 2 with FULL_STATE_D"),
+        ("fsdp = true\n[fsdp_config]\nversion = 1", 1, "only version 2 with FULL_STATE_DICT"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused(
+    settings: str, processes: int, message: str, parts: Path, tmp_path: Path
+) -> None:
+    """Oracle: status 2 and one line, and no model was made but where the devices are asked."""
+    (tmp_path / "fsdp.toml").write_text(settings)
+    argv = flags(parts, tmp_path / "run", trainer=tmp_path / "fsdp.toml")
+    for status, errors in finish(start(argv, processes)):
+        assert status == 2
+        assert message in errors
+        assert "Traceback" not in errors
+    assert (tmp_path / "run" / "stages").exists() == (processes > 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -141,6 +201,23 @@ def test_each_stage_trains_its_parts_alone(parts: Path, tmp_path: Path) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(run, output_loading_info=True)
     assert type(model).__name__ == "LlavaNextForConditionalGeneration"
     assert not report["missing_keys"] | report["unexpected_keys"] | report["mismatched_keys"]
+
+
+def test_a_frozen_tower_is_never_changed(one: Path, parts: Path, tmp_path: Path) -> None:
+    """Oracle: the tensors of the encoder's own export after both stages, bit for bit; with bfloat16 and a language
+    model of that dtype, those rounded once."""
+    LlamaForCausalLM.from_pretrained(parts / "lm", dtype=torch.bfloat16).save_pretrained(tmp_path / "lm")
+    AutoTokenizer.from_pretrained(parts / "lm").save_pretrained(tmp_path / "lm")
+    run = tmp_path / "run"
+    train(flags(parts, run, **{"language-model": tmp_path / "lm", "precision": "bf16"}))
+    assert main(["export", str(parts / "encoder"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    tower = load_file(tmp_path / "hf" / "model.safetensors")
+    for folder, dtype in ((one, torch.float32), (run / "stages" / "1", torch.bfloat16), (run, torch.bfloat16)):
+        found = weights(folder)
+        assert [name for name, value in tower.items() if not found[f"vision_tower.{name}"].equal(value.to(dtype))] == []
+    words, trained = load_file(tmp_path / "lm" / "model.safetensors"), weights(run)
+    layers = [name for name in words if ".layers." in name]
+    assert any(not trained[f"language_model.{name}"].equal(words[name]) for name in layers)
 
 
 def test_minigpt4s_projector_is_one_linear_layer(parts: Path, tmp_path: Path) -> None:

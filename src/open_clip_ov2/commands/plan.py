@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         return
     show(plan)
     if args.vlm is not None:
-        print("An image is a conversation with its picture.", *vlm_plan.commands(multimodal, args.gpus), sep="\n")
+        print("An image is a conversation with its picture.", *vlm_plan.fitting_commands(multimodal, plan), sep="\n")
 
 
 def _with_recipe(flags: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> None:
 
 def _eval(args: argparse.Namespace, argv: list[str]) -> None:
     options = vlm_eval.VlmEvalOptions(**flag_values(vlm_eval.VlmEvalOptions, args))
-    vlm_eval.evaluate(args.model, options, args.device, print)
+    vlm_eval.evaluate(args.model, options, args.device)
 
 
 def _compare(args: argparse.Namespace, argv: list[str]) -> None:

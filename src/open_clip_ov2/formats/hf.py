@@ -21,7 +21,8 @@ from open_clip_ov2.formats.target import ExportSource, Target
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 _ATTENTION = "attention.attention"
-_PARTS: dict[str, str | tuple[str, str, str]] = {
+# Modules of a block of ours -> transformers'; a tuple takes a joint projection apart.
+PARTS: dict[str, str | tuple[str, str, str]] = {
     "attn.in_proj": (f"{_ATTENTION}.query", f"{_ATTENTION}.key", f"{_ATTENTION}.value"),
     "attn.out_proj": "attention.output.dense",
     "mlp.c_fc": "intermediate.dense",
@@ -96,7 +97,7 @@ def state_dict(encoder: Encoder) -> dict[str, Tensor]:
         "pooler.dense.weight": torch.eye(width),
         "pooler.dense.bias": torch.zeros(width),
     }
-    return out | encoder.renamed("encoder.layer.{}", _PARTS)
+    return out | encoder.renamed("encoder.layer.{}", PARTS)
 
 
 TARGET = Target(

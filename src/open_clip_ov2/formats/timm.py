@@ -24,7 +24,7 @@ _ENTRIES = {
     (1280, 14): "vit_huge_patch14_224", (1408, 14): "vit_giant_patch14_224",
 }  # fmt: skip
 _NEAREST = "vit_large_patch14_224"
-_PARTS: dict[str, str | tuple[str, str, str]] = {
+PARTS: dict[str, str | tuple[str, str, str]] = {
     "ln_1": "norm1",
     "attn.in_proj": "attn.qkv",
     "attn.out_proj": "attn.proj",
@@ -88,7 +88,7 @@ def state_dict(encoder: Encoder) -> dict[str, Tensor]:
         "head.weight": state["proj"].T,
         "head.bias": torch.zeros(encoder.output_width),
     }
-    return out | encoder.renamed("blocks.{}", _PARTS)
+    return out | encoder.renamed("blocks.{}", PARTS)
 
 
 TARGET = Target(

@@ -81,12 +81,16 @@ class StageCost:
         computed = self.machine.mfu * self.machine.tflops * 1e12 / (self.flops_per_image + recomputed)
         return (self.speed or computed) * self.machine.gpus
 
+    @property
+    def fits(self) -> bool:
+        """Whether a batch fits into a GPU's memory."""
+        return self.memory.of(self.batch_size) <= self.machine.memory_gb * 1e9
+
     def memory_advice(self) -> str:
         """What does not fit into a GPU's memory and what would; empty if it fits."""
-        limit = self.machine.memory_gb * 1e9
-        needed, fits = self.memory.of(self.batch_size), self.memory.most_images(limit)
-        if needed <= limit:
+        if self.fits:
             return ""
+        needed, fits = self.memory.of(self.batch_size), self.memory.most_images(self.machine.memory_gb * 1e9)
         way = f"not even one image fits; use {self.remedy} or more memory"
         if fits:
             size = largest_divisor(self.batch_size * self.accum_freq, fits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from types import ModuleType
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.costs import Checked
@@ -19,27 +19,25 @@ from open_clip_ov2.vlm.vlm_folder import check_same_run
 from open_clip_ov2.vlm.vlm_options import VlmPlan, parse
 
 
-def load() -> None:
+def load() -> ModuleType:
     """Import what training needs (seconds). Raises UserError if it is not installed."""
     try:
-        import open_clip_ov2.vlm.vlm_run  # noqa: F401
+        from open_clip_ov2.vlm import vlm_run
     except ImportError as error:
         raise UserError(
             f"ov2 vlm train needs {error.name}: pip install 'open_clip_ov2[vlm]' (Python 3.11 or newer)"
         ) from error
+    return vlm_run
 
 
-def train(plan: VlmPlan) -> Path:
-    """Train on this rank; the run's folder. Raises UserError, RunFailed and Interrupted."""
-    load()
-    from open_clip_ov2.vlm.vlm_run import train as run
-
-    return run(plan)
+def train(plan: VlmPlan) -> None:
+    """Train on this rank. Raises UserError, RunFailed and Interrupted."""
+    load().train(plan)
 
 
-def train_command(argv: Sequence[str]) -> Path:
+def train_command(argv: Sequence[str]) -> None:
     """`train` from the flags of `ov2 vlm train`."""
-    return train(parse(argv))
+    train(parse(argv))
 
 
 def check(argv: Sequence[str], world_size: int = 1) -> Checked:

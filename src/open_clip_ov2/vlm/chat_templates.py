@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.formats.llava import IMAGE_TOKEN
 from open_clip_ov2.vlm.vlm_recipe import TEMPLATES
 
 # Tokens that a template needs beyond the tokenizer's begin and end of text; the first ends a turn.
@@ -25,8 +24,6 @@ def chat_template(name: str, system: str) -> str:
 
 def check_template(name: str, tokenizer: Any) -> None:
     """Raises UserError if the language model does not know the template's tokens, and would read them as letters."""
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        raise UserError(f"the tokenizer has no {IMAGE_TOKEN}")
     missing = [token for token in TOKENS.get(name, ()) if token not in tokenizer.get_vocab()]
     if name == "vicuna-v1" and tokenizer.eos_token is None:
         missing = ["an end of text"]

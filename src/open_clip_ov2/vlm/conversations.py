@@ -1,24 +1,27 @@
 """LLaVA's JSON as it is published -> messages and paths of pictures, in a table on disk that all ranks share.
 
 A row is `{"id", "image": "a.jpg" (or a list), "conversations": [{"from": "human", "value": "<image>..."}, ...]}`. As in
-LLaVA, a picture stands first in its turn, wherever `<image>` is in it. Rows that cannot be used are left out, counted
-by cause and listed. Nothing in the file is executed, and no path leaves the folder of the pictures.
+LLaVA, a picture stands first in its turn, wherever `<image>` is in it. Rows that cannot be used are left out. They are
+counted and listed, and so are rows without a picture or with several. Nothing in the file is executed, and no path
+leaves the folder of the pictures.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, odd_shape
+from PIL import Image
+
+from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, bounded, pil_errors_skip
+from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, SkipSample
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.formats.llava import IMAGE_TOKEN
@@ -26,40 +29,12 @@ from open_clip_ov2.formats.llava import IMAGE_TOKEN
 logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS, MAX_TURNS, MAX_PICTURES = 200_000, 512, 64  # ours: of one conversation
-LISTED = 20  # ours: so many rows of each cause are named in the log; all of them are in skipped.json
+NAMED = 20  # ours: so many rows that are left out for one cause are named in the log; LISTED has all of them
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PICTURE_WORDS = 128  # of a picture, beside the words of the text, as LLaVA counts lengths for grouping
-REPORT, SKIPPED = "report.json", "skipped.json"
-
-
-class _Skip(Exception):
-    """Why a row is left out."""
-
-
-@dataclass
-class DataReport:
-    """Rows of one file: `used` of `rows`; of these without a picture, and with several; `skipped` by cause."""
-
-    rows: int = 0
-    used: int = 0
-    text_only: int = 0
-    several_pictures: int = 0
-    moved_pictures: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        kinds = {
-            "without a picture": self.text_only,
-            "with several pictures": self.several_pictures,
-            "whose pictures are named without <image> in the text, and stand first": self.moved_pictures,
-        }
-        parts = [f"{count:,} {kind}" for kind, count in kinds.items() if count]
-        left_out = ", ".join(f"{count:,} {cause}" for cause, count in self.skipped.items())
-        return (
-            f"{self.used:,} of {self.rows:,} conversations"
-            + (f" ({', '.join(parts)})" if parts else "")
-            + (f"; left out: {left_out}" if left_out else "")
-        )
+REPORT, LISTED = "report.json", "listed.json"
+TEXT_ONLY, SEVERAL = "without a picture", "with several pictures"
+MOVED = "whose pictures the text does not name, so that they stand first"
 
 
 def read_rows(file: Path) -> list[Any]:
@@ -80,142 +55,129 @@ def read_rows(file: Path) -> list[Any]:
 
 
 class Conversations:
-    """Reads rows; `report` counts them. `images` is the folder that names of pictures are relative to."""
+    """Reads rows. `images` is the folder that names of pictures are relative to. `listed` has what is to be known of
+    rows: of those that are left out the cause, and of others that they have no picture or several."""
 
     def __init__(self, images: Path | None) -> None:
         self._images = None if images is None else Path(os.path.realpath(images))
-        self._usable: dict[str, str] = {}  # path -> why it cannot be used, or ""
-        self.report = DataReport()
-        self.skipped: list[dict[str, str]] = []
+        self.listed: list[dict[str, Any]] = []
 
     def __call__(self, rows: list[Any]) -> Iterator[dict[str, Any]]:
         """The usable rows as `messages`, `images` (paths), `length` (words) and `id`."""
-        causes: Counter[str] = Counter()
         for index, row in enumerate(rows):
-            self.report.rows += 1
             name = str(row.get("id", index) if isinstance(row, Mapping) else index)[:100]
+            about = {"row": index, "id": name}
             try:
-                found = self._read(row)
-            except _Skip as skip:
-                cause = str(skip.args[0])
-                causes[cause] += 1
-                self.skipped.append({"row": str(index), "id": name, "cause": cause, "what": str(skip.args[1])[:300]})
+                found, kinds = self._read(row)
+            except SkipSample as skip:
+                self.listed.append({**about, "used": False, "cause": skip.cause, "what": skip.detail[:300]})
                 continue
-            self.report.used += 1
+            self.listed += [{**about, "used": True, "cause": kind} for kind in kinds]
             yield {"id": name, **found}
-        self.report.skipped = dict(causes.most_common())
 
-    def _read(self, row: Any) -> dict[str, Any]:
+    def counts(self, used: bool) -> dict[str, int]:
+        """Listed rows by cause, the most frequent first."""
+        return dict(Counter(row["cause"] for row in self.listed if row["used"] == used).most_common())
+
+    def _read(self, row: Any) -> tuple[dict[str, Any], list[str]]:
+        """(the row as it is used, what is listed of it)."""
         turns = row.get("conversations") if isinstance(row, Mapping) else None
         if not isinstance(turns, list) or not turns:
-            raise _Skip("without conversations", "")
+            raise SkipSample("no conversations")
         if len(turns) > MAX_TURNS:
-            raise _Skip(f"with more than {MAX_TURNS} turns", len(turns))
+            raise SkipSample(f"more than {MAX_TURNS} turns", str(len(turns)))
         pictures = self._pictures(row)
-        messages: list[dict[str, Any]] = []
-        length, marks = PICTURE_WORDS * len(pictures), 0
         texts = [_said(turn) for turn in turns]
-        if sum(len(text) for _, text in texts) > MAX_CHARACTERS:
-            raise _Skip(f"with more than {MAX_CHARACTERS:,} characters", sum(len(text) for _, text in texts))
+        if (characters := sum(len(text) for _, text in texts)) > MAX_CHARACTERS:
+            raise SkipSample(f"more than {MAX_CHARACTERS:,} characters", str(characters))
         if texts[0][0] == "assistant":  # LLaVA leaves such a turn out too
             texts = texts[1:]
-        for role, text in texts:
-            count = text.count(IMAGE_TOKEN)
-            if count and role != "user":
-                raise _Skip(f"with {IMAGE_TOKEN} outside a question", text)
-            text = text.replace(IMAGE_TOKEN, "").strip() if count else text
-            marks += count
-            length += len(text.split())
-            messages.append({"role": role, "content": _content(count, text)})
-        roles = [message["role"] for message in messages if message["role"] != "system"]
+        roles = [role for role, _ in texts if role != "system"]
         if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
-            raise _Skip("whose turns do not alternate between question and answer", " ".join(roles)[:100])
-        if pictures and not marks:
-            first = next(place for place, message in enumerate(messages) if message["role"] == "user")
-            messages[first]["content"] = [*_content(len(pictures), ""), *messages[first]["content"]]
-            self.report.moved_pictures += 1
-        elif marks != len(pictures):
-            raise _Skip(f"with another number of {IMAGE_TOKEN} than of pictures", f"{marks}, {len(pictures)} pictures")
-        self.report.text_only += not pictures
-        self.report.several_pictures += len(pictures) > 1
-        return {"messages": messages, "images": pictures, "length": length}
+            raise SkipSample("turns that do not alternate between question and answer", " ".join(roles)[:100])
+        if wrong := [text for role, text in texts if IMAGE_TOKEN in text and role != "user"]:
+            raise SkipSample(f"{IMAGE_TOKEN} outside a question", wrong[0])
+        marks = [text.count(IMAGE_TOKEN) for _, text in texts]
+        kinds = {TEXT_ONLY: not pictures, SEVERAL: len(pictures) > 1, MOVED: bool(pictures) and not any(marks)}
+        if kinds[MOVED]:
+            marks[[role for role, _ in texts].index("user")] = len(pictures)
+        elif sum(marks) != len(pictures):
+            raise SkipSample(f"another number of {IMAGE_TOKEN} than of images", f"{sum(marks)}, {len(pictures)} images")
+        words = sum(len(text.replace(IMAGE_TOKEN, "").split()) for _, text in texts)
+        messages = [
+            {"role": role, "content": _content(count, text)} for count, (role, text) in zip(marks, texts, strict=True)
+        ]
+        found = {"messages": messages, "images": pictures, "length": PICTURE_WORDS * len(pictures) + words}
+        return found, [kind for kind, true in kinds.items() if true]
 
     def _pictures(self, row: Mapping[str, Any]) -> list[str]:
         """Absolute paths, each checked."""
         value = row.get("image", row.get("images")) or []
         names = value if isinstance(value, list) else [value]
         if len(names) > MAX_PICTURES:
-            raise _Skip(f"with more than {MAX_PICTURES} pictures", len(names))
+            raise SkipSample(f"more than {MAX_PICTURES} images", str(len(names)))
         return [self._picture(name) for name in names]
 
     def _picture(self, name: Any) -> str:
         if not isinstance(name, str) or "\0" in name:
-            raise _Skip("whose picture has no name", repr(name))
+            raise SkipSample("image without a name", repr(name))
         if self._images is None:
-            raise _Skip("with a picture, but no folder of pictures was given", name)
+            raise SkipSample("image, but no folder of images was given", name)
         path = os.path.realpath(self._images / name)
         if not Path(path).is_relative_to(self._images):
-            raise _Skip("whose picture is outside the folder of pictures", name)
-        if path not in self._usable:
-            self._usable[path] = _why_unusable(path)
-        if self._usable[path]:
-            raise _Skip(self._usable[path], name)
+            raise SkipSample("image outside the folder of images", name)
+        if fault := _fault(path):
+            raise SkipSample(fault.cause, f"{name} {fault.detail}".strip())
         return path
 
 
-def _why_unusable(path: str) -> str:
-    """From the header alone: the pixels are decoded in training."""
-    from PIL import Image, UnidentifiedImageError
-
+@functools.cache
+def _fault(path: str) -> SkipSample | None:
+    """Why a picture cannot be used, from its header alone: the pixels are decoded in training."""
     if not os.path.isfile(path):
-        return "whose picture is missing"
+        return SkipSample(MISSING_IMAGE)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused below
-            with Image.open(path) as picture:
-                width, height = picture.size
-    except Image.DecompressionBombError:
-        return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return "whose picture cannot be read"
-    if width * height > MAX_IMAGE_PIXELS:
-        return f"whose picture has more than {MAX_IMAGE_PIXELS:,} pixels"
-    return "whose picture is too long for its width" if odd_shape(width, height) else ""
+        with pil_errors_skip(), Image.open(path) as picture:
+            if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                raise SkipSample(TOO_MANY_PIXELS, f"{picture.width} x {picture.height}, at most {MAX_IMAGE_PIXELS:,}")
+            bounded(picture)
+    except SkipSample as skip:
+        return skip
+    return None
 
 
 def _said(turn: Any) -> tuple[str, str]:
     """(role, text) of a turn."""
     speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
     if speaker not in ROLES or not isinstance(text, str):
-        raise _Skip("with a turn that is not from human or gpt", repr(turn))
+        raise SkipSample("turn that is not from human or gpt", repr(turn))
     return ROLES[speaker], text
 
 
 def _content(pictures: int, text: str) -> list[dict[str, str | None]]:
+    text = text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text
     parts: list[dict[str, str | None]] = [{"type": "image", "text": None}] * pictures
     return [*parts, {"type": "text", "text": text}] if text or not parts else parts
 
 
-def prepare(file: Path, images: Path | None, folder: Path) -> DataReport:
-    """Write the table of a file's usable rows into `folder`, unless it is there; its report. Raises UserError."""
+def prepare(file: Path, images: Path | None, folder: Path) -> int:
+    """Write the table of a file's usable rows into `folder`, unless it is there; their number. Raises UserError."""
     from datasets import Dataset, disable_progress_bars
 
     stamp = file.stat()
     about = [str(file.resolve()), str(images), stamp.st_size, stamp.st_mtime]
     own = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     if not (folder / REPORT).is_file() or read_json(folder / REPORT, dict)["table"] != own.name:
-        reader = Conversations(images)
-        rows = list(reader(read_rows(file)))
-        _tell(file, reader)
-        if not rows:
-            raise UserError(f"{file}: no conversation can be used: {reader.report}")
+        reader, rows = Conversations(images), read_rows(file)
+        usable = list(reader(rows))
+        _tell(file, reader, len(usable), len(rows))
         folder.mkdir(parents=True, exist_ok=True)
         disable_progress_bars()
-        Dataset.from_list(rows).save_to_disk(own)
-        write_json(folder / SKIPPED, reader.skipped)
-        write_json(folder / REPORT, {"table": own.name, **vars(reader.report)})
-    found = read_json(folder / REPORT, dict)
-    return DataReport(**{name: value for name, value in found.items() if name != "table"})
+        Dataset.from_list(usable).save_to_disk(own)
+        write_json(folder / LISTED, reader.listed)
+        counts = {"rows": len(rows), "used": len(usable), "kinds": reader.counts(True), "skipped": reader.counts(False)}
+        write_json(folder / REPORT, {"table": own.name, **counts})
+    return int(read_json(folder / REPORT, dict)["used"])
 
 
 def open_prepared(folder: Path) -> Any:
@@ -225,11 +187,21 @@ def open_prepared(folder: Path) -> Any:
     return Dataset.load_from_disk(folder / read_json(folder / REPORT, dict)["table"])
 
 
-def _tell(file: Path, reader: Conversations) -> None:
-    """Log what was read, and which rows were left out."""
-    logger.info("%s: %s", file, reader.report)
-    for cause in reader.report.skipped:
-        rows = [row for row in reader.skipped if row["cause"] == cause]
-        shown = ", ".join(f"row {row['row']} (id {row['id']}) {row['what']}".strip() for row in rows[:LISTED])
-        more = f", and {len(rows) - LISTED:,} more in {SKIPPED}" if len(rows) > LISTED else ""
+def _tell(file: Path, reader: Conversations, used: int, rows: int) -> None:
+    """Log what was read, and which rows were left out. Raises UserError if all were."""
+    causes, kinds = reader.counts(False), reader.counts(True)
+    report = f"{used:,} of {rows:,} conversations"
+    report += f" ({_listed(kinds)})" if kinds else ""
+    report += f"; left out: {_listed(causes)}" if causes else ""
+    logger.info("%s: %s", file, report)
+    for cause in causes:
+        left_out = [row for row in reader.listed if row["cause"] == cause]
+        shown = ", ".join(f"row {row['row']} (id {row['id']}) {row['what']}".strip() for row in left_out[:NAMED])
+        more = f", and {len(left_out) - NAMED:,} more in {LISTED}" if len(left_out) > NAMED else ""
         logger.warning("%s: left out %s: %s%s", file, cause, shown, more)
+    if not used:
+        raise UserError(f"{file}: no conversation can be used: {report}")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {cause}" for cause, count in counts.items())

@@ -37,10 +37,9 @@ class RunWatch(TrainerCallback):
         self._stage, self._samples_before, self._batch = stage, samples_before, batch
         self._minutes, self._last_save = save_every_minutes, time.monotonic()
         self._step_began = time.perf_counter()
-        self._bad = 0
-        self._rates: dict[str, float] = {}
+        self._bad, self._tokens = 0, 0.0
+        self._tower_lr: dict[str, float] = {}
         self.wait_s = 0.0  # of this step, for data; the trainer adds to it
-        self._tokens = 0.0
         self.stopped: str | None = None
 
     def _samples(self, step: int) -> int:
@@ -50,7 +49,8 @@ class RunWatch(TrainerCallback):
         self._step_began = time.perf_counter() - self.wait_s
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
-        self._rates = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        rates = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        self._tower_lr = {"tower_lr": rates[TOWER]} if TOWER in rates else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         finished = state.global_step >= state.max_steps
@@ -78,14 +78,9 @@ class RunWatch(TrainerCallback):
                 f"stage {self._stage}: the loss was not finite in {self._bad} steps in a row, the last of them "
                 f"{state.global_step:,}; lower its lr in the recipe"
             )
-        losses = {"loss": loss}
-        if (accuracy := logs.get("mean_token_accuracy")) is not None:
-            losses["token_accuracy"] = accuracy
-        if TOWER in self._rates:
-            losses["tower_lr"] = self._rates[TOWER]
         self._monitor.step(
             self._samples(state.global_step),
-            losses=losses,
+            losses={"loss": loss, "token_accuracy": logs["mean_token_accuracy"], **self._tower_lr},
             lr=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             num_images=self._batch,

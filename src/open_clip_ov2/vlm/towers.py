@@ -21,29 +21,16 @@ from open_clip_ov2.files import read_json
 from open_clip_ov2.formats import hf
 from open_clip_ov2.formats.encoder import Encoder, Preprocessing
 from open_clip_ov2.formats.llava import VisionTower, library, vision_tower
+from open_clip_ov2.formats.timm import PARTS as TIMM_PARTS
 
-Parts = Mapping[str, str | tuple[str, ...]]
-_SIGLIP_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkv")
-_VIT_ATTENTION = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
-# Modules of a block of OpenCLIP's and timm's -> those of transformers; a tuple takes a joint projection apart.
-_OPEN_CLIP_TO_CLIP: Parts = {
-    "attn.in_proj": _SIGLIP_ATTENTION, "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-}  # fmt: skip
-_OPEN_CLIP_TO_VIT: Parts = {
-    "attn.in_proj": _VIT_ATTENTION, "attn.out_proj": "attention.output.dense", "mlp.c_fc": "intermediate.dense",
-    "mlp.c_proj": "output.dense", "ln_1": "layernorm_before", "ln_2": "layernorm_after",
-}  # fmt: skip
-_TIMM_TO_SIGLIP: Parts = {
-    "attn.qkv": _SIGLIP_ATTENTION, "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-    "norm1": "layer_norm1", "norm2": "layer_norm2",
-}  # fmt: skip
-_TIMM_TO_VIT: Parts = {
-    "attn.qkv": _VIT_ATTENTION, "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
+# Of a block of CLIP's and SigLIP's in transformers; hf.PARTS has those of its ViT.
+_CLIP_PARTS = {
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
 }  # fmt: skip
 TIMM = "timm:"
-_KINDS = ("weight", "bias")
+_BLOCKS = "transformer.resblocks."
 
 
 def open_tower(source: str, image_size: int | None = None) -> VisionTower:
@@ -78,122 +65,121 @@ class _Unfit(Exception):
 def of_open_clip(visual: Any, preprocessing: Preprocessing) -> VisionTower:
     """OpenCLIP's VisionTransformer as a CLIPVisionModel or, without a norm before its blocks, a ViTModel."""
     state = {name: value.detach().float() for name, value in visual.state_dict().items()}
-    if "transformer.resblocks.0.attn.in_proj_weight" not in state:
+    if f"{_BLOCKS}0.attn.in_proj_weight" not in state:
         raise _Unfit(f"{type(visual).__name__} is not a plain ViT")
-    block, size = visual.transformer.resblocks[0], _square(visual.image_size)
-    patch, transformers = _square(visual.patch_size), library()
+    block = visual.transformer.resblocks[0]
     config = {
-        "hidden_size": state["class_embedding"].shape[0],
-        "intermediate_size": block.mlp.c_fc.out_features,
-        "num_hidden_layers": len(visual.transformer.resblocks),
         "num_attention_heads": block.attn.num_heads,
-        "image_size": size,
-        "patch_size": patch,
+        "image_size": _square(visual.image_size),
+        "patch_size": _square(visual.patch_size),
         "hidden_act": _activation(block.mlp.gelu),
         "layer_norm_eps": block.ln_1.eps,
     }
-    if "ln_pre.weight" in state:
-        named = _clip_names(state)
-        kind, made = transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**config)
-    else:
-        named = {
-            "embeddings.cls_token": state["class_embedding"][None, None],
-            "embeddings.position_embeddings": state["positional_embedding"][None],
-            "embeddings.patch_embeddings.projection.weight": state["conv1.weight"],
-            "embeddings.patch_embeddings.projection.bias": torch.zeros_like(state["class_embedding"]),
-            **_blocks(state, "transformer.resblocks.", "encoder.layer.", _OPEN_CLIP_TO_VIT),
-        }
-        kind, made = transformers.ViTModel, transformers.ViTConfig(**config)
-    return _tower(kind, made, named, preprocessing, size, patch, class_token=True)
-
-
-def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    root = "vision_model."
-    return {
-        f"{root}embeddings.class_embedding": state["class_embedding"],
-        f"{root}embeddings.patch_embedding.weight": state["conv1.weight"],
-        f"{root}embeddings.position_embedding.weight": state["positional_embedding"],
-        **{f"{root}pre_layrnorm.{kind}": state[f"ln_pre.{kind}"] for kind in _KINDS},
-        **_blocks(state, "transformer.resblocks.", f"{root}encoder.layers.", _OPEN_CLIP_TO_CLIP),
-    }
+    return _tower("CLIPVision" if "ln_pre.weight" in state else "ViT", config, state, preprocessing)
 
 
 def of_timm(trunk: Any, preprocessing: Preprocessing) -> VisionTower:
     """timm's VisionTransformer as a SiglipVisionModel or, with a class token, as a ViTModel."""
-    state = {name: value.detach().float() for name, value in trunk.state_dict().items()}
-    if "blocks.0.attn.qkv.weight" not in state or getattr(trunk, "reg_token", None) is not None:
+    state = {_open_clip_name(name): value.detach().float() for name, value in trunk.state_dict().items()}
+    plain = {f"{_BLOCKS}0.attn.in_proj.weight", "positional_embedding"} <= state.keys()
+    if not plain or getattr(trunk, "reg_token", None) is not None:
         raise _Unfit(f"{type(trunk).__name__} is not a plain ViT")
     if "norm_pre.weight" in state:
         raise _Unfit("it has a norm before its blocks")
-    block, size = trunk.blocks[0], _square(trunk.patch_embed.img_size)
-    patch, transformers = _square(trunk.patch_embed.patch_size), library()
+    block = trunk.blocks[0]
     config = {
-        "hidden_size": trunk.embed_dim,
-        "intermediate_size": block.mlp.fc1.out_features,
-        "num_hidden_layers": len(trunk.blocks),
         "num_attention_heads": block.attn.num_heads,
-        "image_size": size,
-        "patch_size": patch,
+        "image_size": _square(trunk.patch_embed.img_size),
+        "patch_size": _square(trunk.patch_embed.patch_size),
         "hidden_act": _activation(block.mlp.act),
         "layer_norm_eps": block.norm1.eps,
     }
-    if "cls_token" in state:
-        named = _vit_names(state, (size // patch) ** 2)
-        kind, made = transformers.ViTModel, transformers.ViTConfig(**config)
-    else:
-        named = _siglip_names(state)
-        kind, made = transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**config, vision_use_head=False)
-    return _tower(kind, made, named, preprocessing, size, patch, class_token="cls_token" in state)
+    if "class_embedding" in state:
+        return _tower("ViT", config, state, preprocessing)
+    return _tower("SiglipVision", {**config, "vision_use_head": False}, state, preprocessing)
 
 
-def _vit_names(state: Mapping[str, Tensor], patches: int) -> dict[str, Tensor]:
-    positions = state["pos_embed"]
-    if positions.shape[1] == patches:  # the class token has no position: its own is zero
-        positions = nn.functional.pad(positions, (0, 0, 1, 0))
-    return {
-        "embeddings.cls_token": state["cls_token"],
-        "embeddings.position_embeddings": positions,
-        **{f"embeddings.patch_embeddings.projection.{kind}": state[f"patch_embed.proj.{kind}"] for kind in _KINDS},
-        **_blocks(state, "blocks.", "encoder.layer.", _TIMM_TO_VIT),
-    }
-
-
-def _siglip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    root = "vision_model."
-    return {
-        f"{root}embeddings.position_embedding.weight": state["pos_embed"][0],
-        **{f"{root}embeddings.patch_embedding.{kind}": state[f"patch_embed.proj.{kind}"] for kind in _KINDS},
-        **_blocks(state, "blocks.", f"{root}encoder.layers.", _TIMM_TO_SIGLIP),
-    }
-
-
-def _blocks(state: Mapping[str, Tensor], before: str, after: str, parts: Parts) -> dict[str, Tensor]:
-    out = {}
-    for name, value in state.items():
-        if name.startswith(before):
-            index, _, rest = name.removeprefix(before).partition(".")
-            theirs = next((one for one in parts if rest.startswith(one)), None)
-            if theirs is None:
-                raise _Unfit(f"its blocks have {rest}")
-            found = parts[theirs]
-            names = (found,) if isinstance(found, str) else found
-            for module, piece in zip(names, value.chunk(len(names)), strict=True):
-                out[f"{after}{index}.{module}.{rest.removeprefix(theirs)[1:]}"] = piece.clone()
-    return out
+def _open_clip_name(name: str) -> str:
+    """OpenCLIP's name of a tensor of timm's."""
+    outside = {"cls_token": "class_embedding", "pos_embed": "positional_embedding"}
+    if not name.startswith("blocks."):
+        return outside.get(name, name.replace("patch_embed.proj.", "conv1."))
+    for ours, theirs in TIMM_PARTS.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return _BLOCKS + name.removeprefix("blocks.")
 
 
 def _tower(
-    kind: Any, config: Any, state: dict[str, Tensor], preprocessing: Preprocessing, size: int, patch: int,
-    *, class_token: bool,
-) -> VisionTower:  # fmt: skip
-    """What the state lacks is behind the blocks; all else has to be there."""
-    model, report = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    family: str, sizes: Mapping[str, Any], state: Mapping[str, Tensor], preprocessing: Preprocessing
+) -> VisionTower:
+    """Of tensors under OpenCLIP's names. What transformers' model has beyond them is behind the blocks; all else has to
+    be there."""
+    named = _vit_names(state, sizes) if family == "ViT" else _clip_names(state)
+    blocks = {name.split(".")[2] for name in state if name.startswith(_BLOCKS)}
+    config = getattr(library(), f"{family}Config")(
+        hidden_size=state["conv1.weight"].shape[0],
+        intermediate_size=state[f"{_BLOCKS}0.mlp.c_fc.weight"].shape[0],
+        num_hidden_layers=len(blocks),
+        **sizes,
+    )
+    kind = getattr(library(), f"{family}Model")
+    model, report = kind.from_pretrained(None, config=config, state_dict=named, output_loading_info=True)
     behind = ("post_layernorm.", "layernorm.", "pooler.")
     lost = [name for name in report["missing_keys"] if not name.removeprefix("vision_model.").startswith(behind)]
     if lost or report["unexpected_keys"]:
         raise _Unfit(f"its weights do not fit {kind.__name__} ({', '.join([*lost, *report['unexpected_keys']][:3])})")
+    size, patch = sizes["image_size"], sizes["patch_size"]
     settings = hf.image_settings((size, size), preprocessing)
-    return VisionTower(model, settings, size, patch, class_token)
+    return VisionTower(model, settings, size, patch, class_token="class_embedding" in state)
+
+
+def _vit_names(state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A patch embedding without a bias gets one of zero, and so does a class token without a position."""
+    weight = state["conv1.weight"]
+    positions = state["positional_embedding"].reshape(-1, len(weight))
+    if len(positions) == (sizes["image_size"] // sizes["patch_size"]) ** 2:
+        positions = nn.functional.pad(positions, (0, 0, 1, 0))
+    return {
+        "embeddings.cls_token": state["class_embedding"].reshape(1, 1, -1),
+        "embeddings.position_embeddings": positions[None],
+        "embeddings.patch_embeddings.projection.weight": weight,
+        "embeddings.patch_embeddings.projection.bias": state.get("conv1.bias", torch.zeros(len(weight))),
+        **_blocks(state, "encoder.layer.", hf.PARTS),
+    }
+
+
+def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of CLIP's and SigLIP's; the second has no class token, and no norm before its blocks."""
+    root, width = "vision_model.", len(state["conv1.weight"])
+    outside = {
+        "class_embedding": "embeddings.class_embedding",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "conv1.bias": "embeddings.patch_embedding.bias",
+        "ln_pre.weight": "pre_layrnorm.weight",
+        "ln_pre.bias": "pre_layrnorm.bias",
+    }
+    return {
+        **{f"{root}{theirs}": state[ours] for ours, theirs in outside.items() if ours in state},
+        f"{root}embeddings.position_embedding.weight": state["positional_embedding"].reshape(-1, width),
+        **_blocks(state, f"{root}encoder.layers.", _CLIP_PARTS),
+    }
+
+
+def _blocks(
+    state: Mapping[str, Tensor], root: str, parts: Mapping[str, str | tuple[str, str, str]]
+) -> dict[str, Tensor]:
+    out = {}
+    for name, value in state.items():
+        if name.startswith(_BLOCKS):
+            index, _, rest = name.removeprefix(_BLOCKS).partition(".")
+            ours = next((one for one in parts if rest.startswith(one)), None)
+            if ours is None:
+                raise _Unfit(f"its blocks have {rest}")
+            theirs = parts[ours]
+            names = (theirs,) if isinstance(theirs, str) else theirs
+            for module, piece in zip(names, value.chunk(len(names)), strict=True):
+                out[f"{root}{index}.{module}.{rest.removeprefix(ours)[1:]}"] = piece.clone()
+    return out
 
 
 def _square(sides: Any) -> int:
@@ -239,13 +225,12 @@ def _of_transformers(folder: Path) -> VisionTower:
         size, patch = _square(config.image_size), _square(config.patch_size)
     except Exception as error:  # OSError, ValueError, safetensors' own, AttributeError of a model that is no ViT
         raise UserError(f"{folder}: no vision model that transformers opens ({first_line(error)})") from error
-    names = [name for name, _ in model.named_parameters()]
-    extra = sum(any(word in name for name in names) for word in ("cls_token", "class_embedding"))
-    if any("register" in name for name in names):
+    names = " ".join(name for name, _ in model.named_parameters())
+    if "register" in names:
         raise UserError(f"{folder}: LLaVA drops one class token, and {type(model).__name__} has register tokens too")
     wanted = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std", "do_resize")
     written = read_json(folder / "preprocessor_config.json", dict, "settings of an image processor")
     settings = {name: value for name, value in written.items() if name in wanted}
     settings.setdefault("crop_size", {"height": size, "width": size})
     settings.setdefault("do_center_crop", "shortest_edge" in settings.get("size", {}))
-    return VisionTower(model, settings, size, patch, bool(extra))
+    return VisionTower(model, settings, size, patch, "cls_token" in names or "class_embedding" in names)

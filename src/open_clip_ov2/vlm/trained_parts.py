@@ -6,7 +6,6 @@ DistributedDataParallel would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,37 +43,30 @@ def freeze_others(model: Any, stage: VlmStage, half: torch.dtype | None) -> list
 
 def unused_names(model: Any) -> set[str]:
     """Parameters of the encoder that the features do not depend on: found on a copy without memory, by a backward."""
-    transformers_model, config = type(model.model.vision_tower), model.config
+    config, size = model.config, model.config.vision_config.image_size
     with torch.device("meta"):
-        tower = transformers_model(config.vision_config)
-        size = config.vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        outputs = tower(torch.zeros(1, 3, height, width), output_hidden_states=True)
+        tower = type(model.model.vision_tower)(config.vision_config)
+        outputs = tower(torch.zeros(1, 3, size, size), output_hidden_states=True)
         outputs.hidden_states[config.vision_feature_layer].sum().backward()
     return {f"model.vision_tower.{name}" for name, value in tower.named_parameters() if value.grad is None}
 
 
 def groups(model: nn.Module, stage: VlmStage, decaying: set[str]) -> list[dict[str, Any]]:
     """The optimizer's groups: the encoder at its own rate; no weight decay but for `decaying`."""
-
-    def chosen(tower: bool, decays: bool) -> Iterator[nn.Parameter]:
-        for name, parameter in model.named_parameters():
-            own = name.removeprefix("module.")
-            in_group = ((part_of(own) == TOWER) == tower) and ((name in decaying) == decays)
-            if parameter.requires_grad and in_group:
-                yield parameter
-
-    made = [
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = part_of(name) == TOWER, name not in decaying
+            found.setdefault(key, []).append(parameter)
+    return [
         {
             "part": TOWER if tower else LANGUAGE_MODEL,
-            "params": list(chosen(tower, decays)),
+            "params": parameters,
             "lr": stage.tower_lr if tower and stage.tower_lr is not None else stage.lr,
-            "weight_decay": stage.weight_decay if decays else 0.0,
+            "weight_decay": 0.0 if spared else stage.weight_decay,
         }
-        for tower in (False, True)
-        for decays in (True, False)
+        for (tower, spared), parameters in sorted(found.items())
     ]
-    return [group for group in made if group["params"]]
 
 
 def always_run_tower(model: Any) -> None:
@@ -90,7 +82,7 @@ def always_run_tower(model: Any) -> None:
             return args, kwargs
         embeddings = module.get_input_embeddings()(kwargs.pop("input_ids"))
         size, more = config.vision_config.image_size, {}
-        blank = torch.zeros(1, 3, size, size, device=embeddings.device)
+        blank = torch.zeros(1, 3, size, size, dtype=embeddings.dtype, device=embeddings.device)
         if hasattr(config, "image_grid_pinpoints"):  # LLaVA-NeXT: the picture, and its parts
             rows, columns = (side // size for side in config.image_grid_pinpoints[0])
             blank = blank.expand(1 + rows * columns, -1, -1, -1)[None]

@@ -16,13 +16,12 @@ from open_clip_ov2.recipe.costs import Machine, Plan, StageCost
 from open_clip_ov2.recipe.model_costs import PRECISION, Flops, Memory, Precision, Stack, Tokens, Tower, fixed_bytes
 from open_clip_ov2.tables import from_table, key, read_toml, whole
 from open_clip_ov2.vlm.conversations import read_rows
-from open_clip_ov2.vlm.vlm_options import FP32, VlmPlan, trainer_settings
+from open_clip_ov2.vlm.vlm_options import FP32, VlmPlan
 from open_clip_ov2.vlm.vlm_recipe import LANGUAGE_MODEL, PROJECTOR, TOWER, VlmStage
 
 LANGUAGE_MODELS = Path(__file__).with_name("language_models.toml")
 TEXT_TOKENS = {"align": 24, "knowledge": 160, "tune": 256}  # ours: of a conversation's text, if its data is not given
 TOKENS_PER_WORD = 4 / 3  # ours
-SHARDED = {"fsdp", "deepspeed"}  # settings of Trainer's that split weights, gradients and moments over the GPUs
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,12 @@ def encoder_sizes(name: str, image_size: int | None) -> tuple[Tower, int, int, i
 
 def samples_of(plan: VlmPlan, stage: VlmStage) -> int:
     """Rows of the stage's file or, if it was not given, of its published data. Raises UserError."""
-    rows = rows_of(plan, stage)
-    if not rows and stage.samples is None:
+    samples = len(rows_of(plan, stage)) or stage.samples
+    if not samples:
         raise UserError(
             f"--{stage.data}-data is missing: recipe {plan.options.recipe} does not say how many rows it has"
         )
-    return len(rows) or int(stage.samples or 0)
+    return samples
 
 
 def rows_of(plan: VlmPlan, stage: VlmStage) -> list[Any]:
@@ -108,8 +107,9 @@ def rows_of(plan: VlmPlan, stage: VlmStage) -> list[Any]:
     return read_rows(file) if file is not None and file.is_file() else []
 
 
-def plan_costs(plan: VlmPlan, machine: Machine) -> Plan:
-    """Raises UserError if the sizes of a part, or the length of a stage, are unknown."""
+def plan_costs(plan: VlmPlan, machine: Machine, sharded: bool | None = None) -> Plan:
+    """`sharded`: whether the weights are split over the GPUs (default: as the plan says). Raises UserError if the sizes
+    of a part, or the length of a stage, are unknown."""
     words, recipe = language_model_sizes(plan.language_model), plan.recipe
     tower, size, side, encoder = encoder_sizes(plan.encoder, recipe.image_size)
     projector = (tower.width + words.width + 2) * words.width
@@ -118,7 +118,7 @@ def plan_costs(plan: VlmPlan, machine: Machine) -> Plan:
     if recipe.grids:  # the picture and its parts, and a newline after each row of tokens
         rows, columns = max(recipe.grids, key=lambda cells: cells[0] * cells[1])
         images, seen = 1 + rows * columns, side**2 + rows * side * (columns * side + 1)
-    sharded = bool(trainer_settings(plan.options).keys() & SHARDED)
+    sharded = plan.sharded if sharded is None else sharded
     remedy = "more GPUs" if sharded else "--trainer FILE.toml with fsdp, which splits the weights over the GPUs,"
     stages = []
     for number, stage in enumerate(recipe.stages):
@@ -139,12 +139,8 @@ def plan_costs(plan: VlmPlan, machine: Machine) -> Plan:
                 lr=stage.lr, warmup_steps=round(stage.warmup_ratio * stage.steps(samples)),
                 precision=plan.options.precision or "bf16", grad_checkpointing=plan.options.grad_checkpointing,
                 context_length=stage.max_length, parts=_flops(stage, blocks, 2.0 * seen * projector, head),
-                memory=_memory(
-                    plan, stage, parameters, blocks[TOWER], words, seen + text, machine.gpus if sharded else 0,
-                    machine.gpus,
-                ),
-                machine=machine, speed=machine.speed(number, len(recipe.stages)),
-                remedy=remedy,
+                memory=_memory(plan, stage, parameters, blocks[TOWER], words, seen + text, machine.gpus, sharded),
+                machine=machine, speed=machine.speed(number, len(recipe.stages)), remedy=remedy,
             )
         )  # fmt: skip
     return Plan(f"{plan.encoder} and {plan.language_model}", parameters, tuple(stages), {}, machine)
@@ -180,16 +176,18 @@ def _flops(stage: VlmStage, blocks: Mapping[str, Stack], projector: float, head:
 
 def _memory(
     plan: VlmPlan, stage: VlmStage, parameters: Mapping[str, int], tower: Stack, words: LanguageModelSizes,
-    length: int, shards: int, gpus: int,
+    length: int, gpus: int, sharded: bool,
 ) -> Memory:  # fmt: skip
     """What trains is float32, with its gradient and two moments. What is frozen is of the low precision; where the
-    weights are split over `shards` GPUs it is float32 too (one dtype), and two whole blocks are there at a time."""
+    weights are split over the GPUs it is float32 too (one dtype), and gathered are two blocks at a time, the embedding
+    and the head, with their gradients."""
     precision = PRECISION["fp32" if plan.options.precision == FP32 else "amp"]
     trained = sum(parameters[part] for part in stage.trains)
     frozen = sum(parameters.values()) - trained
-    if shards:
-        fixed = fixed_bytes(trained, 0, PRECISION["fp32"], 1) / shards + 4.0 * frozen / shards
+    if sharded:
+        fixed = (fixed_bytes(trained, 0, PRECISION["fp32"], 1) + 4.0 * frozen) / gpus
         fixed += 2.0 * words.block * (precision.weight + precision.copy)
+        fixed += 4.0 * words.vocabulary * words.width * (precision.copy or precision.weight)
     else:
         fixed = fixed_bytes(trained, 0, precision, gpus) + float(frozen) * precision.activation
     kept = 0.0

@@ -65,7 +65,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def stages_done(folder: Path) -> int:
-    """How many stages have written their model, from the first on; -1 if there is no model to begin with."""
+def progress(checkpoint: Path, what: str) -> int:
+    """`step` or `samples_seen` of a complete checkpoint."""
+    return int(read_json(checkpoint / COMPLETE, dict)[what])
+
+
+def stages_done(folder: Path, stages: int) -> int:
+    """How many of a run's stages have written their model, from the first on; -1 if there is none to begin with."""
+    if (folder / MODEL_CONFIG).is_file():
+        return stages
     done = [int(path.name) for path in (folder / "stages").glob("[0-9]*") if (path / MODEL_CONFIG).is_file()]
     return max(done, default=-1)

@@ -14,7 +14,7 @@ from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import one_of, read_toml, real, text, whole
 from open_clip_ov2.tracking.sinks import tracker_names
-from open_clip_ov2.vlm.vlm_recipe import LINEAR, MLP, VlmRecipe, VlmStage, _layer, known_recipes, load_vlm_recipe
+from open_clip_ov2.vlm.vlm_recipe import LINEAR, MLP, VlmRecipe, VlmStage, known_recipes, layer, load_vlm_recipe
 
 BF16, FP32 = "bf16", "fp32"
 MODEL, DATA, RUN = "model", "data", "run"
@@ -30,7 +30,7 @@ class VlmOptions:
         "FOLDER|NAME", text, "a folder, a hub name or smollm2-135m (default: the recipe's)", group=MODEL
     )
     feature_layer: int | None = flag(
-        "N", _layer, "the encoder's layer: -1 last block, -2 the one before (default: the recipe's)", group=MODEL
+        "N", layer, "the encoder's layer: -1 last block, -2 the one before (default: the recipe's)", group=MODEL
     )
     projector: str | None = flag(
         "KIND", one_of(MLP, LINEAR), "mlp, or linear as in MiniGPT-4 (default: the recipe's)", group=MODEL
@@ -80,21 +80,25 @@ class VlmPlan:
 
     @property
     def config(self) -> dict[str, Any]:
-        paths = {f"{name}_{kind}": self._path(name, kind) for name in self.data_names for kind in ("data", "images")}
-        model = {name: getattr(self.recipe, name) for name in ("kind", "feature_layer", "projector", "grids", "system")}
-        whole_run = {
-            "encoder": self.encoder, "language_model": self.language_model, "seed": self.options.seed,
-            "image_size": self.recipe.image_size, **model, **paths,
-        }  # fmt: skip
-        return json.loads(json.dumps({"stages": [dataclasses.asdict(one) for one in self.recipe.stages], **whole_run}))
+        recipe = {**dataclasses.asdict(self.recipe), "language_model": self.language_model}
+        names = (f"{name}_{kind}" for name in self.data_names for kind in ("data", "images"))
+        paths = {name: getattr(self.options, name) for name in names}
+        about = {"encoder": self.encoder, "seed": self.options.seed, **recipe, **paths}
+        return json.loads(json.dumps(about, default=str))
 
     @property
     def data_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(stage.data for stage in self.recipe.stages))
 
-    def _path(self, name: str, kind: str) -> str | None:
-        found = getattr(self.options, f"{name}_{kind}")
-        return None if found is None else str(found)
+    @property
+    def trainer_settings(self) -> dict[str, Any]:
+        """The content of --trainer. Raises UserError."""
+        return {} if self.options.trainer is None else read_toml(self.options.trainer)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and moments are split over the processes."""
+        return any(self.trainer_settings.get(name) for name in ("fsdp", "deepspeed"))
 
     def accumulation(self, stage: VlmStage, world_size: int) -> tuple[int, int]:
         """(conversations at once in a process, how often until a step). Raises UserError if they do not give the
@@ -117,16 +121,16 @@ DESCRIPTION = "Train a multimodal model on an encoder: its projector first, then
 
 
 def add_train_flags(parser: argparse.ArgumentParser, *, needs_encoder: bool = True) -> None:
-    more: dict[str, Any] = {} if needs_encoder else {"nargs": "?"}
-    parser.add_argument("encoder", metavar="ENCODER", help="what `ov2 export` takes", **more)
+    count = None if needs_encoder else "?"
+    parser.add_argument("encoder", metavar="ENCODER", help="what `ov2 export` takes", nargs=count)
     add_flags(parser, VlmOptions)
 
 
-def parse(argv: Sequence[str], *, needs_data: bool = True) -> VlmPlan:
+def parse(argv: Sequence[str]) -> VlmPlan:
     """`argv` without `vlm train`. Raises UserError."""
     parser = Parser(prog="ov2 vlm train")
     add_train_flags(parser)
-    return plan_of(parser.parse_args(list(argv)), argv, needs_data=needs_data)
+    return plan_of(parser.parse_args(list(argv)), argv)
 
 
 def plan_of(parsed: argparse.Namespace, argv: Sequence[str], *, needs_data: bool = True) -> VlmPlan:
@@ -143,22 +147,12 @@ def plan_of(parsed: argparse.Namespace, argv: Sequence[str], *, needs_data: bool
         raise UserError("--out is missing: the folder of the run, for example --out vlm/NAME")
     tracker_names(options.report_to)
     plan = VlmPlan(parsed.encoder, recipe, options, language_model, options.out, tuple(argv))
-    if needs_data:
-        for name in plan.data_names:
-            _check_data(plan, name)
+    for name in plan.data_names if needs_data else ():
+        file, images = getattr(options, f"{name}_data"), getattr(options, f"{name}_images")
+        if file is None:
+            raise UserError(f"--{name}-data is missing: recipe {options.recipe} has a stage on it")
+        if not file.is_file():
+            raise UserError(f"--{name}-data {file}: no such file")
+        if images is not None and not images.is_dir():
+            raise UserError(f"--{name}-images {images}: no such folder")
     return plan
-
-
-def _check_data(plan: VlmPlan, name: str) -> None:
-    file, images = getattr(plan.options, f"{name}_data"), getattr(plan.options, f"{name}_images")
-    if file is None:
-        raise UserError(f"--{name}-data is missing: recipe {plan.options.recipe} has a stage on it")
-    if not file.is_file():
-        raise UserError(f"--{name}-data {file}: no such file")
-    if images is not None and not images.is_dir():
-        raise UserError(f"--{name}-images {images}: no such folder")
-
-
-def trainer_settings(options: VlmOptions) -> dict[str, Any]:
-    """The content of --trainer."""
-    return {} if options.trainer is None else read_toml(options.trainer)

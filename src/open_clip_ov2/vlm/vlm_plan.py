@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from open_clip_ov2.argv import Parser, without
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.recipe.costs import Machine, StageCost
+from open_clip_ov2.recipe.costs import Machine, Plan, StageCost
 from open_clip_ov2.vlm.vlm_costs import plan_costs, samples_of
 from open_clip_ov2.vlm.vlm_options import VlmPlan, add_train_flags, plan_of
 
@@ -32,13 +33,15 @@ def plan_of_recipe(recipe: str, flags: Sequence[str]) -> VlmPlan:
 def described(plan: VlmPlan) -> list[str]:
     """Lines for `--dry-run`."""
     world_size = plan.options.gpus or 1
+    start = commands(plan, world_size)
     lines = [
         f"folder          {plan.folder}",
         f"encoder         {plan.encoder}, layer {plan.recipe.feature_layer}, projector {plan.recipe.projector}",
         f"language model  {plan.language_model}, chat template {plan.recipe.chat_template}",
     ]
     try:
-        costs = [_costs(cost) for cost in plan_costs(plan, Machine(world_size)).stages]
+        found = plan_costs(plan, Machine(world_size))
+        costs, start = [_costs(cost) for cost in found.stages], fitting_commands(plan, found)
     except UserError as error:
         costs = [f"memory and hours are unknown: {error}"] * len(plan.recipe.stages)
     for number, stage in enumerate(plan.recipe.stages, 1):
@@ -50,13 +53,33 @@ def described(plan: VlmPlan) -> list[str]:
             f"process{'es' if world_size > 1 else ''}{times}, template {stage.template}",
             f"                {costs[number - 1]}",
         ]
-    return [*lines, "", *commands(plan, world_size), "dry run: nothing was written or trained"]
+    return [*lines, "", *start, "dry run: nothing was written or trained"]
 
 
 def _costs(cost: StageCost) -> str:
     machine, used = cost.machine, cost.memory.of(cost.batch_size) / 1e9
     told = f"about {used:,.0f} GB on each GPU (an H100 has {machine.memory_gb:g}), {cost.hours:.1f} hours"
     return ". ".join(filter(None, (told, cost.memory_advice())))
+
+
+def fitting_commands(plan: VlmPlan, costs: Plan) -> list[str]:
+    """How to start it; where it does not fit into the GPUs' memory, how to start it so that it does, if sharding and
+    recomputation are enough."""
+    gpus, options = costs.machine.gpus, plan.options
+    if gpus == 1 or all(cost.fits for cost in costs.stages):
+        return commands(plan, gpus)
+    smaller = replace(plan, options=replace(options, grad_checkpointing=True))
+    stages = plan_costs(smaller, costs.machine, sharded=True).stages
+    if not all(cost.fits for cost in stages):
+        return commands(plan, gpus)
+    needed = max(cost.memory.of(cost.batch_size) for cost in stages) / 1e9
+    more = [] if options.trainer else ["--trainer", "fsdp.toml"]
+    more += [] if options.grad_checkpointing else ["--grad-checkpointing"]
+    return [
+        f"# with weights split over the GPUs and activations recomputed: about {needed:,.0f} GB on each",
+        f"# in {options.trainer}, at its top: fsdp = true" if options.trainer else "echo 'fsdp = true' > fsdp.toml",
+        *commands(replace(plan, argv=(*plan.argv, *more)), gpus),
+    ]
 
 
 def commands(plan: VlmPlan, world_size: int) -> list[str]:
@@ -68,7 +91,5 @@ def commands(plan: VlmPlan, world_size: int) -> list[str]:
     if world_size == 1:
         return [f"ov2 {train}"]
     nodes, gpus = max(1, world_size // 8), min(world_size, 8)  # 8 GPUs a node, as most have
-    return [
-        f"torchrun --nproc-per-node {gpus} -m open_clip_ov2 -- {train}" if nodes == 1 else "",
-        f"ov2 submit --nodes {nodes} --gpus-per-node {gpus} -- {train}",
-    ][nodes > 1 :]
+    here = [f"torchrun --nproc-per-node {gpus} -m open_clip_ov2 -- {train}"] if nodes == 1 else []
+    return [*here, f"ov2 submit --nodes {nodes} --gpus-per-node {gpus} -- {train}"]

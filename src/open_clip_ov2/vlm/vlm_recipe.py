@@ -6,13 +6,13 @@ The recipes of the package are in `recipes/`, with the source of every number. D
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.errors import UserError, unknown_key
-from open_clip_ov2.tables import each, from_table, key, one_of, read_toml, real, switch, table, text, whole
+from open_clip_ov2.tables import each, from_table, kebab, key, one_of, read_toml, real, switch, table, text, whole
 
 FOLDER = Path(__file__).parent / "recipes"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -23,12 +23,10 @@ PARTS = (TOWER, PROJECTOR, LANGUAGE_MODEL)
 DATA = ("align", "knowledge", "tune")  # the stages' data sets, each with flags --NAME-data and --NAME-images
 
 
-def _layer(value: Any) -> int:
-    """Of transformers' `vision_feature_layer`: -1 is the last block."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).lstrip("-").isdigit():
-        raise UserError(f"{value!r}: expected an integer <= -1")
-    if int(value) > -1:
-        raise UserError(f"{value}: expected an integer <= -1 (-1: the last block, -2: the one before)")
+def layer(value: Any) -> int:
+    """Of transformers' `vision_feature_layer`."""
+    if not re.fullmatch(r"-[1-9]\d*", str(value)):
+        raise UserError(f"{value!r}: expected an integer <= -1 (-1: the last block, -2: the one before)")
     return int(value)
 
 
@@ -40,8 +38,8 @@ def _cells(value: Any) -> tuple[int, int]:
     return cells[0], cells[1]
 
 
-def template_names() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in folder.glob("*.*")))
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class VlmStage:
             raise UserError(f"trains is empty; name at least one of {', '.join(PARTS)}")
         if self.tower_lr is not None and TOWER not in self.trains:
             raise UserError('tower-lr is given, but "tower" is not in trains')
-        if self.template not in template_names():
-            raise unknown_key("template", self.template, template_names(), "template")
+        if self.template not in _names(TEMPLATES):
+            raise unknown_key("template", self.template, _names(TEMPLATES), "template")
 
     def steps(self, samples: int) -> int:
         """Optimizer steps over so many samples; the last batch of an epoch may be smaller."""
@@ -85,22 +83,27 @@ class VlmStage:
         return f"{self.data}: {' and '.join(self.trains)}, batch {self.global_batch:,}, {rates}"
 
 
+def _stages(value: Any) -> tuple[VlmStage, ...]:
+    return tuple(from_table(VlmStage, f"stage {number}", one) for number, one in enumerate(each(table)(value), 1))
+
+
 @dataclass(frozen=True)
 class VlmRecipe:
     """`feature_layer`: transformers' `vision_feature_layer`. `grids`: rows and columns of llava-next's any-resolution
     grids, in images of the encoder. `system`: the sentence before a conversation (empty: none)."""
 
     kind: str = key(one_of(LLAVA, LLAVA_NEXT), example='"llava"')
-    feature_layer: int = key(_layer, example="-2")
-    stage: tuple[Mapping[str, Any], ...] = key(each(table), default=())
+    feature_layer: int = key(layer, example="-2")
+    stages: tuple[VlmStage, ...] = key(_stages, name="stage", default=())
     projector: str = key(one_of(MLP, LINEAR), default=MLP)
     grids: tuple[tuple[int, int], ...] = key(each(_cells), default=())
     language_model: str | None = key(text, default=None)
     image_size: int | None = key(whole(1), default=None)
     system: str = key(str, default="")
-    stages: tuple[VlmStage, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("no stage; a recipe has at least one [[stage]]")
         if (self.kind == LLAVA_NEXT) != bool(self.grids):
             raise UserError(f"grids are for kind {LLAVA_NEXT}, which needs them; this one is of kind {self.kind}")
 
@@ -111,30 +114,19 @@ class VlmRecipe:
 
 
 def known_recipes() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+    return _names(FOLDER)
 
 
-def load_vlm_recipe(name: str, **changes: Any) -> VlmRecipe:
-    """A recipe of the package by its name, or of a TOML file. `changes` replace its keys; one that is None does not,
-    and `template` is that of all stages but those with `plain`. Raises UserError."""
+def load_vlm_recipe(name: str, template: str | None = None, **changes: Any) -> VlmRecipe:
+    """A recipe of the package by its name, or of a TOML file. `changes` replace its keys; one that is None does not.
+    `template` is that of all stages but those with `plain`. Raises UserError."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         raise unknown_key("--recipe", name, known_recipes(), "recipe")
     given = {field: value for field, value in changes.items() if value is not None}
-    template = given.pop("template", None)
-    content = read_toml(path)
-    tables = content.get("stage")
-    if not isinstance(tables, list) or not tables:
-        raise UserError(f"{path}: no stage; a recipe has at least one [[stage]]")
-    stages = []
-    for number, values in enumerate(tables, 1):
-        own = (
-            table(values) if template is None or values.get("template") == "plain" else {**values, "template": template}
-        )
-        stages.append(from_table(VlmStage, f"{path}: stage {number}", own))
-    recipe = from_table(VlmRecipe, str(path), {**_plain(content), **given})
-    return VlmRecipe(**{**vars(recipe), "stages": tuple(stages)})
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace("-", "_"): value for name, value in content.items()}
+    content = {kebab(field): value for field, value in {**read_toml(path), **given}.items()}
+    recipe = from_table(VlmRecipe, str(path), content)
+    if template is None:
+        return recipe
+    stages = (one if one.template == "plain" else replace(one, template=template) for one in recipe.stages)
+    return replace(recipe, stages=tuple(stages))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,57 +31,53 @@ from open_clip_ov2.vlm.vlm_stage import make_trainer, open_llava, open_processor
 logger = logging.getLogger("open_clip_ov2")
 
 
-def train(plan: VlmPlan) -> Path:
-    """Train on this rank; every rank calls it alike. Returns the run's folder, which is then a model of transformers.
+def train(plan: VlmPlan) -> None:
+    """Train on this rank; every rank calls it alike. The run's folder is then a model of transformers.
 
     Raises UserError (a mistake of the user's), RunFailed (the run cannot continue), Interrupted (a signal; all saved).
     """
     with StopSignals() as signals, contextlib.ExitStack() as opened:
-        device, rank, world_size = join_processes()
-        run = _Run(plan, signals, device, rank, world_size, opened)
+        run = _Run(plan, signals, opened)
         with run.monitor.status.outcome():
             run.go()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return plan.folder
 
 
 def join_processes() -> tuple[torch.device, int, int]:
     """(device, rank, world size) from the variables of torchrun or the launcher; the group is made for all stages."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group(backend)
     return device, rank, world_size
 
 
 class _Run:
     """What one process keeps over all stages."""
 
-    def __init__(
-        self, plan: VlmPlan, signals: StopSignals, device: torch.device, rank: int, world_size: int,
-        opened: contextlib.ExitStack,
-    ) -> None:  # fmt: skip
-        self.plan, self.signals, self.folder = plan, signals, plan.folder
-        self.rank, self.world_size = rank, world_size
-        self._opened, self._waiting = opened, waiting_group(world_size)
+    def __init__(self, plan: VlmPlan, signals: StopSignals, opened: contextlib.ExitStack) -> None:
+        self.plan, self.signals, self.folder, self._opened = plan, signals, plan.folder, opened
+        device, self.rank, self.world_size = join_processes()
+        self._waiting = waiting_group(self.world_size)
         with quiet():
             for stage in plan.recipe.stages:  # now, not when the stages before it are over
-                stage_config(plan, stage, self.folder, world_size)
+                stage_config(plan, stage, self.folder, self.world_size)
         console = Console()
         self._lock: FolderLock | None = None
         self.on_rank_0(self._enter)
-        log = setup_logging(self.folder / LOG if rank == 0 else None, rank, console if rank == 0 else None)
+        first = self.rank == 0
+        log = setup_logging(self.folder / LOG if first else None, self.rank, console if first else None)
         opened.callback(log.close)
         logger.info("command: ov2 vlm train %s", " ".join(plan.argv), extra={FILE_ONLY: True})
-        self.samples = self.on_rank_0(self._prepare_data)
-        done = self.stages_done
+        self.usable: dict[str, int] = self.on_rank_0(self._prepare_data)
+        self.done: int = self.on_rank_0(vlm_folder.stages_done, self.folder, len(plan.recipe.stages))
         self.monitor = RunMonitor(
-            TrackedRun(self.folder, self._seen(max(done, 0))),
-            rank,
+            TrackedRun(self.folder, self._seen()),
+            self.rank,
             log_every_n_steps=plan.options.log_every_n_steps,
             trackers=tracker_names(plan.options.report_to),
             model_name=Path(plan.encoder).name,
@@ -88,7 +85,7 @@ class _Run:
             console=console,
         )
         opened.callback(self.monitor.close)
-        self.agreement = Agreement(world_size, device, flags=2)
+        self.agreement = Agreement(self.world_size, device, flags=2)
 
     def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return on_rank_0(self.rank, self._waiting, function, *arguments)
@@ -102,37 +99,31 @@ class _Run:
         options, found = self.plan.options, {}
         for name in self.plan.data_names:
             file, images = getattr(options, f"{name}_data"), getattr(options, f"{name}_images")
-            found[name] = conversations.prepare(file, images, self.folder / "data" / name).used
+            found[name] = conversations.prepare(file, images, self.folder / "data" / name)
         return found
 
-    @property
-    def stages_done(self) -> int:
-        stages = len(self.plan.recipe.stages)
-        finished = (self.folder / vlm_folder.MODEL_CONFIG).is_file()
-        return int(self.on_rank_0(lambda: stages if finished else vlm_folder.stages_done(self.folder)))
+    def _samples(self, stages: int) -> int:
+        """Samples that the first so many stages see."""
+        return sum(
+            stage.steps(self.usable[stage.data]) * stage.global_batch for stage in self.plan.recipe.stages[:stages]
+        )
 
-    def _steps(self, number: int) -> int:
-        stage = self.plan.recipe.stages[number - 1]
-        return stage.steps(self.samples[stage.data])
-
-    def _seen(self, done: int) -> int:
+    def _seen(self) -> int:
         """Samples seen at the newest checkpoint, or at the end of the stages that are done."""
-        stages = self.plan.recipe.stages
-        seen = sum(self._steps(number) * stages[number - 1].global_batch for number in range(1, done + 1))
+        done = max(self.done, 0)
         within = vlm_folder.complete_checkpoints(vlm_folder.stage_checkpoints(self.folder, done + 1))
-        return int(read_json(within[-1] / vlm_folder.COMPLETE, dict)["samples_seen"]) if within else seen
+        return vlm_folder.progress(within[-1], "samples_seen") if within else self._samples(done)
 
     def go(self) -> None:
-        plan, done = self.plan, self.stages_done
-        last = min(plan.options.until_stage or len(plan.recipe.stages), len(plan.recipe.stages))
-        if done < 0:
+        stages = len(self.plan.recipe.stages)
+        last = min(self.plan.options.until_stage or stages, stages)
+        if self.done < 0:
             self.on_rank_0(self._build)
-            done = 0
-        if done >= last:
-            logger.info("nothing left to do: %s has finished stage %d", self.folder, done)
-        for number in range(done + 1, last + 1):
+        if self.done >= last:
+            logger.info("nothing left to do: %s has finished stage %d", self.folder, self.done)
+        for number in range(max(self.done, 0) + 1, last + 1):
             self._stage(number)
-        if last == len(plan.recipe.stages):
+        if last == stages:
             self.on_rank_0(self._finish)
 
     def _build(self) -> None:
@@ -144,8 +135,8 @@ class _Run:
 
     def _stage(self, number: int) -> None:
         plan, stage = self.plan, self.plan.recipe.stages[number - 1]
-        output, before = vlm_folder.stage_checkpoints(self.folder, number), self._samples_before(number)
-        found: list[str] = self.on_rank_0(lambda: [str(path) for path in vlm_folder.complete_checkpoints(output)])
+        output, before = vlm_folder.stage_checkpoints(self.folder, number), self._samples(number - 1)
+        found: list[Path] = self.on_rank_0(vlm_folder.complete_checkpoints, output)
         checkpoint = found[-1] if found else None
         watch = RunWatch(
             self.monitor,
@@ -157,27 +148,23 @@ class _Run:
             plan.options.save_every_minutes,
         )
         dataset = conversations.open_prepared(self.folder / "data" / stage.data)
-        model = Path(checkpoint) if checkpoint else vlm_folder.stage_model(self.folder, number - 1)
+        model = checkpoint or vlm_folder.stage_model(self.folder, number - 1)
         logger.info("stage %d of %d: %s, from %s", number, len(plan.recipe.stages), stage.summary, model)
         trainer = make_trainer(plan, number, model, dataset, output, watch, self.world_size)
-        step = int(read_json(Path(checkpoint) / vlm_folder.COMPLETE, dict)["step"]) if checkpoint else 0
+        step = vlm_folder.progress(checkpoint, "step") if checkpoint else 0
         self.monitor.begin_stage(
             StageInfo(
                 number=number, of=len(plan.recipe.stages), title=stage.data, first_step=step,
-                first_sample=step * stage.global_batch, samples=self._steps(number) * stage.global_batch,
+                first_sample=step * stage.global_batch, samples=self._samples(number) - before,
                 samples_before=before, workers=plan.options.workers,
             )
         )  # fmt: skip
         with worker_errors():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if watch.stopped:
             seen = f"{before + trainer.state.global_step * stage.global_batch:,}"
             raise Interrupted(f"{watch.stopped}: saved at {seen} samples; the same command resumes the run")
         self._keep(trainer, number)
-
-    def _samples_before(self, number: int) -> int:
-        stages = self.plan.recipe.stages
-        return sum(self._steps(one) * stages[one - 1].global_batch for one in range(1, number))
 
     def _keep(self, trainer: Any, number: int) -> None:
         """Write the stage's model, whole or not at all; then what led to it can go."""
@@ -199,18 +186,14 @@ class _Run:
         """The last stage's model, in the language model's dtype, as the content of the run's folder."""
         stages = self.plan.recipe.stages
         source = vlm_folder.stage_model(self.folder, len(stages))
-        if (self.folder / vlm_folder.MODEL_CONFIG).is_file() or not source.is_dir():
+        if not source.is_dir():
             return
-        config = read_json(source / vlm_folder.MODEL_CONFIG, dict)
-        with contextlib.ExitStack() as made:
-            temporary = self.folder / f"{TEMPORARY}model"
-            made.callback(shutil.rmtree, temporary, ignore_errors=True)
-            open_llava(source, config["text_config"].get("dtype") or "float32").save_pretrained(temporary)
+        dtype = read_json(source / vlm_folder.MODEL_CONFIG, dict)["text_config"].get("dtype") or "float32"
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as temporary:
+            open_llava(source, dtype).save_pretrained(temporary)
             open_processor(source, self.plan.recipe, stages[-1]).save_pretrained(temporary)
-            names = sorted(
-                (path.name for path in temporary.iterdir()), key=lambda name: name == vlm_folder.MODEL_CONFIG
-            )
-            for name in names:  # the config last: with it the model is there
-                os.replace(temporary / name, self.folder / name)
+            files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == vlm_folder.MODEL_CONFIG)
+            for path in files:  # the config last: with it the model is there
+                os.replace(path, self.folder / path.name)
         shutil.rmtree(source, ignore_errors=True)
         logger.info("the model is in %s: transformers opens it", self.folder)

@@ -11,23 +11,24 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from open_clip_ov2.errors import UserError, first_line, nearest
+from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.vlm.batches import ConversationCollator, GroupedByLength
 from open_clip_ov2.vlm.chat_templates import chat_template
 from open_clip_ov2.vlm.reporting import RunWatch
 from open_clip_ov2.vlm.trained_parts import always_run_tower, freeze_others, groups
-from open_clip_ov2.vlm.vlm_options import BF16, VlmPlan, trainer_settings
+from open_clip_ov2.vlm.vlm_options import BF16, VlmPlan
 from open_clip_ov2.vlm.vlm_recipe import LLAVA, VlmRecipe, VlmStage
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,14 @@ class StageTrainer(SFTTrainer):
         lengths = [int(length) for length in self.train_dataset["length"]]
         return GroupedByLength(lengths, self._stage.global_batch, self.args.seed)
 
+    def compute_loss(self, model: Any, *args: Any, **options: Any) -> Any:
+        """TRL reads the head's weight outside of the head's own forward. Where accelerate has made the head a unit of
+        FSDP, the weight is gathered here, since its gradient would otherwise be that of this process alone."""
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        return super().compute_loss(model, *args, **options)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: the model has been opened from this folder (see above)."""
 
@@ -104,9 +113,12 @@ def make_trainer(
         config = stage_config(plan, stage, output, world_size)
         model = open_llava(model_folder)
     base = getattr(torch, str(model.config.text_config.dtype).removeprefix("torch."))
-    sharded = trainer_settings(plan.options).keys() & {"fsdp", "deepspeed"}  # which want one dtype
-    trained = freeze_others(model, stage, base if config.bf16 and not sharded else None)
+    one_dtype = plan.sharded or not config.bf16
+    trained = freeze_others(model, stage, None if one_dtype else base)
     always_run_tower(model)
+    if config.fsdp_plugin_args:  # accelerate's own list has classes that a tower lacks, which it refuses
+        blocks = {type(one[0]).__name__ for one in model.modules() if isinstance(one, torch.nn.ModuleList)}
+        config.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", ",".join(sorted(blocks)))
     count = sum(value.numel() for value in model.parameters() if value.requires_grad)
     logger.info("stage %d trains %s parameters in %d tensors", number, f"{count:,}", len(trained))
     processor = open_processor(model_folder, plan.recipe, stage)
@@ -115,13 +127,15 @@ def make_trainer(
         trainer = StageTrainer(
             model, config, collator, dataset, processing_class=processor, stage=stage, watch=watch
         )  # fmt: skip
+    if config.fsdp_plugin_args and not trainer.is_fsdp_enabled:
+        raise UserError(f"--trainer {plan.options.trainer}: fsdp: accelerate splits weights over GPUs, and has none")
     trainer.remove_callback(PrinterCallback)  # the monitor prints
     return trainer
 
 
 def stage_config(plan: VlmPlan, stage: VlmStage, output: Path, world_size: int) -> SFTConfig:
     """Raises UserError for a setting of --trainer that is unknown, or that a flag or the recipe sets."""
-    options, settings, gpu = plan.options, trainer_settings(plan.options), torch.cuda.is_available()
+    options, settings, gpu = plan.options, plan.trainer_settings, torch.cuda.is_available()
     batch, accumulation = plan.accumulation(stage, world_size)
     own: dict[str, Any] = {
         "output_dir": str(output),
@@ -143,18 +157,26 @@ def stage_config(plan: VlmPlan, stage: VlmStage, output: Path, world_size: int) 
         "save_steps": options.save_every_steps,
         **SETTINGS,
     }
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    for name in settings:
-        if name not in known:
-            raise UserError(
-                f"--trainer {options.trainer}: {name!r} is no setting of TRL's SFTConfig{nearest(name, known)}"
-            )
-        if name in own:
-            raise UserError(f"--trainer {options.trainer}: {name}: a flag or the recipe sets it; leave it out")
-    try:
-        return SFTConfig(**own, **settings)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"--trainer {options.trainer}: {first_line(error)}") from error
+    with naming(f"--trainer {options.trainer}"):
+        known = {field.name for field in dataclasses.fields(SFTConfig)}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"{name!r} is no setting of TRL's SFTConfig{nearest(name, known)}")
+            if name in own:
+                raise UserError(f"{name}: a flag or the recipe sets it; leave it out")
+        try:
+            made = SFTConfig(**own, **settings)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise UserError(first_line(error)) from error
+        _check_fsdp(made.fsdp_plugin_args or {}, world_size)
+    return made
+
+
+def _check_fsdp(fsdp: Mapping[str, Any], world_size: int) -> None:
+    if fsdp and (fsdp["fsdp_version"] != 2 or fsdp["state_dict_type"].upper() != "FULL_STATE_DICT"):
+        raise UserError("fsdp: only version 2 with FULL_STATE_DICT (the defaults) writes checkpoints that are models")
+    if fsdp and world_size == 1:
+        raise UserError("fsdp splits weights over processes, and there is only one")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ MISSING_QUESTION = "missing question"
 MISSING_ANSWERS = "missing answers"
 WRONG_NUMBER_OF_ANSWERS = "wrong number of answers"
 UNKNOWN_RULE = "unknown rule"
+MISSING_OCR_TOKENS = "missing OCR tokens"
+OCR_FILES = "TextVQA_Rosetta_OCR_*.json"  # beside TextVQA's own questions, as it publishes them
 
 
 class Question(NamedTuple):
@@ -42,12 +44,16 @@ class QuestionFile(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-def read_questions(path: Path, images: Path | None = None, rule: str = "exact") -> QuestionFile:
+def read_questions(
+    path: Path, images: Path | None = None, rule: str = "exact", *, ocr_tokens: bool = False
+) -> QuestionFile:
     """The questions of a file; `rule` is for those that neither name one nor come from a known benchmark. A bad line is
-    skipped under its id, or its file's name and its line number. Raises UserError."""
+    skipped under its id, or its file's name and its line number. With `ocr_tokens`, a question ends with what an OCR
+    system read in its image: its own `ocr_tokens`, or those of the benchmark's OCR_FILES. Raises UserError."""
     folder = path.parent if images is None else images
     questions: list[Question] = []
     skipped: list[Skipped] = []
+    published = _published_ocr_tokens(path.parent) if ocr_tokens else {}
     for number, entry in _entries(path):
         key = f"{path.name}:{number}"
         try:
@@ -56,7 +62,10 @@ def read_questions(path: Path, images: Path | None = None, rule: str = "exact") 
                 raise SkipSample(BAD_JSON, "not an object")
             ids = (entry.get(name) for name in ("id", "question_id", "questionId"))
             key = next((str(one) for one in ids if isinstance(one, (str, int)) and one != ""), key)
-            questions.append(_question(key, entry, rule, folder))
+            question = _question(key, entry, rule, folder)
+            if ocr_tokens:
+                question = question._replace(question=with_ocr_tokens(question.question, _ocr_tokens(entry, published)))
+            questions.append(question)
         except SkipSample as skip:
             skipped.append(Skipped(key, skip.cause, skip.detail))
     if not questions:
@@ -101,6 +110,24 @@ def _question(key: str, entry: Mapping[str, Any], rule: str, folder: Path) -> Qu
         raise SkipSample(UNKNOWN_RULE, f"{rule!r}; known: {', '.join(RULES)}")
     answers = _answers(found["answers"], rule)
     return Question(key, _image(places, folder), question, answers, rule, str(found["group"]))
+
+
+def _published_ocr_tokens(folder: Path) -> dict[str, Any]:
+    """Tokens by the image's id. Raises UserError."""
+    files = [read_json(file, dict).get("data") or () for file in sorted(folder.glob(OCR_FILES))]
+    return {str(row.get("image_id")): row.get("ocr_tokens") for rows in files for row in rows if isinstance(row, dict)}
+
+
+def _ocr_tokens(entry: Mapping[str, Any], published: Mapping[str, Any]) -> list[Any]:
+    tokens = entry.get("ocr_tokens", published.get(str(entry.get("image_id"))))
+    if not isinstance(tokens, list):
+        raise SkipSample(MISSING_OCR_TOKENS, f"neither in the question nor in {OCR_FILES} beside the file")
+    return tokens
+
+
+def with_ocr_tokens(question: str, tokens: Sequence[Any]) -> str:
+    """As LLaVA and lmms-eval ask TextVQA."""
+    return f"{question}\nReference OCR token: {', '.join(map(str, tokens))}"
 
 
 def _benchmark(entry: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

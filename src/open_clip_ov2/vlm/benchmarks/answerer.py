@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import UserError, first_line
-from open_clip_ov2.evaluate.answering import PLACE, answer_questions
-from open_clip_ov2.evaluate.text.questions import QuestionFile
 from open_clip_ov2.quiet import quiet
 
 
@@ -24,8 +21,6 @@ class VlmAnswerer:
     def __init__(self, folder: Path, device: str = "cpu", dtype: str = "auto", max_new_tokens: int = 64) -> None:
         import transformers
 
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json, so no model of transformers; a run has one when it is finished")
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             with quiet():
@@ -60,11 +55,3 @@ class VlmAnswerer:
         texts = [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         self.answers.update(zip(keys, texts, strict=True))
         return texts
-
-
-def ask(answerer: VlmAnswerer, file: QuestionFile, batch_size: int = 16, prompt: str = PLACE) -> Mapping[str, Any]:
-    """What `answer_questions` returns, and under `answers` the texts by key. Raises UserError."""
-    scores = answer_questions(
-        file, answerer, bounded, batch_size=batch_size, prompt=prompt, collate=list
-    )  # fmt: skip
-    return {**scores, "answers": answerer.answers}

@@ -12,7 +12,7 @@ import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from open_clip_ov2.errors import RunFailed, UserError, unknown_key
 from open_clip_ov2.files import read_json, write_text
@@ -27,10 +27,6 @@ class LmmsTask(NamedTuple):
     file: str
     split: str
     metrics: Mapping[str, tuple[str, float]]
-
-    @property
-    def name(self) -> str:
-        return self.file.rpartition("/")[2].removesuffix(".yaml")
 
 
 TASKS = {
@@ -48,6 +44,12 @@ TASKS = {
     "gqa": LmmsTask("gqa/gqa.yaml", "testdev", {"exact_match": ("gqa", 100)}),
     "pope": LmmsTask("pope/pope.yaml", "test", {"pope_accuracy": ("pope", 100), "pope_f1_score": ("pope_f1", 100)}),
 }  # fmt: skip
+
+
+# How lmms-eval 0.7.3 asks TextVQA, but with its option `ocr` on.
+WITH_OCR_TOKENS = {
+    "default": {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase.", "ocr": True}
+}
 
 
 def task_names(text: str) -> tuple[str, ...]:
@@ -76,40 +78,39 @@ def _stock_tasks(environment: Path) -> Path:
     return found[0] if found else environment / "lib"
 
 
-def write_tasks(names: Sequence[str], environment: Path, data: Path, folder: Path) -> list[str]:
-    """Task files for the parquet files `data/NAME/*.parquet`; the tasks' names. Raises UserError, OSError."""
-    made = []
+def write_tasks(
+    names: Sequence[str], environment: Path, data: Path | None, folder: Path, ocr_tokens: bool = False
+) -> None:
+    """Task files `ov2_NAME` for the parquet files `data/NAME/*.parquet` or, without `data`, for the hub's. Raises
+    UserError, OSError."""
     for name in names:
-        task, files = TASKS[name], sorted((data / name).glob("*.parquet"))
-        if not files:
-            raise UserError(f"--data {data}: no {name}/*.parquet (the data set's own files, as the hub has them)")
-        lines = {
-            "include": str((_stock_tasks(environment) / task.file).resolve()),
-            "task": f"ov2_{name}",
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {task.split: [str(path.resolve()) for path in files]}},
-        }
-        if name == "gqa":  # its own fetches the pictures from the hub: here each question's row has its picture
-            lines["process_docs"] = None
+        task = TASKS[name]
+        stock = (_stock_tasks(environment) / task.file).resolve()
+        lines: dict[str, Any] = {"include": str(stock), "task": f"ov2_{name}"}
+        if data is not None:
+            files = sorted((data / name).glob("*.parquet"))
+            if not files:
+                raise UserError(f"--data {data}: no {name}/*.parquet (the data set's own files, as the hub has them)")
+            data_files = {task.split: [str(path.resolve()) for path in files]}
+            lines |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": data_files}}
+            if name == "gqa":  # its own fetches the pictures from the hub: here each question's row has its picture
+                lines["process_docs"] = None
+        if name == "textvqa" and ocr_tokens:
+            lines["lmms_eval_specific_kwargs"] = WITH_OCR_TOKENS
         text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items())  # JSON is YAML
         write_text(folder / f"ov2_{name}.yaml", text + "\n")
-        made.append(f"ov2_{name}")
-    return made
 
 
 def command(
-    environment: Path, model: Path, tasks: Sequence[str], out: Path, include: Path | None, device: str,
-    limit: int | None = None, kind: str = "llava_hf",
-) -> list[str]:  # fmt: skip
+    environment: Path, model: Path, names: Sequence[str], out: Path, include: Path, device: str, limit: int | None
+) -> list[str]:
     """How lmms-eval is run: one process, batches of one, as its `llava_hf` wants them."""
     words = [
-        str(environment.absolute() / "bin" / "python"), "-m", "lmms_eval", "--model", kind,
+        str(environment.absolute() / "bin" / "python"), "-m", "lmms_eval", "--model", "llava_hf",
         "--model_args", f"pretrained={model.resolve()},device_map={device},attn_implementation=sdpa",
-        "--tasks", ",".join(tasks), "--batch_size", "1", "--output_path", str(out.resolve()), "--log_samples",
+        "--tasks", ",".join(f"ov2_{name}" for name in names), "--include_path", str(include.resolve()),
+        "--batch_size", "1", "--output_path", str(out.resolve()), "--log_samples", "--device", device,
     ]  # fmt: skip
-    words += ["--device", device]
-    words += ["--include_path", str(include.resolve())] if include else []
     return words + (["--limit", str(limit)] if limit else [])
 
 
@@ -136,7 +137,7 @@ def read_scores(file: Path, names: Sequence[str]) -> dict[str, float]:
     results = read_json(file, dict, "lmms-eval's results").get("results", {})
     scores = {}
     for name in names:
-        found = results.get(f"ov2_{name}") or results.get(TASKS[name].name) or {}
+        found = results.get(f"ov2_{name}") or {}
         for metric, (ours, factor) in TASKS[name].metrics.items():
             value = found.get(f"{metric},none")
             if isinstance(value, (int, float)) and not isinstance(value, bool):

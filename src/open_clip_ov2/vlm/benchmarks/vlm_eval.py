@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_clip_ov2.argv import add_flags, flag
+from open_clip_ov2.argv import add_flags, flag, switch_flag
+from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.answering import PLACE
+from open_clip_ov2.evaluate.answering import PLACE, answer_questions
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.files import write_text
@@ -47,6 +48,7 @@ class VlmEvalOptions:
     )
     lmms: Path | None = flag("FOLDER", Path, f"its environment (default: ${lmms.VARIABLE})", group=LMMS)
     limit: int | None = flag("N", whole(1), "only the first N questions of each task", group=LMMS)
+    ocr_tokens: bool = switch_flag("let TextVQA's prompt name what an OCR system has read in the picture")
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,56 +56,63 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, VlmEvalOptions)
 
 
-def evaluate(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
+def evaluate(model: Path, options: VlmEvalOptions, device: str) -> None:
     """Raises UserError, RunFailed, OSError."""
-    if options.questions is None and options.tasks is None:
+    names = lmms.task_names(options.tasks) if options.tasks is not None else ()
+    if options.questions is None and not names:
         raise UserError("nothing to do: give --questions FILE or --tasks NAME,NAME")
+    if options.ocr_tokens and options.questions is None and "textvqa" not in names:
+        raise UserError("--ocr-tokens: only TextVQA has OCR tokens, and it is not among --tasks")
     if not (model / "config.json").is_file():
         raise UserError(f"{model}: no config.json, so no model of transformers; a run has one when it is finished")
     if options.questions is not None:
-        _ask(model, options, device, say)
-    if options.tasks is not None:
-        _lmms(model, options, device, say)
+        _ask(model, options, device)
+    if names:
+        _lmms(model, names, options, device)
 
 
-def _ask(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
+def _ask(model: Path, options: VlmEvalOptions, device: str) -> None:
     assert options.questions is not None
-    file = read_questions(options.questions, options.question_images, options.question_rule)
-    from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer, ask  # imports transformers
+    file = read_questions(
+        options.questions, options.question_images, options.question_rule, ocr_tokens=options.ocr_tokens
+    )
+    from open_clip_ov2.vlm.benchmarks.answerer import VlmAnswerer  # imports transformers
 
     answerer = VlmAnswerer(model, device, options.dtype, options.max_new_tokens)
-    found = dict(ask(answerer, file, options.batch_size, options.prompt))
-    name, answers = options.questions.stem, found.pop("answers")
-    about = {"source": "ov2", "questions": str(options.questions), "prompt": options.prompt, "found": found}
-    path = write_scores(model, name, scores_of_questions(name, found), about)
-    lines = (json.dumps({"id": key, "answer": answer}) for key, answer in answers.items())
+    found = answer_questions(
+        file, answerer, bounded, batch_size=options.batch_size, prompt=options.prompt, collate=list
+    )
+    name, source = _named(options.questions.stem, "ov2", options)
+    about = {"source": source, "questions": str(options.questions), "prompt": options.prompt, "found": found}
+    path = write_scores(model, name, scores_of_questions(options.questions.stem, found), about)
+    lines = (json.dumps({"id": key, "answer": answer}) for key, answer in answerer.answers.items())
     write_text(model / FOLDER / f"{name}-answers.jsonl", "".join(f"{line}\n" for line in lines))
     rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
-    say(f"{options.questions}: score {found['score']:.3f} of {found['questions']:,} questions: {rules}")
+    print(f"{options.questions}: score {found['score']:.3f} of {found['questions']:,} questions: {rules}")
     for group, row in found["by_group"].items():
-        say(f"  {group}: {row['score']:.3f} of {row['questions']:,}")
+        print(f"  {group}: {row['score']:.3f} of {row['questions']:,}")
     if found["skipped"]:
-        say(f"  not counted: {len(found['skipped']):,} questions; {path} lists them")
-    say(f"written: {path}, and the answers beside it")
+        print(f"  not counted: {len(found['skipped']):,} questions; {path} lists them")
+    print(f"written: {path}, and the answers beside it")
 
 
-def _lmms(model: Path, options: VlmEvalOptions, device: str, say: Callable[[str], None]) -> None:
-    names, environment = lmms.task_names(options.tasks or ""), lmms.find_environment(options.lmms)
-    out = model / FOLDER / "lmms-eval"
-    with tempfile.TemporaryDirectory() as scratch:
-        include, tasks = None, [lmms.TASKS[name].name for name in names]
-        if options.data is not None:
-            include = Path(scratch)
-            tasks = lmms.write_tasks(names, environment, options.data, include)
+def _lmms(model: Path, names: Sequence[str], options: VlmEvalOptions, device: str) -> None:
+    environment, out = lmms.find_environment(options.lmms), model / FOLDER / "lmms-eval"
+    with tempfile.TemporaryDirectory() as include:
+        lmms.write_tasks(names, environment, options.data, Path(include), options.ocr_tokens)
         where = "cuda:0" if device == "cuda" else device
-        words = lmms.command(environment, model, tasks, out, include, where, options.limit)
-        say(f"lmms-eval answers {', '.join(names)}; its log is {out / 'log.txt'}")
+        words = lmms.command(environment, model, names, out, Path(include), where, options.limit)
+        print(f"lmms-eval answers {', '.join(names)}; its log is {out / 'log.txt'}")
         file = lmms.run(words, out, offline=options.data is not None)
     scores = lmms.read_scores(file, names)
-    about = {"source": "lmms-eval", "results": str(file), "limit": options.limit}
-    path = write_scores(
-        model, "lmms-eval" if options.limit is None else f"lmms-eval-first-{options.limit}", scores, about
-    )
+    trial = "" if options.limit is None else f"-first-{options.limit}"
+    name, source = _named(f"lmms-eval{trial}", "lmms-eval", options)
+    path = write_scores(model, name, scores, {"source": source, "results": str(file), "limit": options.limit})
     for name, score in scores.items():
-        say(f"  {name}: {score:.1f}")
-    say(f"written: {path}")
+        print(f"  {name}: {score:.1f}")
+    print(f"written: {path}")
+
+
+def _named(name: str, source: str, options: VlmEvalOptions) -> tuple[str, str]:
+    """Name and source of scores; those with OCR tokens stand beside those without."""
+    return (f"{name}-ocr-tokens", f"{source}, with OCR tokens") if options.ocr_tokens else (name, source)
