@@ -214,7 +214,9 @@ def test_a_frozen_tower_is_never_changed(one: Path, parts: Path, tmp_path: Path)
     tower = load_file(tmp_path / "hf" / "model.safetensors")
     for folder, dtype in ((one, torch.float32), (run / "stages" / "1", torch.bfloat16), (run, torch.bfloat16)):
         found = weights(folder)
+        assert {value.dtype for name, value in found.items() if name.startswith("vision_tower.")} == {dtype}
         assert [name for name, value in tower.items() if not found[f"vision_tower.{name}"].equal(value.to(dtype))] == []
+    assert {value.dtype for value in weights(run).values()} == {torch.bfloat16}
     words, trained = load_file(tmp_path / "lm" / "model.safetensors"), weights(run)
     layers = [name for name in words if ".layers." in name]
     assert any(not trained[f"language_model.{name}"].equal(words[name]) for name in layers)

@@ -23,8 +23,9 @@ from open_clip_ov2.formats.encoder import Encoder, Preprocessing
 from open_clip_ov2.formats.llava import VisionTower, library, vision_tower
 from open_clip_ov2.formats.timm import PARTS as TIMM_PARTS
 
+Parts = Mapping[str, str | tuple[str, str, str]]
 # Of a block of CLIP's and SigLIP's in transformers; hf.PARTS has those of its ViT.
-_CLIP_PARTS = {
+_CLIP_PARTS: Parts = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -165,9 +166,7 @@ def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _blocks(
-    state: Mapping[str, Tensor], root: str, parts: Mapping[str, str | tuple[str, str, str]]
-) -> dict[str, Tensor]:
+def _blocks(state: Mapping[str, Tensor], root: str, parts: Parts) -> dict[str, Tensor]:
     out = {}
     for name, value in state.items():
         if name.startswith(_BLOCKS):

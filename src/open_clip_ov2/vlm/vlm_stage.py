@@ -90,9 +90,11 @@ class StageTrainer(SFTTrainer):
 
 
 def open_llava(folder: Path, dtype: Any = torch.float32) -> Any:
-    return transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
+    """The model in `dtype`. Its config keeps the language model's own, which transformers overwrites as it loads."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
+    model.config.text_config.dtype = transformers.AutoConfig.from_pretrained(folder, **options).text_config.dtype
+    return model
 
 
 def open_processor(folder: Path, recipe: VlmRecipe, stage: VlmStage) -> Any:
