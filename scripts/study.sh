@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/results: eight ways to train one encoder, on real icons and rendered words, and what follows for six
+# The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and what follows for six
 # questions; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Under two hours on 2 CPU
 # cores by calculation; it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it out, and then
 # neither README.md nor docs/study.md is touched.
@@ -14,7 +14,7 @@ OUT="${OUT:-docs/results}"
 }
 TRAIN="$(python scripts/mix_shards.py "$DATA/train" "$DATA"/icons/train/*.tar "$DATA"/words/train/*.tar)"
 
-COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage,muon,captions}.toml
+COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage}.toml
   --train-data "$TRAIN" --val-data "$DATA/icons/unseen-families/00000.tar"
   --title "Captions alone, or contrastive too: a study on real icons and rendered words"
   --jobs "${JOBS:-2}" --out "$DATA/results" ${SCALE:+--scale "$SCALE"} ${SEEDS:+--seeds "$SEEDS"})
