@@ -2,7 +2,7 @@
 # What recaptions are worth: one encoder, trained on the same pictures with alt-texts of which half are wrong, with
 # captions that the package's own model wrote from the picture alone or given the alt-text, filtered and not, with true
 # captions, and on the clean quarter alone; three seeds (configs/compare/recaptions.toml). It writes study/recaptions-results.
-# About 20 minutes on two CPU cores by calculation, beside the data, which scripts/study.sh makes too; it continues where it
+# About half an hour on two CPU cores, beside the data, which scripts/study.sh makes too; it continues where it
 # was stopped. SCALE=0.01 SEEDS=0 tries it out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
