@@ -20,7 +20,7 @@ import captions_soak
 from open_clip_ov2.captions import engine_hub, engine_ov2
 from open_clip_ov2.captions.engine_hub import open_processor, special_texts
 from open_clip_ov2.captions.engines import Prompts, Request, read_sampler, row_sampling
-from open_clip_ov2.captions.write import NO_TEXT, Task, Writing, task_here, write_captions
+from open_clip_ov2.captions.write import NO_TEXT, Task, Writing, task_here
 from open_clip_ov2.cli import main
 from open_clip_ov2.data.captions import CaptionKey, cleaned, parse_caption_keys
 from open_clip_ov2.data.sidecars import begin_set, read_sidecar, sidecar_path
@@ -160,7 +160,7 @@ def test_a_failed_batch_costs_the_one_sample(folder: Path, tmp_path: Path) -> No
         begin_set(tmp_path / name, {})
         prompts = Prompts((CaptionKey("txt"),), "{text} :", "")
         writing = Writing(engine, prompts, (read_sampler("top-k=9,temperature=2"),), 0, 8, 10**6, 2)
-        write_captions([url], tmp_path / name, Task(0, 1), writing)
+        writing.write([url], tmp_path / name, Task(0, 1))
         return list(read_sidecar(sidecar_path(tmp_path / name, url))), engine.calls
 
     plain, _ = written("plain", set())

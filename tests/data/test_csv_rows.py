@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from open_clip_ov2.cli import main
 from open_clip_ov2.data.captions import parse_caption_keys
-from open_clip_ov2.data.csv_rows import read_lines, rows
 from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.data.skips import BAD_ROW
-from open_clip_ov2.data.sources import CsvSource
+from open_clip_ov2.data.sources import CsvSource, csv_lines, csv_rows
 from open_clip_ov2.errors import UserError
 
 ENDINGS = ("jpg", "png")
@@ -26,7 +25,7 @@ ENDINGS = ("jpg", "png")
 
 def read(text: str, separator: str = "\t") -> list[tuple[int, tuple[str | None, ...], bool]]:
     lines = io.StringIO(text, newline="").readlines()
-    return [(row.line, row.fields, bool(row.problem)) for row in rows(lines, separator, "filepath", ENDINGS)][1:]
+    return [(row.line, row.fields, bool(row.problem)) for row in csv_rows(lines, separator, "filepath", ENDINGS)][1:]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -90,11 +89,11 @@ def test_encodings_that_excel_saves(tmp_path: Path) -> None:
     """Oracle: Python's codecs. UTF-8 with a mark is read, UTF-16 is named with what to do."""
     table, text = tmp_path / "table.csv", "filepath,title\na.png,caf\u00e9\n"
     table.write_text(text, encoding="utf-8-sig")
-    assert "".join(read_lines(table)) == text
+    assert "".join(csv_lines(table)) == text
     for encoding in ("utf-16", "utf-16-be"):
         table.write_bytes(("" if encoding == "utf-16" else "\ufeff").encode(encoding) + text.encode(encoding))
         with pytest.raises(UserError, match=r"table\.csv: text in UTF-16 .*; save it in UTF-8"):
-            read_lines(table)
+            csv_lines(table)
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv"])

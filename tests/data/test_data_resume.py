@@ -190,7 +190,7 @@ def test_a_shard_that_shrank_is_counted(tmp_path: Path) -> None:
         ({"shuffle_buffer": 7}, "--shuffle-buffer was 5 .* is 7 now"),
         ({"shards": 2}, "--train-data was 3 shards .* is 2 shards now"),
         ({"order": -1}, r"--train-data was 3 shards .* is others \(3 shards\) now"),
-        ({"resampled": True}, "not resampled .* resampled now"),
+        ({"resampled": True}, "was 3 shards when .* is 3 resampled shards now"),
     ],
 )
 def test_other_data_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:

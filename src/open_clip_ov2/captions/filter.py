@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from open_clip_ov2.captions.filter_options import LIKELIHOOD, NEAR, FilterOptions, ScoreRule
+from open_clip_ov2.captions.filter_options import LIKELIHOOD, NEAR, FilterOptions
 from open_clip_ov2.captions.likelihood import Gaps
 from open_clip_ov2.captions.repetition import later_duplicates, signature
 from open_clip_ov2.captions.tars_of import note_shards, noted_shards, tars_of, with_samples
@@ -34,96 +34,110 @@ def filter_set(source: Path, out: Path, options: FilterOptions) -> Counter[str]:
 
     Raises UserError: no set, no rule, other settings, tars that are gone, a list of uids that is none.
     """
-    sidecars, rules, scores = sidecars_in(source), options.text_rules(), options.score or []
-    if not (rules or options.duplicates or options.uids or scores):
-        raise UserError("ov2 captions filter: no rule is given, for example --min-words 5 (--help lists them)")
-    if not sidecars:
-        raise UserError(f"{source}: no sidecar is finished in this set")
     if out.resolve() == source.resolve():
         raise UserError(f"--out {out}: is the set itself; name another folder")
-    uids = None if options.uids is None else Uids(options.uids)
-    tars = _tars(source, options, sidecars)
-    gaps = [Gaps(rule.model, options.device) for rule in scores if rule.model is not None]
-    begin_set(out, _settings(source, options, sidecars))
+    made = _Filter(source, options)
+    begin_set(out, made.settings())
     for shards in noted_shards(source) if options.shards is None else [options.shards]:
         note_shards(out, shards)
-    duplicates = _duplicates(sidecars, rules, options.duplicates == NEAR) if options.duplicates else {}
+    duplicates = made.duplicates() if options.duplicates else {}
     task = options.task or task_here()
-    for path in sidecars[task.place :: task.tasks]:
+    for path in made.sidecars[task.place :: task.tasks]:
         if not (out / path.name).is_file():
-            pairs = _with_samples(path, tars.get(path.name))
-            lines = _judged(pairs, rules, duplicates.get(path.name, ()), uids, gaps, scores)
-            write_sidecar(out / path.name, map(_ordered, lines))
+            write_sidecar(out / path.name, map(_ordered, made.judged(path, duplicates.get(path.name, ()))))
     written = chain.from_iterable(map(read_sidecar, sidecars_in(out)))
     return Counter(line.get("dropped") or ("no caption" if not line.get("caption") else "kept") for line in written)
 
 
-def _settings(source: Path, options: FilterOptions, sidecars: Sequence[Path]) -> dict[str, Any]:
-    names = ("min_words", "max_words", "max_repetition", "refusals", "language", "duplicates")
-    return {
-        "made_by": "ov2 captions filter",
-        "of": str(source.absolute()),
-        "of_settings": read_settings(source),
-        **{name: getattr(options, name) for name in names},
-        "uids": str(options.uids.absolute()) if options.uids else None,
-        "score": [str(one) for one in options.score or ()],
-        **({"sidecars": len(sidecars)} if options.duplicates else {}),  # of which the first is kept depends on all
-    }
+class _Filter:
+    """A set and its rules, with what they need: a list of uids, models, and the tars by sidecar. Raises UserError."""
 
+    def __init__(self, source: Path, options: FilterOptions) -> None:
+        self.source, self.options, self.sidecars = source, options, sidecars_in(source)
+        self.rules, self.scores = options.text_rules(), options.score or []
+        if not (self.rules or options.duplicates or options.uids or self.scores):
+            raise UserError("ov2 captions filter: no rule is given, for example --min-words 5 (--help lists them)")
+        if not self.sidecars:
+            raise UserError(f"{source}: no sidecar is finished in this set")
+        self.uids = None if options.uids is None else Uids(options.uids)
+        self.tars = self._tars()
+        self.gaps = [Gaps(rule.model, options.device) for rule in self.scores if rule.model is not None]
 
-def _tars(source: Path, options: FilterOptions, sidecars: Sequence[Path]) -> dict[str, str]:
-    """Addresses by sidecar, of the tars that have to be read. Raises UserError."""
-    uids_of_json = options.uids and not all(UID.fullmatch(line["key"]) for line in read_sidecar(sidecars[0]))
-    if not uids_of_json and not any(rule.model for rule in options.score or ()):
-        return {}
-    tars = tars_of(source, options.shards)
-    if missing := [path.name for path in sidecars if path.name not in tars]:
-        raise UserError(
-            f"{source}: no tar is known for {missing[0]}, one of {len(missing)}; name them all with --shards"
-        )
-    return tars
+    def _tars(self) -> dict[str, str]:
+        """Addresses by sidecar, if they have to be read."""
+        keys = (line["key"] for line in read_sidecar(self.sidecars[0]))
+        uids_of_json = self.uids is not None and not all(map(UID.fullmatch, keys))
+        if not uids_of_json and not any(rule.model for rule in self.scores):
+            return {}
+        tars = tars_of(self.source, self.options.shards)
+        if missing := [path.name for path in self.sidecars if path.name not in tars]:
+            raise UserError(
+                f"{self.source}: no tar is known for {missing[0]}, one of {len(missing)}; name them all with --shards"
+            )
+        return tars
 
+    def settings(self) -> dict[str, Any]:
+        options = self.options
+        names = ("min_words", "max_words", "max_repetition", "refusals", "language", "duplicates")
+        return {
+            "made_by": "ov2 captions filter",
+            "of": str(self.source.absolute()),
+            "of_settings": read_settings(self.source),
+            **{name: getattr(options, name) for name in names},
+            "uids": str(options.uids.absolute()) if options.uids else None,
+            "score": [str(one) for one in self.scores],
+            # Which of several is the first depends on all of them.
+            **({"sidecars": len(self.sidecars)} if options.duplicates else {}),
+        }
 
-def _with_samples(path: Path, url: str | None) -> Iterable[tuple[Line, Mapping[str, Any]]]:
-    """The lines of a sidecar with their samples, which are empty without a tar. Raises UserError."""
+    def duplicates(self) -> dict[str, set[int]]:
+        """Places of the captions, by sidecar, that an earlier one makes superfluous."""
+        places: list[tuple[str, int]] = []
+        found: list[np.ndarray] = []
+        for path in self.sidecars:
+            for place, line in enumerate(read_sidecar(path)):
+                _judge_text(line, self.rules)
+                if text := usable(line):
+                    places.append((path.name, place))
+                    found.append(signature(text, near=self.options.duplicates == NEAR))
+        later: dict[str, set[int]] = {}
+        for (name, place), superfluous in zip(places, later_duplicates(np.array(found)) if found else (), strict=True):
+            if superfluous:
+                later.setdefault(name, set()).add(place)
+        return later
 
-    def refuse(reason: str) -> None:
-        raise UserError(f"{url} is broken ({reason}): its captions cannot be filtered")
+    def judged(self, path: Path, duplicates: Collection[int]) -> list[Line]:
+        """The lines of a sidecar, with the first verdict on each and all likelihoods."""
+        lines = []
+        for place, (line, sample) in enumerate(self._with_samples(path)):
+            _judge_text(line, self.rules)
+            if place in duplicates:
+                _drop(line, "duplicate")
+            if self.uids is not None and usable(line):
+                key_is_uid = UID.fullmatch(line["key"])
+                if not self.uids.has(line["key"] if key_is_uid else group_text(sample, CaptionKey("json", ("uid",)))):
+                    _drop(line, "uids")
+            if text := usable(line):
+                for gap in self.gaps:
+                    gap.add(line, sample, text)
+            lines.append(line)
+        for gap in self.gaps:
+            gap.finish(LIKELIHOOD)
+        for line in lines:
+            for rule in self.scores:
+                if usable(line) and not rule.keeps(line.get(rule.name)):
+                    _drop(line, rule.name)
+        return lines
 
-    if url is None:
-        return ((line, {}) for line in read_sidecar(path))
-    return with_samples(path, url, refuse)
+    def _with_samples(self, path: Path) -> Iterable[tuple[Line, Mapping[str, Any]]]:
+        """The lines of a sidecar with their samples, which are empty without a tar."""
 
+        def refuse(reason: str) -> None:
+            raise UserError(f"{self.tars[path.name]} is broken ({reason}): its captions cannot be filtered")
 
-def _judged(
-    pairs: Iterable[tuple[Line, Mapping[str, Any]]],
-    rules: Rules,
-    duplicates: Collection[int],
-    uids: Uids | None,
-    gaps: Sequence[Gaps],
-    scores: Sequence[ScoreRule],
-) -> list[Line]:
-    """The lines of a sidecar, with the first verdict on each and all likelihoods."""
-    lines = []
-    for place, (line, sample) in enumerate(pairs):
-        _judge_text(line, rules)
-        if place in duplicates:
-            _drop(line, "duplicate")
-        if uids is not None and usable(line):
-            key_is_uid = UID.fullmatch(line["key"])
-            if not uids.has(line["key"] if key_is_uid else group_text(sample, CaptionKey("json", ("uid",)))):
-                _drop(line, "uids")
-        if text := usable(line):
-            for gap in gaps:
-                gap.add(line, sample, text)
-        lines.append(line)
-    for gap in gaps:
-        gap.finish(LIKELIHOOD)
-    for line in lines:
-        for rule in scores:
-            if usable(line) and not rule.keeps(line.get(rule.name)):
-                _drop(line, rule.name)
-    return lines
+        if not self.tars:
+            return ((line, {}) for line in read_sidecar(path))
+        return with_samples(path, self.tars[path.name], refuse)
 
 
 def _drop(line: Line, verdict: str) -> None:
@@ -152,23 +166,6 @@ def _judge_text(line: Line, rules: Rules) -> None:
         _drop(line, str(broken[0]))
     elif isinstance(caption, list) and "dropped" not in line:
         line["caption"] = [text for text, verdict in zip(texts, broken, strict=True) if verdict is None]
-
-
-def _duplicates(sidecars: Sequence[Path], rules: Rules, near: bool) -> dict[str, set[int]]:
-    """Places of the captions, by sidecar, that an earlier one makes superfluous."""
-    places: list[tuple[str, int]] = []
-    found: list[np.ndarray] = []
-    for path in sidecars:
-        for place, line in enumerate(read_sidecar(path)):
-            _judge_text(line, rules)
-            if text := usable(line):
-                places.append((path.name, place))
-                found.append(signature(text, near))
-    later: dict[str, set[int]] = {}
-    for (name, place), superfluous in zip(places, later_duplicates(np.array(found)) if found else (), strict=True):
-        if superfluous:
-            later.setdefault(name, set()).add(place)
-    return later
 
 
 class Uids:

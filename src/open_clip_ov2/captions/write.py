@@ -59,9 +59,13 @@ def read_task(value: str) -> Task:
     return Task(int(index), int(count))
 
 
+Prepared = tuple[str, Request | str]  # the key of a sample, and what the model is asked for it or why nothing is
+
+
 @dataclass(frozen=True)
 class Writing:
-    """How captions are written. `workers`: threads that decode pictures ahead of the model."""
+    """How captions are written. `workers`: threads that decode pictures ahead of the model. `wrote` gets the number of
+    lines of each batch."""
 
     engine: Engine
     prompts: Prompts
@@ -70,108 +74,82 @@ class Writing:
     batch_size: int
     max_image_pixels: int
     workers: int
+    wrote: Callable[[int], None] = lambda _: None
 
+    def write(self, urls: Sequence[str], folder: Path, task: Task) -> None:
+        """Write the sidecars of this task's shards that are missing in a set that was begun.
 
-def write_captions(
-    urls: Sequence[str],
-    folder: Path,
-    task: Task,
-    writing: Writing,
-    wrote: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Write the sidecars of this task's shards that are missing in a set that was begun; `wrote` gets the number of
-    lines of each batch.
+        Raises Interrupted when a signal came, InUse if others are still writing some of the shards, and UserError: the
+        model fails on whole batches, a tar is broken (the other shards are written first).
+        """
+        names = list(shard_names(urls))[task.place :: task.tasks]
+        missing = missing_sidecars(folder, urls)
+        problems: list[str] = []
+        with StopSignals() as signals, ThreadPoolExecutor(self.workers) as pool:
+            for name in names:
+                if name not in missing and not was_begun(folder, name):
+                    continue
+                try:
+                    with Journal(folder, name, sidecar_path(folder, name)) as journal:
+                        if not journal.finished:
+                            problems += self._write_shard(missing[name], journal, pool, signals)
+                except InUse as error:
+                    logger.warning("%s", error)
+                    problems.append(f"{name}: another process writes it")
+        if problems:
+            raise UserError(f"{len(problems)} of {len(names)} shards are not finished: {'; '.join(problems[:3])}")
 
-    Raises Interrupted when a signal came, InUse if others are still writing some of the shards, and UserError: the
-    model fails on whole batches, a tar is broken (the other shards are written first).
-    """
-    names = list(shard_names(urls))[task.place :: task.tasks]
-    missing = missing_sidecars(folder, urls)
-    problems: list[str] = []
-    with StopSignals() as signals, ThreadPoolExecutor(writing.workers) as pool:
-        for name in names:
-            if name not in missing and not was_begun(folder, name):
-                continue
-            try:
-                with Journal(folder, name, sidecar_path(folder, name)) as journal:
-                    if not journal.finished:
-                        problems += _write_shard(missing[name], journal, writing, pool, signals, wrote)
-            except InUse as error:
-                logger.warning("%s", error)
-                problems.append(f"{name}: another process writes it")
-    if problems:
-        raise UserError(f"{len(problems)} of {len(names)} shards are not finished: {'; '.join(problems[:3])}")
+    def _write_shard(self, url: str, journal: Journal, pool: ThreadPoolExecutor, signals: StopSignals) -> list[str]:
+        """Write what is missing of one sidecar; what is wrong with its tar. Raises Interrupted."""
+        broken: list[str] = []
+        done, begun = len(journal.lines), time.monotonic()
+        first = done - done % self.batch_size
+        for start, batch in self._prepared(read_tar(url, broken.append), first, pool):
+            for line, (key, _) in zip(journal.lines[start:], batch, strict=False):
+                if line["key"] != key:
+                    raise UserError(
+                        f"{url}: its captions were begun with {line['key']!r} where it now has {key!r}; another tar of "
+                        "this name? write into another folder"
+                    )
+            added = _lines(batch, self.engine)[len(journal.lines) - start :]
+            journal.add(added)
+            self.wrote(len(added))
+            if signals.name is not None:
+                raise Interrupted(
+                    f"{signals.name}: {len(journal.lines)} captions of {url} are kept; the same command continues"
+                )
+        if broken:
+            return [f"{url} is broken ({broken[0]}): repair it, or copy what can be read of it by `ov2 shards resize`"]
+        journal.finish()
+        errors, seconds = sum("error" in line for line in journal.lines), max(time.monotonic() - begun, 1e-9)
+        logger.info(
+            "%s: %s samples, %s without a caption, %.1f pictures/s", url, f"{len(journal.lines):,}", f"{errors:,}",
+            (len(journal.lines) - done) / seconds,
+        )  # fmt: skip
+        return []
 
+    def _prepared(
+        self, samples: Iterable[dict[str, Any]], first: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, list[Prepared]]]:
+        """(place of its first sample, batch) from sample `first` on; each is decoded while the last is captioned."""
+        ahead: tuple[int, list[Future[Prepared]]] | None = None
+        remaining = itertools.islice(samples, first, None)
+        for start in itertools.count(first, self.batch_size):
+            submitted = [pool.submit(self._prepare, raw) for raw in itertools.islice(remaining, self.batch_size)]
+            if ahead is not None:
+                yield ahead[0], [one.result() for one in ahead[1]]
+            if not submitted:
+                return
+            ahead = start, submitted
 
-def _write_shard(
-    url: str,
-    journal: Journal,
-    writing: Writing,
-    pool: ThreadPoolExecutor,
-    signals: StopSignals,
-    wrote: Callable[[int], None],
-) -> list[str]:
-    """Write what is missing of one sidecar; what is wrong with its tar. Raises Interrupted."""
-    broken: list[str] = []
-    done, begun = len(journal.lines), time.monotonic()
-    first = done - done % writing.batch_size
-    for start, batch in _prepared(read_tar(url, broken.append), first, writing, pool):
-        _check_keys(url, journal.lines[start:], batch)
-        added = _lines(batch, writing.engine)[len(journal.lines) - start :]
-        journal.add(added)
-        wrote(len(added))
-        if signals.name is not None:
-            raise Interrupted(
-                f"{signals.name}: {len(journal.lines)} captions of {url} are kept; the same command continues"
-            )
-    if broken:
-        return [f"{url} is broken ({broken[0]}): repair it, or copy what can be read of it by `ov2 shards resize`"]
-    journal.finish()
-    errors, seconds = sum("error" in line for line in journal.lines), max(time.monotonic() - begun, 1e-9)
-    logger.info(
-        "%s: %s samples, %s without a caption, %.1f pictures/s", url, f"{len(journal.lines):,}", f"{errors:,}",
-        (len(journal.lines) - done) / seconds,
-    )  # fmt: skip
-    return []
-
-
-Prepared = tuple[str, Request | str]  # the key of a sample, and what the model is asked for it or why nothing is
-
-
-def _prepared(
-    samples: Iterable[dict[str, Any]], first: int, writing: Writing, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, list[Prepared]]]:
-    """(place of its first sample, batch) from sample `first` on; each is decoded while the one before is captioned."""
-    decoder = Decoder(torch.as_tensor, (), writing.max_image_pixels)  # for its `image` alone
-    ahead: tuple[int, list[Future[Prepared]]] | None = None
-    remaining = itertools.islice(samples, first, None)
-    for start in itertools.count(first, writing.batch_size):
-        batch = list(itertools.islice(remaining, writing.batch_size))
-        submitted = [pool.submit(_prepare, raw, decoder, writing) for raw in batch]
-        if ahead is not None:
-            yield ahead[0], [one.result() for one in ahead[1]]
-        if not batch:
-            return
-        ahead = start, submitted
-
-
-def _prepare(raw: dict[str, Any], decoder: Decoder, writing: Writing) -> Prepared:
-    key = raw["__key__"]
-    try:
-        image = bounded(decoder.image(raw))
-    except SkipSample as error:
-        return key, error.cause
-    prompt = writing.prompts.of(raw, writing.engine.special)
-    return key, Request(key, image, prompt, row_sampling(writing.samplers, writing.seed, key))
-
-
-def _check_keys(url: str, lines: Sequence[Mapping[str, Any]], batch: Sequence[Prepared]) -> None:
-    for line, (key, _) in zip(lines, batch, strict=False):
-        if line["key"] != key:
-            raise UserError(
-                f"{url}: its captions were begun with {line['key']!r} where it now has {key!r}; another tar of "
-                "this name? write into another folder"
-            )
+    def _prepare(self, raw: dict[str, Any]) -> Prepared:
+        key = raw["__key__"]
+        try:
+            image = bounded(Decoder(torch.as_tensor, (), self.max_image_pixels).image(raw))
+        except SkipSample as error:
+            return key, error.cause
+        prompt = self.prompts.of(raw, self.engine.special)
+        return key, Request(key, image, prompt, row_sampling(self.samplers, self.seed, key))
 
 
 def _lines(batch: Sequence[Prepared], engine: Engine) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from open_clip_ov2.captions.engine_hub import TransformersEngine, VllmEngine
 from open_clip_ov2.captions.engine_ov2 import Ov2Engine
 from open_clip_ov2.captions.engines import Prompts, Sampler, read_sampler
 from open_clip_ov2.captions.tars_of import note_shards
-from open_clip_ov2.captions.write import Task, Writing, read_task, standing, task_here, write_captions
+from open_clip_ov2.captions.write import Task, Writing, read_task, standing, task_here
 from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.shards import expand_shards
@@ -119,8 +119,8 @@ def parse_write(argv: Sequence[str]) -> Parsed:
 
 
 def run_parsed(parsed: Parsed, wrote: Callable[[int], None] = lambda _: None) -> str:
-    """Write what is missing, or show where the set stands; returns lines to print. `wrote`: as for `write_captions`.
-    Raises UserError, Interrupted."""
+    """Write what is missing, or show where the set stands; returns lines to print. `wrote`: of Writing. Raises
+    UserError, Interrupted."""
     urls, shards, out, options = parsed
     logging.basicConfig(format="ov2: %(message)s")
     logging.getLogger("open_clip_ov2.captions").setLevel(logging.INFO)
@@ -147,10 +147,11 @@ def run_parsed(parsed: Parsed, wrote: Callable[[int], None] = lambda _: None) ->
         batch_size=options.batch_size or defaults.batch_size,
         max_image_pixels=options.max_image_pixels,
         workers=options.workers,
+        wrote=wrote,
     )
     begin_set(out, _settings(kind, writing, options))
     note_shards(out, shards)
-    write_captions(urls, out, options.task or task_here(), writing, wrote)
+    writing.write(urls, out, options.task or task_here())
     return standing(urls, out)
 
 

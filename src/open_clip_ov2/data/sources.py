@@ -5,17 +5,18 @@ The order is a function of seed, epoch, pass and consumer alone; a consumer is o
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from open_clip_ov2.data import csv_rows
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, assigned_rows
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
 from open_clip_ov2.data.skips import BAD_ROW, SkipCounter, SkipSample
@@ -96,7 +97,7 @@ class CsvSource(Source):
             raise UserError(f"--csv-separator {separator!r}: expected one character (a tab: --csv-separator $'\\t')")
         self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
-        found = csv_rows.rows(csv_rows.read_lines(path), separator, image_column, IMAGE_SUFFIXES)
+        found = csv_rows(csv_lines(path), separator, image_column, IMAGE_SUFFIXES)
         header = next(found, None)
         if header is None:
             raise UserError(f"{path}: the file is empty; expected a header and rows")
@@ -137,6 +138,72 @@ class CsvSource(Source):
         if image:
             raw[IMAGE_ENTRY] = ImageFile((image, str(self.path.parent / image)))
         return raw
+
+
+class CsvRow(NamedTuple):
+    """`line` counts from 1; with a `problem`, which says why the row cannot be used, there are no `fields`."""
+
+    line: int
+    fields: tuple[str | None, ...]
+    problem: str = ""
+
+
+def csv_lines(path: Path) -> list[str]:
+    """Lines with their ends. Bytes that are not UTF-8 come through as surrogates, so that they cost their row alone.
+
+    Raises UserError for a file in UTF-16.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+            raise UserError(f"{path}: text in UTF-16 (Excel's 'Unicode Text'); save it in UTF-8 (Excel's 'CSV UTF-8')")
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: Excel writes a mark
+        return file.readlines()
+
+
+def csv_rows(lines: Sequence[str], separator: str, image_column: str, endings: Sequence[str]) -> Iterator[CsvRow]:
+    """The header first, then every row: one bad row never takes others with it. `endings`: of image files.
+
+    A quote that is never closed would swallow the rows below it into one caption, which `endings` in them show. Such a
+    row is reported by itself, and reading starts again at the next line; a caption in quotes may have line breaks.
+    """
+    start, columns, image = 0, 0, 0
+    while start < len(lines):
+        reader = csv.reader((lines[i] for i in range(start, len(lines))), delimiter=separator)
+        problem, fields = "", list[str]()
+        try:
+            fields = next(reader)
+        except csv.Error as error:
+            problem = str(error)
+        begin, start = start, start + reader.line_num
+        part = lines[begin:start]
+        if not problem and _swallows(part, separator, image, columns, endings, at_end=start == len(lines)):
+            problem = "a quote is opened and not closed"
+        if problem:
+            yield CsvRow(begin + 1, (), problem)
+            start = begin + 1
+        elif fields:
+            if not columns:
+                columns, image = len(fields), fields.index(image_column) if image_column in fields else 0
+            if len(fields) > columns:
+                yield CsvRow(begin + 1, (), f"{len(fields)} fields, and the header has {columns}")
+            else:
+                yield CsvRow(begin + 1, (*fields, *[None] * (columns - len(fields))))
+
+
+def _swallows(
+    part: Sequence[str], separator: str, image: int, columns: int, endings: Sequence[str], *, at_end: bool
+) -> bool:
+    """Whether the lines of one record are several rows that a lone quote has joined."""
+    if len(part) == 1:
+        odd = part[0].count('"') % 2 == 1
+        return at_end and odd and any(cell.startswith('"') for cell in part[0].split(separator))
+    if "".join(part).count('"') % 2:
+        return True
+    for line in part[1:]:
+        cells = line.rstrip("\r\n").split(separator)
+        if len(cells) >= columns and cells[image].strip('"').lower().endswith(tuple(f".{e}" for e in endings)):
+            return True
+    return False
 
 
 class ImageFolderSource(Source):

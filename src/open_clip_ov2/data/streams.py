@@ -139,10 +139,9 @@ class _Collector:
         except UserError:
             raise
         except Exception:  # one caption must not end a run: look for it
-            accepted = [row for row in self.rows if self._accepts(row)]
-            if len(accepted) == len(self.rows):
+            before, self.rows = len(self.rows), [row for row in self.rows if self._accepts(row)]
+            if len(self.rows) == before:
                 raise
-            self.rows = accepted
             return None
 
     def _accepts(self, row: _Row) -> bool:

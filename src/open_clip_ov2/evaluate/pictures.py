@@ -20,13 +20,12 @@ from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
 from open_clip_ov2.data.crop import as_batch, budget_of
-from open_clip_ov2.data.csv_rows import read_lines
 from open_clip_ov2.data.decode import decode_image
 from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, Decoder, ImageFile, encoded_image
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
 from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter, SkipSample
-from open_clip_ov2.data.sources import CsvSource, image_names
+from open_clip_ov2.data.sources import CsvSource, csv_lines, image_names
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.options import CaptionOptions
@@ -219,7 +218,7 @@ def _of_any_file(file: Path, skips: SkipCounter) -> Iterator[Raw]:
 
 def _csv(path: Path, keys: tuple[CaptionKey, ...]) -> CsvSource:
     """Images are in the column `filepath` (OpenCLIP's --csv-img-key) or else in the first. Raises UserError."""
-    header = next(iter(read_lines(path)), "")
+    header = next(iter(csv_lines(path)), "")
     separator = "\t" if "\t" in header else ","
     columns = next(csv.reader([header], delimiter=separator), []) or [""]
     image_column = "filepath" if "filepath" in columns else columns[0]

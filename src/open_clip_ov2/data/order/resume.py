@@ -85,7 +85,7 @@ def check_states(states: Sequence[dict[str, Any]], identity: dict[str, Any], mov
 def _check_data(old: dict[str, Any], new: dict[str, Any], moved: bool) -> None:
     if old == new:
         return
-    before, now = _counts(old, new), _counts(new, old)
+    before, now = _counts(old), _counts(new)
     if moved and before == now:
         logger.warning(
             "--train-data has other names than in the checkpoint but as many (%s): treated as the same data, moved "
@@ -95,12 +95,11 @@ def _check_data(old: dict[str, Any], new: dict[str, Any], moved: bool) -> None:
     raise _differs("--train-data", before, now if now != before else f"others ({now})")
 
 
-def _counts(data: dict[str, Any], other: dict[str, Any]) -> str:
-    """The numbers of a source's fingerprint; whether it is resampled where `other` differs in that."""
-    shown = [f"{value} {name}" for name, value in data.items() if not isinstance(value, str) and name != "resampled"]
-    if data.get("resampled") != other.get("resampled"):
-        shown.append("resampled" if data.get("resampled") else "not resampled")
-    return ", ".join(shown)
+def _counts(data: dict[str, Any]) -> str:
+    """The numbers of a source's fingerprint: `3 shards`, or `3 resampled shards`."""
+    kind = "resampled " if data.get("resampled") else ""
+    numbers = ((name, value) for name, value in data.items() if name != "resampled" and not isinstance(value, str))
+    return ", ".join(f"{value} {kind}{name}" for name, value in numbers)
 
 
 def _differs(flag: str, old: str, new: str) -> UserError:
