@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, CoCa
 from timm.data.imagenet_info import ImageNetInfo
 from torch import nn
 
-from open_clip_ov2.core.compute import Compute
 from open_clip_ov2.core.native import NativeImages
 from open_clip_ov2.data.loader import Batch
 from open_clip_ov2.errors import UserError
@@ -75,17 +75,18 @@ class Validation:
         """Metrics by name, all of them on rank 0, of what is in `data`: captioned samples ("val"), folders of ImageNet.
         Empty if a signal ended the validation. `tasks`: run --eval's too. With `average` they are of the averaged
         weights, and live_* of the weights without averaging."""
-        compute, averaged = self.built.compute(args), average.applied if average else contextlib.nullcontext
+        averaged = average.applied if average else contextlib.nullcontext
         # torch.compile would compile each length of a growing caption anew.
         with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
             with averaged():
-                metrics = self._losses(model, data, epoch, args, compute)
+                metrics = self._losses(model, data, epoch, args)
                 if metrics is not None and tasks and "val" in data:
-                    metrics |= self._tasks(model, args, compute)
-                if metrics is not None and set(data) - {"val"}:
-                    metrics |= self._zero_shot(model, data, args, compute)
+                    metrics |= self._tasks(model, args)
+                if metrics is not None and (folders := {flag: data[flag].dataloader for flag in SETS if flag in data}):
+                    figures = partial(zero_shot, folders=folders, args=args, watched=self._watched)
+                    metrics |= self._figures("zero-shot", model, args, figures)
                     metrics = None if self._signalled() else metrics
-            live = self._losses(model, data, epoch, args, compute) if average and metrics is not None else {}
+            live = self._losses(model, data, epoch, args) if average and metrics is not None else {}
             if metrics is None or live is None:
                 logger.warning("validation stopped by a signal at %s samples: no result", f"{samples_seen:,}")
                 return {}
@@ -93,66 +94,59 @@ class Validation:
             self.session.monitor.evaluation(samples_seen, epoch, metrics)
             if self.is_ov2 and args.rank == 0 and self.session.plan.options.sample_captions and "val" in data:
                 with averaged():
-                    self._show_captions(model, data["val"].dataloader, samples_seen, compute)
+                    self._show_captions(model, args, data["val"].dataloader, samples_seen)
         return metrics
 
+    def _evaluated(self, model: nn.Module, args: argparse.Namespace) -> EvalModel:
+        tokenizer, preprocess = self.built.tokenizer, self.built.val_transform
+        return as_eval_model(model, tokenizer, self.built.compute(args), name=args.model, preprocess=preprocess)
+
     def _losses(
-        self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace, compute: Compute
+        self, model: nn.Module, data: dict[str, Any], epoch: int, args: argparse.Namespace
     ) -> dict[str, float] | None:
         """The caption loss, and OpenCLIP's own metrics of CLIP and CoCa; None if a signal ended the validation."""
-        loader = data["val"].dataloader if "val" in data else None
         metrics: dict[str, float] = {}
-        if loader is not None and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
-            evaluated = as_eval_model(model, self.built.tokenizer, compute)
-            metrics = caption_loss(evaluated, self._watched(loader))
+        if "val" in data and (self.is_ov2 or isinstance(unwrap(model), CoCa)):
+            metrics = caption_loss(self._evaluated(model, args), self._watched(data["val"].dataloader))
             if self._signalled():
                 return None
         if not self.is_ov2 and args.rank == 0:
             metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
         return metrics
 
-    def _tasks(self, model: nn.Module, args: argparse.Namespace, compute: Compute) -> dict[str, float]:
-        """The main figures of the tasks of --eval. Training draws the same random numbers as without them."""
+    def _tasks(self, model: nn.Module, args: argparse.Namespace) -> dict[str, float]:
+        """The main figures of the tasks of --eval."""
         if (flags := self.session.plan.options.eval) is None:
             return {}
         options = options_of(flags, "--eval")
         figures = lambda model: headlines(run_tasks(EvalJob(model, options), say=logger.info))  # noqa: E731
-        return self._figures("--eval", model, args, compute, figures)
-
-    def _zero_shot(
-        self, model: nn.Module, data: dict[str, Any], args: argparse.Namespace, compute: Compute
-    ) -> dict[str, float]:
-        folders = {flag: data[flag].dataloader for flag in SETS if flag in data}
-        figures = lambda model: zero_shot(model, folders, args, self._watched)  # noqa: E731
-        return self._figures("zero-shot", model, args, compute, figures)
-
-    def _signalled(self) -> bool:
-        return self.session.agreement.now(self.session.signals.name is not None)
+        return self._figures("--eval", model, args, figures)
 
     def _figures(
-        self, what: str, model: nn.Module, args: argparse.Namespace, compute: Compute,
-        figures: Callable[[EvalModel], dict[str, float]],
-    ) -> dict[str, float]:  # fmt: skip
-        preprocess, tokenizer = self.built.val_transform, self.built.tokenizer
-        evaluated = as_eval_model(model, tokenizer, compute, name=args.model, preprocess=preprocess)
-        with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
+        self, what: str, model: nn.Module, args: argparse.Namespace, figures: Callable[[EvalModel], dict[str, float]]
+    ) -> dict[str, float]:
+        """Training draws the same random numbers as without them."""
+        evaluated = self._evaluated(model, args)
+        with torch.random.fork_rng(devices=[evaluated.device] if evaluated.device.type == "cuda" else []):
             try:
                 return figures(evaluated)
             except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
                 logger.error("%s: %s; training continues without these figures", what, error)
                 return {}
 
+    def _signalled(self) -> bool:
+        return self.session.agreement.now(self.session.signals.name is not None)
+
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         note = lambda count: self.session.monitor.still(f"validation: {count:,} batches so far")  # noqa: E731
         return until_signal(batches, self.session.signals, note)
 
-    def _show_captions(self, model: Any, loader: Any, samples_seen: int, compute: Compute) -> None:
+    def _show_captions(self, model: nn.Module, args: argparse.Namespace, loader: Any, samples_seen: int) -> None:
         batch = next(iter(loader.full()))
         count = self.session.plan.options.sample_captions
         images, keys = batch.images_BCHW[:count], batch.keys[:count]
-        generated = as_eval_model(model, self.built.tokenizer, compute).generate(
-            images, keys, batch.prompts[:count] or None, short_prompts=True
-        )
+        prompts = batch.prompts[:count] or None
+        generated = self._evaluated(model, args).generate(images, keys, prompts, short_prompts=True)
         mean, std = (torch.tensor(self.built.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         each = images.images() if isinstance(images, NativeImages) else images
         floats = [(image.float().cpu() * std + mean).clamp(0, 1) for image in each]
