@@ -323,7 +323,7 @@ def test_imagenet_val_of_clip_is_open_clips(baselines: Path, images: list[Path],
 )
 def test_resume_keeps_the_note_of_the_best_checkpoint_unless_that_goes(tmp_path: Path, best: str, stays: bool) -> None:
     """Oracle: the files. Checkpoints after 10 and 60 samples; the run goes back to 50."""
-    from open_clip_ov2.openclip.run.resume_file import put_beginning
+    from open_clip_ov2.openclip.run.run_folder import put_beginning
 
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -1,30 +1,45 @@
-"""A run's folder as OpenCLIP's `local-dir:` model: config, preprocessing and tokenizer beside the checkpoints."""
+"""A run's folder: which run it is, and whether that run begins, continues, or begins from the file of --resume.
+
+That checkpoint is copied among the run's own, and then the run resumes as it always does. What comes after it in that
+run is moved aside. A command that is repeated continues where it was stopped instead.
+"""
 
 from __future__ import annotations
 
-import json
+import io
+import math
 import shutil
+import time
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from open_clip_ov2.data.crop import TokenBudget
-from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text
+import torch
+
+from open_clip_ov2.data import storage
+from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text, written_whole
 from open_clip_ov2.locks import LOCK
-from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan
-from open_clip_ov2.openclip.models.factory import config_named, is_ov2_config
-from open_clip_ov2.openclip.models.own_config import MAX_TOKENS, OwnConfig
-from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer
-from open_clip_ov2.openclip.run.resume_file import put_beginning, read_beginning
+from open_clip_ov2.openclip.command.run_plan import RunPlan
+from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.recipe.run_difference import differences
-from open_clip_ov2.train.checkpoint import list_checkpoints
+from open_clip_ov2.train.checkpoint import (
+    ASIDE,
+    BEST_FILE,
+    LATEST_FILE,
+    RESUME_KEY,
+    CheckpointName,
+    list_checkpoints,
+    read_best,
+)
 from open_clip_ov2.train.remote_sync import RemoteSync
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
 EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
+NEEDED = ("epoch", "state_dict", "optimizer")  # of a checkpoint that a run resumes from
 
 
 def check_same_run(plan: RunPlan) -> bool:
@@ -88,27 +103,70 @@ def _copy_code(folder: Path) -> None:
     made.rename(folder)
 
 
-def own_config(
-    stage: StagePlan,
-    model_options: dict[str, Any],
-    preprocess_cfg: dict[str, Any],
-    tokenizer: Any,
-    budget: TokenBudget | None = None,
-) -> OwnConfig:
-    """The configuration of the model in training, with every flag that changed it folded in."""
-    args = stage.args
-    cfg = config_named(args.model)
-    cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in model_options.items()})
-    if stage.image_size is not None:
-        cfg["vision_cfg"]["image_size"] = stage.image_size
-    if args.force_context_length is not None:
-        cfg["text_cfg"]["context_length"] = args.force_context_length
-    if not is_ov2_config(cfg):  # without these the weights do not fit, or compute something else
-        cfg |= {"quick_gelu": True} if args.force_quick_gelu else {}
-        cfg |= {"custom_text": True} if args.force_custom_text else {}
-        cfg |= {"init_logit_bias": -10} if args.siglip else {}  # whatever number: the weights have the trained one
-    plain = json.loads(json.dumps({"model": cfg, "preprocess": preprocess_cfg}))
-    if budget is not None:
-        plain["preprocess"][MAX_TOKENS] = budget.most
-    vocabulary = tokenizer.vocabulary if isinstance(tokenizer, WordPieceTokenizer) else None
-    return OwnConfig(plain["model"], plain["preprocess"], vocabulary)
+def read_beginning(plan: RunPlan, address: str) -> dict[str, Any]:
+    """The content of the checkpoint that the run begins from, of ours or OpenCLIP's. Raises UserError."""
+    try:
+        source: Any = io.BytesIO(storage.read_bytes(address)) if storage.is_store(address) else address
+        content: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
+        missing = [key for key in NEEDED if key not in content]
+    except Exception as error:  # zip, pickle and I/O errors, and whatever a store's library raises
+        torchs = isinstance(error, (RuntimeError, TypeError, EOFError, UnpicklingError))  # whose texts are of no help
+        problem = "not a checkpoint" if torchs else f"cannot be read ({first_line(error)})"
+        raise UserError(f"--resume {address}: {problem}; expected one such as RUN/checkpoints/stage_1.pt") from error
+    if missing:
+        raise UserError(f"--resume {address}: has no {missing[0]}; --pretrained {address} loads weights alone")
+    if RESUME_KEY not in content:
+        content[RESUME_KEY] = _state_of_open_clip(plan, address, content)
+    before = content[RESUME_KEY].get("config")  # which the first versions did not write
+    changes = differences(before, plan.config) if before is not None else []
+    if changes and not plan.options.override:
+        raise UserError(
+            f"--resume {address}: is from a run with another configuration ({'; '.join(changes)}); give the flags of "
+            "that run, or continue it with the new ones (--override)"
+        )
+    return content
+
+
+def _state_of_open_clip(plan: RunPlan, address: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint that OpenCLIP wrote after an epoch: the next one begins with data and random numbers of its own.
+    The names that DDP gives its weights are taken off."""
+    stage, epochs = plan.stages[0], int(content["epoch"])
+    source = make_source(stage.args, stage.options, train=True)
+    if len(plan.stages) > 1 or epochs >= stage.args.epochs or source is None:
+        raise UserError(
+            f"--resume {address}: a checkpoint of OpenCLIP's own after epoch {epochs}, which continues a run of one "
+            f"stage with more --epochs than that; --pretrained {address} begins another run with its weights"
+        )
+    content["state_dict"] = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    config: Any = plan.config
+    steps = epochs * math.ceil(samples_per_epoch(stage.args, source) / config["stages"][0]["global_batch"])
+    samples = steps * config["stages"][0]["global_batch"]
+    counts = {"samples_seen": samples, "stage_samples": samples, "stage_steps": steps, "bad_in_a_row": 0}
+    return {"stage": 1, "stage_done": False, **counts, "monitor": {"total_skips": {}, "epoch_images": 0}, "ranks": []}
+
+
+def put_beginning(plan: RunPlan, address: str, content: dict[str, Any], sync: RemoteSync | None) -> str:
+    """Make it the newest checkpoint of the run's folder, and of its copy. Returns a line for the log."""
+    folder, state = plan.folder / "checkpoints", content[RESUME_KEY]
+    name = CheckpointName(state["stage"], state["stage_done"], 0 if state["stage_done"] else state["samples_seen"])
+    folder.mkdir(parents=True, exist_ok=True)
+    made, target = folder / f"{TEMPORARY}begin", folder / name.file
+    with written_whole(made) as file:
+        torch.save(content, file)
+    stay = target if Path(address).resolve() == target.resolve() else None
+    later = [p for p in list_checkpoints(folder) if p != stay and not (CheckpointName.of(p.name) or name) < name]
+    aside = folder / f"{ASIDE}{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    best = read_best(folder)
+    at = CheckpointName.of(best[0]) if best else None
+    noted = [folder / BEST_FILE] if at and not at < name and (stay is None or at.file != stay.name) else []
+    for path in (*noted, *later):
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+    made.rename(target)
+    latest = folder / LATEST_FILE
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
+    if sync:
+        sync.set_aside(name, aside.name)
+    moved = f"; {len(later)} checkpoints that this run had from there on are in {aside}" if later else ""
+    return f"--resume: the run begins from {address}{moved}"

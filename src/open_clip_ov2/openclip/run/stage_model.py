@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.openclip.command.flags import FAMILY, NATIVE, TrainOptions
 from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.models.factory import config_named
-from open_clip_ov2.openclip.models.own_config import brings_weights, named_config
+from open_clip_ov2.openclip.models.own_config import MAX_TOKENS, OwnConfig, brings_weights, named_config
 from open_clip_ov2.openclip.models.preprocess import (
     eval_transform,
     native_budget,
@@ -75,7 +76,7 @@ class StageModel:
 
     def __init__(self, session: Session, stage: StagePlan) -> None:
         self.session = session
-        self.options, self.args = stage.options, stage.args
+        self.stage, self.options, self.args = stage, stage.options, stage.args
         self.is_ov2 = session.plan.is_ov2
         self.compiles, self.precision = stage.args.torchcompile, stage.args.precision
         self.compile_blocks = self.is_ov2 and self.compiles
@@ -209,6 +210,22 @@ class StageModel:
             return self.tokenizer
 
         return get_tokenizer
+
+    def own_config(self) -> OwnConfig:
+        """The configuration of the model in training, with every flag that changed it folded in."""
+        args, cfg = self.args, config_named(self.args.model)
+        cfg.update({key: str(value) if key == "keep_ratio" else value for key, value in self.extra.items()})
+        if self.stage.image_size is not None:
+            cfg["vision_cfg"]["image_size"] = self.stage.image_size
+        if args.force_context_length is not None:
+            cfg["text_cfg"]["context_length"] = args.force_context_length
+        if not self.is_ov2:  # without these the weights do not fit, or compute something else
+            cfg |= {"quick_gelu": True} if args.force_quick_gelu else {}
+            cfg |= {"custom_text": True} if args.force_custom_text else {}
+            cfg |= {"init_logit_bias": -10} if args.siglip else {}  # whatever number: the weights have the trained one
+        preprocess = {**self.preprocess_cfg, **({} if self.budget is None else {MAX_TOKENS: self.budget.most})}
+        vocabulary = self.tokenizer.vocabulary if isinstance(self.tokenizer, WordPieceTokenizer) else None
+        return OwnConfig(*json.loads(json.dumps([cfg, preprocess])), vocabulary)
 
     def compute(self, args: argparse.Namespace) -> Compute:
         return Compute(

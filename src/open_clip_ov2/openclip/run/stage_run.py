@@ -25,7 +25,6 @@ from open_clip_ov2.openclip.command.run_plan import StagePlan
 from open_clip_ov2.openclip.run import baselines, optimizers
 from open_clip_ov2.openclip.run.finetune import checkpoint_weights
 from open_clip_ov2.openclip.run.loaders import LoaderInfo, make_data
-from open_clip_ov2.openclip.run.run_folder import own_config
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageProgress
@@ -117,9 +116,7 @@ class StageRun:
         if "val" in data and self._loader is not None:  # before hours of training, not after
             self.session.on_rank_0(data["val"].dataloader.check)
         data |= {flag: LoaderInfo(folder) for flag, folder in imagenet_folders(args).items()}
-        self._config = own_config(
-            self.stage, self.built.extra, self.built.preprocess_cfg, self.built.tokenizer, self.built.budget
-        )
+        self._config = self.built.own_config()
         if self.session.rank == 0:
             self._config.write(self.session.plan.folder)
         return data
