@@ -14,7 +14,7 @@ from training import NANO, data_flags, results
 
 from open_clip_ov2.core import CaptionModel
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.openclip.run.float8 import use_float8
+from open_clip_ov2.openclip.run.finetune import use_float8
 from open_clip_ov2.training import train
 
 CPU = torch.device("cpu")

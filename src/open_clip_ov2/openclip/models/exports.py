@@ -16,19 +16,18 @@ from torch import nn
 from open_clip_ov2.core import CaptionModel, VisionModel
 from open_clip_ov2.core.vit_fast import stock_patches
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import write_json, write_text
 from open_clip_ov2.formats.card import card, run_facts
 from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import new_folder, upload, write_tensors
-from open_clip_ov2.formats.open_clip import CONFIG, WEIGHTS, WHOLE_TARGET, vision_cfg
+from open_clip_ov2.formats.open_clip import WEIGHTS, WHOLE_TARGET, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
 from open_clip_ov2.formats.targets import target_of
 from open_clip_ov2.openclip.models.factory import CONTRASTIVE_KEY, ONE_TRANSFORMER_KEY
 from open_clip_ov2.openclip.models.open_model import HUB, LoadedModel, caption_model, open_model
-from open_clip_ov2.openclip.models.own_config import MAX_TOKENS
+from open_clip_ov2.openclip.models.own_config import MAX_TOKENS, OwnConfig
 from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel, OneTransformerModel
 from open_clip_ov2.openclip.models.shipped import shipped_folder
-from open_clip_ov2.openclip.models.tokenizer import MODE, VOCAB, WordPieceTokenizer
+from open_clip_ov2.openclip.models.tokenizer import MODE, WordPieceTokenizer
 from open_clip_ov2.train.checkpoint import CheckpointName
 
 # Not "for every shape": timm's and transformers' NaFlex models stretch one table over all grids, and the table of an
@@ -152,15 +151,15 @@ def write_model_folder(
 ) -> None:
     """Write the whole model as OpenCLIP's `local-dir:` or hub folder; `max_tokens` of one trained with --aspect native.
     `name` is what the folder will be called, or its hub name; OpenCLIP looks for the tokenizer under it."""
-    cfg = model_cfg(model, encoder)
+    cfg, vocabulary = model_cfg(model, encoder), None
     if isinstance(tokenizer, WordPieceTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name, "tokenizer_mode": MODE}
-        write_text(folder / VOCAB, tokenizer.vocabulary)
+        vocabulary = tokenizer.vocabulary
     elif isinstance(tokenizer, HFTokenizer):
         cfg["text_cfg"] |= {"hf_tokenizer_name": name}
         tokenizer.save_pretrained(str(folder))
     more = {} if max_tokens is None else {MAX_TOKENS: max_tokens}
-    write_json(folder / CONFIG, {"model_cfg": cfg, "preprocess_cfg": {**asdict(encoder.preprocessing), **more}})
+    OwnConfig(cfg, {**asdict(encoder.preprocessing), **more}, vocabulary).write(folder)
     write_tensors(folder / WEIGHTS, model.state_dict())
 
 

@@ -1,4 +1,6 @@
-"""Training a part of a model: parameters frozen by name, LoRA on the vision tower (arXiv 2106.09685) through peft.
+"""Changes to a model before it trains: parameters frozen by name; of the vision tower, LoRA (arXiv 2106.09685) through
+peft, and matrix products in float8 through torchao: activations and weights in e4m3, gradients in e5m2 (arXiv
+2209.05433), each tensor with a scale that is computed from its largest entry.
 
 Shapes: B batch, S tokens, D width.
 """
@@ -7,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from open_clip_ov2.core.attention import scaled_dot_product
+from open_clip_ov2.core.vit_fast import project_by
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.train.checkpoint import weights_content
 from open_clip_ov2.train.ema import WeightAverage
@@ -21,6 +26,7 @@ from open_clip_ov2.train.ema import WeightAverage
 logger = logging.getLogger("open_clip_ov2")
 
 ADAPTER = "default"  # peft's name for the only one
+FLOAT8_CAPABILITY = (8, 9)  # of the first NVIDIA GPUs with units for float8: Ada, Hopper
 ADAPTED = r"transformer\.resblocks\.\d+\.(attn\.(in|out)_proj|mlp\.(c_fc|c_proj))"  # all matrices of all blocks
 
 
@@ -106,3 +112,22 @@ def checkpoint_weights(model: nn.Module, average: WeightAverage | None) -> dict[
     live = {name: value.detach() for name, value in model.state_dict().items()}
     with average.applied() if average else contextlib.nullcontext():
         return weights_content(merged_state(model), live, average.state() if average else {})
+
+
+def use_float8(model: Any, how: str, device: torch.device) -> None:
+    """In the blocks of the vision tower, in place. Parameters and their names stay as they are, in float32. `how`:
+    "on", or "emulated", which rounds to float8 and multiplies in a wider type, on any device. Raises UserError without
+    torchao, and for a device without such units."""
+    if how == "on" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY):
+        raise UserError("--fp8 on: needs an NVIDIA GPU from Ada or Hopper on; `--fp8 emulated` runs anywhere, slowly")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise UserError("--fp8 needs torchao: pip install 'open_clip_ov2[fp8]'") from None
+    convert: Callable[[nn.Module], nn.Module] = partial(
+        convert_to_float8_training, config=Float8LinearConfig(emulate=how == "emulated")
+    )
+    for block in model.visual.transformer.resblocks:
+        convert(block)
+        if getattr(block.attn, "is_fused", False):
+            project_by(block.attn, convert)

@@ -33,8 +33,7 @@ from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel
 from open_clip_ov2.openclip.models.tokenizer import WordPieceTokenizer, caching, eos_id_of, text_cfg_for, text_options
 from open_clip_ov2.openclip.models.weights import check_fit
 from open_clip_ov2.openclip.run import baselines, optimizers
-from open_clip_ov2.openclip.run.finetune import add_lora, freeze
-from open_clip_ov2.openclip.run.float8 import use_float8
+from open_clip_ov2.openclip.run.finetune import add_lora, freeze, use_float8
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.train.checkpoint import RESUME_KEY, average_of, live_weights
 from open_clip_ov2.train.parallel import Sharded, Whole, blocks_of
@@ -225,7 +224,8 @@ class StageModel:
             cfg |= {"init_logit_bias": -10} if args.siglip else {}  # whatever number: the weights have the trained one
         preprocess = {**self.preprocess_cfg, **({} if self.budget is None else {MAX_TOKENS: self.budget.most})}
         vocabulary = self.tokenizer.vocabulary if isinstance(self.tokenizer, WordPieceTokenizer) else None
-        return OwnConfig(*json.loads(json.dumps([cfg, preprocess])), vocabulary)
+        plain = json.loads(json.dumps({"model_cfg": cfg, "preprocess_cfg": preprocess}))
+        return OwnConfig(**plain, vocabulary=vocabulary)
 
     def compute(self, args: argparse.Namespace) -> Compute:
         return Compute(
