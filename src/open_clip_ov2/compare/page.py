@@ -101,6 +101,10 @@ def notes(found: Found) -> list[str]:
     for one in found.variants:
         if one.unlike:
             out.append(f"{one.name} has, and {comparison.reference} in brackets: {'; '.join(one.unlike)}.")
+    if ends := [name for name, rates in found.searched.items() if best_rate(rates) in (min(rates), max(rates))]:
+        out.append(
+            f"A better learning rate may lie beyond those searched, an end of which was best: {', '.join(ends)}."
+        )
     if any(one.cost.step_memory_mb is not None for one in found.variants):
         lengths = measure.lengths
         captions = f"captions of {lengths.low} to {lengths.high} tokens, {lengths.mean:g} on average"
