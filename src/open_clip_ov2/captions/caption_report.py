@@ -35,7 +35,7 @@ from open_clip_ov2.files import write_text
 from open_clip_ov2.tables import text, whole
 
 PAGE, TXT = "report.html", CaptionKey("txt")
-SIDE_PX, BARS, REASONS = 224, 40, 20
+SIDE_PX, REASONS = 224, 20
 WITH_PICTURES = 2000  # samples of the first tars whose alt-texts are compared
 STOPWORDS = frozenset("a an and are as at be by for from in is it its of on or that the this to with".split())  # noqa: SIM905
 
@@ -60,7 +60,7 @@ class Texts:
 
     unused: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
-    repetitions: list[float] = field(default_factory=list)
+    repetitive: int = 0
     refusals: int = 0
     signatures: list[np.ndarray] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Texts:
             self.unused[f"dropped: {dropped}" if dropped else f"no caption: {line.get('error', 'it is empty')}"] += 1
             return
         self.lengths.append(len(caption.split()))
-        self.repetitions.append(repetition(caption))
+        self.repetitive += repetition(caption) > LIMIT
         self.refusals += is_refusal(caption)
         self.signatures.append(signature(caption, near=False))
         for name, value in line.items():
@@ -87,14 +87,14 @@ class Texts:
             yield reason, f"{number:,}"
         if not count:
             return
-        low, median, high = np.percentile(self.lengths, (5, 50, 95))
         yield "words, mean", f"{np.mean(self.lengths):.1f}"
-        yield "words, 5% / median / 95%", f"{low:.0f} / {median:.0f} / {high:.0f}"
-        yield f"repetition above {LIMIT:g}", _percent(float(np.mean(np.array(self.repetitions) > LIMIT)))
+        yield "words, 5% / median / 95%", _spread(self.lengths, ".0f")
+        yield f"repetition above {LIMIT:g}", _percent(self.repetitive / count)
         yield "refusals", _percent(self.refusals / count)
         yield "said before, word for word", _percent(float(later_duplicates(np.array(self.signatures)).mean()))
         for name, values in self.scores.items():
             yield f"{name}, mean", f"{np.mean(values):.3f}"
+            yield f"{name}, 5% / median / 95%", _spread(values, ".3f")
 
 
 def write_report(folder: Path, options: ReportOptions) -> list[tuple[str, str]]:
@@ -106,17 +106,14 @@ def write_report(folder: Path, options: ReportOptions) -> list[tuple[str, str]]:
         texts.add(line)
     pairs, note = _with_samples(folder, sidecars, options)
     table = list(texts.table())
-    charts: dict[str, Sequence[float]] = {"Words of a caption": texts.lengths, "Repetition": texts.repetitions}
     if agreement := _agreement(pairs, options):
-        said = "words of the alt-text that the caption has"
-        table.append((f"{said}, of {len(agreement):,}", _percent(float(np.mean(agreement)))))
-        charts[f"{said.capitalize()}, share"] = agreement
+        label = f"words of the alt-text that the caption has, of {len(agreement):,}"
+        table.append((label, _percent(float(np.mean(agreement)))))
     chosen = pairs[:: max(1, len(pairs) // max(1, options.samples))][: options.samples]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(files(__package__).joinpath(PAGE).read_text(encoding="utf-8")).render(
         name=folder.resolve().name,
         table=table,
-        charts=[_chart(title, values) for title, values in {**charts, **texts.scores}.items()],
         samples=[_shown(line, sample, options) for line, sample in chosen],
         note=note,
         settings=json.dumps(read_settings(folder), indent=1),
@@ -129,15 +126,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _chart(title: str, values: Sequence[float]) -> dict[str, Any]:
-    """A histogram; the highest bar is 100%."""
-    counts, edges = np.histogram(values, bins=BARS)
-    highest = max(1, int(counts.max()))
-    bars = [
-        {"percent": round(100 * int(count) / highest, 1), "label": f"{low:.4g} to {high:.4g}: {count:,}"}
-        for count, low, high in zip(counts, edges, edges[1:], strict=False)
-    ]
-    return {"title": title, "bars": bars, "low": f"{edges[0]:.4g}", "high": f"{edges[-1]:.4g}"}
+def _spread(values: Sequence[float], digits: str) -> str:
+    return " / ".join(f"{value:{digits}}" for value in np.percentile(values, (5, 50, 95)))
 
 
 def _with_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class ScoreRule(NamedTuple):
 
     def keeps(self, value: Any) -> bool:
         """False for a score that is missing."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        if not isinstance(value, (int, float)):
             return False
         return value > self.limit if self.sign == ">" else value < self.limit
 

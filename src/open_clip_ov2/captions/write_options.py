@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from open_clip_ov2.argv import Parser, add_flags, flag, flag_values, switch_flag
 from open_clip_ov2.captions.engine_hub import TransformersEngine, VllmEngine
@@ -31,8 +31,10 @@ ENGINES: dict[str, Any] = {"ov2": Ov2Engine, "transformers": TransformersEngine,
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What is written, with what model, and by which process."""
+    """What is written, with what model, and by which process. `shards`: tars, as for --train-data; `out`: the set."""
 
+    shards: str
+    out: Path
     model: str | None = flag(
         "MODEL",
         text,
@@ -87,14 +89,10 @@ class WriteOptions:
     )
     status: bool = switch_flag("show how many shards are finished, and write nothing")
 
-
-class Parsed(NamedTuple):
-    """A command line. `shards` is what the user wrote for `urls`."""
-
-    urls: tuple[str, ...]
-    shards: str
-    out: Path
-    options: WriteOptions
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Raises UserError: tars that do not exist."""
+        return expand_shards(self.shards)[0]
 
 
 def add_write_flags(parser: Any) -> None:
@@ -105,23 +103,21 @@ def add_write_flags(parser: Any) -> None:
     add_flags(parser, WriteOptions)
 
 
-def parsed_write(args: argparse.Namespace) -> Parsed:
-    """Raises UserError: tars that do not exist."""
-    shards = "::".join(args.shards)
-    return Parsed(expand_shards(shards)[0], shards, args.out, WriteOptions(**flag_values(WriteOptions, args)))
+def parsed_write(args: argparse.Namespace) -> WriteOptions:
+    return WriteOptions("::".join(args.shards), args.out, **flag_values(WriteOptions, args))
 
 
-def parse_write(argv: Sequence[str]) -> Parsed:
+def parse_write(argv: Sequence[str]) -> WriteOptions:
     """From what stands after `ov2 captions write`. Raises UserError."""
     parser = Parser(prog="ov2 captions write")
     add_write_flags(parser)
     return parsed_write(parser.parse_args(argv))
 
 
-def run_parsed(parsed: Parsed, wrote: Callable[[int], None] = lambda _: None) -> str:
+def write_set(options: WriteOptions, wrote: Callable[[int], None] = lambda _: None) -> str:
     """Write what is missing, or show where the set stands; returns lines to print. `wrote`: of Writing. Raises
     UserError, Interrupted."""
-    urls, shards, out, options = parsed
+    urls, out = options.urls, options.out
     logging.basicConfig(format="ov2: %(message)s")
     logging.getLogger("open_clip_ov2.captions").setLevel(logging.INFO)
     if options.status:
@@ -150,7 +146,7 @@ def run_parsed(parsed: Parsed, wrote: Callable[[int], None] = lambda _: None) ->
         wrote=wrote,
     )
     begin_set(out, _settings(kind, writing, options))
-    note_shards(out, shards)
+    note_shards(out, options.shards)
     writing.write(urls, out, options.task or task_here())
     return standing(urls, out)
 

@@ -98,9 +98,7 @@ class CsvSource(Source):
         self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
         found = csv_rows(csv_lines(path), separator, image_column, IMAGE_SUFFIXES)
-        header = next(found, None)
-        if header is None:
-            raise UserError(f"{path}: the file is empty; expected a header and rows")
+        header = next(found, CsvRow(1, (), "the file is empty"))
         if header.problem:
             raise UserError(f"{path}: line 1, the header: {header.problem} (--csv-separator {separator!r})")
         places = self._places(header.fields, separator, image_column)

@@ -13,7 +13,7 @@ from typing import Any
 
 from open_clip_ov2 import training, vlm
 from open_clip_ov2.argv import is_given
-from open_clip_ov2.captions.write_options import parse_write, run_parsed
+from open_clip_ov2.captions.write_options import parse_write, write_set
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import RunSpec
@@ -71,20 +71,20 @@ def plan_captions(argv: Sequence[str], array: int = 1) -> list[RunSpec]:
     """Check a command line of `ov2 captions write` for so many elements of an array. Raises UserError."""
     if tuple(argv[:2]) != CAPTIONS:
         raise UserError(f"ov2 submit: after `--` come flags of `ov2 train`, or `captions write ...`, not {argv[:2]}")
-    parsed = parse_write(argv[2:])
-    if parsed.options.task is not None or parsed.options.status:
+    options = parse_write(argv[2:])
+    if options.task is not None or options.status:
         raise UserError("ov2 submit: leave out --task and --status; each process gets its own shards")
-    title = f"captions-{parsed.out.absolute().name}"
+    title = f"captions-{options.out.absolute().name}"
     names = [title] if array == 1 else [f"{title}/{title}-{element:03d}" for element in range(array)]
     return [
         RunSpec(
             name=Path(name).name,
             run_dir=str((LOGS / name).absolute()),
             argv=tuple(argv),
-            model=parsed.options.model or "the package's own model",
+            model=options.model or "the package's own model",
             stages=1,
             total_samples=0,
-            summaries=(f"captions of {len(parsed.urls):,} shards into {parsed.out}",),
+            summaries=(f"captions of {len(options.urls):,} shards into {options.out}",),
         )
         for name in names
     ]
@@ -119,7 +119,7 @@ def _write_captions(argv: Sequence[str], run_dir: Path) -> None:
         status.update(samples_seen=written)
 
     with status.outcome():
-        print(run_parsed(parse_write(argv[2:]), wrote=count), flush=True)
+        print(write_set(parse_write(argv[2:]), wrote=count), flush=True)
 
 
 def stage_is_done(run_dir: Path, stage: int) -> bool:

@@ -16,7 +16,7 @@ from open_clip_ov2.captions.filter import filter_set
 from open_clip_ov2.captions.filter_options import FilterOptions
 from open_clip_ov2.captions.join import AUTO, BLANK, FOUND, NOT_FOUND, Join, chosen_id
 from open_clip_ov2.captions.published import IDS, Tables, connect
-from open_clip_ov2.captions.write_options import add_write_flags, parsed_write, run_parsed
+from open_clip_ov2.captions.write_options import add_write_flags, parsed_write, write_set
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.tables import one_of, real, whole
 
@@ -44,7 +44,7 @@ def _parser() -> Parser:
         "the same command continues; in a SLURM array or under torchrun each process has its own shards.",
     )
     add_write_flags(write)
-    write.set_defaults(run=lambda args: print(run_parsed(parsed_write(args))))
+    write.set_defaults(run=lambda args: print(write_set(parsed_write(args))))
     keep = commands.add_parser(
         "filter",
         help="drop captions by length, repetition, refusals, language, duplicates, scores, lists of uids",
