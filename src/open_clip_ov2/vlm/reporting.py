@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from open_clip_ov2.errors import RunFailed
 from open_clip_ov2.files import write_json
-from open_clip_ov2.tracking.monitor import RunMonitor
+from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.train.signals import Agreement, StopSignals
 from open_clip_ov2.vlm.vlm_folder import COMPLETE, complete_checkpoints
 from open_clip_ov2.vlm.vlm_recipe import TOWER
@@ -27,14 +27,14 @@ MAX_BAD_STEPS = 3  # ours: so many steps in a row without a finite loss end the 
 
 
 class RunWatch(TrainerCallback):
-    """`samples_before`: samples seen in earlier stages. `stopped` names the signal that ended the stage early."""
+    """`stopped` names the signal that ended the stage early."""
 
     def __init__(
-        self, monitor: RunMonitor, signals: StopSignals, agreement: Agreement, stage: int, samples_before: int,
-        batch: int, save_every_minutes: float | None,
+        self, monitor: RunMonitor, signals: StopSignals, agreement: Agreement, stage: StageInfo, batch: int,
+        save_every_minutes: float | None,
     ) -> None:  # fmt: skip
         self._monitor, self._signals, self._agreement = monitor, signals, agreement
-        self._stage, self._samples_before, self._batch = stage, samples_before, batch
+        self._stage, self._batch = stage, batch
         self._minutes, self._last_save = save_every_minutes, time.monotonic()
         self._step_began = time.perf_counter()
         self._bad, self._tokens = 0, 0.0
@@ -43,7 +43,7 @@ class RunWatch(TrainerCallback):
         self.stopped: str | None = None
 
     def _samples(self, step: int) -> int:
-        return self._samples_before + step * self._batch
+        return self._stage.samples_before + step * self._batch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.perf_counter() - self.wait_s
@@ -75,7 +75,7 @@ class RunWatch(TrainerCallback):
         self._bad = 0 if math.isfinite(loss) else self._bad + 1
         if self._bad >= MAX_BAD_STEPS:
             raise RunFailed(
-                f"stage {self._stage}: the loss was not finite in {self._bad} steps in a row, the last of them "
+                f"stage {self._stage.number}: the loss was not finite in {self._bad} steps in a row, the last of them "
                 f"{state.global_step:,}; lower its lr in the recipe"
             )
         self._monitor.step(
@@ -99,7 +99,11 @@ class RunWatch(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        about = {"stage": self._stage, "step": state.global_step, "samples_seen": self._samples(state.global_step)}
+        about = {
+            "stage": self._stage.number,
+            "step": state.global_step,
+            "samples_seen": self._samples(state.global_step),
+        }
         write_json(folder / f"checkpoint-{state.global_step}" / COMPLETE, about)
         for path in set(folder.glob("checkpoint-*")) - set(complete_checkpoints(folder)[-1:]):
             shutil.rmtree(path, ignore_errors=True)

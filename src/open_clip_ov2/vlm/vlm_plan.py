@@ -69,14 +69,14 @@ def fitting_commands(plan: VlmPlan, costs: Plan) -> list[str]:
     if gpus == 1 or all(cost.fits for cost in costs.stages):
         return commands(plan, gpus)
     smaller = replace(plan, options=replace(options, grad_checkpointing=True))
-    stages = plan_costs(smaller, costs.machine, sharded=True).stages
-    if not all(cost.fits for cost in stages):
+    found = plan_costs(smaller, costs.machine, sharded=True)
+    if not all(cost.fits for cost in found.stages):
         return commands(plan, gpus)
-    needed = max(cost.memory.of(cost.batch_size) for cost in stages) / 1e9
+    needed = max(cost.memory.of(cost.batch_size) for cost in found.stages) / 1e9
     more = [] if options.trainer else ["--trainer", "fsdp.toml"]
     more += [] if options.grad_checkpointing else ["--grad-checkpointing"]
     return [
-        f"# with weights split over the GPUs and activations recomputed: about {needed:,.0f} GB on each",
+        f"# weights split over the GPUs, activations recomputed: {needed:,.0f} GB on each, {found.hours:.1f} hours",
         f"# in {options.trainer}, at its top: fsdp = true" if options.trainer else "echo 'fsdp = true' > fsdp.toml",
         *commands(replace(plan, argv=(*plan.argv, *more)), gpus),
     ]

@@ -138,27 +138,19 @@ class _Run:
         output, before = vlm_folder.stage_checkpoints(self.folder, number), self._samples(number - 1)
         found: list[Path] = self.on_rank_0(vlm_folder.complete_checkpoints, output)
         checkpoint = found[-1] if found else None
-        watch = RunWatch(
-            self.monitor,
-            self.signals,
-            self.agreement,
-            number,
-            before,
-            stage.global_batch,
-            plan.options.save_every_minutes,
-        )
+        step = vlm_folder.progress(checkpoint, "step") if checkpoint else 0
+        info = StageInfo(
+            number=number, of=len(plan.recipe.stages), title=stage.data, first_step=step,
+            first_sample=step * stage.global_batch, samples=self._samples(number) - before, samples_before=before,
+            workers=plan.options.workers,
+        )  # fmt: skip
+        minutes = plan.options.save_every_minutes
+        watch = RunWatch(self.monitor, self.signals, self.agreement, info, stage.global_batch, minutes)
         dataset = conversations.open_prepared(self.folder / "data" / stage.data)
         model = checkpoint or vlm_folder.stage_model(self.folder, number - 1)
         logger.info("stage %d of %d: %s, from %s", number, len(plan.recipe.stages), stage.summary, model)
         trainer = make_trainer(plan, number, model, dataset, output, watch, self.world_size)
-        step = vlm_folder.progress(checkpoint, "step") if checkpoint else 0
-        self.monitor.begin_stage(
-            StageInfo(
-                number=number, of=len(plan.recipe.stages), title=stage.data, first_step=step,
-                first_sample=step * stage.global_batch, samples=self._samples(number) - before,
-                samples_before=before, workers=plan.options.workers,
-            )
-        )  # fmt: skip
+        self.monitor.begin_stage(info)
         with worker_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if watch.stopped:

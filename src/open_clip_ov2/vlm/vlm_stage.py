@@ -25,11 +25,10 @@ from trl import SFTConfig, SFTTrainer
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.quiet import quiet
 from open_clip_ov2.vlm.batches import ConversationCollator, GroupedByLength
-from open_clip_ov2.vlm.chat_templates import chat_template
 from open_clip_ov2.vlm.reporting import RunWatch
 from open_clip_ov2.vlm.trained_parts import always_run_tower, freeze_others, groups
 from open_clip_ov2.vlm.vlm_options import BF16, VlmPlan
-from open_clip_ov2.vlm.vlm_recipe import LLAVA, VlmRecipe, VlmStage
+from open_clip_ov2.vlm.vlm_recipe import LLAVA, VlmRecipe, VlmStage, chat_template
 
 logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()
