@@ -14,7 +14,7 @@ from open_clip_ov2 import training
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare.bench.settings import CaptionLengths, Job
 from open_clip_ov2.compare.config import Comparison, Measure, Variant, VariantStage
-from open_clip_ov2.compare.measuring import Cache, job_of, measure_cost
+from open_clip_ov2.compare.measuring import cached, job_of, measure_cost
 from open_clip_ov2.compare.plan import Study
 from open_clip_ov2.compare.study import unlike
 from open_clip_ov2.errors import UserError
@@ -98,7 +98,7 @@ def test_a_variant_that_does_not_fit_is_told(tmp_path: Path) -> None:
     argv = ("--model", "ov2-bench-tiny", "--dataset-type", "synthetic", "--train-num-samples", str(10**10), *size)
     job = Job("huge", argv, "ov2-bench-tiny", "cpu", CaptionLengths(3, 8, 5.0), threads=1)
     with pytest.raises(UserError, match="a batch of 10,000,000,000 does not fit into memory"):
-        measure_cost(job, 10**10, False, Cache(tmp_path / "costs.json"), lambda _: None)
+        measure_cost(job, 10**10, False, tmp_path / "costs.json", lambda _: None)
     assert not (tmp_path / "costs.json").exists()
 
 
@@ -106,10 +106,10 @@ def test_a_cache_measures_once(tmp_path: Path) -> None:
     """Oracle: counted calls. A file that is not a cache is an error."""
     calls: list[int] = []
     for _ in range(2):
-        assert Cache(tmp_path / "speed.json").get("key", lambda: calls.append(1) or len(calls)) == 1
+        assert cached(tmp_path / "speed.json", ["key"], lambda: calls.append(1) or len(calls)) == 1
     (tmp_path / "speed.json").write_text("[]")
     with pytest.raises(UserError, match="expected measurements of `ov2 compare`"):
-        Cache(tmp_path / "speed.json")
+        cached(tmp_path / "speed.json", ["key"], lambda: 1)
 
 
 def test_what_two_variants_do_not_share(squares: Path, tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ class Speeds:
     rates: Mapping[str, Sequence[Sequence[float]]]
 
     def medians(self, variant: str) -> list[float]:
-        """By stage."""
         return [statistics.median(rates) for rates in self.rates[variant]]
 
 
@@ -61,19 +60,15 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Cache:
-    """A JSON file of what was measured; `get` measures what is not in it. Raises UserError for another kind of file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._known = read_json(file, dict, "measurements of `ov2 compare`") if file.is_file() else {}
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self._known:
-            self._known[key] = measure()
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, self._known)
-        return self._known[key]
+def cached(file: Path, what: Any, measure: Callable[[], Any]) -> Any:
+    """What was measured before, from a JSON file, or is now. Raises UserError for another kind of file."""
+    known = read_json(file, dict, "measurements of `ov2 compare`") if file.is_file() else {}
+    key = key_of(what)
+    if key not in known:
+        known[key] = measure()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    return known[key]
 
 
 def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
@@ -99,8 +94,7 @@ def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
         return {"machine": machine_facts(device)["device"] + each, "rates": rates}
 
     # A speed depends on which variants it was in turns with.
-    key = key_of([list(argvs.items()), threads, measure.repetitions])
-    found = Cache(study.folder / "speed.json").get(key, in_turns)
+    found = cached(study.folder / "speed.json", [list(argvs.items()), threads, measure.repetitions], in_turns)
     rates = {one.name: [found["rates"][title] for title in _titles(one)] for one in comparison.variants}
     return Speeds(found["machine"], rates)
 
@@ -113,7 +107,6 @@ def _titles(variant: Variant) -> list[str]:
 
 
 def _images_per_second(title: str, argv: Sequence[str], scratch: Path, threads: int) -> float:
-    """Of one short run."""
     shutil.rmtree(scratch, ignore_errors=True)
     argv = ["train", *argv, "--logs", str(scratch), "--name", "run"]
     list(run_all([Command.ov2(f"measuring {title}", argv, scratch / "out.txt")], 1, threads))
@@ -130,11 +123,11 @@ def rate_of(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def measure_costs(study: Study, comparison: Comparison, log: Log) -> Costs:
     """The cost of a step of each variant, at its own batch size. Raises UserError, RunFailed."""
-    cache, largest, out = Cache(study.folder / "costs.json"), comparison.measure.largest_batch, {}
+    file, largest, out = study.folder / "costs.json", comparison.measure.largest_batch, {}
     for variant in comparison.variants:
         with naming(f"{comparison.name}: variant {variant.name}"):
             job = job_of(study, comparison, variant)
-            out[variant.name] = measure_cost(job, global_batch(comparison, variant), largest, cache, log)
+            out[variant.name] = measure_cost(job, global_batch(comparison, variant), largest, file, log)
     return out
 
 
@@ -157,9 +150,8 @@ def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
     )
 
 
-def measure_cost(job: Job, batch: int, with_largest: bool, cache: Cache, log: Log) -> Cost:
-    """Step memory, and the largest batch if it is asked for. Raises UserError if the job's own batch does not fit;
-    RunFailed."""
+def measure_cost(job: Job, batch: int, with_largest: bool, file: Path, log: Log) -> Cost:
+    """Step memory and, if asked for, the largest batch. Raises UserError if the job's own does not fit; RunFailed."""
     unlimited = replace(job, memory_limit_gb=None)
     plain = asdict(replace(unlimited, name=""))  # variants that differ in name alone cost the same
 
@@ -170,8 +162,8 @@ def measure_cost(job: Job, batch: int, with_largest: bool, cache: Cache, log: Lo
         log(f"step memory of {job.name}: {found / MIB:,.0f} MiB")
         return found / MIB
 
-    step_memory_mb = cache.get(key_of(["step memory", plain]), memory)
+    step_memory_mb = cached(file, ["step memory", plain], memory)
     if not with_largest:
         return Cost(step_memory_mb)
-    key = key_of(["largest batch", plain, job.memory_limit_gb])
-    return Cost(step_memory_mb, cache.get(key, lambda: largest_batch(job, batch, log)))
+    what = ["largest batch", plain, job.memory_limit_gb]
+    return Cost(step_memory_mb, cached(file, what, lambda: largest_batch(job, batch, log)))

@@ -124,12 +124,10 @@ def results_md(title: str, found: Sequence[Found], command: str) -> str:
 
 
 def answers_md(found: Sequence[Found]) -> str:
-    """A line for each question."""
     return "\n".join(f"- {answer.sentence}" for one in found for answer in one.answers)
 
 
 def tables(found: Found) -> list[list[list[Cell]]]:
-    """All of a comparison."""
     return [table(found), *([search_table(found)] if found.searched else [])]
 
 

@@ -70,8 +70,6 @@ def labelled(metric: Metric) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """One comparison with all its variants."""
-
     comparison: Comparison
     variants: tuple[VariantResult, ...]
     machine: str
@@ -107,9 +105,6 @@ def best(found: Found) -> dict[str, str]:
             ):
                 out[metric.key] = name
     return out
-
-
-# --- from the files of runs and evaluations ------------------------------------------------------------
 
 
 def flatten(value: Any, path: str = "") -> dict[str, float]:
@@ -159,12 +154,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, Summary]]:
     return [(x, summary([table[x] for table in tables])) for x in sorted(shared)]
 
 
-# --- to results.json and results.csv -------------------------------------------------------------------
-
-
 def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """All results, JSON-ready. Files say `arm` where this package says variant, so that earlier ones stay
-    comparable."""
+    """JSON-ready. Files say `arm` where this package says variant, so that earlier ones stay comparable."""
     out = []
     for one in found:
         plain = asdict(one)

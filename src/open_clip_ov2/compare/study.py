@@ -119,9 +119,6 @@ def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) 
     return out
 
 
-# --- training and evaluating ---------------------------------------------------------------------------
-
-
 def _train(study: Study, planned: Sequence[PlannedRun], log: Log) -> None:
     commands: dict[str, Command | None] = {}
     for one in planned:
@@ -166,9 +163,6 @@ def _run(what: str, commands: Sequence[Command | None], study: Study, log: Log) 
         log(f"{what}: {len(commands) - len(waiting)} of {len(commands)} are done already")
     for number, (command, seconds) in enumerate(run_all(waiting, study.at_once), 1):
         log(f"{what} {number} of {len(waiting)}: {command.title} ({seconds:.0f} s)")
-
-
-# --- gathering -----------------------------------------------------------------------------------------
 
 
 def _gather(

@@ -88,7 +88,6 @@ class Pairs:
     not_finite: list[str]
 
     def counts(self) -> dict[str, Any]:
-        """JSON-ready."""
         images, texts = self.own_MU.shape
         return {"n_images": images, "n_texts": texts, "skipped": {NOT_FINITE: self.not_finite}}
 
@@ -133,7 +132,6 @@ def recall(what: str, values_MU: Tensor, own_MU: Tensor) -> dict[str, float | No
 
 
 def both_ways(values_MU: Tensor, own_MU: Tensor) -> dict[str, Any]:
-    """Recall from image to text and from text to image."""
     return {**recall("image_to_text", values_MU, own_MU), **recall("text_to_image", values_MU.T, own_MU.T)}
 
 

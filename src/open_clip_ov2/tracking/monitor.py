@@ -207,7 +207,6 @@ class RunMonitor:
         logger.info("epoch %d done (%s samples), %s", self._epoch + 1, f"{self._epoch_images:,}", skipped)
 
     def evaluation(self, samples_seen: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of a validation."""
         if not self._active or not metrics:
             return
         scalars = {f"val/{name}": value for name, value in metrics.items()}
@@ -223,12 +222,11 @@ class RunMonitor:
             return
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         cells = [Captioned(*cell) for cell in zip(pictures, generated, true, strict=True)]
-        sheet = contact_sheet(cells, columns=min(4, len(cells)))
+        sheet = contact_sheet(cells, columns=4)
         for tracker in self._trackers:
             tracker.image("val/captions", sheet, samples_seen)
 
     def finish(self) -> None:
-        """The run is complete."""
         for tracker in self._trackers:
             tracker.finish(self.last)
 

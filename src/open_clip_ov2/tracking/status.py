@@ -87,7 +87,6 @@ class StatusFile:
         self.update()
 
     def update(self, **changes: int | float | str | None) -> None:
-        """Change fields of Status."""
         if not self._active:
             return
         self._status = replace(self._status, updated=time.time(), **changes)  # type: ignore[arg-type]

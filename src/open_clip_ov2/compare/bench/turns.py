@@ -108,8 +108,7 @@ def largest_batch(job: Job, start: int, log: Log) -> int:
 
 def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> int:
     """The largest multiple of `step` up to `most` for which `fits` holds, by doubling and bisection; 0 if none does.
-    `fits` must be true up to some size and false beyond. `start` is tried first. Never asks about more than twice what
-    fits, or than `start`."""
+    `start` is tried first. Never asks about more than twice what fits, or than `start`."""
     ceiling = most // step
     low, high = 0, ceiling + 1  # in steps: low fits (0 always does), high does not
     size = min(max(1, start // step), ceiling)
@@ -120,9 +119,6 @@ def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> in
             high = size
         size = min(2 * low, ceiling) if high > ceiling else (low + high) // 2
     return low * step
-
-
-# --- one variant, one process ---------------------------------------------------------------------------
 
 
 class OutOfMemory(Exception):

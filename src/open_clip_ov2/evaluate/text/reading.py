@@ -81,7 +81,6 @@ def rates(counts: Mapping[str, int]) -> dict[str, Any]:
 
 
 def read_one(generated: str, true: str) -> Counter[str]:
-    """One picture's counts."""
     letters, given = (plain(text).replace(" ", "") for text in (true, generated))
     words, given_words = plain(true).split(), plain(detokenized(generated)).split()
     counts = Counter(
