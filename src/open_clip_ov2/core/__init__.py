@@ -16,20 +16,7 @@ from open_clip_ov2.core.vision import VisionModel
 from open_clip_ov2.core.vit_fast import image_features
 
 __all__ = [
-    "FUSIONS",
-    "IGNORE_INDEX",
-    "CaptionLoss",
-    "CaptionModel",
-    "DecoderConfig",
-    "KeepRatio",
-    "TextConfig",
-    "TextDecoder",
-    "TokenDrop",
-    "VisionModel",
-    "caption_targets",
-    "gather_tokens",
-    "image_features",
-    "num_kept",
-    "sample_kept_indices",
+    "FUSIONS", "IGNORE_INDEX", "CaptionLoss", "CaptionModel", "DecoderConfig", "KeepRatio", "TextConfig", "TextDecoder",
+    "TokenDrop", "VisionModel", "caption_targets", "gather_tokens", "image_features", "num_kept", "sample_kept_indices",
     "sincos_2d",
-]
+]  # fmt: skip
