@@ -47,11 +47,11 @@ def test_braces_parts_and_weights(tmp_path: Path) -> None:
         ("", None, "empty"),
         ("{here}/0.tar::", None, "empty"),
         ("nfs4://x/0.tar", None, "nfs4: cannot be opened"),
-        ("{here}/0.tar", "1::2", "2 numbers for 1 data sources"),
-        ("{here}/0.tar", "x", "numbers joined by ::"),
-        ("{here}/0.tar", "-1", "expected finite numbers >= 0"),
+        ("{here}/0.tar", "1::2", r"1::2: expected a finite number >= 0 for each part of --train-data \(1\)"),
+        ("{here}/0.tar", "x", "x: expected a finite number"),
+        ("{here}/0.tar", "-1", "-1: expected a finite number"),
         ("{here}/0.tar", "0", "at least one of them > 0"),
-        ("{here}/0.tar", "nan", "finite"),
+        ("{here}/0.tar", "nan", "nan: expected a finite number"),
     ],
 )
 def test_what_cannot_be_read_is_said_beforehand(tmp_path: Path, text: str, weights: str | None, says: str) -> None:

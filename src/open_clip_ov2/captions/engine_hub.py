@@ -34,7 +34,8 @@ class TransformersEngine:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._max_tokens = max_tokens or MAX_TOKENS
         self._processor = open_processor(model)
-        self._model = _open(model).to(self._device).eval()
+        opened = _opened(model, "AutoModelForImageTextToText", torch_dtype="auto")
+        self._model = opened.to(self._device).eval()
         self.special = special_texts(self._processor)
 
     @torch.no_grad()
@@ -95,23 +96,19 @@ def sampling_options(request: Request, max_tokens: int) -> dict[str, Any]:
     return {"temperature": row.temperature, "top_k": row.top_k, "seed": row.seed, "max_tokens": max_tokens}
 
 
-def _open(model: str) -> Any:
+def _opened(model: str, kind: str, **options: Any) -> Any:
+    """What a class of transformers makes of a model of the hub. Raises UserError."""
     try:
-        from transformers import AutoModelForImageTextToText
+        import transformers
 
-        return AutoModelForImageTextToText.from_pretrained(model, torch_dtype="auto", trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, safetensors' and the hub's own
-        raise UserError(f"--model {model}: transformers cannot open it ({first_line(error)})") from error
+        raise UserError(f"--model {model}: transformers' {kind} cannot open it ({first_line(error)})") from error
 
 
 def open_processor(model: str) -> Any:
     """The processor of a model of the hub, which pads on the left. Raises UserError."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"--model {model}: transformers cannot open its processor ({first_line(error)})") from error
+    processor = _opened(model, "AutoProcessor")
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"--model {model}: a {type(processor).__name__} takes no pair of picture and text")

@@ -47,10 +47,9 @@ def read_sampler(text: str) -> Sampler:
     parts = [part.strip() for part in text.split(",")]
     greedy = GREEDY in parts
     items = pairs("sampling", ",".join(part for part in parts if part != GREEDY))
-    if greedy and any(name != "weight" for name, _ in items):
-        raise UserError(f"{text!r}: greedy takes the likeliest token, so it has no top-k and no temperature")
-    if not greedy and not any(name.strip() == "top-k" for name, _ in items):
-        raise UserError(f"{text!r}: expected greedy, or top-k=K,temperature=T")
+    names = {name.strip() for name, _ in items}
+    if names - {"weight"} if greedy else "top-k" not in names:
+        raise UserError(f"{text!r}: expected top-k=K,temperature=T, or greedy, which has neither")
     return from_table(Sampler, f"{text!r}", items)
 
 

@@ -95,7 +95,11 @@ class Join:
     def run(self, workers: int) -> dict[str, Any]:
         """All steps for the tars that have no sidecar yet. Returns the report, which is also written."""
         self.tables.rows(self.on)  # raises before anything is written
-        begin_set(self.folder, self.settings())
+        tables = self.tables
+        begin_set(self.folder, {
+            "made_by": f"ov2 captions join {__version__}", "column": tables.column, "also": list(tables.also),
+            "on": self.on, "unescape": self.unescape, "files": len(tables.columns), "names": tables.digest(),
+        })  # fmt: skip
         with FolderLock(self.folder):
             work = self.folder / WORK
             for unfinished in self.folder.glob(f"{TEMPORARY}*"):
@@ -110,13 +114,6 @@ class Join:
             write_json(self.folder / REPORT, report)
             shutil.rmtree(work, ignore_errors=True)
         return report
-
-    def settings(self) -> dict[str, Any]:
-        tables = self.tables
-        return {
-            "made_by": f"ov2 captions join {__version__}", "column": tables.column, "also": list(tables.also),
-            "on": self.on, "unescape": self.unescape, "files": len(tables.columns), "names": tables.digest(),
-        }  # fmt: skip
 
     def _index(self, left: dict[str, str], folder: Path, workers: int) -> None:
         jobs = [

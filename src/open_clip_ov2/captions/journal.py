@@ -70,11 +70,6 @@ class Journal:
         write_sidecar(self._path, self.lines)
 
 
-def was_begun(folder: Path, shard: str) -> bool:
-    """Whether the shard has a journal, also one left by a process that was killed once the sidecar was whole."""
-    return (folder / WORKING / shard).is_dir()
-
-
 def in_work(folder: Path) -> Iterator[tuple[str, int]]:
     """(name of the shard, whole lines so far) of each sidecar that was begun and is not finished."""
     for path in sorted((folder / WORKING).glob(f"*/{LINES}")):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_clip_ov2.captions.engines import Engine, Prompts, Request, Sampler, row_sampling
-from open_clip_ov2.captions.journal import Journal, in_work, was_begun
+from open_clip_ov2.captions.journal import WORKING, Journal, in_work
 from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
@@ -87,7 +87,7 @@ class Writing:
         problems: list[str] = []
         with StopSignals() as signals, ThreadPoolExecutor(self.workers) as pool:
             for name in names:
-                if name not in missing and not was_begun(folder, name):
+                if name not in missing and not (folder / WORKING / name).is_dir():  # left by a kill at the end
                     continue
                 try:
                     with Journal(folder, name, sidecar_path(folder, name)) as journal:

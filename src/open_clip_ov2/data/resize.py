@@ -70,11 +70,7 @@ def shrink_shard(source: str, target: Path, shrink: Shrink, captions: Sequence[C
     UserError if it cannot be written."""
     try:
         with written_whole(target) as file:
-            lines: dict[str, list[bytes]] = {one.name: [] for one in captions}
-            report = _write(source, target.name, file, shrink, captions, lines)
-            for name, found in lines.items():
-                write_sidecar(sidecar_path(target.parent / name, target.name), map(json.loads, found))
-            return report
+            return _write(source, target, file, shrink, captions)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written ({error.strerror or error}); finished shards are whole: free some space and "
@@ -82,16 +78,10 @@ def shrink_shard(source: str, target: Path, shrink: Shrink, captions: Sequence[C
         ) from error
 
 
-def _write(
-    source: str,
-    name: str,
-    file: IO[bytes],
-    shrink: Shrink,
-    captions: Sequence[CaptionSet],
-    lines: Mapping[str, list[bytes]],
-) -> ShardReport:
+def _write(source: str, target: Path, file: IO[bytes], shrink: Shrink, captions: Sequence[CaptionSet]) -> ShardReport:
     broken: list[str] = []
     dropped, samples_in = [], 0
+    lines: dict[str, list[Any]] = {one.name: [] for one in captions}
     with tarfile.open(fileobj=file, mode="w") as tar:
         for samples_in, sample in enumerate(read_tar(source, broken.append, captions), 1):  # noqa: B007
             found = {one: sample.pop(one) for one in lines}
@@ -101,7 +91,7 @@ def _write(
                 dropped.append((sample["__key__"], error.cause, error.detail))
                 continue
             for one, line in found.items():
-                lines[one].append(line)
+                lines[one].append(json.loads(line))
             for suffix, data in entries.items():
                 info = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
                 info.size = len(data)
@@ -111,8 +101,10 @@ def _write(
         raise UserError(f"{source}: {refused[0]}")
     if not samples_in and broken:
         raise UserError(f"{source}: {BROKEN_SHARD}, nothing in it can be read ({broken[0]}); repair it or leave it out")
+    for one, kept in lines.items():
+        write_sidecar(sidecar_path(target.parent / one, target.name), kept)
     written = samples_in - len(dropped)
-    return ShardReport(name, source, samples_in, written, file.tell(), tuple(dropped), "".join(broken[:1]))
+    return ShardReport(target.name, source, samples_in, written, file.tell(), tuple(dropped), "".join(broken[:1]))
 
 
 def shrunk_entries(sample: Mapping[str, Any], shrink: Shrink) -> dict[str, bytes]:

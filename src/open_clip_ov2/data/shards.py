@@ -44,15 +44,15 @@ def expand_shards(text: str, weights_text: str | None = None) -> tuple[tuple[str
 
 
 def _parse_weights(text: str, parts: int) -> list[float]:
-    flag = f"--train-data-upsampling-factors {text}"
     try:
         weights = [float(weight) for weight in text.split("::")]
     except ValueError:
-        raise UserError(f"{flag}: expected numbers joined by ::, for example 1::2") from None
-    if len(weights) != parts:
-        raise UserError(f"{flag}: {len(weights)} numbers for {parts} data sources; give one for each, joined by ::")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise UserError(f"{flag}: expected finite numbers >= 0, at least one of them > 0, for example 1::2")
+        weights = []
+    if len(weights) != parts or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(
+            f"--train-data-upsampling-factors {text}: expected a finite number >= 0 for each part of --train-data "
+            f"({parts}), joined by ::, at least one of them > 0, for example 1::2"
+        )
     return weights
 
 
