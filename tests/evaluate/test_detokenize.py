@@ -52,5 +52,5 @@ def test_what_it_is_for() -> None:
     assert relaxed("1 0 2 . 5", ["100"]) == 0
     assert relaxed(detokenized("1 0 2 . 5"), ["100"]) == 1
     generated, true = {0: "she doesn 't wear a t - shirt"}, {0: ["She doesn't wear a t-shirt."]}
-    assert caption_scores(generated, true).bleu4 == pytest.approx(1, abs=1e-6)
+    assert caption_scores(generated, true)["bleu4"] == pytest.approx(1, abs=1e-6)
     assert caption_words(generated[0]) != caption_words(true[0][0]) == caption_words(detokenized(generated[0]))

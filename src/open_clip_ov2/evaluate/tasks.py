@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -110,7 +110,7 @@ def _caption(job: EvalJob) -> dict[str, Any]:
     rows, skipped = job.generated
     generated, keys = ({index: row[at] for index, row in rows.items()} for at in (3, 0))
     scores = caption_scores(generated, {index: job.references[index] for index in rows}, keys)
-    return {**asdict(scores), "skipped_samples": skipped}
+    return {**scores, "skipped_samples": skipped}
 
 
 def _caption_line(found: Result, results: Mapping[str, Result]) -> str:

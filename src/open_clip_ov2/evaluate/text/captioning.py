@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 from open_clip_ov2.data.skips import Skipped, summary
 from open_clip_ov2.errors import UserError
@@ -57,31 +58,22 @@ _TOKEN = re.compile(
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))$")
 
 
-@dataclass(frozen=True)
-class CaptionScores:
-    """Over all pictures that have a reference. CIDEr-D: Vedantam et al. 2015, arXiv 1411.5726, section 7; a mean over
-    pictures in [0, 10], 0 for a single one, since document frequencies are of the references at hand. BLEU-4: Papineni
-    et al. 2002, equation 3, over the corpus. ROUGE-L: Lin 2004, section 3, beta = 1.2; a mean over pictures."""
-
-    cider: float
-    bleu4: float
-    rouge_l: float
-    pictures: int
-    skipped: tuple[Skipped, ...]
-
-
 def caption_scores(
     hypotheses: Mapping[int, str], references: Mapping[int, Sequence[str]], keys: Mapping[int, str] | None = None
-) -> CaptionScores:
-    """Scores of one generated caption a picture, by the picture's index. A picture without a reference that has words
-    is skipped under its key (`keys`, else its index). Raises UserError if all are, or pycocoevalcap is missing."""
+) -> dict[str, Any]:
+    """Scores of one generated caption a picture, by the picture's index; JSON-ready.
+
+    CIDEr-D: Vedantam et al. 2015, arXiv 1411.5726, section 7; a mean over pictures in [0, 10], with the document
+    frequencies of the references at hand. BLEU-4: Papineni et al. 2002, equation 3, over the corpus. ROUGE-L: Lin 2004,
+    section 3, beta = 1.2; a mean over pictures. A picture without a reference that has words is skipped under its key
+    (`keys`, else its index). Raises UserError if all are, or pycocoevalcap is missing."""
     if hypotheses.keys() != references.keys():
         raise ValueError(f"captions and references differ in {sorted(hypotheses.keys() ^ references.keys())[:5]}")
     # In the order of the indices: sums of floats are then the same on any number of processes.
     words = {index: _words(references[index]) for index in sorted(references)}
     wanted = {index: texts for index, texts in words.items() if texts}
     left_out = [keys[index] if keys else str(index) for index, texts in words.items() if not texts]
-    skipped = tuple(Skipped(key, EMPTY_REFERENCES) for key in left_out)
+    skipped = [Skipped(key, EMPTY_REFERENCES) for key in left_out]
     if not wanted:
         raise UserError(
             f"no picture has a reference caption ({summary(skipped) or 'no picture at all'}): look at the data"
@@ -93,13 +85,13 @@ def caption_scores(
         from pycocoevalcap.rouge.rouge import Rouge
     except ModuleNotFoundError as error:
         raise UserError(f"caption scores need {error.name}: pip install 'open_clip_ov2[eval]'") from None
-    return CaptionScores(
-        cider=float(Cider().compute_score(wanted, given)[0]),
-        bleu4=float(Bleu(4).compute_score(wanted, given, verbose=0)[0][3]),
-        rouge_l=float(Rouge().compute_score(wanted, given)[0]),
-        pictures=len(wanted),
-        skipped=skipped,
-    )
+    return {
+        "cider": float(Cider().compute_score(wanted, given)[0]),
+        "bleu4": float(Bleu(4).compute_score(wanted, given, verbose=0)[0][3]),
+        "rouge_l": float(Rouge().compute_score(wanted, given)[0]),
+        "pictures": len(wanted),
+        "skipped": [asdict(one) for one in skipped],
+    }
 
 
 def _words(captions: Sequence[str]) -> list[str]:
