@@ -27,8 +27,7 @@ BLOCK_BYTES = 1 << 28  # ours: similarities held at once
 
 def nearest(train_TD: Tensor, test_MD: Tensor, k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(cosine similarities `(M, k)` float64, rows of the training set `(M, k)` int64), the nearest first; of equally
-    near ones the first row is first.
-    """
+    near ones the first row is first."""
     train_TD = F.normalize(train_TD.to(device, torch.float64), dim=1)
     found = []
     for block_BD in test_MD.split(max(1, BLOCK_BYTES // (8 * len(train_TD)))):
@@ -46,12 +45,6 @@ def _largest(similar_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
         in_order = similar_BT[tied].sort(dim=1, descending=True, stable=True)
         values[tied], rows[tied] = (part[:, : values.shape[1]] for part in in_order)
     return values[:, :k].cpu(), rows[:, :k].cpu()
-
-
-def votes(weights_MK: Tensor, classes_MK: Tensor, num_classes: int) -> Tensor:
-    """`(M, C)`; -inf for a class that none of the neighbours has."""
-    sums_MC = torch.full((len(weights_MK), num_classes), -torch.inf, dtype=weights_MK.dtype)
-    return sums_MC.scatter_reduce(1, classes_MK, weights_MK, "sum", include_self=False)
 
 
 def knn(
@@ -73,8 +66,9 @@ def knn(
     weightings = {"weighted": (similar_MK / TEMPERATURE).exp(), "plain": torch.ones_like(similar_MK)}
 
     def places(k: int, how: str) -> Tensor:
-        scores_MC = votes(weightings[how][:, :k], classes_MK[:, :k], len(labels.names))
-        return ranks(scores_MC, labels.test.classes_M)
+        none_MC = similar_MK.new_full((len(similar_MK), len(labels.names)), -torch.inf)  # a class without a vote
+        votes_MC = none_MC.scatter_reduce(1, classes_MK[:, :k], weightings[how][:, :k], "sum", include_self=False)
+        return ranks(votes_MC, labels.test.classes_M)
 
     by_k = {str(k): {how: accuracy(places(k, how), len(labels.names)) for how in weightings} for k in counts}
     return {**labels.result(places(headline, "weighted")), "k": headline, "temperature": TEMPERATURE, "by_k": by_k}
