@@ -25,12 +25,10 @@ EARLIER = ("submit", "status.json")  # the launcher's, there before the run itse
 
 def enter(plan: VlmPlan) -> None:
     """Begin the run in its folder, or find it again. Raises UserError if the folder is another run's, or none."""
-    file = plan.folder / RUN_FILE
-    if file.is_file():
-        check_same_run(plan)
-    elif others := [
-        path.name for path in plan.folder.glob("*") if not path.name.startswith((TEMPORARY, LOCK, *EARLIER))
-    ]:
+    check_same_run(plan)
+    file, earlier = plan.folder / RUN_FILE, (TEMPORARY, LOCK, *EARLIER)
+    others = [path.name for path in plan.folder.glob("*") if not path.name.startswith(earlier)]
+    if others and not file.is_file():
         raise UserError(f"--out {plan.folder}: exists and is not a run of ov2 vlm (it holds {others[0]}); name another")
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "open_clip_ov2")}
     recipe = Path(plan.options.recipe).name.removesuffix(".toml")

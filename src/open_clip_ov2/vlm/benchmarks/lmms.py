@@ -52,15 +52,11 @@ WITH_OCR_TOKENS = {
 }
 
 
-def task_names(text: str) -> tuple[str, ...]:
-    """Raises UserError."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for name in names:
-        if name not in TASKS:
-            raise unknown_key("--tasks", name, TASKS, "task")
-    if not names:
-        raise UserError(f"--tasks is empty; known: {', '.join(TASKS)}")
-    return names
+def task_name(name: str) -> str:
+    """Raises UserError if it is unknown."""
+    if name not in TASKS:
+        raise unknown_key("lmms-eval", name, TASKS, "task")
+    return name
 
 
 def find_environment(given: Path | None) -> Path:

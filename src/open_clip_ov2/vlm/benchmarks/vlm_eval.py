@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from open_clip_ov2.evaluate.answering import PLACE, answer_questions
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.files import write_text
-from open_clip_ov2.tables import one_of, text, whole
+from open_clip_ov2.tables import comma_separated, one_of, text, whole
 from open_clip_ov2.vlm.benchmarks import lmms
 from open_clip_ov2.vlm.benchmarks.score_table import FOLDER, scores_of_questions, write_scores
 
@@ -42,7 +41,9 @@ class VlmEvalOptions:
     max_new_tokens: int = flag("N", whole(1), "longest answer (default: 64)", default=64, group=QUESTIONS)
     dtype: str = flag("D", one_of("auto", "float32", "bfloat16", "float16"), "default: auto, the folder's",
                       default="auto", group=QUESTIONS)  # fmt: skip
-    tasks: str | None = flag("NAME,NAME", text, f"of {', '.join(lmms.TASKS)}", group=LMMS)
+    tasks: tuple[str, ...] = flag(
+        "NAME,NAME", comma_separated(lmms.task_name), f"of {', '.join(lmms.TASKS)}", default=(), group=LMMS
+    )
     data: Path | None = flag(
         "FOLDER", Path, "holds TASK/*.parquet; nothing is downloaded then (default: from the hub)", group=LMMS
     )
@@ -58,17 +59,16 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(model: Path, options: VlmEvalOptions, device: str) -> None:
     """Raises UserError, RunFailed, OSError."""
-    names = lmms.task_names(options.tasks) if options.tasks is not None else ()
-    if options.questions is None and not names:
+    if options.questions is None and not options.tasks:
         raise UserError("nothing to do: give --questions FILE or --tasks NAME,NAME")
-    if options.ocr_tokens and options.questions is None and "textvqa" not in names:
+    if options.ocr_tokens and options.questions is None and "textvqa" not in options.tasks:
         raise UserError("--ocr-tokens: only TextVQA has OCR tokens, and it is not among --tasks")
     if not (model / "config.json").is_file():
         raise UserError(f"{model}: no config.json, so no model of transformers; a run has one when it is finished")
     if options.questions is not None:
         _ask(model, options, device)
-    if names:
-        _lmms(model, names, options, device)
+    if options.tasks:
+        _lmms(model, options, device)
 
 
 def _ask(model: Path, options: VlmEvalOptions, device: str) -> None:
@@ -96,8 +96,8 @@ def _ask(model: Path, options: VlmEvalOptions, device: str) -> None:
     print(f"written: {path}, and the answers beside it")
 
 
-def _lmms(model: Path, names: Sequence[str], options: VlmEvalOptions, device: str) -> None:
-    environment, out = lmms.find_environment(options.lmms), model / FOLDER / "lmms-eval"
+def _lmms(model: Path, options: VlmEvalOptions, device: str) -> None:
+    names, environment, out = options.tasks, lmms.find_environment(options.lmms), model / FOLDER / "lmms-eval"
     with tempfile.TemporaryDirectory() as include:
         lmms.write_tasks(names, environment, options.data, Path(include), options.ocr_tokens)
         where = "cuda:0" if device == "cuda" else device
