@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -67,11 +66,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
-
-
-def copy_package(package: Path, folder: Path) -> None:
-    """The source of a Python package into `folder`, under its name. Raises OSError if it is there already."""
-    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 
 def sync_folder(folder: Path) -> None:

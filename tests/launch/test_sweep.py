@@ -114,7 +114,7 @@ def test_report_of_rows(tmp_path: Path) -> None:
     """Oracle: written out; the PNG is opened by a second library."""
 
     def made(name: str, varied: dict[str, object], last: float | None, state: str, reason: str) -> Row:
-        return Row(name, varied, last, {"state": state, "loss": last, "reason": reason})
+        return Row(name, varied, {"state": state, "loss": last, "reason": reason})
 
     rows = [
         made(f"{model}-{keep}", {"model": model, "keep-ratio": keep}, 2.0 + keep, "finished", "")
@@ -134,7 +134,7 @@ def test_report_of_rows(tmp_path: Path) -> None:
 
 
 def row(name: str, last: float | None, **varied: object) -> Row:
-    return Row(name, varied, last, {})
+    return Row(name, varied, {"loss": last, "caption_loss": last})
 
 
 def test_plot_of_rows() -> None:

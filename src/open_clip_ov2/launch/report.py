@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what was varied, its value of the metric (None if it has none), and the cells that are shown of it."""
+    """One run: what was varied, and the cells that are shown of it: the metric (None if it has none) and more."""
 
     name: str
     varied: Mapping[str, Any]
-    last: float | None
     cells: Mapping[str, Any]
 
 
@@ -36,17 +35,16 @@ def row_of(run: RunState, metric: str) -> Row:
     values = [] if run.state in (FAILED, DIED) else _values(records, "val", metric) or _values(records, "train", metric)
     speeds = _values(records, "train", "images_per_second")
     better = min if "loss" in metric or metric == "perplexity" else max
-    last = values[-1] if values else None
     cells = {
         "state": run.state,
         "samples": run.status.samples_seen if run.status else 0,
-        metric: last,
+        metric: values[-1] if values else None,
         f"best {metric}": better(values, default=None),
         "images/s": sum(speeds) / len(speeds) if speeds else None,
         "restarts": run.status.restarts if run.status else 0,
         "reason": run.reason,
     }
-    return Row(run.spec.name, run.spec.varied, last, cells)
+    return Row(run.spec.name, run.spec.varied, cells)
 
 
 def _values(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> list[float]:
@@ -76,7 +74,7 @@ def write_report(rows: Sequence[Row], metric: str, folder: Path) -> list[Path]:
     cells = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
     files[1].write_text(text + "\n", encoding="utf-8")
-    if any(row.last is not None for row in rows):
+    if any(row.cells[metric] is not None for row in rows):
         files.append(folder / "report.png")
         with figure(files[2]) as (axes,):
             draw(axes, rows, metric)
@@ -88,7 +86,7 @@ def draw(axes: Axes, rows: Sequence[Row], metric: str) -> None:
 
     A run without that flag is a horizontal line; if no flag has two numbers, each run is a bar.
     """
-    shown = [(row, row.last) for row in rows if row.last is not None]
+    shown = [(row, row.cells[metric]) for row in rows if row.cells[metric] is not None]
     swept = _swept_number([row for row, _ in shown])
     if swept is None:
         axes.barh([row.name for row, _ in shown], [value for _, value in shown])

@@ -20,7 +20,7 @@ import torch
 
 from open_clip_ov2.data import storage
 from open_clip_ov2.errors import UserError, first_line
-from open_clip_ov2.files import TEMPORARY, copy_package, read_json, write_json, write_text, written_whole
+from open_clip_ov2.files import TEMPORARY, read_json, write_json, write_text, written_whole
 from open_clip_ov2.locks import LOCK
 from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
@@ -99,7 +99,8 @@ def _copy_code(folder: Path) -> None:
     made = folder.with_name(f"{TEMPORARY}{folder.name}")
     shutil.rmtree(made, ignore_errors=True)
     for package in ("open_clip_ov2", "open_clip", "open_clip_train"):
-        copy_package(Path(str(import_module(package).__file__)).parent, made)
+        source = Path(str(import_module(package).__file__)).parent
+        shutil.copytree(source, made / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     made.rename(folder)
 
 
