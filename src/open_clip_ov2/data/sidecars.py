@@ -33,7 +33,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import read_json, write_json, written_whole
 
 SETTINGS, SUFFIX, SHARD = "settings.json", ".jsonl.gz", "{shard}"
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz)$", re.IGNORECASE)
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 LEVEL = 1  # of gzip: twice as fast as 6, and captions are small beside their pictures
 EXAMPLE = "for example --captions recap=captions/"
@@ -44,12 +44,8 @@ def shard_name(url: str) -> str:
     """`00017` of `data/00017.tar`, of `s3://b/00017.tar.gz` and of `pipe:aws s3 cp s3://b/00017.tar -`. Raises
     UserError."""
     words = [word.strip("'\"") for word in url.split()]
-    tars = [word for word in words if word.lower().endswith(TAR_SUFFIXES)]
-    name = (tars or words or [""])[-1].rsplit("/", 1)[-1]
-    for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            name = name[: -len(suffix)]
-            break
+    tars = [word for word in words if TAR.search(word)]
+    name = TAR.sub("", (tars or words or [""])[-1].rsplit("/", 1)[-1])
     if not name or name.startswith((".", "-")):
         raise UserError(f"{url}: does not end in a tar's name, after which other files are named")
     return name
@@ -76,10 +72,8 @@ class CaptionSet:
     def of(cls, text: str) -> CaptionSet:
         """From NAME=FOLDER. Raises UserError."""
         name, equals, where = text.partition("=")
-        if not equals or not NAME.fullmatch(name) or not where.strip():
-            raise UserError(f"{text!r}: expected NAME=FOLDER, NAME of a-z, 0-9, _ and -, {EXAMPLE}")
-        if name in IMAGE_SUFFIXES:
-            raise UserError(f"{text!r}: {name} names images; call the set something else, {EXAMPLE}")
+        if not equals or not NAME.fullmatch(name) or name in IMAGE_SUFFIXES or not where.strip():
+            raise UserError(f"{text!r}: expected NAME=FOLDER, NAME of a-z, 0-9, _ and -, none like jpg, {EXAMPLE}")
         return cls(name, where.strip())
 
     def __str__(self) -> str:
