@@ -43,7 +43,7 @@ class EvalModel(Protocol):
 
     @property
     def preprocess(self) -> Callable[[Any], Tensor]:
-        """PIL image -> `(3, H, W)`. One that keeps the shape of images gives NativeImages (data/budget.py)."""
+        """PIL image -> `(3, H, W)`. One that keeps the shape of images gives NativeImages (core/native.py)."""
 
     @property
     def tokenizer(self) -> Any:
