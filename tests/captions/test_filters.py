@@ -122,13 +122,35 @@ def test_lines_say_which_rule_they_break(made: Path, tmp_path: Path, capsys: pyt
     np.save(tmp_path / "keep.npy", np.sort(np.array([(0, 1), (0, 2), (7, 3)], dtype="u8,u8")))
     lines = filtered(made, tmp_path / "lists", "--uids", str(tmp_path / "keep.npy"), "--score", "clip>0.15")
     assert [line.get("dropped") for line in lines] == ["uids", "clip", None, "uids", "uids", "uids", None]
-    lines = filtered(made, tmp_path / "again", "--score", "clip<0.25")
+    lines = filtered(made, tmp_path / "again", "--score", "clip< +2.5E-1")
     assert [line.get("dropped") for line in lines] == [None, None, None, "clip", "clip", "clip", None]
     assert (
         main(["captions", "filter", str(tmp_path / "texts"), "--out", str(tmp_path / "two"), "--max-words", "3"]) == 0
     )
     verdicts = [line.get("dropped") for line in read_sidecar(tmp_path / "two" / "0.jsonl.gz")]
     assert verdicts == [None, "max-words", "min-words", "refusal", "repetition", "duplicate", None]
+
+
+def test_what_could_be_read_of_a_broken_tar_is_filtered(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the readable samples, whose lines alone a join of such a tar writes; a line more is refused, by the
+    report too."""
+    data = (made / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(data[: data.index(b"4.png") + 1024])
+    before = list(read_sidecar(made / "set" / "0.jsonl.gz"))
+    np.save(tmp_path / "keep.npy", np.array([(0, 1)], dtype="u8,u8"))
+    for lines, status in ((4, 0), (5, 2)):
+        begin_set(folder := tmp_path / f"set{lines}", {})
+        write_sidecar(folder / "0.jsonl.gz", before[:lines])
+        shards = ["--shards", str(tmp_path / "0.tar")]
+        out = ["--out", str(tmp_path / f"out{lines}")]
+        rules = ["--uids", str(tmp_path / "keep.npy")]
+        assert main(["captions", "filter", str(folder), *out, *rules, *shards]) == status
+        assert main(["captions", "report", str(folder), *shards]) == status
+    found = [line.get("dropped") for line in read_sidecar(tmp_path / "out4" / "0.jsonl.gz")]
+    assert found == ["uids", None, "uids", "uids"]
+    assert "is broken" in capsys.readouterr().err
 
 
 def test_likelihood_is_what_the_picture_is_worth(made: Path, tmp_path: Path) -> None:

@@ -207,6 +207,10 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(tmp_path: Path) -> None
     assert sorted(path.name for path in out.iterdir()) == ["000.tar", LEDGER]
     resized([str(small), str(large)], out)
     assert json.loads((out / SIZES).read_text()) == {"000.tar": 2, "001.tar": 20}
+    whole = (out / "001.tar").read_bytes()
+    cut(out / "001.tar", 20_000)  # as an interrupted copy of the folder leaves it
+    resized([str(small), str(large)], out)
+    assert (out / "001.tar").read_bytes() == whole
 
 
 def test_a_cut_shard_is_used_as_far_as_it_goes_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,13 +133,13 @@ def _spread(values: Sequence[float], digits: str) -> str:
 def _with_samples(
     folder: Path, sidecars: Sequence[Path], options: ReportOptions
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], str]:
-    """(lines with their samples of the tars that are known, "") or (lines with empty samples, why)."""
+    """(lines with their samples of the known tars, "") or (lines with empty samples, why). Raises UserError."""
     try:
         tars = tars_of(folder, options.shards)
-        known = (with_samples(path, tars[path.name], lambda _: None) for path in sidecars if path.name in tars)
-        return list(islice(chain.from_iterable(known), WITH_PICTURES)), ""
     except UserError as error:
         return [(line, {}) for line in islice(read_sidecar(sidecars[0]), options.samples)], f"No pictures: {error}"
+    known = (with_samples(path, tars[path.name], lambda _: None) for path in sidecars if path.name in tars)
+    return list(islice(chain.from_iterable(known), WITH_PICTURES)), ""
 
 
 def _agreement(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], options: ReportOptions) -> list[float]:

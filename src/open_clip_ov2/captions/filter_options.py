@@ -16,7 +16,9 @@ from open_clip_ov2.tables import comma_separated, one_of, real, text, whole
 
 LIKELIHOOD = "likelihood"
 EXACT, NEAR = "exact", "near"
-_SCORE = re.compile(r"(?P<name>[\w-]+)(?::(?P<model>.+?))?(?P<sign>[<>])(?P<limit>-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
+_SCORE = re.compile(
+    r"(?P<name>[\w-]+)(?::(?P<model>.+?))?(?P<sign>[<>])(?P<limit>\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+)
 
 
 class ScoreRule(NamedTuple):
@@ -29,7 +31,7 @@ class ScoreRule(NamedTuple):
 
     def keeps(self, value: Any) -> bool:
         """False for a score that is missing."""
-        if not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
         return value > self.limit if self.sign == ">" else value < self.limit
 

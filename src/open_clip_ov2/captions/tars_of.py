@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,9 @@ def with_samples(
     sidecar: Path, url: str, on_broken: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The lines of a sidecar with the samples of its tar. Raises UserError where they do not belong together."""
-    for number, (line, sample) in enumerate(zip_longest(read_sidecar(sidecar), read_tar(url, on_broken)), 1):
-        if line is None or sample is None or line["key"] != sample["__key__"]:
+    samples = read_tar(url, on_broken)  # not read beyond the last line, so that what a broken tar lacks does not count
+    for number, line in enumerate(read_sidecar(sidecar), 1):
+        sample = next(samples, None)
+        if sample is None or line["key"] != sample["__key__"]:
             raise UserError(f"{url}: its sample {number} is not that of line {number} of {sidecar}; is it another tar?")
         yield line, sample

@@ -188,7 +188,8 @@ class Resize:
             return self._append({"settings": wanted})
         check_same_settings(self.folder, entries[0]["settings"], wanted)
         for report in (ShardReport(**entry) for entry in entries[1:]):
-            if (self.folder / report.name).is_file():  # another one is made again
+            path = self.folder / report.name
+            if path.is_file() and path.stat().st_size == report.bytes_out:  # another one is made again
                 self.reports[report.name] = report
         for name, url in self._names.items():
             if name in self.reports and self.reports[name].source != url:

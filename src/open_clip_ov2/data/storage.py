@@ -109,10 +109,11 @@ def _check_installed(address: str) -> None:
     name = scheme(address)
     try:
         fsspec.get_filesystem_class(name)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as error:
         package = STORES[name]
         raise UserError(
-            f"{address}: {name}: is read with {package}, which is not installed: pip install {package}"
+            f"{address}: {name}: is read with {package}, which is not installed, or cannot be imported "
+            f"({first_line(error)}): pip install {package}"
         ) from None
 
 
