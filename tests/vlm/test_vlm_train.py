@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,11 @@ def _vlm_train_sharded(*flags: str) -> int:
 
     original = AcceleratorState.__init__
 
-    def with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None, **options: object) -> None:
+    def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

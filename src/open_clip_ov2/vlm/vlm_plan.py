@@ -57,9 +57,8 @@ def described(plan: VlmPlan) -> list[str]:
 
 
 def _costs(cost: StageCost) -> str:
-    machine, used = cost.machine, cost.memory.of(cost.batch_size) / 1e9
-    told = f"about {used:,.0f} GB on each GPU (an H100 has {machine.memory_gb:g}), {cost.hours:.1f} hours"
-    return ". ".join(filter(None, (told, cost.memory_advice())))
+    used = f"about {cost.memory.of(cost.batch_size) / 1e9:,.0f} GB on each GPU (an H100 has {cost.machine.memory_gb:g})"
+    return f"{cost.hours:.1f} hours, {cost.memory_advice().partition(': ')[2] or used}"
 
 
 def fitting_commands(plan: VlmPlan, costs: Plan) -> list[str]:
