@@ -121,25 +121,32 @@ def test_sharded_by_fsdp2_a_run_is_the_same(one: Path, parts: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("settings", "processes", "message"),
+    ("settings", "message"),
     [
-        ("fsdp = true", 1, "there is only one"),
-        ("fsdp = true", 2, "accelerate splits weights over GPUs, and has none"),
-        ('fsdp = true\n[fsdp_config]\nstate_dict_type = "SHARDED_STATE_DICT"', 1, "only version 2 with FULL_STATE_D"),
-        ("fsdp = true\n[fsdp_config]\nversion = 1", 1, "only version 2 with FULL_STATE_DICT"),
+        ("", "fsdp splits weights over processes, and there is only one"),
+        ('[fsdp_config]\nstate_dict_type = "SHARDED_STATE_DICT"', "only version 2 with FULL_STATE_DICT"),
+        ("[fsdp_config]\nversion = 1", "only version 2 with FULL_STATE_DICT"),
     ],
 )
 def test_sharding_that_cannot_be_is_refused(
-    settings: str, processes: int, message: str, parts: Path, tmp_path: Path
+    settings: str, message: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oracle: status 2 and one line, and no model was made but where the devices are asked."""
-    (tmp_path / "fsdp.toml").write_text(settings)
-    argv = flags(parts, tmp_path / "run", trainer=tmp_path / "fsdp.toml")
-    for status, errors in finish(start(argv, processes)):
+    """Oracle: status 2, one line, and no folder of a run."""
+    (tmp_path / "fsdp.toml").write_text(f"fsdp = true\n{settings}")
+    assert main(["vlm", "train", *flags(parts, tmp_path / "run", trainer=tmp_path / "fsdp.toml")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused(parts: Path, tmp_path: Path) -> None:
+    """Two processes on CPUs, which accelerate would train by DistributedDataParallel. Oracle: status 2 and one line."""
+    (tmp_path / "fsdp.toml").write_text("fsdp = true")
+    for status, errors in finish(start(flags(parts, tmp_path / "run", trainer=tmp_path / "fsdp.toml"), 2)):
         assert status == 2
-        assert message in errors
+        assert "fsdp: accelerate splits weights over GPUs, and has none" in errors
         assert "Traceback" not in errors
-    assert (tmp_path / "run" / "stages").exists() == (processes > 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
