@@ -98,6 +98,22 @@ def test_a_clip_of_transformers_in_a_folder(tmp_path: Path) -> None:
     assert_same_tokens(tower, {layer: states[layer][:, 1:] for layer in (-2, -1)}, images)
 
 
+def test_sides_of_a_vit_may_be_lists(tmp_path: Path) -> None:
+    """Oracle: transformers' own hidden states; parameters without a gradient are found on images of these sides."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vit = spread(ViTModel(ViTConfig(**sizes, image_size=[28, 28], patch_size=7), add_pooling_layer=False))
+    vit.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        states = vit(images, output_hidden_states=True).hidden_states
+    tower = open_tower(str(tmp_path))
+    assert_same_tokens(tower, {-2: states[-2][:, 1:]}, images)
+    assert tower.model.config.image_size == 28
+
+
 def test_what_transformers_has_no_class_for_is_refused() -> None:
     scaled = timm.models.VisionTransformer(**SIZES, init_values=1e-5)
     with pytest.raises(Exception, match=r"its blocks have ls1\.gamma"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from open_clip_ov2.formats.llava import VisionTower
 from open_clip_ov2.vlm import conversations
 from open_clip_ov2.vlm.assemble import processor_of
 from open_clip_ov2.vlm.batches import ConversationCollator
-from open_clip_ov2.vlm.vlm_recipe import VlmRecipe, VlmStage, chat_template, load_vlm_recipe
+from open_clip_ov2.vlm.vlm_recipe import FOLDER, VlmRecipe, VlmStage, chat_template, load_vlm_recipe
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.26, 0.27]
 SYSTEM = "Answer briefly."
@@ -238,6 +239,16 @@ def test_the_steps_are_the_published_ones(capsys: pytest.CaptureFixture[str]) ->
     assert f"ov2 submit --nodes 1 --gpus-per-node 8 -- vlm train logs/RUN --out vlm/RUN {data}\n" in shown
     for name in ("llava-1.5-llama-3", "open-llava-next", "openvision-small"):
         assert load_vlm_recipe(name).stages[-1].data == "tune"
+
+
+def test_a_template_by_flag_stands_in_for_those_of_a_recipe(tmp_path: Path) -> None:
+    """Oracle: by hand. A recipe may leave templates out then; `plain`, of captions alone, stays."""
+    text = (FOLDER / "llava-1.5.toml").read_text()
+    (tmp_path / "own.toml").write_text(re.sub('template = "vicuna-v1".*', "", text))
+    stages = load_vlm_recipe(str(tmp_path / "own.toml"), template="chatml").stages
+    assert [stage.template for stage in stages] == ["plain", "chatml"]
+    with pytest.raises(UserError, match="stage 2: template is missing"):
+        load_vlm_recipe(str(tmp_path / "own.toml"))
 
 
 @pytest.mark.parametrize("name", ["vicuna-v1", "llama-3", "chatml"])

@@ -60,6 +60,7 @@ class Conversations:
 
     def __init__(self, images: Path | None) -> None:
         self._images = None if images is None else Path(os.path.realpath(images))
+        self._fault = functools.cache(_fault)  # many rows may have one picture
         self.listed: list[dict[str, Any]] = []
 
     def __call__(self, rows: list[Any]) -> Iterator[dict[str, Any]]:
@@ -126,12 +127,11 @@ class Conversations:
         path = os.path.realpath(self._images / name)
         if not Path(path).is_relative_to(self._images):
             raise SkipSample("image outside the folder of images", name)
-        if fault := _fault(path):
+        if fault := self._fault(path):
             raise SkipSample(fault.cause, f"{name} {fault.detail}".strip())
         return path
 
 
-@functools.cache
 def _fault(path: str) -> SkipSample | None:
     """Why a picture cannot be used, from its header alone: the pixels are decoded in training."""
     if not os.path.isfile(path):

@@ -222,6 +222,7 @@ def _of_transformers(folder: Path) -> VisionTower:
             folder, config=config, dtype="float32", local_files_only=True, trust_remote_code=False
         )
         size, patch = _square(config.image_size), _square(config.patch_size)
+        model.config.image_size, model.config.patch_size = size, patch  # which may have been lists of two
     except Exception as error:  # OSError, ValueError, safetensors' own, AttributeError of a model that is no ViT
         raise UserError(f"{folder}: no vision model that transformers opens ({first_line(error)})") from error
     names = " ".join(name for name, _ in model.named_parameters())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,11 @@ def load_vlm_recipe(name: str, template: str | None = None, **changes: Any) -> V
         raise unknown_key("--recipe", name, known_recipes(), "recipe")
     given = {field: value for field, value in changes.items() if value is not None}
     content = {kebab(field): value for field, value in {**read_toml(path), **given}.items()}
-    recipe = from_table(VlmRecipe, str(path), content)
-    if template is None:
-        return recipe
-    stages = (one if one.template == "plain" else replace(one, template=template) for one in recipe.stages)
-    return replace(recipe, stages=tuple(stages))
+    stages = content.get("stage")
+    for stage in stages if template is not None and isinstance(stages, list) else []:
+        if isinstance(stage, dict) and stage.get("template") != "plain":
+            stage["template"] = template
+    return from_table(VlmRecipe, str(path), content)
 
 
 def chat_template(name: str, system: str) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,14 +177,17 @@ class _Run:
         """The last stage's model, in the language model's dtype, as the content of the run's folder."""
         stages = self.plan.recipe.stages
         source = vlm_folder.stage_model(self.folder, len(stages))
-        if not source.is_dir():
+        temporary, finished = self.folder / f"{TEMPORARY}model", (self.folder / vlm_folder.MODEL_CONFIG).is_file()
+        for left in [temporary, *([source] if finished else [])]:  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        if finished or not source.is_dir():
             return
         dtype = read_json(source / vlm_folder.MODEL_CONFIG, dict)["text_config"].get("dtype") or "float32"
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as temporary:
-            open_llava(source, dtype).save_pretrained(temporary)
-            open_processor(source, self.plan.recipe, stages[-1]).save_pretrained(temporary)
-            files = sorted(Path(temporary).iterdir(), key=lambda path: path.name == vlm_folder.MODEL_CONFIG)
-            for path in files:  # the config last: with it the model is there
-                os.replace(path, self.folder / path.name)
+        open_llava(source, dtype).save_pretrained(temporary)
+        open_processor(source, self.plan.recipe, stages[-1]).save_pretrained(temporary)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == vlm_folder.MODEL_CONFIG)
+        for path in files:  # the config last: with it the model is there
+            os.replace(path, self.folder / path.name)
+        temporary.rmdir()
         shutil.rmtree(source, ignore_errors=True)
         logger.info("the model is in %s: transformers opens it", self.folder)
