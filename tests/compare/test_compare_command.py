@@ -40,7 +40,7 @@ repetitions = 1
 samples = 64
 caption-tokens = "3:8:5"
 largest-batch = true
-memory-limit-gb = 0.2
+memory-limit-gb = 0.06
 [[arm]]
 name = "CLIP"
 model = "clip-of-ov2-vit-nano-8"
