@@ -52,3 +52,26 @@ def test_a_local_run_is_left_alone_cancelled_and_resubmitted(
     (row,) = json.loads(capsys.readouterr().out)
     assert row["state"] == "cancelled"
     assert "rank 0 of 2" in Path(row["log"]).read_text()
+    assert main(["submit", "--local", "1", "--wait", "--", *flags, "--epochs", "1", "--name", "short"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "logs" / "short" / "checkpoints" / "stage_1.pt").is_file()
+
+
+def test_a_debug_run_is_one_process_in_an_allocation_too(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a sidecar for each tar, where a task of SLURM would write every second one."""
+    for name, value in (("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    flags = [
+        f"{squares}/train/{{00000..00001}}.tar",
+        "--max-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "set"),
+    ]
+    assert main(["submit", "--debug", "--", "captions", "write", *flags]) == 0
+    assert sorted(path.name for path in (tmp_path / "set").glob("*.gz")) == ["00000.jsonl.gz", "00001.jsonl.gz"]
+    assert json.loads((tmp_path / "set" / "status.json").read_text())["state"] == "finished"

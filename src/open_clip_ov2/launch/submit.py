@@ -12,6 +12,8 @@ from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
+from submitit.helpers import clean_env
+
 import open_clip_ov2
 from open_clip_ov2.argv import value_of, without
 from open_clip_ov2.errors import UserError
@@ -62,7 +64,7 @@ def submit(folder: Path, request: Request) -> tuple[Job, ...]:
             call = (str(submission.folder), 0, 0)
             jobs = [Job(executors.start_locally(submission, options, run_member, call))]
         else:  # in this process and terminal, without a log file; errors are raised as they are
-            with executors.environment(options.environment):
+            with clean_env(), executors.environment(options.environment):  # one process, in an allocation too
                 submitted.run(first.argv, Path(first.run_dir))
             jobs = [Job("debug")]
     except (UserError, OSError):
