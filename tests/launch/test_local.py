@@ -63,15 +63,9 @@ def test_a_debug_run_is_one_process_in_an_allocation_too(
     """Oracle: a sidecar for each tar, where a task of SLURM would write every second one."""
     for name, value in (("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2"), ("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    flags = [
-        f"{squares}/train/{{00000..00001}}.tar",
-        "--max-tokens",
-        "2",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "set"),
-    ]
+    tars = f"{squares}/train/{{00000..00001}}.tar"
+    flags = [tars, "--max-tokens", "2", "--device", "cpu", "--out", str(tmp_path / "set")]
+    monkeypatch.chdir(tmp_path)
     assert main(["submit", "--debug", "--", "captions", "write", *flags]) == 0
     assert sorted(path.name for path in (tmp_path / "set").glob("*.gz")) == ["00000.jsonl.gz", "00001.jsonl.gz"]
-    assert json.loads((tmp_path / "set" / "status.json").read_text())["state"] == "finished"
+    assert json.loads(Path("logs/captions-set/status.json").read_text())["state"] == "finished"

@@ -80,10 +80,11 @@ def test_a_store_that_hangs_holds_up_neither_a_step_nor_the_end(
     request.addfinalizer(lambda: fsspec.register_implementation("memory", MemoryFileSystem, clobber=True))
     caplog.set_level(logging.INFO)
     sync = RemoteSync(run, "memory://bucket/run", 0.01)
-    begin = time.monotonic()
-    sync.start("run.json")
+    # Both before the first pass: one that saw the checkpoint alone would hang with it.
     (run / "checkpoints" / "stage_1_samples_8.pt").write_bytes(b"large")
     (run / "results.jsonl").write_text("1\n")
+    begin = time.monotonic()
+    sync.start("run.json")
     wait_until(lambda: "/bucket/run/results.jsonl" in Hanging.store)
     sync.within_s = 0.2
     sync.close()

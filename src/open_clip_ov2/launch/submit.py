@@ -44,6 +44,7 @@ def resubmit(run: state.RunState) -> tuple[Job, ...]:
     """Check and submit the run's newest submission once more, with the code as it is now. Raises UserError."""
     before = run.request
     spec = submitted.plan_run(run.spec.argv, before.clusters, run.spec.varied)
+    spec = replace(spec, name=run.spec.name, run_dir=run.spec.run_dir)  # an element of an array keeps its folder
     return submit(run.run_dir, replace(before, title=spec.name, members=(spec,), created=time.time()))
 
 
