@@ -108,8 +108,11 @@ def open_language_model(source: Path | str, gguf_file: str | None = None) -> tup
         raise UserError(f"--language-model {source}: no such folder (it holds config, weights and tokenizer)")
     options: dict[str, Any] = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
     options |= {} if gguf_file is None else {"gguf_file": gguf_file}
+    # transformers 5.24 would keep the file's blocks, and calls the model quantized, which Trainer does not train.
+    gguf = getattr(transformers, "GgufConfig", None) if gguf_file else None
+    dense = {"quantization_config": gguf(dequantize=True)} if gguf else {}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto", **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto", **dense, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # OSError, ValueError, safetensors', pickle's and torch's own
         raise UserError(f"--language-model {source}: cannot be loaded ({first_line(error)})") from error
