@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from open_clip_ov2.formats.llava import open_language_model
 
 
 @pytest.mark.parametrize(("layer", "size"), [(-1, 56), (-2, 84)])
@@ -35,6 +38,42 @@ def test_it_trains_a_step_on_our_features(run, language_model: Path, layer: int,
     embeddings = llava.get_input_embeddings().weight[: len(before["model.embed_tokens.weight"])]
     assert torch.equal(embeddings, before["model.embed_tokens.weight"])
     _step(llava, batch)
+
+
+def test_a_gguf_file_is_a_model_that_can_be_trained(tmp_path: Path) -> None:
+    """As SmolLM2 comes by pip, with blocks of Q8_0. Oracle: the blocks, unpacked by the package gguf; Trainer refuses a
+    model that is called quantized, and one that is opened again from a config that says so."""
+    gguf = pytest.importorskip("gguf")
+    writer, rng = gguf.GGUFWriter(tmp_path / "words.gguf", "llama"), np.random.default_rng(0)
+    width, hidden, words = 32, 64, ["<s>", "</s>", "a", "b", "ab", "c"]
+    for add, value in (
+        (writer.add_context_length, 64), (writer.add_embedding_length, width), (writer.add_block_count, 1),
+        (writer.add_feed_forward_length, hidden), (writer.add_head_count, 2), (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_dimension_count, 16), (writer.add_vocab_size, 6),
+        (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, words), (writer.add_token_merges, ["a b"]),
+        (writer.add_bos_token_id, 0), (writer.add_eos_token_id, 1),
+    ):  # fmt: skip
+        add(value)
+    kind, packed = gguf.GGMLQuantizationType.Q8_0, {}
+    shapes = {f"attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
+    shapes |= {"ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}
+    for name, shape in {"token_embd": (6, width), **{f"blk.0.{name}": one for name, one in shapes.items()}}.items():
+        packed[name] = gguf.quantize(rng.normal(size=shape).astype(np.float32), kind)
+        writer.add_tensor(f"{name}.weight", packed[name], raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model, _ = open_language_model(tmp_path, "words.gguf")
+    assert not getattr(model, "is_quantized", False)
+    assert "quantization_config" not in model.config.to_dict()
+    state = model.state_dict()
+    for ours, theirs in (("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):
+        found = state[f"model.layers.0.{ours}.weight"]
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), gguf.dequantize(packed[f"blk.0.{theirs}"], kind))
 
 
 def _step(llava, batch) -> None:
