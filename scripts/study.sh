@@ -12,6 +12,7 @@ OUT="${OUT:-docs/results}"
   python scripts/icons_data.py "$DATA/icons" --size 96 --names-in-families 20 --held-out 2000
   python scripts/rendered_data.py "$DATA/words" --size 96 --train 30000 --short 0 --held-out 150
 }
+python scripts/pixel_knn.py "$DATA"/icons/probe-{train,test}/00000.tar "$DATA/pixels.json"
 TRAIN="$(python scripts/mix_shards.py "$DATA/train" "$DATA"/icons/train/*.tar "$DATA"/words/train/*.tar)"
 
 COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage}.toml

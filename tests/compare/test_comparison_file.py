@@ -80,6 +80,14 @@ def test_what_the_command_line_changes(tmp_path: Path) -> None:
     assert comparison.scaled(None, 1.0) == comparison
 
 
+def test_a_baseline_is_no_variant(tmp_path: Path) -> None:
+    """Oracle: by hand. It has a name of its own and a file of results."""
+    text = FILE.format(terms='samples = "1k"') + '[[baseline]]\nname = "pixels"\nresults = "p.json"\n'
+    assert [(one.name, one.results) for one in load(tmp_path, text).baselines] == [("pixels", "p.json")]
+    with pytest.raises(UserError, match="two variants have the name 'two'"):
+        load(tmp_path, text.replace('"pixels"', '"two"'))
+
+
 def test_former_names_are_accepted(tmp_path: Path) -> None:
     """Oracle: the same file with today's names. Files of 0.1 have [[arm]], and `arms` in [[evaluate]]."""
     text = FILE.format(terms='samples = "1k"') + '[[evaluate]]\ntasks = ["knn"]\nvariants = ["two"]\n'

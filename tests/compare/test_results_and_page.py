@@ -91,6 +91,17 @@ def test_csv_has_every_number(found: Found) -> None:
     assert json.loads(json.dumps(as_json([found])))[0]["arms"][0]["rates"] == [200.0, 220.0, 180.0]
 
 
+def test_baselines_are_rows_of_their_own(found: Found) -> None:
+    """Oracle: by hand. They have what their file has and nothing else, and bold is between variants alone."""
+    known = replace(found, baselines={"pixels": {"probe.top1": 0.9, "other": 1.0}})
+    rows = page.markdown(page.table(known)).splitlines()
+    assert rows[:-1] == page.markdown(page.table(found)).splitlines()
+    assert rows[-1] == "| pixels | – | – | – | – | – | – | – | 90.0 |"
+    (line,) = (row for row in csv.DictReader(io.StringIO(results.as_csv([known]))) if row["arm"] == "pixels")
+    assert (line["quantity"], line["unit"], line["mean"], line["values"]) == ("probe.top1", "%", "90", "90")
+    assert json.loads(json.dumps(as_json([known])))[0]["baselines"]["pixels"]["probe.top1"] == 0.9
+
+
 class Reader(HTMLParser):
     """Tags balance; ids and what points to them are collected."""
 
@@ -287,6 +298,13 @@ def test_page_and_markdown_begin_with_the_answers(found: Found) -> None:
     markdown = page.results_md("All", [full], "ov2 compare")
     assert markdown.splitlines()[2] == f"- {answer.sentence}"
     assert "| ov2 | 2.000 | **1.500** | – |" in markdown
+    assert page.summary_md([full, found]).splitlines() == [
+        "### Small & fair", "",
+        "|  | images/s | samples | caption loss (nats) ↓ | probe <top-1> (%) ↑ |", "| --- | --- | --- | --- | --- |",
+        "| ov2 | 200 (180–220) | 4 K | 2.10 ± 0.14 | **55.0 ± 7.1** |", "| CLIP | 150 | 4 K | – | 40.0 ± 0.0 |",
+        "| stock | 20 | – | – | – |", "", f"- {answer.sentence}", "",
+        *page.summary_md([found]).splitlines(),
+    ]  # fmt: skip
     assert "an end of which was best: ov2." in markdown
     assert as_json([full])[0]["answers"][0]["sentence"] == answer.sentence
 

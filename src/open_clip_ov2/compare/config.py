@@ -158,6 +158,14 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A row of the table for which nothing is trained. `results`: a file such as `ov2 eval --out` writes."""
+
+    name: str = key(text)
+    results: str = key(text, example='"pixels.json"')
+
+
+@dataclass(frozen=True)
 class _Curve:
     over: str = key(lambda value: kebab(text(value)))
 
@@ -180,6 +188,7 @@ class Comparison:
     evaluations: tuple[Evaluation, ...] = key(tables_of(Evaluation), name="evaluate", default=())
     metrics: tuple[Metric, ...] = key(tables_of(Metric), name="metric", default=())
     questions: tuple[Question, ...] = key(tables_of(Question), name="question", default=())
+    baselines: tuple[Baseline, ...] = key(tables_of(Baseline), name="baseline", default=())
     search: Search | None = key(table_of(Search), default=None)
     curve_over: str | None = key(lambda value: table_of(_Curve)(value).over, name="curve", default=None)
     notes: tuple[str, ...] = key(each(paragraph), default=())
@@ -194,7 +203,8 @@ class Comparison:
         if not self.trained:
             raise UserError("there is no [[variant]] to train")
         names = [variant.name for variant in self.variants]
-        if twice := [name for name in names if names.count(name) > 1]:
+        rows = [*names, *(baseline.name for baseline in self.baselines)]
+        if twice := [name for name in rows if rows.count(name) > 1]:
             raise UserError(f"two variants have the name {twice[0]!r}")
         variants = [self.reference or names[0], *(name for one in self.evaluations for name in one.variants)]
         variants += [name for one in self.questions for name in (one.a, one.b)]

@@ -40,19 +40,26 @@ class Cell(NamedTuple):
     best: bool = False
 
 
-def table(found: Found) -> list[list[Cell]]:
-    """The header, and a row for each variant. A column in which no variant has anything is left out."""
+def table(found: Found, brief: bool = False) -> list[list[Cell]]:
+    """The header, and a row for each variant and baseline. A column in which none has anything is left out; `brief`
+    leaves out memory and times too."""
     winners, metrics = best(found), found.comparison.metrics
-    fixed = ("", "images/s", f"× {found.comparison.reference}", "step memory, MiB", "largest batch", "samples")
+    costs = (f"× {found.comparison.reference}", "step memory, MiB", "largest batch")
+    fixed = ("", "images/s", *costs, "samples", "training, s")
     titles = (f"{labelled(metric)} {'↑' if metric.better == 'higher' else '↓'}" for metric in metrics)
-    rows = [[Cell(title) for title in (*fixed, "training, s", *titles)]]
+    rows = [[Cell(title) for title in (*fixed, *titles)]]
     for one in found.variants:
         texts = [one.name, spread(one.rates, 0), spread(one.ratios, 2)]
         texts += [_number(one.cost.step_memory_mb), _number(one.cost.largest_batch)]
         texts += [short_count(one.samples), _number(one.seconds)] if one.trained else [NONE, NONE]
         cells = [Cell(mean_and_sd(metric, one), winners.get(metric.key) == one.name) for metric in metrics]
         rows.append([*map(Cell, texts), *cells])
+    for name, known in found.baselines.items():
+        texts = [f"{one.scale * known[one.key]:.{one.digits}f}" if one.key in known else NONE for one in metrics]
+        rows.append([*map(Cell, (name, *(NONE for _ in fixed[1:]), *texts))])
     columns = [column for column in zip(*rows, strict=True) if any(cell.text != NONE for cell in column[1:])]
+    if brief:
+        columns = [column for column in columns if column[0].text not in (*costs, fixed[-1])]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -125,6 +132,12 @@ def results_md(title: str, found: Sequence[Found], command: str) -> str:
 
 def answers_md(found: Sequence[Found]) -> str:
     return "\n".join(f"- {answer.sentence}" for one in found for answer in one.answers)
+
+
+def summary_md(found: Sequence[Found]) -> str:
+    """For other documents: of each comparison its title, its brief table and its answers."""
+    blocks = [(f"### {one.comparison.title}", markdown(table(one, brief=True)), answers_md([one])) for one in found]
+    return "\n\n".join(part for block in blocks for part in block if part) + "\n"
 
 
 def tables(found: Found) -> list[list[list[Cell]]]:

@@ -70,11 +70,14 @@ def labelled(metric: Metric) -> str:
 
 @dataclass(frozen=True)
 class Found:
+    """`baselines`: numbers of each by dotted path."""
+
     comparison: Comparison
     variants: tuple[VariantResult, ...]
     machine: str
     answers: tuple[Answer, ...] = ()
     searched: Losses = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[VariantResult, ...]:
@@ -163,7 +166,7 @@ def as_json(found: Sequence[Found]) -> list[dict[str, Any]]:
         for table in (comparison, *comparison["evaluations"]):
             table["arms"] = table.pop("variants")
         answered = [{**asdict(answer), "sentence": answer.sentence} for answer in one.answers]
-        more = {"machine": one.machine, "answers": answered, "search": plain["searched"]}
+        more = {"machine": one.machine, "answers": answered, "search": plain["searched"], "baselines": one.baselines}
         out.append({"comparison": comparison, "arms": plain["variants"], **more})
     return out
 
@@ -181,6 +184,10 @@ def as_csv(found: Sequence[Found]) -> str:
                     sd = "" if total.sd is None else f"{total.sd:.6g}"
                     numbers = (f"{total.mean:.6g}", sd, len(values), " ".join(f"{value:.6g}" for value in values))
                     writer.writerow((one.comparison.name, variant.name, variant.model, quantity, unit, *numbers))
+        for name, known in one.baselines.items():
+            for metric in (metric for metric in one.comparison.metrics if metric.key in known):
+                value = f"{metric.scale * known[metric.key]:.6g}"
+                writer.writerow((one.comparison.name, name, "", metric.key, metric.unit, value, "", 1, value))
     return out.getvalue()
 
 

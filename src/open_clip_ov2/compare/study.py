@@ -71,7 +71,7 @@ def carry_out(study: Study, log: Log) -> list[Found]:
         found = [replace(_gather(*of_one), searched=losses) for *of_one, losses in gathered]
         write_text(study.folder / "index.html", page.page(study.title, found, study.command))
         write_text(study.folder / "results.md", page.results_md(study.title, found, study.command))
-        write_text(study.folder / "answers.md", page.answers_md(found))
+        write_text(study.folder / "answers.md", page.summary_md(found))
         write_text(study.folder / "results.csv", results.as_csv(found))
         write_json(study.folder / "results.json", results.as_json(found))
     return found
@@ -79,6 +79,7 @@ def carry_out(study: Study, log: Log) -> list[Found]:
 
 def _check(study: Study, comparison: Comparison) -> ByStage:
     """Flags, models and tasks, before anything is measured: FLOPs of an image. Raises UserError."""
+    _baselines(comparison)
     for evaluation in comparison.evaluations:
         with naming(f"{comparison.name}: evaluate"):
             training.check_evaluation(_eval_argv(study, evaluation))
@@ -196,7 +197,13 @@ def _gather(
         variants.append(result)
         outcomes[name] = _outcomes(result, own)
     results.check_metrics(comparison, known, variants)
-    return Found(comparison, tuple(variants), speeds.machine, answers(comparison, outcomes))
+    found, baselines = answers(comparison, outcomes), _baselines(comparison)
+    return Found(comparison, tuple(variants), speeds.machine, found, baselines=baselines)
+
+
+def _baselines(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Raises UserError."""
+    return {one.name: results.read_evaluations({Path(one.results): ""}) for one in comparison.baselines}
 
 
 def _outcomes(variant: VariantResult, runs: Sequence[PlannedRun]) -> dict[str, Outcomes]:
