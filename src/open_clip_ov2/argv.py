@@ -5,19 +5,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.tables import switch
+from open_clip_ov2.tables import Reader, key, keys_of, switch
 
 REPEATED = ("--stage", "--captions", "--val-captions")  # given once for each of several values
+
+
+class _Help(argparse.HelpFormatter):
+    """The help of a flag ends with its default, unless it speaks of one itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        told = type(default) in (str, int, float) and default not in ("", argparse.SUPPRESS)
+        if not told or "default" in text.lower():
+            return text
+        return f"{text} (default: {f'{default:g}' if isinstance(default, float) else '%(default)s'})"
 
 
 class Parser(argparse.ArgumentParser):
     """A parser of full flag names whose mistakes are UserErrors of one line, not a page of usage."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **options})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Help, **options})
 
     def error(self, message: str) -> Any:
         raise UserError(f"{self.prog}: {message} (`{self.prog} --help` lists the flags)")
@@ -35,47 +46,64 @@ def flag_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+class Shown(NamedTuple):
+    """How a command line has a key: below which heading of `--help`, and what `add_argument` gets."""
+
+    group: str
+    action: dict[str, Any]
+
+
 def flag(
-    shown: str,
-    read: Callable[[Any], Any],
+    metavar: str,
+    read: Reader,
     help: str,
     *,
     default: Any = None,
+    name: str | None = None,
     repeat: bool = False,
     several: bool = False,
     group: str = "",
 ) -> Any:
-    """A field of a dataclass that is a flag of the same name, and a key of `tables.from_table`: `shown` stands for its
-    value in the help text, `repeat` collects the values of several equal flags in a list, `several` those of one flag,
-    and `group` is the heading under which `--help` has it. A flag whose default is MISSING must be given.
+    """A `tables.key` that is a flag of the same name too: `metavar` stands for its value in the help text, `repeat`
+    collects the values of several equal flags in a list, `several` those of one flag, and `group` is the heading under
+    which `--help` has it. A flag whose default is MISSING must be given. `--help` adds the default to `help`.
     """
-    action = {"type": flag_type(read), "metavar": shown, "help": help, "action": "append" if repeat else "store"}
+    action = {"type": flag_type(read), "metavar": metavar, "help": help, "action": "append" if repeat else "store"}
     action |= {"nargs": "+"} if several else {}
-    return dataclasses.field(default=default, metadata={"flag": action, "read": read, "group": group})
+    return key(read, default=default, name=name, shown=Shown(group, action))
 
 
 def switch_flag(help: str, *, group: str = "") -> Any:
-    """A field of a dataclass that is a flag without a value."""
-    action = {"help": help, "action": "store_true"}
-    return dataclasses.field(default=False, metadata={"flag": action, "read": switch, "group": group})
+    """A `tables.key` that is a flag without a value too."""
+    return key(switch, default=False, shown=Shown(group, {"help": help, "action": "store_true"}))
 
 
-def add_flags(parser: Any, kind: type) -> None:
-    """Add the flags that a dataclass declares to a parser or a group of one."""
+def _flags_of(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    return {name: field for name, field in keys_of(kind).items() if field.metadata["shown"]}
+
+
+def add_flags(parser: Any, kind: type, *, without: Sequence[str] = (), as_text: bool = False) -> None:
+    """Add the flags that a dataclass declares to a parser or a group of one. With `as_text` their values stay text, to
+    be read together with those of a file, and one that is not given is None."""
     groups = {"": parser}
-    for field in dataclasses.fields(kind):
-        if "flag" in field.metadata:
-            heading, required = field.metadata["group"], field.default is dataclasses.MISSING
-            if heading not in groups:
-                groups[heading] = parser.add_argument_group(heading)
-            repeated = field.metadata["flag"]["action"] == "append"
-            more = {"required": True} if required else {"default": None if repeated else field.default}
-            groups[heading].add_argument(f"--{field.name.replace('_', '-')}", **more, **field.metadata["flag"])
+    for name, field in _flags_of(kind).items():
+        group, action = field.metadata["shown"]
+        if name in without:
+            continue
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        if as_text:
+            more: dict[str, Any] = {"type": None}
+        elif field.default is dataclasses.MISSING:
+            more = {"required": True}
+        else:
+            more = {"default": None if action["action"] == "append" else field.default}
+        groups[group].add_argument(f"--{name}", **{**action, **more})
 
 
 def flag_values(kind: type, parsed: argparse.Namespace) -> dict[str, Any]:
     """The parsed values of the flags that a dataclass declares, by field name."""
-    return {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind) if "flag" in field.metadata}
+    return {field.name: getattr(parsed, name.replace("-", "_")) for name, field in _flags_of(kind).items()}
 
 
 def last(argv: Sequence[str], flag: str) -> int:

@@ -43,17 +43,16 @@ def key(
     default: Any = dataclasses.MISSING,
     name: str | None = None,
     example: str = "",
-    help: str = "",
-    metavar: str | None = None,
     flag: str | None = None,
+    shown: Any = None,
 ) -> Any:
     """A field of a dataclass for `from_table`.
 
     `default` may be a factory (dict); `name` is the key if it is not the field's name; `example` is shown where a
-    required key is missing; `help` and `metavar` are for a command-line flag made from the field, which is
-    called `flag` if it has another name than the key.
+    required key is missing; `flag` is the flag that the key stands for, if it has another name; `shown` makes the key
+    a flag itself (`argv.flag`).
     """
-    metadata = {"read": read, "name": name, "example": example, "help": help, "metavar": metavar, "flag": flag}
+    metadata = {"read": read, "name": name, "example": example, "flag": flag, "shown": shown}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

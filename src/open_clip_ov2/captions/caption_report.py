@@ -44,7 +44,7 @@ STOPWORDS = frozenset("a an and are as at be by for from in is it its of on or t
 class ReportOptions:
     """What the report shows."""
 
-    samples: int = flag("N", whole(0), "samples with pictures on the page (default: 24)", default=24)
+    samples: int = flag("N", whole(0), "samples with pictures on the page", default=24)
     alt_text: tuple[CaptionKey, ...] = flag(
         "KEY,...", parse_caption_keys, "where alt-texts are: txt, json:caption (default: txt)", default=(TXT,)
     )

@@ -63,7 +63,7 @@ class WriteOptions:
         "how tokens are chosen; repeatable, with weight=W: one is drawn for each caption (default: greedy)",
         repeat=True,
     )
-    seed: int = flag("N", whole(0), "of the sampling (default: 0)", default=0)
+    seed: int = flag("N", whole(0), "of the sampling", default=0)
     max_tokens: int | None = flag(
         "N", whole(1), "longest caption in tokens (default: 128; for ours what the context leaves)"
     )
@@ -76,14 +76,9 @@ class WriteOptions:
         "reduce pictures to this short side before the model's own processor gets them (default for vllm: the size of "
         "the processor; else: as they are)",
     )
-    max_image_pixels: int = flag(
-        "N",
-        whole(1),
-        f"no caption of pictures with more pixels (default: {MAX_IMAGE_PIXELS})",
-        default=MAX_IMAGE_PIXELS,
-    )
+    max_image_pixels: int = flag("N", whole(1), "no caption of pictures with more pixels", default=MAX_IMAGE_PIXELS)
     device: str | None = flag("NAME", text, "cpu, cuda, cuda:1, mps (default: cuda if there is a GPU, otherwise cpu)")
-    workers: int = flag("N", whole(1), "threads that decode pictures (default: 4)", default=4)
+    workers: int = flag("N", whole(1), "threads that decode pictures", default=4)
     task: Task | None = flag(
         "T/N", read_task, "write every Nth shard from the Tth on, from 0 (default: as SLURM or torchrun say; else all)"
     )

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--retry", action="store_true", help="continue runs that failed, from their last checkpoints")
     add("--wait", action="store_true", help="wait until all runs are over; exit status 2 if one did not finish")
     add("--report", action="store_true", help="compare the runs: report.csv, .md and .png in the sweep's folder")
-    add("--metric", default="caption_loss", help="for --report: a metric in results.jsonl (default: %(default)s)")
+    add("--metric", default="caption_loss", help="for --report: a metric in results.jsonl")
     add_cluster_flags(parser)
     return parser
 

@@ -95,16 +95,12 @@ class GenerationOptions:
         "N", whole(1), "with native: tokens of one image at most (default: as in training, or as many as a square)"
     )
     generation_type: str = flag(
-        "NAME", one_of(*GENERATION_TYPES), "how tokens are chosen (default: greedy)", default="greedy", group=GENERATION
+        "NAME", one_of(*GENERATION_TYPES), "how tokens are chosen", default="greedy", group=GENERATION
     )
-    num_beams: int = flag("N", whole(1), "beams of beam_search (default: 4)", default=4, group=GENERATION)
-    top_k: int = flag("N", whole(1), "tokens that top_k chooses among (default: 50)", default=50, group=GENERATION)
-    top_p: float = flag(
-        "P", SHARE, "probability that top_p chooses among (default: 0.9)", default=0.9, group=GENERATION
-    )
-    temperature: float = flag(
-        "T", real(0, above=True), "for top_k and top_p (default: 1.0)", default=1.0, group=GENERATION
-    )
+    num_beams: int = flag("N", whole(1), "beams of beam_search", default=4, group=GENERATION)
+    top_k: int = flag("N", whole(1), "tokens that top_k chooses among", default=50, group=GENERATION)
+    top_p: float = flag("P", SHARE, "probability that top_p chooses among", default=0.9, group=GENERATION)
+    temperature: float = flag("T", real(0, above=True), "for top_k and top_p", default=1.0, group=GENERATION)
     seq_len: int | None = flag(
         "N", whole(2), "longest caption in tokens (default: the context length)", group=GENERATION
     )
@@ -112,7 +108,7 @@ class GenerationOptions:
     @property
     def generation(self) -> dict[str, Any]:
         """Options of CaptionModel.generate."""
-        names = [one.name for one in fields(GenerationOptions) if one.metadata["group"] == GENERATION]
+        names = [one.name for one in fields(GenerationOptions) if one.metadata["shown"].group == GENERATION]
         return {name: getattr(self, name) for name in names}
 
 
@@ -120,14 +116,9 @@ class GenerationOptions:
 class CaptionOptions(GenerationOptions):
     """What else `ov2 caption` can be asked for."""
 
-    num_captions: int = flag(
-        "N", whole(1), "up to N different captions of an image, likeliest first (default: 1)", default=1
-    )
+    num_captions: int = flag("N", whole(1), "up to N different captions of an image, likeliest first", default=1)
     draws: int = flag(
-        "N",
-        whole(1),
-        "draw the kept tokens N times, and rank captions by their mean log-likelihood (default: 1)",
-        default=1,
+        "N", whole(1), "draw the kept tokens N times, and rank captions by their mean log-likelihood", default=1
     )
     log_likelihood: bool = switch_flag("print the log-likelihood of each caption, in nats")
     show_tokens: bool = switch_flag("on the sheet, gray out the patches that the decoder does not see")
@@ -153,8 +144,8 @@ class EvalOptions(GenerationOptions):
     label_key: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "class of an image: cls, json:label")
     group_by: CaptionKey | None = flag("ENTRY[:FIELD]", _key, "report by the value of this, json:kind")
     guess: Mapping[str, float] | None = flag("FILE.json", _guess, "chance of a right guess by group")
-    batch_size: int = flag("N", whole(1), "images at a time (default: 64)", default=64)
-    workers: int = flag("N", whole(0), "data workers (default: 0)", default=0)
+    batch_size: int = flag("N", whole(1), "images at a time", default=64)
+    workers: int = flag("N", whole(0), "data workers", default=0)
     train_data: str | None = flag(
         "DATA", text, "data to train probes on, labelled or for read-probe captioned", group=PROBES
     )
@@ -169,25 +160,17 @@ class EvalOptions(GenerationOptions):
         "FILE.json", _templates, 'texts (default: "a photo of a {}.")', default=TEMPLATES, group=PROBES
     )
     length_normalise: bool = switch_flag("likelihood per token, not per caption", group=PROBES)
-    read_samples: int = flag(
-        "N", whole(1), "samples that a decoder of read-probe sees (default: 6,000)", default=6_000, group=PROBES
-    )
-    read_seeds: int = flag("N", whole(1), "decoders of read-probe (default: 3)", default=3, group=PROBES)
-    read_width: int = flag("N", whole(1), "their width in channels (default: 128)", default=128, group=PROBES)
-    read_layers: int = flag(
-        "N", whole(1), "their pairs of self- and cross-attention (default: 2)", default=2, group=PROBES
-    )
-    read_batch: int = flag("N", whole(1), "their batch (default: 16)", default=16, group=PROBES)
-    read_lr: float = flag(
-        "R", real(0, above=True), "their peak learning rate (default: 0.002)", default=0.002, group=PROBES
-    )
+    read_samples: int = flag("N", whole(1), "samples that a decoder of read-probe sees", default=6_000, group=PROBES)
+    read_seeds: int = flag("N", whole(1), "decoders of read-probe", default=3, group=PROBES)
+    read_width: int = flag("N", whole(1), "their width in channels", default=128, group=PROBES)
+    read_layers: int = flag("N", whole(1), "their pairs of self- and cross-attention", default=2, group=PROBES)
+    read_batch: int = flag("N", whole(1), "their batch", default=16, group=PROBES)
+    read_lr: float = flag("R", real(0, above=True), "their peak learning rate", default=0.002, group=PROBES)
     questions: Path | None = flag(
         "FILE", _path, "JSON lines, or a file of TextVQA, ChartQA, OCRBench or DocVQA", group=QUESTIONS
     )
     question_images: Path | None = flag("FOLDER", _path, "default: the folder of FILE", group=QUESTIONS)
-    question_rule: str = flag(
-        "NAME", one_of(*RULES), "rule where FILE names none (default: exact)", default="exact", group=QUESTIONS
-    )
+    question_rule: str = flag("NAME", one_of(*RULES), "rule where FILE names none", default="exact", group=QUESTIONS)
     prompt: str = flag("TEXT", text, "text before the answer (default: {question})", default=PLACE, group=QUESTIONS)
     keep_ratios: tuple[float, ...] = flag(
         "R,R,...", comma_separated(SHARE), "default: 1,0.5,0.35,0.25,0.1", default=(), group=ROBUSTNESS

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from open_clip_ov2.argv import add_flags, flag
 from open_clip_ov2.errors import UserError, naming
-from open_clip_ov2.tables import each, key, keys_of, read_toml, read_values, real, table, text, whole
+from open_clip_ov2.tables import each, keys_of, read_toml, read_values, real, table, text, whole
 
 LOCAL_FILE = Path("ov2-cluster.toml")
 USER_FILE = Path("ov2") / "cluster.toml"  # in ~/.config, or XDG_CONFIG_HOME
@@ -49,7 +50,7 @@ def _texts(value: Any) -> dict[str, str]:
 
 
 def _of_sbatch(name: str) -> Any:
-    return key(text, default=None, metavar="TEXT", help=f"sbatch's --{name}")
+    return flag("TEXT", text, f"sbatch's --{name}")
 
 
 @dataclass(frozen=True)
@@ -62,44 +63,42 @@ class ClusterOptions:
     constraint: str | None = _of_sbatch("constraint")
     nodelist: str | None = _of_sbatch("nodelist")
     exclude: str | None = _of_sbatch("exclude")
-    nodes: int = key(whole(1), default=1, metavar="N", help="default: 1; N,N,... with --stage-jobs: one for each stage")
-    gpus_per_node: int = key(whole(0), default=0, metavar="N", help="one process for each (default: 0, train on CPUs)")
-    tasks_per_node: int | None = key(whole(1), default=None, metavar="N", help="processes (default: --gpus-per-node)")
-    cpus_per_task: int | None = key(
-        whole(1), default=None, metavar="N", help="also the number of torch's threads (default: SLURM's, and 1 thread)"
+    nodes: int = flag("N", whole(1), "default: 1; N,N,... with --stage-jobs: one for each stage", default=1)
+    gpus_per_node: int = flag("N", whole(0), "one process for each (default: 0, train on CPUs)", default=0)
+    tasks_per_node: int | None = flag("N", whole(1), "processes (default: --gpus-per-node)")
+    cpus_per_task: int | None = flag(
+        "N", whole(1), "also the number of torch's threads (default: SLURM's, and 1 thread)"
     )
-    mem_gb: float | None = key(
-        real(0, above=True), default=None, metavar="GB", help="memory of a node (default: SLURM's)"
+    mem_gb: float | None = flag("GB", real(0, above=True), "memory of a node (default: SLURM's)")
+    gpu_memory_gb: float | None = flag(
+        "GB", real(0, above=True), "memory of a GPU: refuse a batch estimated not to fit"
     )
-    gpu_memory_gb: float | None = key(
-        real(0, above=True), default=None, metavar="GB", help="memory of a GPU: refuse a batch estimated not to fit"
-    )
-    time_min: int = key(
-        minutes, default=24 * 60, name="time", metavar="T",
-        help="30m, 24h, 2d (default: 24h); T,T,... with --stage-jobs: one for each stage",
+    time_min: int = flag(
+        "T", minutes, "30m, 24h, 2d (default: 24h); T,T,... with --stage-jobs: one for each stage", default=24 * 60,
+        name="time",
     )  # fmt: skip
-    signal_delay_s: int = key(
-        whole(0), default=120, metavar="S", help="seconds before the time limit at which the run saves (default: 120)"
+    signal_delay_s: int = flag(
+        "S", whole(0), "seconds before the time limit at which the run saves (default: 120)", default=120
     )
-    max_deaths: int = key(
-        whole(1), default=3, metavar="N",
+    max_deaths: int = flag(
+        "N", whole(1), default=3,
         help="requeue a run that loses ranks until this happened N times without a new checkpoint (default: 3)",
     )  # fmt: skip
-    max_running: int = key(whole(1), default=256, metavar="N", help="how many runs run at once (default: 256)")
-    python: str | None = key(text, default=None, metavar="COMMAND", help="starts Python (default: this Python)")
-    container: str | None = key(text, default=None, metavar="IMAGE", help="FILE.sif: apptainer; else: pyxis")
-    mounts: tuple[str, ...] = key(
-        each(text), default=(), metavar="PATH[:PATH]", help="mount into the container; repeatable"
+    max_running: int = flag("N", whole(1), "how many runs run at once (default: 256)", default=256)
+    python: str | None = flag("COMMAND", text, "starts Python (default: this Python)")
+    container: str | None = flag("IMAGE", text, "FILE.sif: apptainer; else: pyxis")
+    mounts: tuple[str, ...] = flag(
+        "PATH[:PATH]", each(text), "mount into the container; repeatable", default=(), repeat=True
     )
-    setup: tuple[str, ...] = key(each(text), default=(), metavar="LINE", help="shell line before the run; repeatable")
-    srun_args: tuple[str, ...] = key(
-        each(text), default=(), metavar="FLAG", help="for srun, as --srun-args=--flag; repeatable"
+    setup: tuple[str, ...] = flag("LINE", each(text), "shell line before the run; repeatable", default=(), repeat=True)
+    srun_args: tuple[str, ...] = flag(
+        "FLAG", each(text), "for srun, as --srun-args=--flag; repeatable", default=(), repeat=True
     )
-    environment: Mapping[str, str] = key(
-        _texts, default=dict, metavar="NAME=VALUE", help="environment variable of the job; repeatable"
+    environment: Mapping[str, str] = flag(
+        "NAME=VALUE", _texts, "environment variable of the job; repeatable", default=dict, repeat=True
     )
-    sbatch: Mapping[str, Any] = key(
-        _pairs, default=dict, metavar="NAME=VALUE", help="any other flag of sbatch; repeatable"
+    sbatch: Mapping[str, Any] = flag(
+        "NAME=VALUE", _pairs, "any other flag of sbatch; repeatable", default=dict, repeat=True
     )
 
     @property
@@ -133,11 +132,7 @@ def add_cluster_flags(parser: argparse.ArgumentParser, *, without: Sequence[str]
     """A flag for each key of the cluster file; `resolve` reads their values as it reads those of the file."""
     group = parser.add_argument_group("cluster (defaults: ./ov2-cluster.toml, then ~/.config/ov2/cluster.toml)")
     group.add_argument("--cluster", type=Path, metavar="FILE.toml", help="another cluster file: these flags as keys")
-    for name, field in keys_of(ClusterOptions).items():
-        if name not in without:
-            repeatable = field.default == () or field.default_factory is dict
-            shown: dict[str, Any] = {"metavar": field.metadata["metavar"], "help": field.metadata["help"]}
-            group.add_argument(f"--{name}", action="append" if repeatable else "store", **shown)
+    add_flags(group, ClusterOptions, without=without, as_text=True)
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

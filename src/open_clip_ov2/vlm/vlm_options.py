@@ -46,19 +46,17 @@ class VlmOptions:
     knowledge_images: Path | None = flag("FOLDER", Path, "its pictures", group=DATA)
     tune_data: Path | None = flag("FILE", Path, "the same for tune data", group=DATA)
     tune_images: Path | None = flag("FOLDER", Path, "its pictures", group=DATA)
-    batch_size: int = flag("N", whole(1), "conversations at once in a process (default: 16)", default=16, group=RUN)
-    workers: int = flag("N", whole(0), "data workers of each process (default: 4)", default=4, group=RUN)
+    batch_size: int = flag("N", whole(1), "conversations at once in a process", default=16, group=RUN)
+    workers: int = flag("N", whole(0), "data workers of each process", default=4, group=RUN)
     precision: str | None = flag("P", one_of(BF16, FP32), "bf16 or fp32 (default: bf16 on GPUs)", group=RUN)
     grad_checkpointing: bool = switch_flag("recompute activations in the backward pass, to save memory", group=RUN)
-    save_every_steps: int = flag(
-        "N", whole(1), "a checkpoint after every N steps (default: 500)", default=500, group=RUN
-    )
+    save_every_steps: int = flag("N", whole(1), "a checkpoint after every N steps", default=500, group=RUN)
     save_every_minutes: float | None = flag("M", real(0, above=True), "and after every M minutes", group=RUN)
-    log_every_n_steps: int = flag("N", whole(1), "a record after every N steps (default: 10)", default=10, group=RUN)
+    log_every_n_steps: int = flag("N", whole(1), "a record after every N steps", default=10, group=RUN)
     report_to: str = flag(
         "NAME,NAME", str, "tensorboard, wandb or trackio (results.jsonl is always written)", default="", group=RUN
     )
-    seed: int = flag("N", whole(0), "of projector and order of the data (default: 0)", default=0, group=RUN)
+    seed: int = flag("N", whole(0), "of projector and order of the data", default=0, group=RUN)
     trainer: Path | None = flag(
         "FILE.toml", Path, "further settings of TRL's SFTConfig, such as fsdp and deepspeed", group=RUN
     )

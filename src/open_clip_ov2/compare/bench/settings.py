@@ -112,7 +112,7 @@ class BenchSettings:
     )  # fmt: skip
     device: str = "cpu"
     threads: int | None = flag("N", _count, "torch's threads on a CPU")
-    repetitions: int = flag("N", _count, "of each variant, in turns (default: %(default)s)", default=5)
+    repetitions: int = flag("N", _count, "of each variant, in turns", default=5)
     steps: int = flag("N", _count, "timed together in a repetition (default: by --setting)")
     largest_batch: bool = switch_flag("find the largest batch of each variant, at each resolution")
     memory_limit_gb: float | None = flag(

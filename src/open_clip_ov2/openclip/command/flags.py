@@ -87,8 +87,8 @@ class TrainOptions:
         "BERT word pieces with the reference's ids, from a hub name or a folder with vocab.txt (default: OpenCLIP's "
         "built-in tokenizer)",
     )
-    label_smoothing: float = flag("E", _below_one, "label smoothing of the caption loss (default: 0)", default=0.0)
-    z_loss: float = flag("W", real(0), "weight of the squared log partition function (default: 0)", default=0.0)
+    label_smoothing: float = flag("E", _below_one, "label smoothing of the caption loss", default=0.0)
+    z_loss: float = flag("W", real(0), "weight of the squared log partition function", default=0.0)
     activation_memory_budget: float | None = flag(
         "F",
         real(0, 1),
@@ -101,8 +101,7 @@ class TrainOptions:
     compile_encoder: str = flag(
         "|".join(ENCODERS),
         one_of(*ENCODERS),
-        "with --torchcompile: compile the vision tower block by block, as one graph, or as one that CUDA graphs replay "
-        "(default: blocks)",
+        "with --torchcompile: compile the vision tower block by block, as one graph, or as one that CUDA graphs replay",
         default="blocks",
     )
     attention_kernel: str | None = flag(
@@ -118,7 +117,7 @@ class TrainOptions:
     gradient_reduction: str = flag(
         "fp32|bf16",
         one_of("fp32", "bf16"),
-        "data type in which processes sum their gradients; bf16 sends half the bytes (default: fp32)",
+        "data type in which processes sum their gradients; bf16 sends half the bytes",
         default="fp32",
     )
     ema_decay: float | None = flag(
@@ -198,13 +197,11 @@ class TrainOptions:
         "family: use the crop, interpolation, mean and std of ov2 models with any model, so that CLIP and CoCa see the "
         "same pixels (default: the model's own)",
     )
-    max_image_pixels: int = flag(
-        "N", whole(1), f"skip images with more pixels (default: {MAX_IMAGE_PIXELS})", default=MAX_IMAGE_PIXELS
-    )
+    max_image_pixels: int = flag("N", whole(1), "skip images with more pixels", default=MAX_IMAGE_PIXELS)
     shuffle_buffer: int = flag(
         "N",
         whole(1),
-        "samples in the shuffle buffer of each data worker, or with --elastic of each stream (default: 5000)",
+        "samples in the shuffle buffer of each data worker, or with --elastic of each stream",
         default=5000,
     )
     elastic: Elastic | None = flag(
@@ -247,7 +244,7 @@ class RunOptions:
     )
     save_every_minutes: float | None = flag("M", real(0, above=True), "write a checkpoint every M minutes")
     keep_checkpoints: int = flag(
-        "K", whole(1), "keep the last K checkpoints, the best one, and each stage's last (default: 3)", default=3
+        "K", whole(1), "keep the last K checkpoints, the best one, and each stage's last", default=3
     )
     val_every_samples: int | None = flag("N", sample_count(1), "validate every N samples too (2M, 500k)")
     eval: str | None = flag(
@@ -259,19 +256,16 @@ class RunOptions:
         "N", sample_count(1), "run the tasks of --eval every N samples and at the end of a stage instead"
     )
     sample_captions: int = flag(
-        "N", whole(0), "caption N held-out images at each validation for --report-to's trackers (default: 8)", default=8
+        "N", whole(0), "caption N held-out images at each validation for --report-to's trackers", default=8
     )
     max_bad_steps: int = flag(
         "N",
         whole(1),
-        "stop after N consecutive steps with a non-finite loss or gradient; such steps change no weight (default: 10)",
+        "stop after N consecutive steps with a non-finite loss or gradient; such steps change no weight",
         default=10,
     )
     stall_warning: float = flag(
-        "S",
-        real(0, above=True),
-        "after S seconds without a batch, log the shard that is being read (default: 60)",
-        default=60.0,
+        "S", real(0, above=True), "after S seconds without a batch, log the shard that is being read", default=60.0
     )
     until_stage: int | None = flag("K", whole(1), "end the run successfully after stage K (counted from 1)")
     override: bool = switch_flag("continue a run although its configuration has changed")

@@ -36,9 +36,9 @@ class VlmEvalOptions:
     question_images: Path | None = flag("FOLDER", Path, "its pictures (default: beside the file)", group=QUESTIONS)
     question_rule: str = flag("RULE", one_of(*RULES), f"of lines that name none (default: exact); {', '.join(RULES)}",
                               default="exact", group=QUESTIONS)  # fmt: skip
-    prompt: str = flag("TEXT", text, f"what is asked (default: {PLACE})", default=PLACE, group=QUESTIONS)
-    batch_size: int = flag("N", whole(1), "questions at once (default: 16)", default=16, group=QUESTIONS)
-    max_new_tokens: int = flag("N", whole(1), "longest answer (default: 64)", default=64, group=QUESTIONS)
+    prompt: str = flag("TEXT", text, "what is asked", default=PLACE, group=QUESTIONS)
+    batch_size: int = flag("N", whole(1), "questions at once", default=16, group=QUESTIONS)
+    max_new_tokens: int = flag("N", whole(1), "longest answer", default=64, group=QUESTIONS)
     dtype: str = flag("D", one_of("auto", "float32", "bfloat16", "float16"), "default: auto, the folder's",
                       default="auto", group=QUESTIONS)  # fmt: skip
     tasks: tuple[str, ...] = flag(
