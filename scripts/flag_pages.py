@@ -15,8 +15,8 @@ from unittest.mock import patch
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from open_clip_ov2.cli import COMMANDS, main
-from open_clip_ov2.openclip.command.flag_checks import REFUSED, REFUSED_OV2
 from open_clip_ov2.openclip.command.flags import build_parser
+from open_clip_ov2.openclip.command.refusals import ALWAYS, NEEDS, OF_DATA, OTHERS, WITH_OV2
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- written by scripts/flag_pages.py -->"
@@ -26,7 +26,7 @@ HERE = {
     "imagenet_val": 'ov2 models classify by the likelihood of "a photo of a CLASS."',
     "imagenet_v2": "the same; a folder of folders 0 to 999, which is not downloaded",
     "copy_codebase": "the source of open_clip_ov2, open_clip and open_clip_train, to RUN/code, when the run begins",
-    "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder, ...",
+    "remote_sync": "to URL/NAME, through fsspec: s3://, gs://, a folder and others",
     "remote_sync_protocol": "both go through fsspec; s3 alone insists on s3://",
     "log_local": "out-RANK.log, of the first process of each further machine",
     "resume": "or latest, as without the flag; docs/openclip.md",
@@ -163,9 +163,14 @@ def commands_page() -> str:
 
 def _notes() -> dict[str, str]:
     """By OpenCLIP's names, for a table's cell."""
-    whole = {name: f". **Refused**: {why}" for name, why in REFUSED.items()}
-    whole |= {name: f". **Refused with ov2 models**: {why}" for name, why in REFUSED_OV2.items()}
-    return whole | {name: f". **Here**: {what}" for name, what in HERE.items()}
+    notes: dict[str, str] = {}
+    of_all = (rule for rule in (*OTHERS, *OF_DATA, *NEEDS) if "{model}" not in rule.where)
+    for rule in (*ALWAYS, *WITH_OV2, *of_all):
+        where = rule.where.format(model="ov2 models")
+        for flag in rule.flags.split(", "):
+            name = flag.removeprefix("--").replace("-", "_")
+            notes[name] = f"{notes.get(name, '')}. **Refused{where}**: {rule.why}"
+    return notes | {name: f". **Here**: {what}{notes.get(name, '')}" for name, what in HERE.items()}
 
 
 def train_page() -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from open_clip_train.params import parse_args as open_clip_parse_args
 
-from open_clip_ov2.openclip.command.flag_checks import REFUSED, REFUSED_OV2
 from open_clip_ov2.openclip.command.flags import build_parser
+from open_clip_ov2.openclip.command.refusals import ALWAYS, NEEDS, OF_DATA, OTHERS, WITH_OV2, Rule
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "train_flags.md"
@@ -129,16 +129,23 @@ def rows() -> Iterator[tuple[str, str, str]]:
                 yield file, test, flag
 
 
+def names(rule: Rule) -> list[str]:
+    """Of its flags, as argparse has them."""
+    return [flag.split()[0].removeprefix("--").replace("-", "_") for flag in rule.flags.split(", ")]
+
+
 def test_every_flag_has_a_test_or_is_refused() -> None:
     """Oracle: both parsers. What only ov2 models refuse has a test too, with another model."""
     theirs = set(vars(open_clip_parse_args([])))
     ours = {action.dest for action in build_parser()._actions}
     shown = [flag for _, _, flag in rows()]
     assert len(shown) == len(set(shown))
-    assert not set(shown) & REFUSED.keys()
-    assert set(shown) | REFUSED.keys() | ON_A_GPU == theirs | ours
+    refused, with_ov2 = ({name for rule in rules for name in names(rule)} for rules in (ALWAYS, WITH_OV2))
+    assert not set(shown) & refused
+    assert set(shown) | refused | ON_A_GPU == theirs | ours
     assert not set(shown) & ON_A_GPU
-    assert theirs >= REFUSED_OV2.keys()
+    assert theirs >= with_ov2
+    assert all(set(names(rule)) <= theirs | ours for rule in (*OTHERS, *OF_DATA, *NEEDS))
 
 
 @pytest.mark.parametrize(("file", "test"), [(file, test) for file, tests in SHOWN.items() for test in tests])
@@ -150,9 +157,9 @@ def test_a_test_names_the_flags_that_it_shows(file: str, test: str) -> None:
 
 
 def test_the_page_of_flags_says_which_are_refused() -> None:
-    """Oracle: the tables that refuse them."""
-    lines = PAGE.read_text().splitlines()
-    for flag, why in {**REFUSED, **REFUSED_OV2}.items():
-        (line,) = [line for line in lines if re.match(rf"\| (`|<code>)--{flag.replace('_', '-')}[ `<]", line)]
-        assert "**Refused" in line
-        assert why in line
+    """Oracle: the rules that refuse them, of OpenCLIP's flags."""
+    lines, theirs = PAGE.read_text().splitlines(), vars(open_clip_parse_args([]))
+    for rule in (*ALWAYS, *WITH_OV2, *(rule for rule in (*OTHERS, *OF_DATA, *NEEDS) if "{model}" not in rule.where)):
+        for flag in theirs.keys() & set(names(rule)):
+            (line,) = [line for line in lines if re.match(rf"\| (`|<code>)--{flag.replace('_', '-')}[ `<]", line)]
+            assert f"**Refused{rule.where.format(model='ov2 models')}**: {rule.why}" in line

@@ -226,16 +226,28 @@ def test_non_finite_steps_end_a_sharded_run(squares: Path, vocabulary: Path, tmp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--fsdp-hybrid", "2"], "--fsdp-hybrid is for a sharded model; add --fsdp"),
-        (["--fsdp-checkpoint", "sharded"], "--fsdp-checkpoint is for a sharded model; add --fsdp"),
+        (["--fsdp-hybrid", "2"], "--fsdp-hybrid without --fsdp: it has no effect"),
+        (["--fsdp-checkpoint", "sharded"], "--fsdp-checkpoint sharded without --fsdp: it has no effect"),
         (["--fsdp", "--fsdp-hybrid", "3"], "--fsdp-hybrid 3: does not divide the 4 processes of the run"),
         (["--fsdp", "--ddp-static-graph"], "--ddp-static-graph with --fsdp: it is DDP's"),
         (["--fsdp", "--precision", "bf16"], "--fsdp --precision bf16: expected one of fp32, amp_bf16"),
         (["--fsdp", "--opt", "timm/lamb"], "--fsdp --opt timm/lamb: expected one of adamw"),
-        (["--fsdp", "--torchcompile", "--compile-encoder", "whole"], "--fsdp gathers a block at a time"),
-        (["--fsdp", "--fsdp-checkpoint", "sharded", "--save-most-recent"], "--save-most-recent leads to a file"),
-        (["--fsdp", "--fsdp-checkpoint", "sharded", "--remote-sync", "memory://runs"], "--remote-sync copies files"),
-        (["--fsdp", "--fsdp-checkpoint", "sharded", "--lora-rank", "2"], "--lora-rank: checkpoints have adapters"),
+        (
+            ["--fsdp", "--torchcompile", "--compile-encoder", "whole"],
+            "--compile-encoder whole with --fsdp: blocks are gathered one by one",
+        ),
+        (
+            ["--fsdp", "--fsdp-checkpoint", "sharded", "--save-most-recent"],
+            "--save-most-recent with --fsdp-checkpoint sharded: it leads to a file",
+        ),
+        (
+            ["--fsdp", "--fsdp-checkpoint", "sharded", "--remote-sync", "memory://runs"],
+            "--remote-sync with --fsdp-checkpoint sharded: it copies files",
+        ),
+        (
+            ["--fsdp", "--fsdp-checkpoint", "sharded", "--lora-rank", "2"],
+            "--lora-rank with --fsdp-checkpoint sharded: checkpoints have adapters",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(squares: Path, more: list[str], message: str) -> None:

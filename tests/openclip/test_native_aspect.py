@@ -220,7 +220,7 @@ def test_an_elastic_run_is_the_same_on_other_workers(data: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max-tokens", "9"], "add --aspect native"),
+        (["--max-tokens", "9"], "without --aspect native"),
         ([*NATIVE, "--lora-rank", "4"], "images of one shape"),
         ([*NATIVE, "--force-patch-dropout", "0.5"], "equally many patches"),
         ([*NATIVE, "--aug-cfg", "use_timm=True"], "timm's crop gives squares"),

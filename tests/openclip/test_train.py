@@ -306,14 +306,14 @@ SLIPS = {
     "fusion": (["--fusion", "concat"], "prefix"),
     "caption keys": (["--caption-keys", "json:=3"], "--caption-keys"),
     "label smoothing": (["--label-smoothing", "1"], "--label-smoothing"),
-    "budget uncompiled": (["--activation-memory-budget", "0.5"], "add --torchcompile"),
+    "budget uncompiled": (["--activation-memory-budget", "0.5"], "without --torchcompile"),
     "budget": (["--activation-memory-budget", "1.5", "--torchcompile"], "--activation-memory-budget"),
-    "whole encoder uncompiled": (["--compile-encoder", "whole"], "--compile-encoder whole is for torch.compile; add"),
-    "CUDA graphs": (["--torchcompile", "--compile-encoder", "cuda-graphs", "--device", "cpu"], "needs a GPU"),
+    "whole encoder uncompiled": (["--compile-encoder", "whole"], "--compile-encoder whole without --torchcompile"),
+    "CUDA graphs": (["--torchcompile", "--compile-encoder", "cuda-graphs", "--device", "cpu"], "without a GPU"),
     "whole encoder": (["--model", "genlip-of-ov2-vit-nano-8", "--torchcompile", "--compile-encoder", "whole"], "alone"),
     "recomputed twice": (["--recompute-elementwise", "--grad-checkpointing"], "recomputes whole blocks"),
-    "attention kernel": (["--attention-kernel", "FA3", "--device", "cpu"], "--attention-kernel FA3: needs a GPU"),
-    "fp8": (["--fp8", "on", "--device", "cpu"], "--fp8 on: needs a GPU"),
+    "attention kernel": (["--attention-kernel", "FA3", "--device", "cpu"], "--attention-kernel without a GPU"),
+    "fp8": (["--fp8", "on", "--device", "cpu"], "--fp8 on without a GPU"),
     "fp8 adapters": (["--fp8", "emulated", "--lora-rank", "2"], "--lora-rank"),
     "z-loss": (["--z-loss", "-1"], "--z-loss"),
     "tokenizer": (["--tokenizer", "./nowhere"], "--tokenizer ./nowhere"),
@@ -352,7 +352,10 @@ SLIPS = {
     "weights beside a folder": (["--model", TINY_MODEL, "--pretrained", "x.pt"], "OpenCLIP ignores it beside --model"),
     "keep and delete": (["--delete-previous-checkpoint", "--keep-checkpoints", "2"], "give one or the other"),
     "a name that leads out": (["--name", "../run"], "--name ../run: leads out of --logs"),
-    "ov2 flag with CLIP": (["--model", "ViT-B-32", "--keep-ratio", "0.5"], "--keep-ratio is for ov2 models"),
+    "ov2 flag with CLIP": (
+        ["--model", "ViT-B-32", "--keep-ratio", "0.5"],
+        "--keep-ratio with --model ViT-B-32: it is for ov2 models",
+    ),
 }
 
 

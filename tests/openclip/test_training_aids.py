@@ -255,7 +255,7 @@ def test_a_step_of_tokens_is_the_step_of_its_batches(squares: Path, vocabulary: 
 
 REFUSED = {
     "--lora-rank 2 --lock-image": "--lora-rank freezes the vision tower already",
-    "--lora-alpha 2": "add --lora-rank R",
+    "--lora-alpha 2": "without --lora-rank",
     "--tokens-per-step 9 --accum-freq 2": "the number of images in a step is not fixed",
     "--tokens-per-step 9 --base-lr 1": "give --lr",
     "--freeze nothing.*": "--freeze nothing.*: matches no parameter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from open_clip_ov2.data import storage
 from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.options import check_files, options_of
 from open_clip_ov2.evaluate.tasks import check_tasks
-from open_clip_ov2.openclip.command.data_flags import check_aspect, check_data, data_kind
+from open_clip_ov2.openclip.command.data_flags import check_data, data_kind
 from open_clip_ov2.openclip.command.flags import FAMILY, TrainOptions
+from open_clip_ov2.openclip.command.refusals import ALWAYS, OF_DATA, OTHERS, WITH_OV2, StageFlags, refuse
 from open_clip_ov2.openclip.command.stock_flags import check_stock
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.openclip.models.eval_models import abilities_of
@@ -47,108 +48,46 @@ _READERS = {
     "seed": real(0, 2**32 - 1),
     "lr_scheduler": one_of(*SCHEDULES),
 }
-ALWAYS_BOTH = ("local_loss", "gather_with_grad")
-# Refused with the reason, with every model and with ov2 models; docs/train_flags.md shows both.
-REFUSED = {
-    "trace": "a traced model cannot be trained",
-    "use_bnb_linear": "bitsandbytes no longer has the layers that OpenCLIP 3.3 takes from it",
-    "horovod": "use torchrun",
-}
-REFUSED_OV2 = {
-    **dict.fromkeys(
-        ("lock_text", "lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
-        "it is for CLIP and CoCa (--lock-image freezes the vision encoder)",
-    ),
-    **dict.fromkeys(("siglip", "loss_dist_impl"), "it is for CLIP, such as clip-of-ov2-vit-b-16"),
-    **dict.fromkeys(ALWAYS_BOTH, "it is for CLIP and CoCa (ov1-of-NAME always does both)"),
-    **dict.fromkeys(("distill_model", "distill_pretrained"), "distillation is for contrastive models"),
-    "torchscript": "use --torchcompile",
-    "force_quick_gelu": "its blocks have GELU, as the published models",
-    "pretrained_image": "OpenCLIP has weights for image towers of timm alone; use --pretrained",
-}
-_OF_OV2 = dict.fromkeys(
-    (
-        "keep_ratio", "eval_keep_ratio", "fusion", "label_smoothing", "z_loss", "decode", "activation_memory_budget",
-        "prompt_keys", "tokens_per_step", "recompute_elementwise", "compile_encoder", "attention_kernel", "fp8",
-        "aspect", "max_tokens",
-    ),
-    "leave it out",
-)  # fmt: skip
-
-
 PIXELS = ("--image-mean", "--image-std", "--image-interpolation")  # of ov2 models with --augmentation family
 
 
-def check_stage(
-    argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace, gpu: bool, needs_data: bool = True
-) -> None:
-    """Check the flags of one stage: `argv`, and what the two parsers made of it. `gpu`: whether the machine that will
-    run it has one. Raises UserError."""
-    _check_compute(options, theirs, gpu)
+def check_stage(stage: StageFlags, needs_data: bool = True) -> None:
+    """Check the flags of one stage. Raises UserError."""
+    options, theirs = stage.options, stage.args
+    if theirs.device.startswith("cuda") and not stage.gpu:
+        raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
+    if not stage.on_gpu and theirs.precision in ("amp", "fp16", "pure_fp16"):
+        raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
     _check_values(theirs, options)
-    _refuse(argv, REFUSED)
+    refuse((*ALWAYS, *WITH_OV2, *OTHERS), [stage])
     if needs_data:
-        check_data(argv, theirs)
-    if theirs.pretrained and ":" in theirs.model:
-        raise UserError(
-            f"--pretrained: OpenCLIP ignores it beside --model {theirs.model}, which brings weights of its own; leave "
-            "it out, or give --model the name of an architecture"
-        )
+        check_data(theirs)
+        refuse(OF_DATA, [stage])
     if theirs.opt.lower() != "adamw" and not theirs.opt.lower().startswith("timm/"):
         raise UserError(f"--opt {theirs.opt}: expected adamw or timm/NAME")
     tracker_names(theirs.report_to)
-    if theirs.ddp_static_graph and theirs.accum_freq > 1:
-        raise UserError(
-            f"--ddp-static-graph: torch's DDP cannot accumulate gradients with it (--accum-freq {theirs.accum_freq}); "
-            "leave it out, or let a step have one batch"
-        )
-    _check_training(argv, options, theirs)
-    is_ov2, their_pixels = factory.is_ov2_model(theirs.model), options.augmentation != FAMILY
-    if is_ov2:
-        both = theirs.local_loss and theirs.gather_with_grad and factory.is_contrastive(theirs.model)
-        refused = {name: why for name, why in REFUSED_OV2.items() if not (both and name in ALWAYS_BOTH)}
-        _refuse(argv, refused, f" with --model {theirs.model}")
-    else:
-        jitter = {"color_jitter": f"--augmentation {FAMILY} gives it their transform"} if their_pixels else {}
-        _refuse(argv, _OF_OV2 | jitter, f" is for ov2 models, and --model is {theirs.model}")
-    check_aspect(argv, options, theirs)
+    if theirs.remote_sync is not None:
+        _check_remote(stage)
+    if theirs.resume not in (None, "latest") and data_kind(theirs, train=True) is None:
+        raise UserError("--resume: a run without --train-data has nothing to resume; give its weights by --pretrained")
     check_stock(theirs)
-    _check_transform(options, theirs, "OpenCLIP" if their_pixels and not is_ov2 else "ov2")
+    is_stock = options.augmentation != FAMILY and not factory.is_ov2_model(theirs.model)
+    _check_transform(options, theirs, "OpenCLIP" if is_stock else "ov2")
     try:
         factory.check_named_size(theirs.model, theirs.force_image_size)
     except ValueError as error:
         raise UserError(f"--force-image-size: {error}") from None
 
 
-def _check_training(argv: Sequence[str], options: TrainOptions, theirs: argparse.Namespace) -> None:
-    _check_remote(argv, theirs)
-    if theirs.resume not in (None, "latest") and data_kind(theirs, train=True) is None:
-        raise UserError("--resume: a run without --train-data has nothing to resume; give its weights by --pretrained")
-    if theirs.delete_previous_checkpoint and is_given(argv, "--keep-checkpoints"):
-        raise UserError("--delete-previous-checkpoint and --keep-checkpoints: give one or the other")
-    if options.lora_rank and theirs.lock_image:
-        raise UserError("--lock-image: --lora-rank freezes the vision tower already, and trains its adapters")
-    if options.elastic and theirs.force_patch_dropout:
-        raise UserError(
-            "--force-patch-dropout: the patches that it drops do not follow the samples, as --elastic wants it"
-        )
-    if options.lora_alpha and not options.lora_rank:
-        raise UserError("--lora-alpha is for adapters; add --lora-rank R")
-    if options.tokens_per_step is not None:
-        why = "with --tokens-per-step the number of images in a step is not fixed"
-        _refuse(argv, {"accum_freq": why, "global_batch": why, "base_lr": f"{why}; give --lr"})
-
-
-def _check_remote(argv: Sequence[str], theirs: argparse.Namespace) -> None:
-    address, protocol = theirs.remote_sync, "--remote-sync-protocol"
-    if address is None:
-        _refuse(argv, dict.fromkeys(("remote_sync_frequency", "remote_sync_protocol"), "there is no --remote-sync URL"))
-        return
+def _check_remote(stage: StageFlags) -> None:
+    address, theirs = stage.args.remote_sync, stage.args
     with naming("--remote-sync"):
         storage.check_writable(address)
         storage.check_apart(address, Path(theirs.logs), theirs.name)
-    if theirs.remote_sync_protocol == "s3" and is_given(argv, protocol) and not address.startswith("s3"):
-        raise UserError(f"{protocol} s3: --remote-sync {address} is not s3://; give fsspec, or leave the flag out")
+    if stage.has("--remote-sync-protocol s3") and not address.startswith("s3"):
+        raise UserError(
+            f"--remote-sync-protocol s3: --remote-sync {address} is not s3://; give fsspec, or leave the flag out"
+        )
 
 
 def check_stages(stages: Sequence[TrainOptions], carry_optimizer: bool) -> None:
@@ -188,48 +127,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _refuse(argv: Sequence[str], refused: Mapping[str, str], where: str = "") -> None:
-    for name, why in refused.items():
-        if is_given(argv, _flag(name)):
-            raise UserError(f"{_flag(name)}{where}: {why}")
-
-
-def _check_compute(options: TrainOptions, theirs: argparse.Namespace, gpu: bool) -> None:
-    """Flags of the device, of kernels, and of what is kept for the backward pass. `gpu`: whether there is one."""
-    if theirs.device.startswith("cuda") and not gpu:
-        raise UserError(f"--device {theirs.device}: no CUDA device here; leave the flag out to run on the CPU")
-    gpu = gpu and theirs.device != "cpu"
-    if not gpu and theirs.precision in ("amp", "fp16", "pure_fp16"):
-        raise UserError(f"--precision {theirs.precision} needs a GPU; on a CPU use amp_bf16 or fp32")
-    model, whole = factory.config_named(theirs.model), options.compile_encoder != "blocks"
-    encoder = f"--compile-encoder {options.compile_encoder}"
-    if not theirs.torchcompile and (whole or options.activation_memory_budget is not None):
-        name = encoder if whole else "--activation-memory-budget"
-        raise UserError(f"{name} is for torch.compile; add --torchcompile")
-    if whole and (model.get(factory.CONTRASTIVE_KEY) or model.get(factory.ONE_TRANSFORMER_KEY)):
-        raise UserError(f"{encoder}: only for models that train by the caption loss alone; leave it out")
-    if options.recompute_elementwise and theirs.grad_checkpointing:
-        raise UserError("--recompute-elementwise: --grad-checkpointing recomputes whole blocks; give one of the two")
-    if options.fp8 and options.lora_rank:
-        raise UserError("--fp8: adapters (--lora-rank) do not multiply in float8; give one of the two")
-    for name, used in (
-        (encoder, options.compile_encoder == "cuda-graphs"),
-        (f"--attention-kernel {options.attention_kernel}", options.attention_kernel),
-        ("--fp8 on", options.fp8 == "on"),
-    ):
-        if used and not gpu:
-            raise UserError(f"{name}: needs a GPU")
-
-
 def _check_transform(options: TrainOptions, theirs: argparse.Namespace, transform: str) -> None:
     """Flags that this transform of training images, of `ov2` models or `OpenCLIP`'s, ignores."""
     timm, interpolation = theirs.aug_cfg.get("use_timm"), theirs.image_interpolation
-    if timm and options.color_jitter:
-        raise UserError(
-            "--color-jitter is not for --aug-cfg use_timm=True; give timm's with --aug-cfg color_jitter=0.4"
-        )
-    if timm and options.decode == "fast":
-        raise UserError("--decode fast: --aug-cfg use_timm=True needs whole images; leave --decode out")
     validates = interpolation == "bilinear" and theirs.val_data and not data_kind(theirs, train=True)
     if transform == "OpenCLIP" and not timm and interpolation not in (None, "bicubic") and not validates:
         raise UserError(

@@ -17,9 +17,10 @@ from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
 from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
+from open_clip_ov2.openclip.command.refusals import NEEDS, StageFlags, refuse
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan, run_config, signature
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
-from open_clip_ov2.openclip.command.stock_flags import check_fsdp, check_model_name, check_needs
+from open_clip_ov2.openclip.command.stock_flags import check_fsdp, check_model_name
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
@@ -38,11 +39,12 @@ def parse(
         raise UserError("--recipe and --stage: give one or the other; a recipe's stages stand in its file")
     recipe = load_recipe(schedule.recipe) if schedule.recipe else None
     given = _stages(schedule, argv, recipe)
-    stages = [_stage(flags, stage, index, world_size, gpu, needs_data) for index, (flags, stage) in enumerate(given)]
+    parts = [_stage(flags, stage, index, world_size, gpu, needs_data) for index, (flags, stage) in enumerate(given)]
+    refuse(NEEDS, [flags for flags, _ in parts])
+    stages = [stage for _, stage in parts]
     ours, _ = build_parser().parse_known_args(given[0][0])  # with the flags of a recipe's [train]
     run, first = options(RunOptions, ours), stages[0].args
     check_stages([stage.options for stage in stages], ours.carry_optimizer)
-    check_needs(stages)
     config = run_config(stages, world_size, ours.carry_optimizer)
     check_fsdp(run, stages, world_size)
     if run.until_stage and run.until_stage > len(stages):
@@ -96,7 +98,7 @@ def _stages(
 
 def _stage(
     flags: list[str], stage: Stage | None, index: int, world_size: int, gpu: bool, needs_data: bool
-) -> StagePlan:
+) -> tuple[StageFlags, StagePlan]:
     title = stage.title if stage else ""
     flags = one_aug_cfg(flags)
     with naming(f"stage {index + 1} ({title})") if title else contextlib.nullcontext():
@@ -110,14 +112,14 @@ def _stage(
             rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
         theirs = _parse_theirs(rest)
         train = options(TrainOptions, ours)
-        check_stage(flags, train, theirs, gpu, needs_data)
+        parsed = StageFlags(flags, train, theirs, gpu)
+        check_stage(parsed, needs_data)
         layout = Layout.of(train.elastic, theirs.batch_size, theirs.accum_freq, world_size, theirs.workers)
-        if ours.eval_every_samples and not ours.eval:
-            raise UserError("--eval-every-samples: there are no tasks; name them with --eval '--tasks ...'")
         if ours.eval and needs_data:
             check_eval(ours.eval, theirs)
     summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
-    return StagePlan(index, title, summary, train, theirs, tuple(rest), is_given(flags, "--precision"), layout)
+    precision_given = parsed.has("--precision")
+    return parsed, StagePlan(index, title, summary, train, theirs, tuple(rest), precision_given, layout)
 
 
 def _parse_theirs(argv: Sequence[str]) -> argparse.Namespace:
