@@ -82,14 +82,12 @@ def _flags_of(kind: type) -> dict[str, dataclasses.Field[Any]]:
     return {name: field for name, field in keys_of(kind).items() if field.metadata["shown"]}
 
 
-def add_flags(parser: Any, kind: type, *, without: Sequence[str] = (), as_text: bool = False) -> None:
+def add_flags(parser: Any, kind: type, *, as_text: bool = False) -> None:
     """Add the flags that a dataclass declares to a parser or a group of one. With `as_text` their values stay text, to
     be read together with those of a file, and one that is not given is None."""
     groups = {"": parser}
     for name, field in _flags_of(kind).items():
         group, action = field.metadata["shown"]
-        if name in without:
-            continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         if as_text:

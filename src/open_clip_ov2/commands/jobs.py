@@ -176,7 +176,7 @@ def resubmit(run: RunState) -> None:
 
     if run.request.executor == DEBUG:
         raise UserError(f"{run.run_dir}: it was started with --debug; run the same command again")
-    if not submit.needs_submission(run, retry=True):
+    if submit.is_over(run, retry=True):
         return
     os.chdir(run.request.cwd)  # paths in its flags are relative to it
     print(f"submitted as job {', '.join(job.job_id for job in submit.resubmit(run))}")

@@ -49,23 +49,11 @@ def main(argv: Sequence[str]) -> None:
         members=tuple(members),
         stage_jobs=args.stage_jobs,
     )
-    if not _is_over(folder, args.retry, writes) or args.dry_run:
+    before = state.find([folder])
+    # Captions are never over: the same command goes on with what is missing.
+    before = [run for run in before if (run.alive if writes else run.run_dir.resolve() == folder.resolve())]
+    if not any(submit.is_over(run, args.retry) for run in before) or args.dry_run:
         carry_out(folder, request, args, f"`ov2 jobs` shows its state, {logs}")
-
-
-def _is_over(folder: Path, retry: bool, writes: bool) -> bool:
-    """Whether the run has finished. Raises UserError for one that is not over, or that failed, without `retry`.
-
-    Captions are never over: the same command goes on with what is missing.
-    """
-    found = state.find([folder])
-    if not writes:
-        same = [run for run in found if run.run_dir.resolve() == folder.resolve()]
-        return any(not submit.needs_submission(run, retry) for run in same)
-    alive = [run.spec.name for run in found if run.alive]
-    if alive:
-        raise UserError(f"{', '.join(alive)}: queued or running already (see `ov2 jobs`)")
-    return False
 
 
 def carry_out(folder: Path, request: Request, args: argparse.Namespace, hint: str) -> None:
@@ -104,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", type=int, metavar="N", help="N processes on this machine, without SLURM")
     where.add_argument("--debug", action="store_true", help="in this process, without SLURM")
-    add_cluster_flags(parser, without=["max-running"])
+    add_cluster_flags(parser)
     return parser
 
 

@@ -73,16 +73,14 @@ def _planned(sweep: Sweep, folder: Path, more: list[str], clusters: tuple[Cluste
 
 
 def _without_submitted(folder: Path, specs: list[RunSpec], retry: bool) -> list[RunSpec]:
-    """Without the runs that are queued, running or finished, or (unless --retry) failed; each of these is printed."""
-    before, left = {found.run_dir.resolve(): found for found in state.find([folder])}, []
+    """Those that are to be submitted now; why the others are not is printed."""
+    before, left = {run.run_dir.resolve(): run for run in state.find([folder])}, []
     for spec in specs:
         found = before.get(Path(spec.run_dir).resolve())
-        over = found is not None and not found.alive and found.state != state.FINISHED
-        if found is None or (over and retry):
-            left.append(spec)
+        if found is not None and (why := found.why_not(retry)):
+            print(f"skipped   {spec.name}: {why}")
         else:
-            hint = f": {found.reason}; --retry continues it" if over else ""
-            print(f"skipped   {spec.name}: {found.state}{hint}")
+            left.append(spec)
     return left
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class ClusterOptions:
         "N", whole(1), default=3,
         help="requeue a run that loses ranks until this happened N times without a new checkpoint (default: 3)",
     )  # fmt: skip
-    max_running: int = flag("N", whole(1), "how many runs run at once (default: 256)", default=256)
+    max_running: int = flag("N", whole(1), "of an array, how many run at once (default: 256)", default=256)
     python: str | None = flag("COMMAND", text, "starts Python (default: this Python)")
     container: str | None = flag("IMAGE", text, "FILE.sif: apptainer; else: pyxis")
     mounts: tuple[str, ...] = flag(
@@ -128,16 +128,16 @@ def find_file(given: Path | None) -> Path | None:
     return next((path for path in (LOCAL_FILE, config / USER_FILE) if path.is_file()), None)
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each key of the cluster file; `resolve` reads their values as it reads those of the file."""
     group = parser.add_argument_group("cluster (defaults: ./ov2-cluster.toml, then ~/.config/ov2/cluster.toml)")
     group.add_argument("--cluster", type=Path, metavar="FILE.toml", help="another cluster file: these flags as keys")
-    add_flags(group, ClusterOptions, without=without, as_text=True)
+    add_flags(group, ClusterOptions, as_text=True)
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The cluster flags that were given, by key, as text or a list of texts."""
-    values = {name: getattr(args, name.replace("-", "_"), None) for name in keys_of(ClusterOptions)}
+    values = {name: getattr(args, name.replace("-", "_")) for name in keys_of(ClusterOptions)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -40,6 +40,14 @@ class RunState:
     def alive(self) -> bool:
         return self.state in ALIVE
 
+    def why_not(self, retry: bool) -> str:
+        """Why this run is not to be submitted again; empty if it is, which takes `retry`."""
+        if self.alive:
+            return f"{self.state} already, as job {self.job_id} (see `ov2 jobs`)"
+        if self.state == FINISHED:
+            return f"finished already ({self.status.samples_seen if self.status else 0:,} samples)"
+        return "" if retry else f"{self.state}: {self.reason}; --retry continues from its last checkpoint"
+
     def log(self, rank: int = 0) -> Path | None:
         """The newest log of a rank, or submitit's own log if the rank has not opened one yet."""
         logs = self.submission.logs

@@ -28,16 +28,15 @@ PACKAGE = Path(open_clip_ov2.__file__).parent
 _DIFF_LIMIT = 5_000_000  # characters, ours: a larger difference is somebody's data
 
 
-def needs_submission(found: state.RunState, retry: bool) -> bool:
-    """Whether to submit a run that was submitted before: not if it has finished. Raises UserError."""
-    if found.alive:
-        raise UserError(f"{found.run_dir}: {found.state} already, as job {found.job_id} (see `ov2 jobs`)")
-    if found.state == state.FINISHED:
-        print(f"{found.run_dir}: finished already ({found.status.samples_seen if found.status else 0:,} samples)")
-        return False
-    if not retry:
-        raise UserError(f"{found.run_dir}: {found.state}: {found.reason}; --retry continues from its last checkpoint")
-    return True
+def is_over(run: state.RunState, retry: bool) -> bool:
+    """Whether a run that was submitted before has finished. Raises UserError if it is not to be submitted again for
+    another reason."""
+    why = run.why_not(retry)
+    if why and run.state != state.FINISHED:
+        raise UserError(f"{run.run_dir}: {why}")
+    if why:
+        print(f"{run.run_dir}: {why}")
+    return bool(why)
 
 
 def resubmit(run: state.RunState) -> tuple[Job, ...]:
