@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from open_clip_ov2.errors import UserError, unknown_key
+from open_clip_ov2.errors import UserError, naming, unknown_key
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,14 +131,17 @@ def whole(least: int, most: int | None = None) -> Reader:
     return read
 
 
-def real(low: float, high: float = math.inf, *, above: bool = False) -> Reader:
-    """A finite number in [low, high], or in (low, high] if it must be `above` low."""
+def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Reader:
+    """A finite number in [low, high], without low if it must be `above` that, without high if `below`."""
     limits = f"> {low:g}" if above else f">= {low:g}"
-    wanted = f"expected a number {limits}" + ("" if math.isinf(high) else f" and <= {high:g}")
+    if not math.isinf(high):
+        limits += f" and < {high:g}" if below else f" and <= {high:g}"
+    wanted = f"expected a number {limits}"
 
     def read(value: Any) -> float:
         number: float = _number(float, value, wanted)
-        if not math.isfinite(number) or number < low or (above and number == low) or number > high:
+        outside = number < low or number > high or (above and number == low) or (below and number == high)
+        if outside or not math.isfinite(number):
             raise UserError(f"{value}: {wanted}")
         return number
 
@@ -207,16 +210,22 @@ def table(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def flag_table(taken: Iterable[str], by: str) -> Reader:
-    """A table of flags of `ov2 train` by name in kebab case, without those that are `taken`, which `by` sets."""
+def flag_table(refused: Mapping[str, str], read: Reader = lambda value: value) -> Reader:
+    """A table of flags of `ov2 train` by name in kebab case, whose values are all read so. `refused`: why a flag cannot
+    stand there."""
 
-    def read(value: Any) -> dict[str, Any]:
-        flags = {kebab(name): item for name, item in table(value).items()}
-        for name, item in flags.items():
-            if name in taken:
-                raise UserError(f"{name}: {by} sets it; leave it out")
-            if isinstance(item, dict):
-                raise UserError(f"{name}: expected the value of a flag, found a table")
+    def read_all(value: Any) -> dict[str, Any]:
+        flags: dict[str, Any] = {}
+        for written, item in table(value).items():
+            name = kebab(written)
+            with naming(name):
+                if name in refused:
+                    raise UserError(refused[name])
+                if name in flags:
+                    raise UserError("it is given twice; leave one out")
+                if isinstance(item, dict):
+                    raise UserError("expected the value of a flag, found a table")
+                flags[name] = read(item)
         return flags
 
-    return read
+    return read_all

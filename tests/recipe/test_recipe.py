@@ -169,14 +169,14 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
         ("model", "modle", "unknown key 'modle'; did you mean model?"),
         ("model = ", "samples = 3\nmodel = ", "write it under [[stage]]"),
         ('"ov2-vit-b-16"', "7", "model: 7: expected text"),
-        ("beta2 = 0.95", "samples = 3", "[train] samples: every stage has its own"),
-        ("beta2 = 0.95", "epochs = 3", "[train] epochs: every stage has its own; write resolution and samples"),
+        ("beta2 = 0.95", "samples = 3", "train: samples: every stage has its own"),
+        ("beta2 = 0.95", "epochs = 3", "train: epochs: every stage has its own; write resolution and samples"),
         ("beta2 = 0.95", "schedule = 'cosine'", "its flag is called lr-scheduler"),
         ("beta2 = 0.95", "model = 'x'", "write it at the top"),
         ("beta2 = 0.95", "beta2 = nan", "expected text, a number"),
         ("beta2 = 0.95", "beta2 = 2020-01-01", "expected text, a number"),
         ("beta2 = 0.95", "beta2 = [[1]]", "expected text, a number"),
-        ("local-loss = true", "aug-cfg = 'x'", "[train] aug-cfg is given twice"),
+        ("local-loss = true", "aug-cfg = 'x'", "train: aug-cfg: it is given twice"),
     ],
 )
 def test_slips_in_a_file_are_one_line(tmp_path: Path, old: str, new: str, part: str) -> None:

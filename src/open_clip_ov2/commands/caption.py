@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from open_clip_ov2 import training
-from open_clip_ov2.argv import Parser, add_flags, flag_type
+from open_clip_ov2.argv import Parser, add_flags, flag_type, flag_values
 from open_clip_ov2.commands.options import add_captions, add_device, paths_checked
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import SkipCounter, describe
@@ -37,8 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _caption_all(args: argparse.Namespace) -> None:
-    names = ("images", "checkpoint", "out", "limit", "every", "caption_keys", "captions", "device", "json")
-    generation = {name: value for name, value in vars(args).items() if name not in names}
+    generation = flag_values(CaptionOptions, args)
     if args.json:
         generation["log_likelihood"] = True
     skips = SkipCounter(lines=math.inf)

@@ -32,7 +32,7 @@ BATCH = ("batch-size", "accum-freq", "global-batch")
 SET_BY_US = ("name", "logs", "model", "seed", "stage", "recipe", "train-data", "val-data", "force-image-size", "epochs")
 FORMER_NAMES = {"arm": "variant", "arms": "variants"}
 Flags = Mapping[str, Any]
-train_flags = flag_table(SET_BY_US, "`ov2 compare`")
+train_flags = flag_table(dict.fromkeys(SET_BY_US, "`ov2 compare` sets it; leave it out"))
 _key = key  # where a field is called `key`
 
 
@@ -129,7 +129,7 @@ class Evaluation:
     """One call of `ov2 eval`. `variants` empty: all. `name` begins the keys of its metrics."""
 
     tasks: tuple[str, ...] = key(each(text), example='["knn"]')
-    flags: Flags = key(flag_table((), ""), default=dict)
+    flags: Flags = key(flag_table({}), default=dict)
     train_data: bool = key(switch, default=False)
     variants: tuple[str, ...] = key(each(text), default=())
     name: str = key(text, default="")

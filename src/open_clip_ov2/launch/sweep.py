@@ -25,7 +25,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import each, flag_table, from_table, key, read_toml, table
 
 Flags = Mapping[str, Any]
-_flags = flag_table(("name", "logs"), "the sweep")
+_flags = flag_table(dict.fromkeys(("name", "logs"), "the sweep sets it; leave it out"))
 
 
 def _grid(value: Any) -> dict[str, Any]:

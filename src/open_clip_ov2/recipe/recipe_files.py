@@ -11,7 +11,7 @@ from typing import Any
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.recipe.stage import FLAGS, FlagValue, Recipe, Stage
-from open_clip_ov2.tables import each, from_table, kebab, key, read_toml, table, text
+from open_clip_ov2.tables import each, flag_table, from_table, kebab, key, read_toml, table, text
 
 # What [train] cannot contain, and where it belongs.
 _ELSEWHERE = {
@@ -31,10 +31,18 @@ _ELSEWHERE = {
 }
 
 
+def _flag_value(value: Any) -> FlagValue:
+    items = value if isinstance(value, list) and value else [value]
+    for item in items:
+        if not isinstance(item, (str, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
+            raise UserError(f"{value!r}: expected text, a number, true, false, or a list of them")
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class _File:
     model: str | None = key(text, default=None)
-    train: Mapping[str, Any] = key(table, default=dict)
+    train: Mapping[str, FlagValue] = key(flag_table(_ELSEWHERE, _flag_value), default=dict)
     stage: tuple[Mapping[str, Any], ...] = key(each(table), default=())
 
 
@@ -49,27 +57,7 @@ def load_recipe(path: Path | str) -> Recipe:
     if not file.stage:
         raise UserError(f"{path}: no stage; a recipe has at least one [[stage]] with resolution and samples")
     stages = (from_table(Stage, f"{path}: stage {number}", values) for number, values in enumerate(file.stage, start=1))
-    return Recipe(file.model, _read_flags(file.train, path), tuple(stages), source=path)
-
-
-def _read_flags(values: Mapping[str, Any], path: Path) -> dict[str, FlagValue]:
-    flags: dict[str, FlagValue] = {}
-    for written, value in values.items():
-        name, where = kebab(written), f"{path}: [train] {written}"
-        if name in flags:
-            raise UserError(f"{where} is given twice; leave one out")
-        if name in _ELSEWHERE:
-            raise UserError(f"{where}: {_ELSEWHERE[name]}")
-        flags[name] = _flag_value(value, where)
-    return flags
-
-
-def _flag_value(value: Any, where: str) -> FlagValue:
-    items = value if isinstance(value, list) and value else [value]
-    for item in items:
-        if not isinstance(item, (str, int, float)) or (isinstance(item, float) and not math.isfinite(item)):
-            raise UserError(f"{where}: {value!r}: expected text, a number, true, false, or a list of them")
-    return tuple(value) if isinstance(value, list) else value
+    return Recipe(file.model, file.train, tuple(stages), source=path)
 
 
 def dump_recipe(recipe: Recipe) -> str:

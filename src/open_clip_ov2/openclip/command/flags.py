@@ -16,7 +16,6 @@ from open_clip_ov2.data.captions import CaptionKey, parse_caption_keys
 from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS
 from open_clip_ov2.data.order.layout import Elastic, parse_elastic
 from open_clip_ov2.data.sidecars import CaptionSet, caption_sets
-from open_clip_ov2.errors import UserError
 from open_clip_ov2.openclip.models.preprocess import COLOR_JITTER_CFG
 from open_clip_ov2.recipe.counts import sample_count
 from open_clip_ov2.tables import one_of, real, text, whole
@@ -25,13 +24,7 @@ DECODE = ("fast", "exact")
 SQUARE, NATIVE = "square", "native"
 FAMILY = "family"
 Options = TypeVar("Options")
-
-
-def _below_one(value: str) -> float:
-    number: float = real(0)(value)
-    if number >= 1:
-        raise UserError(f"{value}: expected a number >= 0 and < 1")
-    return number
+_below_one = real(0, 1, below=True)
 
 
 def val_caption_sets(value: str) -> tuple[CaptionSet, ...]:
