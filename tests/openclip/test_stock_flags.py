@@ -20,9 +20,9 @@ from safetensors.torch import save_model
 from training import TINY_MODEL
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.openclip.command.flag_checks import check_stock
 from open_clip_ov2.openclip.command.parse import parse
 from open_clip_ov2.openclip.command.run_plan import RunPlan
-from open_clip_ov2.openclip.command.stock_flags import check_stock
 
 LR = 0.25
 

@@ -15,12 +15,11 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from open_clip_ov2.argv import is_given, to_argv, without
 from open_clip_ov2.data.order.layout import Layout
 from open_clip_ov2.errors import UserError, first_line, naming, nearest
-from open_clip_ov2.openclip.command.flag_checks import check_eval, check_pretrained, check_stage, check_stages
+from open_clip_ov2.openclip.command import flag_checks as checks
 from open_clip_ov2.openclip.command.flags import RunOptions, ScheduleOptions, TrainOptions, build_parser, options
 from open_clip_ov2.openclip.command.refusals import NEEDS, StageFlags, refuse
 from open_clip_ov2.openclip.command.run_plan import RunPlan, StagePlan, run_config, signature
 from open_clip_ov2.openclip.command.stage_flags import derived_flags, one_aug_cfg
-from open_clip_ov2.openclip.command.stock_flags import check_fsdp, check_model_name
 from open_clip_ov2.openclip.models import factory
 from open_clip_ov2.recipe import Recipe, Stage, load_recipe, parse_stage
 
@@ -44,14 +43,14 @@ def parse(
     stages = [stage for _, stage in parts]
     ours, _ = build_parser().parse_known_args(given[0][0])  # with the flags of a recipe's [train]
     run, first = options(RunOptions, ours), stages[0].args
-    check_stages([stage.options for stage in stages], ours.carry_optimizer)
+    checks.check_stages([stage.options for stage in stages], ours.carry_optimizer)
     config = run_config(stages, world_size, ours.carry_optimizer)
-    check_fsdp(run, stages, world_size)
+    checks.check_fsdp(run, stages, world_size)
     if run.until_stage and run.until_stage > len(stages):
         raise UserError(f"--until-stage {run.until_stage}: the run has {len(stages)} stages")
     name = _name(first, recipe, signature(config))
     if not (Path(first.logs) / name / "run.json").is_file():  # a run that exists has its own weights
-        check_pretrained(given[0][0], stages[0].options.tokenizer, first)
+        checks.check_pretrained(given[0][0], stages[0].options.tokenizer, first)
     return RunPlan(
         name=name,
         folder=Path(first.logs) / name,
@@ -106,17 +105,17 @@ def _stage(
         theirs = _parse_theirs(rest)
         if not is_given(flags, "--model"):
             raise UserError("ov2 train: --model is missing, for example --model ov2-vit-l-14")
-        check_model_name("--model", theirs.model)
+        checks.check_model_name("--model", theirs.model)
         rest += derived_flags(flags, ours, theirs, world_size, gpu)
         if index:
             rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
         theirs = _parse_theirs(rest)
         train = options(TrainOptions, ours)
         parsed = StageFlags(flags, train, theirs, gpu)
-        check_stage(parsed, needs_data)
+        checks.check_stage(parsed, needs_data)
         layout = Layout.of(train.elastic, theirs.batch_size, theirs.accum_freq, world_size, theirs.workers)
         if ours.eval and needs_data:
-            check_eval(ours.eval, theirs)
+            checks.check_eval(ours.eval, theirs)
     summary = stage.described(theirs.batch_size * theirs.accum_freq * world_size, theirs.lr) if stage else ""
     precision_given = parsed.has("--precision")
     return parsed, StagePlan(index, title, summary, train, theirs, tuple(rest), precision_given, layout)
