@@ -49,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
         members=tuple(members),
         stage_jobs=args.stage_jobs,
     )
-    before = state.find([folder])
     # Captions are never over: the same command goes on with what is missing.
-    before = [run for run in before if (run.alive if writes else run.run_dir.resolve() == folder.resolve())]
-    if not any(submit.is_over(run, args.retry) for run in before) or args.dry_run:
+    found = state.find([folder])
+    earlier = [run for run in found if (run.alive if writes else run.run_dir.resolve() == folder.resolve())]
+    if not any(submit.is_over(run, args.retry) for run in earlier) or args.dry_run:
         carry_out(folder, request, args, f"`ov2 jobs` shows its state, {logs}")
 
 

@@ -95,7 +95,7 @@ def _batch(
 def _to_slurm(submission: Submission, request: Request) -> list[Job]:
     """One job (an array, for several runs), or a chain of jobs for the stages that are not done yet."""
     jobs: list[Job] = []
-    done = _stages_done(Path(request.members[0].run_dir)) if request.stage_jobs else -1
+    done = submitted.stages_done(Path(request.members[0].run_dir)) if request.stage_jobs else -1
     try:
         for stage, cluster in request.stage_clusters:
             if stage <= done:
@@ -109,14 +109,6 @@ def _to_slurm(submission: Submission, request: Request) -> list[Job]:
         cancel(SLURM, [job.job_id for job in jobs])
         raise
     return jobs
-
-
-def _stages_done(run_dir: Path) -> int:
-    """How many stages, from the first on, have written their last checkpoint."""
-    done = 0
-    while submitted.stage_is_done(run_dir, done + 1):
-        done += 1
-    return done
 
 
 def _keep_code(submission: Submission, command: Sequence[str]) -> None:

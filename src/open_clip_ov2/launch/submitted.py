@@ -122,9 +122,12 @@ def _write_captions(argv: Sequence[str], run_dir: Path) -> None:
         print(write_set(parse_write(argv[2:]), wrote=count), flush=True)
 
 
-def stage_is_done(run_dir: Path, stage: int) -> bool:
-    """Whether the stage has written its last checkpoint, or its model."""
-    return (run_dir / "checkpoints" / f"stage_{stage}.pt").is_file() or (run_dir / "stages" / str(stage)).is_dir()
+def stages_done(run_dir: Path) -> int:
+    """How many stages, from the first on, have written their last checkpoint, or their model."""
+    done = 0
+    while (run_dir / "checkpoints" / f"stage_{done + 1}.pt").is_file() or (run_dir / "stages" / str(done + 1)).is_dir():
+        done += 1
+    return done
 
 
 def newest_checkpoint(run_dir: Path) -> str:
