@@ -240,7 +240,8 @@ def _with_base(path: Path) -> dict[str, Any]:
     if base is None:
         return found
     before = _with_base(path.parent / text(base))
-    return {**before, **found, "flags": {**table(before.get("flags", {})), **table(found.get("flags", {}))}}
+    flags = {kebab(name): item for one in (before, found) for name, item in table(one.get("flags", {})).items()}
+    return {**before, **found, "flags": flags}
 
 
 def load_comparison(path: Path) -> Comparison:
