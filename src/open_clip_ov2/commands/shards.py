@@ -49,9 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("shards", nargs="+", metavar="IN", help="tars, as for ov2 train --train-data: braces, ::, pipe:")
     add("out", type=Path, metavar="OUT", help="folder for the copies; it must not hold other files")
     add("--short-side", type=flag_type(whole(1, 1 << 16)), default=SHORT_SIDE, metavar="PX", help=default)
-    quality, workers = f"of JPEG and WebP, 1 to 95 ({default})", f"processes, a shard each ({default})"
-    add("--quality", type=flag_type(whole(1, 95)), default=QUALITY, metavar="Q", help=quality)
-    add("--workers", type=flag_type(whole(1, 1 << 10)), default=1, metavar="N", help=workers)
+    add("--quality", type=flag_type(whole(1, 95)), default=QUALITY, metavar="Q", help="of JPEG and WebP, 1 to 95")
+    add("--workers", type=flag_type(whole(1, 1 << 10)), default=1, metavar="N", help="processes, a shard each")
     add_captions(resize, "copy these captions too, to OUT/NAME, without the lines of samples that are left out")
     add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help=default)
     return parser
