@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, Layer] = {
     "tracking": Layer(
         BASE,
         "torch rich tensorboard wandb trackio matplotlib cycler PIL numpy",
-        "progress line, log, TensorBoard, results.jsonl, status.json, figures",
+        "progress line, log, TensorBoard, results.jsonl, status.json, figures, tables of text",
     ),
     "openclip.models": Layer(
         f"{BASE} core data train evaluate formats recipe",

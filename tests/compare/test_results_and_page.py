@@ -71,7 +71,7 @@ def test_a_metric_that_nobody_has(found: Found) -> None:
 
 def test_table(found: Found) -> None:
     """Oracle: by hand."""
-    assert page.markdown(page.table(found)).splitlines() == [
+    assert page.with_bold(page.table(found)).splitlines() == [
         "|  | images/s | × ov2 | step memory, MiB | largest batch | samples | training, s | caption loss (nats) ↓ "
         "| probe <top-1> (%) ↑ |",
         "| " + " | ".join(["---"] * 9) + " |",

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from open_clip_ov2.argv import Parser, flag_type, last, split
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.tables import comma_separated, real, whole
+from open_clip_ov2.tracking.text_table import on_console
 
 WIDTH = 160  # of what goes to a file
 
@@ -49,12 +49,8 @@ def main(argv: Sequence[str]) -> None:
     )
     for found in study.carry_out(whole_study, lambda text: console.print(escape(text), highlight=False)):
         # Variants as columns: there are fewer of them than of numbers.
-        variants, *numbers = zip(*page.table(found), strict=True)
-        title = escape(found.comparison.title)
-        table = Table(*(escape(cell.text) for cell in variants), box=None, pad_edge=False, title=title)
-        for cells in numbers:
-            table.add_row(*(escape(cell.text) for cell in cells))
-        console.print(table)
+        rows = [[cell.text for cell in column] for column in zip(*page.table(found), strict=True)]
+        console.print(on_console(rows, box=None, pad_edge=False, title=escape(found.comparison.title)))
         for answer in found.answers:
             console.print(escape(answer.sentence), highlight=False)
     console.print(f"page: {args.out / 'index.html'} (results.md, results.csv and results.json beside it)")

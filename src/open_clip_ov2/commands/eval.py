@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, add_flags
 from open_clip_ov2.commands.options import add_device
 from open_clip_ov2.evaluate.options import EvalOptions
+from open_clip_ov2.tracking.text_table import on_console
 
 Result = Mapping[str, Any]
 
@@ -59,10 +59,7 @@ def show(name: str, results: Mapping[str, Result], console: Console) -> None:
         console.print(f"{'':<20} not counted: {escape(', '.join(skipped))}", highlight=False)
     rows = task.table(found) if task.table else []
     if rows:
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(escape, row.values()))
-        console.print(table)
+        console.print(on_console([list(rows[0]), *(list(row.values()) for row in rows)]))
 
 
 def _causes(skipped: Any) -> list[str]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from open_clip_ov2.argv import Parser, split, to_argv
 from open_clip_ov2.commands.submit import carry_out
@@ -17,6 +15,7 @@ from open_clip_ov2.launch import cluster, report, state, submitted
 from open_clip_ov2.launch.cluster import ClusterOptions, add_cluster_flags, given_flags
 from open_clip_ov2.launch.folder import SLURM, Request, RunSpec
 from open_clip_ov2.launch.sweep import Sweep, expand, load_sweep
+from open_clip_ov2.tracking.text_table import on_console
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,10 +87,6 @@ def show_report(folder: Path, metric: str) -> None:
     rows = [report.row_of(run, metric) for run in state.find([folder])]
     if not rows:
         raise UserError(f"{folder}: no run of this sweep was submitted yet")
-    header, *lines = report.table(rows)
-    shown = Table(*map(escape, header), box=None, pad_edge=False)
-    for line in lines:
-        shown.add_row(*map(escape, line))
-    Console().print(shown)
+    Console().print(on_console(report.table(rows), box=None, pad_edge=False))
     for path in report.write_report(rows, metric, folder):
         print(f"wrote {path}")

@@ -11,6 +11,7 @@ from open_clip_ov2.argv import Parser, flag_values
 from open_clip_ov2.commands.options import add_device, paths_checked
 from open_clip_ov2.errors import unknown_key
 from open_clip_ov2.files import write_text
+from open_clip_ov2.tracking.text_table import markdown
 from open_clip_ov2.vlm import vlm_options, vlm_plan
 from open_clip_ov2.vlm.benchmarks import score_table, vlm_eval
 
@@ -62,10 +63,9 @@ def _compare(args: argparse.Namespace, argv: list[str]) -> None:
     if args.recipe is not None and args.recipe not in recipes:
         raise unknown_key("--recipe", args.recipe, recipes, "recipe with published rows")
     own = [row for model in args.models for row in score_table.own_rows(model)]
-    head, *rows = score_table.table([*own, *(row for row in published if args.recipe in (None, row.recipe))])
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for cells in (head, *rows):
+    rows = score_table.table([*own, *(row for row in published if args.recipe in (None, row.recipe))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     if args.out is not None:
-        lines = [head, ["---"] * len(head), *rows]
-        write_text(args.out, "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+        write_text(args.out, f"{markdown(rows)}\n")

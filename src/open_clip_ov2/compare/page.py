@@ -14,6 +14,7 @@ from open_clip_ov2.compare.plan import best_rate
 from open_clip_ov2.compare.plots import answer_plots, plots
 from open_clip_ov2.compare.results import Found, VariantResult, best, labelled, summary
 from open_clip_ov2.recipe.counts import short_count
+from open_clip_ov2.tracking.text_table import markdown
 
 NONE = "–"
 # What holds for all comparisons.
@@ -83,9 +84,9 @@ def mean_and_sd(metric: Metric, variant: VariantResult) -> str:
     return text if total.sd is None else f"{text} ± {total.sd:.{metric.digits}f}"
 
 
-def markdown(cells: list[list[Cell]]) -> str:
-    header, *rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in cells]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+def with_bold(cells: list[list[Cell]]) -> str:
+    """In Markdown."""
+    return markdown([[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in cells])
 
 
 def budget(found: Found) -> str:
@@ -126,7 +127,7 @@ def results_md(title: str, found: Sequence[Found], command: str) -> str:
     blocks = [f"# {title}", answers_md(found), terms, f"```bash\n{command}\n```"]
     for one in found:
         blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one)]
-        blocks += [*map(markdown, tables(one)), *notes(one)]
+        blocks += [*map(with_bold, tables(one)), *notes(one)]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 

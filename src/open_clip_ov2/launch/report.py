@@ -12,6 +12,7 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
 from open_clip_ov2.tracking.figures import figure, read_results
+from open_clip_ov2.tracking.text_table import markdown
 
 if TYPE_CHECKING:
     from open_clip_ov2.tracking.figures import Axes
@@ -71,9 +72,7 @@ def write_report(rows: Sequence[Row], metric: str, folder: Path) -> list[Path]:
     files = [folder / "report.csv", folder / "report.md"]
     with open(files[0], "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
-    cells = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
-    files[1].write_text(text + "\n", encoding="utf-8")
+    files[1].write_text(markdown(lines) + "\n", encoding="utf-8")
     if any(row.cells[metric] is not None for row in rows):
         files.append(folder / "report.png")
         with figure(files[2]) as (axes,):

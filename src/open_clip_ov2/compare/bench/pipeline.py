@@ -19,6 +19,7 @@ from open_clip_ov2.data.loader import TrainLoader
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.streams import TrainStream
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.tracking.text_table import markdown
 
 
 def stages(stream: TrainStream, samples: int) -> dict[str, float]:
@@ -68,11 +69,11 @@ def loader_speed(loader: TrainLoader, workers: int, samples: int) -> float:
 def pipeline_table(found: Mapping[str, float], loaders: Sequence[tuple[int, float]]) -> str:
     """Markdown. `found`: seconds of an image by stage; `loaders`: (workers, images per second)."""
     total = sum(found.values())
-    lines = ["| one process | ms an image | images/s | share |", "| --- | --- | --- | --- |"]
+    parts = [["one process", "ms an image", "images/s", "share"]]
     for name, seconds in {**found, "all of them": total}.items():
-        lines.append(f"| {name} | {1e3 * seconds:.3f} | {1 / max(seconds, 1e-12):,.0f} | {seconds / total:.0%} |")
-    lines += ["", "| whole loader | images/s | a process |", "| --- | --- | --- |"]
+        parts.append([name, f"{1e3 * seconds:.3f}", f"{1 / max(seconds, 1e-12):,.0f}", f"{seconds / total:.0%}"])
+    whole = [["whole loader", "images/s", "a process"]]
     for workers, speed in loaders:
         name = f"--workers {workers}" if workers else "in the main process"
-        lines.append(f"| {name} | {speed:,.0f} | {speed / max(1, workers):,.0f} |")
-    return "\n".join(lines)
+        whole.append([name, f"{speed:,.0f}", f"{speed / max(1, workers):,.0f}"])
+    return f"{markdown(parts)}\n\n{markdown(whole)}"
