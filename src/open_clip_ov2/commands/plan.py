@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, flag_type
 from open_clip_ov2.recipe import costs, short_count
 from open_clip_ov2.recipe.costs import Machine, Plan, StageCost
 from open_clip_ov2.tables import each, real, whole
+from open_clip_ov2.tracking.text_table import on_console
 from open_clip_ov2.vlm import vlm_costs, vlm_plan
 
 GB, GFLOP = 1e9, 1e9
@@ -89,60 +89,61 @@ def show(plan: Plan) -> None:
     console = Console(highlight=False)
     parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
     console.print(f"{plan.model}: {sum(plan.parameters.values()) / 1e6:,.1f} M parameters ({parts})")
-    sizes = [cost.images for cost in plan.stages]
     titles = [one.images if one.title == one.images else f"{one.title}: {one.images}" for one in plan.stages]
-    cells = [_cells(cost) for cost in plan.stages]
-    console.print(_table(["", *titles], [[name, *(stage[name] for stage in cells)] for name in cells[0]]))
+    cells = [_figures(cost)[0] for cost in plan.stages]
+    rows = [[name, *(stage[name] for stage in cells)] for name in cells[0]]
+    console.print(on_console([["", *titles], *rows], justify="right"))
     console.print(_whole_run(plan))
     for line in filter(None, (cost.memory_advice() for cost in plan.stages)):
         console.print(line)
     if plan.baselines:
-        console.print(_table(["GFLOP per image", *sizes, "whole run", "relative"], _comparison(plan)))
+        console.print(on_console(_comparison(plan), justify="right"))
         console.print(
             "CoCa and CLIP: the same encoder, text towers as wide and deep as the decoder, captions as long for CoCa, "
             "77 tokens for CLIP."
         )
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(*map(escape, columns))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _figures(cost: StageCost) -> tuple[dict[str, str], dict[str, Any]]:
+    """Of a stage: cells of the table by the name of their row, and plain numbers by their name in JSON."""
+    cells: dict[str, str] = {}
+    plain: dict[str, Any] = {"resolution": cost.resolution}
+
+    def add(row: str, cell: str, *names: str, **further: Any) -> None:
+        """A row, which JSON has as attributes of the cost, or as `further` names."""
+        cells[row] = cell
+        plain.update({name: getattr(cost, name) for name in names}, **further)
+
+    tokens, flops, gpu_hours = cost.tokens, cost.flops_per_image, cost.gpu_hours
+    parts = {name: part.total for name, part in cost.parts.items()}
+    memory = {**asdict(cost.memory), "activations": cost.batch_size * cost.memory.per_image}
+    times = "" if cost.accum_freq == 1 else f" = {cost.accum_freq} x {cost.batch_size:,}"
+    recomputed = ", recomputed" if cost.grad_checkpointing else ""
+    add("samples", short_count(cost.samples), "samples")
+    add("tokens: encoder / kept / text", f"{tokens.encoder} / {tokens.kept or '-'} / {tokens.text}")
+    add("tokens to the head", f"{tokens.targets:g}", tokens=asdict(tokens))
+    add("global batch", f"{cost.global_batch:,}", "global_batch")
+    batch = f"{cost.batch_size * cost.accum_freq:,}{times}"
+    add(f"per GPU ({cost.machine.gpus:,})", batch, "batch_size", "accum_freq")
+    add("steps", f"{cost.steps:,}", "steps")
+    add("warm-up steps", f"{cost.warmup_steps:,}", "warmup_steps")
+    add("learning rate", f"{cost.lr:.2e}", "lr")
+    add("precision", f"{cost.precision}{recomputed}", "precision", "grad_checkpointing")
+    add("GFLOP per image", f"{flops / GFLOP:,.4g}", flop_per_image=flops, flop_per_image_by_part=parts)
+    for name, part in parts.items():
+        add(f"  of it {name}", f"{part / flops:.0%}")
+    add("FLOP", f"{cost.total_flops:.2e}", flop=cost.total_flops)
+    add("memory: weights and optimizer", f"{memory['fixed'] / GB:.1f} GB")
+    add("memory: activations", f"{memory['activations'] / GB:,.1f} GB", memory_bytes=memory)
+    add("images/s of all GPUs", f"{cost.images_per_second:,.0f}", "images_per_second")
+    add(f"MFU, of {cost.machine.tflops:g} TFLOP/s per GPU", f"{cost.mfu:.0%}", utilisation=cost.mfu)
+    add("time", _duration(cost.hours), "hours")
+    add("GPU-hours", f"{gpu_hours:,.3g}" if gpu_hours < 100 else f"{gpu_hours:,.0f}", "gpu_hours")
+    return cells, plain
 
 
 def _duration(hours: float) -> str:
     return f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
-
-
-def _cells(cost: StageCost) -> dict[str, str]:
-    """The cells of a stage by the name of their row."""
-    machine, gpu_hours, each = cost.machine, cost.gpu_hours, f"{cost.batch_size * cost.accum_freq:,}"
-    parts = {f"  of it {name}": f"{part.total / cost.flops_per_image:.0%}" for name, part in cost.parts.items()}
-    return {
-        "samples": short_count(cost.samples),
-        "tokens: encoder / kept / text": f"{cost.tokens.encoder} / {cost.tokens.kept or '-'} / {cost.tokens.text}",
-        "tokens to the head": f"{cost.tokens.targets:g}",
-        "global batch": f"{cost.global_batch:,}",
-        f"per GPU ({machine.gpus:,})": each
-        if cost.accum_freq == 1
-        else f"{each} = {cost.accum_freq} x {cost.batch_size:,}",
-        "steps": f"{cost.steps:,}",
-        "warm-up steps": f"{cost.warmup_steps:,}",
-        "learning rate": f"{cost.lr:.2e}",
-        "precision": cost.precision + (", recomputed" if cost.grad_checkpointing else ""),
-        "GFLOP per image": f"{cost.flops_per_image / GFLOP:,.4g}",
-        **parts,
-        "FLOP": f"{cost.total_flops:.2e}",
-        "memory: weights and optimizer": f"{cost.memory.fixed / GB:.1f} GB",
-        "memory: activations": f"{cost.batch_size * cost.memory.per_image / GB:,.1f} GB",
-        "images/s of all GPUs": f"{cost.images_per_second:,.0f}",
-        f"MFU, of {machine.tflops:g} TFLOP/s per GPU": f"{cost.mfu:.0%}",
-        "time": _duration(cost.hours),
-        "GPU-hours": f"{gpu_hours:,.3g}" if gpu_hours < 100 else f"{gpu_hours:,.0f}",
-    }
 
 
 def _whole_run(plan: Plan) -> str:
@@ -155,13 +156,22 @@ def _whole_run(plan: Plan) -> str:
     return f"whole run: {plan.total_flops:.2e} FLOP, {_duration(hours)} on {gpus}, {spent}, {how}"
 
 
+def _models(plan: Plan) -> dict[str, dict[str, Any]]:
+    """FLOP of the model, which is first, and of its baselines: of an image in each stage, and of all samples."""
+    flops = {plan.model: tuple(cost.flops_per_image for cost in plan.stages), **plan.baselines}
+    samples = [cost.samples for cost in plan.stages]
+    return {
+        name: {"flop_per_image": each, "total_flop": sum(map(operator.mul, each, samples))}
+        for name, each in flops.items()
+    }
+
+
 def _comparison(plan: Plan) -> list[list[str]]:
-    rows = {plan.model: (tuple(cost.flops_per_image for cost in plan.stages), plan.total_flops)}
-    rows |= {name: (each, plan.baseline_total(name)) for name, each in plan.baselines.items()}
-    return [
-        [name, *(f"{value / GFLOP:,.4g}" for value in each), f"{total:.2e} FLOP", f"{total / plan.total_flops:.2f} x"]
-        for name, (each, total) in rows.items()
-    ]
+    rows = [["GFLOP per image", *(cost.images for cost in plan.stages), "whole run", "relative"]]
+    for name, flop in _models(plan).items():
+        total, images = flop["total_flop"], (f"{each / GFLOP:,.4g}" for each in flop["flop_per_image"])
+        rows.append([name, *images, f"{total:.2e} FLOP", f"{total / plan.total_flops:.2f} x"])
+    return rows
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -176,27 +186,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "utilisation_assumed": None if machine.images_per_second else machine.mfu,
             "memory_gb_per_gpu": machine.memory_gb,
         },
-        "stages": [_stage_json(cost) for cost in plan.stages],
+        "stages": [_figures(cost)[1] for cost in plan.stages],
         "total": {"flop": plan.total_flops, "hours": plan.hours, "gpu_hours": plan.hours * machine.gpus},
-        "baselines": {
-            name: {"flop_per_image": list(each), "total_flop": plan.baseline_total(name)}
-            for name, each in plan.baselines.items()
-        },
-    }
-
-
-def _stage_json(cost: StageCost) -> dict[str, Any]:
-    plain = (
-        "resolution", "samples", "global_batch", "batch_size", "accum_freq", "steps", "warmup_steps", "lr", "precision",
-        "grad_checkpointing", "images_per_second", "hours", "gpu_hours",
-    )  # fmt: skip
-    memory = cost.memory
-    return {
-        **{name: getattr(cost, name) for name in plain},
-        "tokens": asdict(cost.tokens),
-        "flop_per_image": cost.flops_per_image,
-        "flop_per_image_by_part": {name: part.total for name, part in cost.parts.items()},
-        "flop": cost.total_flops,
-        "memory_bytes": {**asdict(memory), "activations": cost.batch_size * memory.per_image},
-        "utilisation": cost.mfu,
+        "baselines": {name: flop for name, flop in _models(plan).items() if name in plan.baselines},
     }

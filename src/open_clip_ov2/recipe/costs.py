@@ -146,10 +146,6 @@ class Plan:
     def hours(self) -> float:
         return sum(cost.hours for cost in self.stages)
 
-    def baseline_total(self, name: str) -> float:
-        """FLOPs of a baseline over the same samples."""
-        return sum(each * cost.samples for each, cost in zip(self.baselines[name], self.stages, strict=True))
-
 
 def baseline_flops(sizes: ModelSizes, cost: StageCost) -> dict[str, float]:
     """FLOPs of one image of CoCa and CLIP around the encoder of an ov2 model, in a stage.
