@@ -7,6 +7,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from open_clip_ov2 import training
@@ -26,13 +27,13 @@ def main(argv: Sequence[str]) -> None:
     paths = {kind: getattr(args, kind) or args.out / f"bench.{kind}" for kind in ("json", "md")}
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    from open_clip_ov2.compare.bench.bench_report import as_json, as_markdown
+    from open_clip_ov2.compare.bench.bench_report import as_markdown
     from open_clip_ov2.compare.bench.turns import run_bench
 
-    written = (shlex.join(["ov2", "bench", *argv]), datetime.date.today().isoformat())
-    for results in run_bench(settings, lambda line: print(line, file=sys.stderr, flush=True)):
-        write_json(paths["json"], as_json(settings, results, *written))
-        write_text(paths["md"], as_markdown(settings, results, *written))
+    about = {"command": shlex.join(["ov2", "bench", *argv]), "date": datetime.date.today().isoformat()}
+    for found in run_bench(settings, partial(print, file=sys.stderr, flush=True)):
+        write_json(paths["json"], about | found)
+        write_text(paths["md"], as_markdown(about | found))
     print(paths["md"].read_text(encoding="utf-8"))
     print(", ".join(str(path) for path in paths.values()))
 

@@ -7,15 +7,15 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from open_clip_ov2.compare.bench.bench_report import MB, Measured, Results
+from open_clip_ov2.compare.bench.bench_report import MB, add_figures, new_row
 from open_clip_ov2.compare.bench.measured_step import MeasuredStep
-from open_clip_ov2.compare.bench.settings import BenchSettings, Case, Job, model_of
+from open_clip_ov2.compare.bench.settings import BenchSettings, Case, Job
 from open_clip_ov2.errors import RunFailed, UserError, first_line
 
 OUT_OF_MEMORY = "out of memory"
@@ -26,60 +26,62 @@ END_S = 10.0  # a process that is asked to end does so at once; after this it is
 Log = Callable[[str], None]
 
 
-def run_bench(settings: BenchSettings, log: Log) -> Iterator[Results]:
-    """Yields all results after each case and each largest batch, so that an interrupted benchmark leaves what it found.
-    Raises UserError, RunFailed."""
-    results = Results()
+def run_bench(settings: BenchSettings, log: Log) -> Iterator[dict[str, Any]]:
+    """Yields the document of bench.json, all but the command and its date, after each case and each largest batch, so
+    that an interrupted benchmark leaves what it found. Raises UserError, RunFailed."""
+    plain = asdict(settings)
+    plain = {"arms": plain.pop("variants"), **plain}
+    found: dict[str, Any] = {
+        "machine": {}, "settings": plain, "peak_flops": {}, "measured": [], "largest_batch": []
+    }  # fmt: skip
     for case in settings.cases:
-        results = _with_case(results, settings, case, log)
-        yield results
+        _measure(found, settings, case, log)
+        yield found
     if not settings.largest_batch:
         return
     for case in {(case.resolution, case.precision): case for case in settings.cases}.values():
         for variant in settings.variants:
             size = largest_batch(settings.job(variant, case), case.batch_size, log)
-            results = replace(results, largest=(*results.largest, (variant, replace(case, batch_size=size))))
-            yield results
+            found["largest_batch"].append({"arm": variant, **asdict(replace(case, batch_size=size))})
+            yield found
 
 
-def _with_case(results: Results, settings: BenchSettings, case: Case, log: Log) -> Results:
-    """The results with those of all variants in one case."""
-    names, peaks, machine = settings.variants, dict(results.peak_flops), results.machine
-    found = {name: Measured(name, model_of(name, settings.model), case) for name in names}
+def _measure(found: dict[str, Any], settings: BenchSettings, case: Case, log: Log) -> None:
+    """Add all variants in one case."""
+    names, peaks = settings.variants, found["peak_flops"]
+    rows = {name: new_row(name, settings, case) for name in names}
     log(f"{case.resolution} px, {case.precision}, batch {case.batch_size}: {', '.join(names)}")
     with contextlib.ExitStack() as stack:
         # All models are built side by side.
         running = {name: stack.enter_context(Variant(settings.job(name, case))) for name in names}
 
-        def ask(name: str, method: str, *arguments: Any) -> dict[str, Any] | None:
-            """None for a variant that does not fit into memory."""
-            if found[name].failure:
-                return None
+        def ask(name: str, method: str, *arguments: Any) -> dict[str, Any]:
+            """Empty for a variant that does not fit into memory."""
+            if rows[name]["failure"]:
+                return {}
             try:
                 return dict(running[name].ask(method, *arguments))
             except OutOfMemory:
-                found[name] = Measured(name, found[name].model, case, failure=OUT_OF_MEMORY)
-                return None
+                rows[name] = new_row(name, settings, case, OUT_OF_MEMORY)
+                return {}
 
         for name in names:  # nothing is measured while another one still builds
-            if facts := ask(name, "facts"):
-                found[name] = replace(found[name], **facts)
+            rows[name].update(ask(name, "facts"))
         for name in names:
             if memory := ask(name, "memory"):
-                found[name] = replace(found[name], **memory)
+                rows[name].update(memory)
                 log(f"  {name}: step memory {memory['step_bytes'] / MB:,.4g} MB")
             if case.precision not in peaks and (device := ask(name, "peak")):
-                peaks[case.precision], machine = device["flops"], device["machine"]
+                peaks[case.precision], found["machine"] = device["flops"], device["machine"]
         for repetition in range(settings.repetitions):
             first = repetition % len(names)  # no variant always follows the same other one
             for name in names[first:] + names[:first]:
-                if taken := ask(name, "time", settings.steps):
-                    one = found[name]
-                    step_s, cpu_s = (*one.step_s, taken["step_s"]), (*one.cpu_s, taken["cpu_s"])
-                    found[name] = replace(one, step_s=step_s, cpu_s=cpu_s)
-            times = (f"{name} {1e3 * one.step_s[-1]:.0f} ms" for name, one in found.items() if one.step_s)
+                for key, seconds in ask(name, "time", settings.steps).items():
+                    rows[name][key].append(seconds)
+            times = (f"{name} {1e3 * row['step_s'][-1]:.0f} ms" for name, row in rows.items() if row["step_s"])
             log(f"  {repetition + 1} of {settings.repetitions}: {', '.join(times) or OUT_OF_MEMORY}")
-    return replace(results, measured=(*results.measured, *found.values()), peak_flops=peaks, machine=machine)
+    add_figures(rows.values(), peaks.get(case.precision, 0.0))
+    found["measured"] += rows.values()
 
 
 def step_memory(job: Job) -> int | None:
