@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +66,42 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+class LineFile:
+    """A file of JSON lines that grows, for one process at a time: `lines` are those of before, without what a kill left
+    of the last one, and those added. Raises UserError for a damaged file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "a+b") as file:
+            file.seek(0)
+            *whole, torn = file.read().split(b"\n")
+            file.truncate(file.tell() - len(torn))
+        try:
+            self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole]
+        except ValueError:
+            raise UserError(f"{path}: damaged; start again in another folder") from None
+
+    def add(self, *lines: Mapping[str, Any]) -> None:
+        """They are on disk when this returns. Raises UserError."""
+        with write_errors(self.path), open(self.path, "ab") as file:
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.extend(map(dict, lines))
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """An OSError in the block, of a command that continues, as a UserError about the file that it writes."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); what is finished is whole: free some space and "
+            "run the same command"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

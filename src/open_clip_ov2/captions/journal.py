@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_clip_ov2.data.sidecars import write_sidecar
-from open_clip_ov2.files import TEMPORARY
+from open_clip_ov2.files import TEMPORARY, LineFile
 from open_clip_ov2.locks import FolderLock
 
 WORKING = ".writing"  # OUT/.writing/NAME holds the journal and the lock of one shard
@@ -19,7 +17,7 @@ LINES = "lines.jsonl"
 
 
 class Journal:
-    """A context in which no other process writes this sidecar; `lines` are those of before.
+    """A context in which no other process writes this sidecar; `lines` are those of before and those added.
 
     Raises InUse if another does, UserError if the folder cannot be used.
     """
@@ -27,19 +25,13 @@ class Journal:
     def __init__(self, folder: Path, shard: str, path: Path) -> None:
         self._folder, self._path = folder / WORKING / shard, path
         self._lock = FolderLock(self._folder)
-        self.lines: list[dict[str, Any]] = []
 
     def __enter__(self) -> Journal:
         with contextlib.ExitStack() as opened:
             opened.enter_context(self._lock)
             for leftover in self._path.parent.glob(f"{TEMPORARY}{glob.escape(self._path.name)}.*"):
                 leftover.unlink(missing_ok=True)  # of a process that was killed as it finished
-            self._file = opened.enter_context(open(self._folder / LINES, "a+b"))
-            self._file.seek(0)
-            data = self._file.read()
-            whole = data.rfind(b"\n") + 1  # what follows was torn by a kill
-            self._file.truncate(whole)
-            self.lines = [json.loads(line) for line in data[:whole].splitlines()]
+            self._file = LineFile(self._folder / LINES)
             self._opened = opened.pop_all()
         return self
 
@@ -53,16 +45,17 @@ class Journal:
                 folder.rmdir()
 
     @property
+    def lines(self) -> list[dict[str, Any]]:
+        return self._file.lines
+
+    @property
     def finished(self) -> bool:
         return self._path.is_file()
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append lines; they are on disk when this returns. Raises InUse if another process has taken over."""
         self._lock.check()
-        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.lines += map(dict, lines)
+        self._file.add(*lines)
 
     def finish(self) -> None:
         """All lines are there: write the sidecar."""

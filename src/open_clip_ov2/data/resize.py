@@ -28,7 +28,7 @@ from open_clip_ov2.data.sidecars import (
     CaptionSet,
     begin_set,
     check_same_settings,
-    refuse_files,
+    refuse_other_files,
     shard_names,
     sidecar_path,
     write_sidecar,
@@ -36,8 +36,8 @@ from open_clip_ov2.data.sidecars import (
 from open_clip_ov2.data.skips import BROKEN_SHARD, DOTTED, MISSING_IMAGE, SkipSample, missing
 from open_clip_ov2.data.tars import APART, read_tar
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.files import TEMPORARY, write_json, written_whole
-from open_clip_ov2.locks import LOCK, FolderLock
+from open_clip_ov2.files import TEMPORARY, LineFile, write_errors, write_json, written_whole
+from open_clip_ov2.locks import FolderLock
 
 LEDGER, SIZES = "resize.jsonl", "sizes.json"
 KINDS = ("JPEG", "PNG", "WEBP")  # images of other formats become JPEG
@@ -68,14 +68,8 @@ class ShardReport:
 def shrink_shard(source: str, target: Path, shrink: Shrink, captions: Sequence[CaptionSet] = ()) -> ShardReport:
     """Write `target` whole or not at all, after its sidecars in a folder beside it for each caption set. Raises
     UserError if it cannot be written."""
-    try:
-        with written_whole(target) as file:
-            return _write(source, target, file, shrink, captions)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); finished shards are whole: free some space and "
-            "run the same command"
-        ) from error
+    with write_errors(target), written_whole(target) as file:
+        return _write(source, target, file, shrink, captions)
 
 
 def _write(source: str, target: Path, file: IO[bytes], shrink: Shrink, captions: Sequence[CaptionSet]) -> ShardReport:
@@ -148,13 +142,13 @@ class Resize:
         for one in self.captions:
             one.check(self.urls)
         self._names = {f"{name}.tar": url for name, url in shard_names(self.urls).items()}
-        if self.folder.is_dir():
-            self._refuse_other_files()
+        if self.folder.is_dir() and not (self.folder / LEDGER).is_file():
+            refuse_other_files(self.folder)
         with contextlib.ExitStack() as opened:
             opened.enter_context(FolderLock(self.folder))
-            self._ledger = opened.enter_context(open(self.folder / LEDGER, "a+", encoding="utf-8"))
             for unfinished in self.folder.glob(f"{TEMPORARY}*"):
                 unfinished.unlink()
+            self._ledger = LineFile(self.folder / LEDGER)
             self._read_ledger()
             for one in self.captions:
                 begin_set(self.folder / one.name, {"resized": one.settings()})
@@ -164,30 +158,15 @@ class Resize:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def _refuse_other_files(self) -> None:
-        present = [path.name for path in self.folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY))]
-        if LEDGER in present:
-            sets, made = (one.name for one in self.captions), (entry.get("name", "") for entry in self._entries())
-            present = list({*present} - {LEDGER, SIZES, *sets, *self._names, *made})
-        refuse_files(self.folder, present)
-
-    def _entries(self) -> list[dict[str, Any]]:
-        """The ledger's whole lines, without what a kill left of the last one."""
-        path = self.folder / LEDGER
-        try:
-            return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        except ValueError:
-            raise UserError(f"{path}: damaged; start again in another folder") from None
-
     def _read_ledger(self) -> None:
-        entries, wanted = self._entries(), asdict(self.shrink)
+        wanted = asdict(self.shrink)
         if self.captions:
             wanted["captions"] = [one.name for one in self.captions]
-        self._ledger.truncate((self.folder / LEDGER).read_bytes().rfind(b"\n") + 1)
-        if not entries:
-            return self._append({"settings": wanted})
-        check_same_settings(self.folder, entries[0]["settings"], wanted)
-        for report in (ShardReport(**entry) for entry in entries[1:]):
+        if not self._ledger.lines:
+            self._ledger.add({"settings": wanted})
+        begin, *entries = self._ledger.lines
+        check_same_settings(self.folder, begin["settings"], wanted)
+        for report in (ShardReport(**entry) for entry in entries):
             path = self.folder / report.name
             if path.is_file() and path.stat().st_size == report.bytes_out:  # another one is made again
                 self.reports[report.name] = report
@@ -196,15 +175,6 @@ class Resize:
                 raise UserError(
                     f"{self.folder / name}: was made of {self.reports[name].source}, not of {url}; name another folder"
                 )
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            self._ledger.write(json.dumps(line) + "\n")
-            self._ledger.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.folder / LEDGER}: {error.strerror}; free some space and run the same command"
-            ) from error
 
     @property
     def left(self) -> list[tuple[str, str]]:
@@ -216,7 +186,7 @@ class Resize:
         jobs = [(url, self.folder / name, self.shrink, self.captions) for name, url in self.left]
         for report in in_processes(shrink_shard, jobs, workers):
             self.reports[report.name] = report
-            self._append(asdict(report))
+            self._ledger.add(asdict(report))
             yield report
 
     def finish(self) -> dict[str, int]:

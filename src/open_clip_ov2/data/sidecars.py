@@ -230,7 +230,7 @@ def begin_set(folder: Path, settings: Mapping[str, Any]) -> None:
     if (path := folder / SETTINGS).is_file():
         return check_same_settings(folder, read_settings(folder), wanted)
     if folder.is_dir():
-        refuse_files(folder, [one.name for one in folder.iterdir() if not one.name.startswith(".")])
+        refuse_other_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
@@ -243,10 +243,10 @@ def check_same_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[
         raise UserError(f"{folder}: was begun with {differ}; give the same, or name another folder")
 
 
-def refuse_files(folder: Path, others: Sequence[str]) -> None:
-    """Raises UserError if there are files in a folder that is to be of one kind alone."""
-    if others:
-        raise UserError(f"{folder}: holds other files ({', '.join(sorted(others)[:3])}); name a folder of its own")
+def refuse_other_files(folder: Path) -> None:
+    """Raises UserError if a folder that is to be begun holds anything that is not hidden."""
+    if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        raise UserError(f"{folder}: holds other files ({', '.join(others[:3])}); name a folder of its own")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
