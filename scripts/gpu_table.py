@@ -30,6 +30,7 @@ from open_clip_ov2.compare.bench import turns
 from open_clip_ov2.compare.bench.settings import machine_facts
 from open_clip_ov2.errors import RunFailed, UserError, first_line
 from open_clip_ov2.files import write_text
+from open_clip_ov2.tracking.text_table import markdown
 
 TINY = os.environ.get("TINY") == "1"
 MINUTES = float(os.environ.get("MINUTES", "12"))
@@ -190,6 +191,7 @@ def small(command: str) -> str:
 
 # --- the table --------------------------------------------------------------------------------------------
 
+TIMES = ["row", "variant", "batch", "ms a step (least to greatest)", "images/s", "MFU", "step memory, GB"]
 TARGETS = {"l14-224": 0.60, "l14-84": 0.56, "g14-224": 0.55}  # MFU
 
 
@@ -200,9 +202,8 @@ def page(rows: list[Row], seconds: float) -> str:
         f"{facts.pop('device')}, driver {driver()}, {', '.join(f'{name} {text}' for name, text in facts.items())}; "
         f"{peak:,.4g} TFLOP/s dense bf16 measured in the same runs; {datetime.date.today().isoformat()}, "
         f"{seconds / 60:.1f} minutes. {'Tiny models on a CPU: the figures mean nothing.' if TINY else ''}",
-        "", "| where | target | measured | row |", "| --- | --- | --- | --- |", *map(cells, goals(rows)), "",
-        "| row | variant | batch | ms a step (least to greatest) | images/s | MFU | step memory, GB |",
-        "| --- | --- | --- | --- | --- | --- | --- |", *(cells(shown(row)) for row in rows), "",
+        "", markdown([["where", "target", "measured", "row"], *goals(rows)]), "",
+        markdown([TIMES, *map(shown, rows)]), "",
         *(f"- `{name}`: `ov2 bench {ROWS[name]}`" for name in dict.fromkeys(row.name for row in rows)), "",
         "One GPU has nothing to shard: `--fsdp` is compared with DDP by tests on CPUs (docs/scale.md).",
     ]  # fmt: skip
@@ -249,10 +250,6 @@ def shown(row: Row) -> list[str]:
     low, middle, high = (f"{1e3 * f(row.step_s):,.4g}" for f in (min, statistics.median, max))
     times, speed = f"{middle} ({low} to {high})", f"{row.images_s:,.4g}"
     return [row.name, row.variant, str(row.batch), times, speed, f"{row.mfu:.1%}", f"{row.step_gb:.3g}"]
-
-
-def cells(texts: list[str]) -> str:
-    return f"| {' | '.join(texts)} |"
 
 
 def driver() -> str:
