@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -112,15 +113,11 @@ def largest(fits: Callable[[int], bool], start: int, step: int, most: int) -> in
     """The largest multiple of `step` up to `most` for which `fits` holds, by doubling and bisection; 0 if none does.
     `start` is tried first. Never asks about more than twice what fits, or than `start`."""
     ceiling = most // step
-    low, high = 0, ceiling + 1  # in steps: low fits (0 always does), high does not
-    size = min(max(1, start // step), ceiling)
-    while high - low > 1:
-        if fits(size * step):
-            low = size
-        else:
-            high = size
-        size = min(2 * low, ceiling) if high > ceiling else (low + high) // 2
-    return low * step
+    low, size = 0, min(max(1, start // step), ceiling)  # in steps; `low` fits
+    while low < size and fits(size * step):
+        low, size = size, min(2 * size, ceiling)
+    between = range(low + 1, size)  # `size` does not fit, or is `low`
+    return step * (low + bisect_left(between, True, key=lambda steps: not fits(steps * step)))
 
 
 class OutOfMemory(Exception):
