@@ -252,6 +252,9 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "\n" not in error
     with Resize([str(tars[0])], out, SHRINK), pytest.raises(InUse, match=f"process {os.getpid()} on "):
         Resize([str(tars[0])], out, SHRINK).__enter__()
+    (out / LEDGER).write_text("nonsense\n")
+    with pytest.raises(UserError, match=f"{LEDGER}: damaged; start again"):
+        resized([str(tars[0])], out)
 
 
 def test_more_shards_may_come_later_and_names_are_found(tmp_path: Path) -> None:
