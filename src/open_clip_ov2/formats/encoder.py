@@ -80,23 +80,6 @@ class Encoder:
         height, width = self.image_size
         return height if height == width else [height, width]
 
-    def renamed(self, blocks: str, parts: Mapping[str, str | tuple[str, str, str]]) -> dict[str, Tensor]:
-        """Tensors of all blocks under another library's names.
-
-        `blocks` is the path of one block, such as `blocks.{}`. `parts` maps our modules to its modules; a tuple takes
-        apart the joint query, key and value projection.
-        """
-        out = {}
-        for index in range(self.layers):
-            for ours, theirs in parts.items():
-                for kind in ("weight", "bias"):
-                    separator = "_" if ours == "attn.in_proj" else "."
-                    value = self.state[f"transformer.resblocks.{index}.{ours}{separator}{kind}"]
-                    names = (theirs,) if isinstance(theirs, str) else theirs
-                    for name, piece in zip(names, value.chunk(len(names)), strict=True):
-                        out[f"{blocks.format(index)}.{name}.{kind}"] = piece
-        return out
-
     @classmethod
     def of(cls, visual: Any, preprocess_cfg: Mapping[str, Any]) -> Encoder:
         """From the VisionTransformer of an ov2 model or a released encoder. Raises UserError for unusual sizes."""

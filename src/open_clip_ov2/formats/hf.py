@@ -17,18 +17,20 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import EPS, Encoder, Preprocessing
 from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.names import BLOCK, Names, in_a_batch, renamed
 from open_clip_ov2.formats.target import ExportSource, Target
 
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
-_ATTENTION = "attention.attention"
-# Modules of a block of ours -> transformers'; a tuple takes a joint projection apart.
-PARTS: dict[str, str | tuple[str, str, str]] = {
-    "attn.in_proj": (f"{_ATTENTION}.query", f"{_ATTENTION}.key", f"{_ATTENTION}.value"),
-    "attn.out_proj": "attention.output.dense",
-    "mlp.c_fc": "intermediate.dense",
-    "mlp.c_proj": "output.dense",
-    "ln_1": "layernorm_before",
-    "ln_2": "layernorm_after",
+NAMES: Names = {
+    "class_embedding": ("embeddings.cls_token",),
+    "positional_embedding": ("embeddings.position_embeddings",),
+    "conv1.": ("embeddings.patch_embeddings.projection.",),
+    f"{BLOCK}attn.in_proj_": tuple(f"encoder.layer.*.attention.attention.{one}." for one in ("query", "key", "value")),
+    f"{BLOCK}attn.out_proj.": ("encoder.layer.*.attention.output.dense.",),
+    f"{BLOCK}mlp.c_fc.": ("encoder.layer.*.intermediate.dense.",),
+    f"{BLOCK}mlp.c_proj.": ("encoder.layer.*.output.dense.",),
+    f"{BLOCK}ln_1.": ("encoder.layer.*.layernorm_before.",),
+    f"{BLOCK}ln_2.": ("encoder.layer.*.layernorm_after.",),
 }
 
 
@@ -85,19 +87,14 @@ def image_settings(sides: tuple[int, int], pre: Preprocessing) -> dict[str, Any]
 
 
 def state_dict(encoder: Encoder) -> dict[str, Tensor]:
-    """transformers' names. Its patch embedding has a bias, which is zero here."""
-    state, width = encoder.state, encoder.width
-    out = {
-        "embeddings.cls_token": state["class_embedding"].reshape(1, 1, width),
-        "embeddings.position_embeddings": state["positional_embedding"].unsqueeze(0),
-        "embeddings.patch_embeddings.projection.weight": state["conv1.weight"],
-        "embeddings.patch_embeddings.projection.bias": torch.zeros(width),
-        "layernorm.weight": state["ln_post.weight"],
-        "layernorm.bias": state["ln_post.bias"],
-        "pooler.dense.weight": torch.eye(width),
-        "pooler.dense.bias": torch.zeros(width),
+    """Under transformers' names."""
+    return {
+        **renamed(in_a_batch(encoder.state), NAMES),
+        "layernorm.weight": encoder.state["ln_post.weight"],
+        "layernorm.bias": encoder.state["ln_post.bias"],
+        "pooler.dense.weight": torch.eye(encoder.width),
+        "pooler.dense.bias": torch.zeros(encoder.width),
     }
-    return out | encoder.renamed("encoder.layer.{}", PARTS)
 
 
 TARGET = Target(

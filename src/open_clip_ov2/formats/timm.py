@@ -15,6 +15,7 @@ from torch import Tensor
 from open_clip_ov2.files import write_json
 from open_clip_ov2.formats.encoder import Encoder, mlp_ratio
 from open_clip_ov2.formats.model_files import write_tensors
+from open_clip_ov2.formats.names import BLOCK, Names, in_a_batch, renamed
 from open_clip_ov2.formats.target import ExportSource, Target
 
 # timm's entry for each published size, and the nearest one for the rest; model_args has what differs from it.
@@ -24,13 +25,16 @@ _ENTRIES = {
     (1280, 14): "vit_huge_patch14_224", (1408, 14): "vit_giant_patch14_224",
 }  # fmt: skip
 _NEAREST = "vit_large_patch14_224"
-PARTS: dict[str, str | tuple[str, str, str]] = {
-    "ln_1": "norm1",
-    "attn.in_proj": "attn.qkv",
-    "attn.out_proj": "attn.proj",
-    "ln_2": "norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+NAMES: Names = {
+    "class_embedding": ("cls_token",),
+    "positional_embedding": ("pos_embed",),
+    "conv1.": ("patch_embed.proj.",),
+    f"{BLOCK}attn.in_proj_": ("blocks.*.attn.qkv.",),
+    f"{BLOCK}attn.out_proj.": ("blocks.*.attn.proj.",),
+    f"{BLOCK}mlp.c_fc.": ("blocks.*.mlp.fc1.",),
+    f"{BLOCK}mlp.c_proj.": ("blocks.*.mlp.fc2.",),
+    f"{BLOCK}ln_1.": ("blocks.*.norm1.",),
+    f"{BLOCK}ln_2.": ("blocks.*.norm2.",),
 }
 
 
@@ -76,19 +80,14 @@ def config(encoder: Encoder) -> dict[str, Any]:
 
 
 def state_dict(encoder: Encoder) -> dict[str, Tensor]:
-    """timm's names. Its patch embedding and head have biases, which are zero here."""
-    state, width = encoder.state, encoder.width
-    out = {
-        "cls_token": state["class_embedding"].reshape(1, 1, width),
-        "pos_embed": state["positional_embedding"].unsqueeze(0),
-        "patch_embed.proj.weight": state["conv1.weight"],
-        "patch_embed.proj.bias": torch.zeros(width),
-        "fc_norm.weight": state["ln_post.weight"],
-        "fc_norm.bias": state["ln_post.bias"],
-        "head.weight": state["proj"].T,
+    """Under timm's names. Its head has a bias, which is zero here."""
+    return {
+        **renamed(in_a_batch(encoder.state), NAMES),
+        "fc_norm.weight": encoder.state["ln_post.weight"],
+        "fc_norm.bias": encoder.state["ln_post.bias"],
+        "head.weight": encoder.state["proj"].T,
         "head.bias": torch.zeros(encoder.output_width),
     }
-    return out | encoder.renamed("blocks.{}", PARTS)
 
 
 TARGET = Target(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from open_clip_ov2 import training
@@ -21,17 +20,24 @@ from open_clip_ov2.files import read_json
 from open_clip_ov2.formats import hf
 from open_clip_ov2.formats.encoder import Encoder, Preprocessing
 from open_clip_ov2.formats.llava import VisionTower, library, vision_tower
-from open_clip_ov2.formats.timm import PARTS as TIMM_PARTS
+from open_clip_ov2.formats.names import BLOCK, Names, Unfit, in_a_batch, renamed, reverse
+from open_clip_ov2.formats.timm import NAMES as TIMM_NAMES
 
-Parts = Mapping[str, str | tuple[str, str, str]]
-# Of a block of CLIP's and SigLIP's in transformers; hf.PARTS has those of its ViT.
-_CLIP_PARTS: Parts = {
-    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-}  # fmt: skip
+_ATTENTION = "encoder.layers.*.self_attn"
+# CLIP's and SigLIP's in transformers. The second has no class token, and no norm before its blocks.
+_CLIP_NAMES: Names = {
+    "class_embedding": ("embeddings.class_embedding",),
+    "positional_embedding": ("embeddings.position_embedding.weight",),
+    "conv1.": ("embeddings.patch_embedding.",),
+    "ln_pre.": ("pre_layrnorm.",),
+    f"{BLOCK}attn.in_proj_": (f"{_ATTENTION}.q_proj.", f"{_ATTENTION}.k_proj.", f"{_ATTENTION}.v_proj."),
+    f"{BLOCK}attn.out_proj.": (f"{_ATTENTION}.out_proj.",),
+    f"{BLOCK}mlp.c_fc.": ("encoder.layers.*.mlp.fc1.",),
+    f"{BLOCK}mlp.c_proj.": ("encoder.layers.*.mlp.fc2.",),
+    f"{BLOCK}ln_1.": ("encoder.layers.*.layer_norm1.",),
+    f"{BLOCK}ln_2.": ("encoder.layers.*.layer_norm2.",),
+}
 TIMM = "timm:"
-_BLOCKS = "transformer.resblocks."
 
 
 def open_tower(source: str, image_size: int | None = None) -> VisionTower:
@@ -53,23 +59,20 @@ def open_tower(source: str, image_size: int | None = None) -> VisionTower:
         if hasattr(visual, "trunk"):
             return of_timm(visual.trunk, preprocessing)
         return of_open_clip(visual, preprocessing)
-    except _Unfit as error:
+    except Unfit as error:
         raise UserError(
             f"{source}: {error}, which no vision model of transformers has; name another encoder"
         ) from error
 
 
-class _Unfit(Exception):
-    """What an encoder has that transformers' classes do not."""
-
-
 def of_open_clip(visual: Any, preprocessing: Preprocessing) -> VisionTower:
     """OpenCLIP's VisionTransformer as a CLIPVisionModel or, without a norm before its blocks, a ViTModel."""
     state = {name: value.detach().float() for name, value in visual.state_dict().items()}
-    if f"{_BLOCKS}0.attn.in_proj_weight" not in state:
-        raise _Unfit(f"{type(visual).__name__} is not a plain ViT")
+    if "transformer.resblocks.0.attn.in_proj_weight" not in state:
+        raise Unfit(f"{type(visual).__name__} is not a plain ViT")
     block = visual.transformer.resblocks[0]
     config = {
+        "num_hidden_layers": len(visual.transformer.resblocks),
         "num_attention_heads": block.attn.num_heads,
         "image_size": _square(visual.image_size),
         "patch_size": _square(visual.patch_size),
@@ -81,14 +84,16 @@ def of_open_clip(visual: Any, preprocessing: Preprocessing) -> VisionTower:
 
 def of_timm(trunk: Any, preprocessing: Preprocessing) -> VisionTower:
     """timm's VisionTransformer as a SiglipVisionModel or, with a class token, as a ViTModel."""
-    state = {_open_clip_name(name): value.detach().float() for name, value in trunk.state_dict().items()}
-    plain = {f"{_BLOCKS}0.attn.in_proj.weight", "positional_embedding"} <= state.keys()
+    theirs = {name: value.detach().float() for name, value in trunk.state_dict().items()}
+    plain = {"blocks.0.attn.qkv.weight", "pos_embed"} <= theirs.keys()
     if not plain or getattr(trunk, "reg_token", None) is not None:
-        raise _Unfit(f"{type(trunk).__name__} is not a plain ViT")
-    if "norm_pre.weight" in state:
-        raise _Unfit("it has a norm before its blocks")
-    block = trunk.blocks[0]
+        raise Unfit(f"{type(trunk).__name__} is not a plain ViT")
+    if "norm_pre.weight" in theirs:
+        raise Unfit("it has a norm before its blocks")
+    state, block = renamed(theirs, reverse(TIMM_NAMES)), trunk.blocks[0]
+    state["positional_embedding"] = state["positional_embedding"].flatten(0, 1)  # which timm has in a batch of one
     config = {
+        "num_hidden_layers": len(trunk.blocks),
         "num_attention_heads": block.attn.num_heads,
         "image_size": _square(trunk.patch_embed.img_size),
         "patch_size": _square(trunk.patch_embed.patch_size),
@@ -100,27 +105,22 @@ def of_timm(trunk: Any, preprocessing: Preprocessing) -> VisionTower:
     return _tower("SiglipVision", {**config, "vision_use_head": False}, state, preprocessing)
 
 
-def _open_clip_name(name: str) -> str:
-    """OpenCLIP's name of a tensor of timm's."""
-    outside = {"cls_token": "class_embedding", "pos_embed": "positional_embedding"}
-    if not name.startswith("blocks."):
-        return outside.get(name, name.replace("patch_embed.proj.", "conv1."))
-    for ours, theirs in TIMM_PARTS.items():
-        name = name.replace(f".{theirs}.", f".{ours}.")
-    return _BLOCKS + name.removeprefix("blocks.")
-
-
 def _tower(
     family: str, sizes: Mapping[str, Any], state: Mapping[str, Tensor], preprocessing: Preprocessing
 ) -> VisionTower:
     """Of tensors under OpenCLIP's names. What transformers' model has beyond them is behind the blocks; all else has to
     be there."""
-    named = _vit_names(state, sizes) if family == "ViT" else _clip_names(state)
-    blocks = {name.split(".")[2] for name in state if name.startswith(_BLOCKS)}
+    size, patch = sizes["image_size"], sizes["patch_size"]
+    if family == "ViT":
+        positions = state["positional_embedding"]
+        if len(positions) == (size // patch) ** 2:  # the class token has none
+            positions = nn.functional.pad(positions, (0, 0, 1, 0))
+        named = renamed(in_a_batch({**state, "positional_embedding": positions}), hf.NAMES)
+    else:
+        named = {f"vision_model.{name}": value for name, value in renamed(state, _CLIP_NAMES).items()}
     config = getattr(library(), f"{family}Config")(
         hidden_size=state["conv1.weight"].shape[0],
-        intermediate_size=state[f"{_BLOCKS}0.mlp.c_fc.weight"].shape[0],
-        num_hidden_layers=len(blocks),
+        intermediate_size=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         **sizes,
     )
     kind = getattr(library(), f"{family}Model")
@@ -128,63 +128,15 @@ def _tower(
     behind = ("post_layernorm.", "layernorm.", "pooler.")
     lost = [name for name in report["missing_keys"] if not name.removeprefix("vision_model.").startswith(behind)]
     if lost or report["unexpected_keys"]:
-        raise _Unfit(f"its weights do not fit {kind.__name__} ({', '.join([*lost, *report['unexpected_keys']][:3])})")
-    size, patch = sizes["image_size"], sizes["patch_size"]
+        raise Unfit(f"its weights do not fit {kind.__name__} ({', '.join([*lost, *report['unexpected_keys']][:3])})")
     settings = hf.image_settings((size, size), preprocessing)
     return VisionTower(model, settings, size, patch, class_token="class_embedding" in state)
-
-
-def _vit_names(state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A patch embedding without a bias gets one of zero, and so does a class token without a position."""
-    weight = state["conv1.weight"]
-    positions = state["positional_embedding"].reshape(-1, len(weight))
-    if len(positions) == (sizes["image_size"] // sizes["patch_size"]) ** 2:
-        positions = nn.functional.pad(positions, (0, 0, 1, 0))
-    return {
-        "embeddings.cls_token": state["class_embedding"].reshape(1, 1, -1),
-        "embeddings.position_embeddings": positions[None],
-        "embeddings.patch_embeddings.projection.weight": weight,
-        "embeddings.patch_embeddings.projection.bias": state.get("conv1.bias", torch.zeros(len(weight))),
-        **_blocks(state, "encoder.layer.", hf.PARTS),
-    }
-
-
-def _clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of CLIP's and SigLIP's; the second has no class token, and no norm before its blocks."""
-    root, width = "vision_model.", len(state["conv1.weight"])
-    outside = {
-        "class_embedding": "embeddings.class_embedding",
-        "conv1.weight": "embeddings.patch_embedding.weight",
-        "conv1.bias": "embeddings.patch_embedding.bias",
-        "ln_pre.weight": "pre_layrnorm.weight",
-        "ln_pre.bias": "pre_layrnorm.bias",
-    }
-    return {
-        **{f"{root}{theirs}": state[ours] for ours, theirs in outside.items() if ours in state},
-        f"{root}embeddings.position_embedding.weight": state["positional_embedding"].reshape(-1, width),
-        **_blocks(state, f"{root}encoder.layers.", _CLIP_PARTS),
-    }
-
-
-def _blocks(state: Mapping[str, Tensor], root: str, parts: Parts) -> dict[str, Tensor]:
-    out = {}
-    for name, value in state.items():
-        if name.startswith(_BLOCKS):
-            index, _, rest = name.removeprefix(_BLOCKS).partition(".")
-            ours = next((one for one in parts if rest.startswith(one)), None)
-            if ours is None:
-                raise _Unfit(f"its blocks have {rest}")
-            theirs = parts[ours]
-            names = (theirs,) if isinstance(theirs, str) else theirs
-            for module, piece in zip(names, value.chunk(len(names)), strict=True):
-                out[f"{root}{index}.{module}.{rest.removeprefix(ours)[1:]}"] = piece.clone()
-    return out
 
 
 def _square(sides: Any) -> int:
     height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
     if height != width:
-        raise _Unfit(f"its images or patches are {height} x {width}")
+        raise Unfit(f"its images or patches are {height} x {width}")
     return int(height)
 
 
@@ -194,7 +146,7 @@ def _activation(module: nn.Module) -> str:
         return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
     names = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
     if type(module).__name__ not in names:
-        raise _Unfit(f"its activation is {type(module).__name__}")
+        raise Unfit(f"its activation is {type(module).__name__}")
     return names[type(module).__name__]
 
 
