@@ -30,6 +30,7 @@ from open_clip_ov2.errors import UserError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
+Watched = Callable[[Iterator[Batch]], Iterator[Batch]]
 STALL_WARNING_S = 60.0  # as often as the log's summaries of skips
 
 
@@ -205,6 +206,7 @@ class EvalLoader(Receiver):
     Iterating gives this process's part; `full()` everything, for what runs on one process alone.
     Labeled sets need no captions: without `caption_keys` they are "", without a tokenizer `texts_BL` is `(B, 0)`.
     Raises UserError if the whole set has no usable sample, or a worker dies; `named`: what data it is, and its flag.
+    `watched` passes on the batches of this process's part, and may end it early.
     """
 
     def __init__(
@@ -224,9 +226,10 @@ class EvalLoader(Receiver):
         prompt_keys: tuple[CaptionKey, ...] = (),
         pin_memory: bool = False,
         named: tuple[str, str] = ("validation", "--val-data"),
+        watched: Watched | None = None,
     ) -> None:
         super().__init__(num_workers)
-        self._named = named
+        self._named, self._watched = named, watched
         decoder = Decoder(transform, caption_keys, max_image_pixels, prompt_keys)
         self._stream = EvalStream(source, decoder, tokenizer, batch_size, rank, world_size, num_samples, group_by)
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -248,7 +251,8 @@ class EvalLoader(Receiver):
             yield Described(index, raw["__key__"], captions, group_text(raw, stream.group_by))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._batches(self._stream)
+        batches = self._batches(self._stream)
+        return batches if self._watched is None else self._watched(batches)
 
     def check(self) -> None:
         """Raises UserError if there is no usable sample; reads as far as the first, in this process."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from open_clip_ov2.core.native import concatenated
 from open_clip_ov2.data.captions import CaptionKey
-from open_clip_ov2.data.loader import Batch, EvalLoader
+from open_clip_ov2.data.loader import Batch, EvalLoader, Watched
 from open_clip_ov2.data.shards import expand_shards
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.caption_loss import rows_of
@@ -45,10 +45,11 @@ class Readable(NamedTuple):
 
 
 class EvalJob:
-    def __init__(self, model: EvalModel, options: EvalOptions) -> None:
-        """Raises UserError if the options do not fit the model."""
+    def __init__(self, model: EvalModel, options: EvalOptions, watched: Watched | None = None) -> None:
+        """`watched` passes on the batches of every pass over data, and may end it early. Raises UserError if the
+        options do not fit the model."""
         self.model = model if options.keep_ratio is None else model.with_keep_ratio(options.keep_ratio)
-        self.options = options
+        self.options, self.watched = options, watched
         self._features: dict[tuple[str, Kind], Features] = {}
 
     def captioned(self, workers: int | None = None) -> EvalLoader:
@@ -74,6 +75,7 @@ class EvalJob:
             rank=rank,
             world_size=world_size,
             named=("evaluation", "--data" if data == self.options.data else "--train-data"),
+            watched=self.watched,
         )
 
     def features(self, data: str, kind: Kind) -> Features:

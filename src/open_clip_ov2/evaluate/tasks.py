@@ -197,7 +197,7 @@ def _keep_ratios(job: EvalJob) -> dict[str, Any]:
     rows = {}
     for ratio in sorted(set(job.options.keep_ratios or KEEP_RATIOS)):
         try:
-            at = EvalJob(job.model, replace(job.options, keep_ratio=ratio))
+            at = EvalJob(job.model, replace(job.options, keep_ratio=ratio), job.watched)
         except UserError:
             if job.options.keep_ratios:
                 raise
@@ -215,7 +215,7 @@ def _image_sizes(job: EvalJob) -> dict[str, Any]:
     """By resolution: caption loss where the model captions, k-NN where there is labelled training data."""
     rows: dict[str, Any] = {}
     for size in sorted(set(job.options.image_sizes)):  # one model at a time in memory
-        at, found, errors = EvalJob(job.model.with_image_size(size), job.options), {}, []
+        at, found, errors = EvalJob(job.model.with_image_size(size), job.options, job.watched), {}, []
         for name in ("caption-loss", "knn"):
             if TASKS[name].obstacle(at.model.name, at.model.abilities, at.options) is None:
                 try:

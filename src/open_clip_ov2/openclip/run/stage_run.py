@@ -28,7 +28,7 @@ from open_clip_ov2.openclip.run.loaders import LoaderInfo, make_data
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
 from open_clip_ov2.openclip.run.stage_progress import StageProgress
-from open_clip_ov2.openclip.run.validation import SETS, Validation, imagenet_folders
+from open_clip_ov2.openclip.run.validation import SETS, Validation, imagenet_evaluations
 from open_clip_ov2.train.checkpoint import average_of, live_weights, snapshot
 from open_clip_ov2.train.ema import WeightAverage
 from open_clip_ov2.train.step import train_epoch
@@ -115,7 +115,7 @@ class StageRun:
         self._loader = data["train"].dataloader if "train" in data else None
         if "val" in data and self._loader is not None:  # before hours of training, not after
             self.session.on_rank_0(data["val"].dataloader.check)
-        data |= {flag: LoaderInfo(folder) for flag, folder in imagenet_folders(args).items()}
+        data |= {flag: LoaderInfo(options) for flag, options in imagenet_evaluations(args).items()}
         self._config = self.built.own_config()
         if self.session.rank == 0:
             self._config.write(self.session.plan.folder)

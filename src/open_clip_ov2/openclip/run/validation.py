@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.evaluation import headlines, run_tasks
 from open_clip_ov2.evaluate.options import EvalOptions, options_of
-from open_clip_ov2.evaluate.zero_shot import zero_shot_contrastive, zero_shot_likelihood
-from open_clip_ov2.openclip.models.eval_models import as_eval_model, unwrap
+from open_clip_ov2.openclip.models.eval_models import abilities_of, as_eval_model, unwrap
+from open_clip_ov2.openclip.models.factory import config_named
 from open_clip_ov2.openclip.run import baselines
 from open_clip_ov2.openclip.run.session import Session
 from open_clip_ov2.openclip.run.stage_model import StageModel
@@ -39,6 +38,7 @@ from open_clip_ov2.train.signals import StopSignals
 
 logger = logging.getLogger("open_clip_ov2")
 
+EVAL = "eval"
 SETS = {"imagenet-val": "imagenet", "imagenet-v2": "imagenetv2"}  # flag, and how its metrics begin
 V2_FOLDER = "ImageNetV2-matched-frequency"  # where the package that OpenCLIP reads V2 with has put it
 
@@ -72,19 +72,17 @@ class Validation:
         tasks: bool,
         average: WeightAverage | None = None,
     ) -> dict[str, float]:
-        """Metrics by name, all of them on rank 0, of what is in `data`: captioned samples ("val"), folders of ImageNet.
-        Empty if a signal ended the validation. `tasks`: run --eval's too. With `average` they are of the averaged
-        weights, and live_* of the weights without averaging."""
+        """Metrics by name, all of them on rank 0, of what is in `data`: captioned samples ("val"), and evaluations on
+        ImageNet. Empty if a signal ended the validation. `tasks`: run --eval's too. With `average` they are of the
+        averaged weights, and live_* of the weights without averaging."""
         averaged = average.applied if average else contextlib.nullcontext
         # torch.compile would compile each length of a growing caption anew.
         with torch.compiler.set_stance("force_eager") if self.built.compile_blocks else contextlib.nullcontext():
             with averaged():
                 metrics = self._losses(model, data, epoch, args)
-                if metrics is not None and tasks and "val" in data:
-                    metrics |= self._tasks(model, args)
-                if metrics is not None and (folders := {flag: data[flag].dataloader for flag in SETS if flag in data}):
-                    figures = partial(zero_shot, folders=folders, args=args, watched=self._watched)
-                    metrics |= self._figures("zero-shot", model, args, figures)
+                if metrics is not None and (asked := self._asked(data, tasks)):
+                    for flag, options in asked.items():
+                        metrics |= self._figures(flag, model, args, options)
                     metrics = None if self._signalled() else metrics
             live = self._losses(model, data, epoch, args) if average and metrics is not None else {}
             if metrics is None or live is None:
@@ -114,25 +112,25 @@ class Validation:
             metrics |= baselines.stock_metrics(self.stock_evaluate, model, data, epoch, args, self.built.tokenizer)
         return metrics
 
-    def _tasks(self, model: nn.Module, args: argparse.Namespace) -> dict[str, float]:
-        """The main figures of the tasks of --eval."""
-        if (flags := self.session.plan.options.eval) is None:
-            return {}
-        options = options_of(flags, "--eval")
-        figures = lambda model: headlines(run_tasks(EvalJob(model, options), say=logger.info))  # noqa: E731
-        return self._figures("--eval", model, args, figures)
+    def _asked(self, data: dict[str, Any], tasks: bool) -> dict[str, EvalOptions]:
+        """The evaluations that are due, by the flag that asks for them."""
+        flags = self.session.plan.options.eval
+        asked = {EVAL: options_of(flags, f"--{EVAL}")} if flags is not None and tasks and "val" in data else {}
+        return asked | {flag: data[flag].dataloader for flag in SETS if flag in data}
 
-    def _figures(
-        self, what: str, model: nn.Module, args: argparse.Namespace, figures: Callable[[EvalModel], dict[str, float]]
-    ) -> dict[str, float]:
-        """Training draws the same random numbers as without them."""
+    def _figures(self, flag: str, model: nn.Module, args: argparse.Namespace, options: EvalOptions) -> dict[str, float]:
+        """The main figures of an evaluation. Training draws the same random numbers as without it."""
         evaluated = self._evaluated(model, args)
         with torch.random.fork_rng(devices=[evaluated.device] if evaluated.device.type == "cuda" else []):
             try:
-                return figures(evaluated)
+                results = run_tasks(EvalJob(evaluated, options, self._watched), say=logger.info)
             except (UserError, ValueError) as error:  # in flags or data, so all ranks have it; training must not end
-                logger.error("%s: %s; training continues without these figures", what, error)
+                logger.error("--%s: %s; training continues without these figures", flag, error)
                 return {}
+        if flag == EVAL:
+            return headlines(results)
+        (found,) = results.values()
+        return {f"{SETS[flag]}-zeroshot-val-{name}": found[name] for name in ("top1", "top5")}
 
     def _signalled(self) -> bool:
         return self.session.agreement.now(self.session.signals.name is not None)
@@ -154,12 +152,21 @@ class Validation:
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
 
 
-def imagenet_folders(args: argparse.Namespace) -> dict[str, Path]:
+def imagenet_evaluations(args: argparse.Namespace) -> dict[str, EvalOptions]:
     """By flag, checked. Raises UserError."""
-    given = {flag: Path(path) for flag in SETS if (path := getattr(args, flag.replace("-", "_")))}
-    found = {flag: path / V2_FOLDER if (path / V2_FOLDER).is_dir() else path for flag, path in given.items()}
-    for flag, folder in found.items():
-        _classes(flag, folder)
+    by_text = "contrast" in abilities_of(config_named(args.model))
+    found = {}
+    for flag in SETS:
+        if path := getattr(args, flag.replace("-", "_")):
+            folder = Path(path) / V2_FOLDER if (Path(path) / V2_FOLDER).is_dir() else Path(path)
+            found[flag] = EvalOptions(
+                data=str(folder),
+                tasks=("zero-shot" if by_text else "likelihood",),
+                classes=_classes(flag, folder),
+                templates=tuple(text(PLACE) for text in OPENAI_IMAGENET_TEMPLATES) if by_text else TEMPLATES,
+                batch_size=args.batch_size,
+                workers=args.workers,
+            )
     return found
 
 
@@ -175,25 +182,3 @@ def _classes(flag: str, folder: Path) -> Classes:
         f"--{flag} {folder}: {len(names)} folders; expected one for each class, called by its synset (n01440764) or by "
         "its number from 0 to 999"
     )
-
-
-def zero_shot(
-    model: EvalModel,
-    folders: Mapping[str, Path],
-    args: argparse.Namespace,
-    watched: Callable[[Iterable[Batch]], Iterable[Batch]],
-) -> dict[str, float]:
-    """`imagenet-zeroshot-val-top1`, `-top5` and `imagenetv2-zeroshot-val-...`. All processes share the images, which
-    `watched` passes on. Raises UserError if none can be classified."""
-    by_text = "contrast" in model.abilities
-    templates = tuple(template(PLACE) for template in OPENAI_IMAGENET_TEMPLATES) if by_text else TEMPLATES
-    found: dict[str, float] = {}
-    for flag, folder in folders.items():
-        options = EvalOptions(
-            data=str(folder), classes=_classes(flag, folder), templates=templates, batch_size=args.batch_size,
-            workers=args.workers,
-        )  # fmt: skip
-        images: Any = watched(EvalJob(model, options).labelled())
-        result = (zero_shot_contrastive if by_text else zero_shot_likelihood)(model, images, options)
-        found |= {f"{SETS[flag]}-zeroshot-val-{name}": result[name] for name in ("top1", "top5")}
-    return found
