@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, NamedTuple
@@ -76,6 +76,12 @@ def answer_questions(
         "by_group": _means(answered, "group"),
         "skipped": [asdict(one) for one in skipped],
     }
+
+
+def answers_line(found: Mapping[str, Any]) -> str:
+    """A result in one line."""
+    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
+    return f"score {found['score']:.3f} of {found['questions']:,} questions: {rules}"
 
 
 def _usable(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.data.loader import Batch, EvalLoader
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, naming
 from open_clip_ov2.evaluate.extraction import Features
 from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcome
@@ -170,10 +170,8 @@ class Classes:
     def read(cls, path: Path) -> Classes:
         """A JSON file, [name, ...] or {label: name}. Raises UserError."""
         given = read_json(path, what="class names, [name, ...] or {label: name}")
-        try:
+        with naming(str(path)):
             return cls.of(given)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
 
     @classmethod
     def in_data(cls, loader: EvalLoader) -> Classes:

@@ -15,7 +15,7 @@ from typing import Any
 from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.data.loader import EvalLoader
 from open_clip_ov2.errors import UserError, unknown_key
-from open_clip_ov2.evaluate.answering import answer_questions
+from open_clip_ov2.evaluate.answering import answer_questions, answers_line
 from open_clip_ov2.evaluate.attentive import attentive_probe
 from open_clip_ov2.evaluate.caption_loss import caption_loss
 from open_clip_ov2.evaluate.eval_job import EvalJob
@@ -165,8 +165,7 @@ def _questions(job: EvalJob) -> dict[str, Any]:
 
 
 def _questions_line(found: Result, results: Mapping[str, Result]) -> str:
-    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
-    return f"score {found['score']:.3f} of {found['questions']:,} questions: {rules}"
+    return answers_line(found)
 
 
 def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Task:

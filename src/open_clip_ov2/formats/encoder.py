@@ -15,6 +15,11 @@ from torch import Tensor
 from open_clip_ov2.errors import UserError
 
 EPS = 1e-6  # flax's LayerNorm, as the reference uses it
+# docs/reference.md, encoder variants: (heads, MLP width) by width, for what leaves them out.
+PUBLISHED_SIZES = {
+    192: (3, 768), 384: (6, 1536), 768: (12, 3072), 1024: (16, 4096), 1152: (16, 4304), 1280: (16, 5120),
+    1408: (16, 6144),
+}  # fmt: skip
 
 
 def mlp_ratio(width: int, mlp_width: int) -> float:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from open_clip_ov2.errors import UserError, first_line
 from open_clip_ov2.files import read_json
-from open_clip_ov2.formats.encoder import mlp_ratio
+from open_clip_ov2.formats.encoder import PUBLISHED_SIZES, mlp_ratio
 
 ENCODER, DECODER = "img_encoder", "txt_decoder"
 # The fixed position table, and a projection that is the identity, are not among the reference's parameters.
 NOT_IN_FLAX = ("visual.positional_embedding", "visual.proj")
 _METADATA = "_METADATA"
-# docs/reference.md: heads by width, for parameters that keep heads together. The two towers share widths and heads.
-ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16}
+# docs/reference.md: heads by width, for parameters that keep heads together.
+ENCODER_HEADS = {width: heads for width, (heads, _) in PUBLISHED_SIZES.items()}
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16}
 _QKV = ("query", "key", "value")
 _ATTENTION = "MultiHeadDotProductAttention_0"

@@ -17,6 +17,7 @@ from open_clip_ov2.files import read_json, write_json
 from open_clip_ov2.locks import job_id
 
 STATUS_FILE = "status.json"
+EARLIER = ("submit", STATUS_FILE)  # in a run's folder before the run itself: the launcher's
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 
 

@@ -159,9 +159,8 @@ def _named_timm(name: str, image_size: int | None) -> VisionTower:
         model = timm.create_model(name, pretrained=True, **sizes)
     except Exception as error:  # an unknown name, no network, a model without a size
         raise UserError(f"{TIMM}{name}: cannot be loaded ({first_line(error)})") from error
-    cfg = resolve_model_data_config(model)
-    mode = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
-    return of_timm(model, Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), mode))
+    cfg = {**resolve_model_data_config(model), "resize_mode": "shortest"}
+    return of_timm(model, Preprocessing.of(cfg))
 
 
 def _of_transformers(folder: Path) -> VisionTower:

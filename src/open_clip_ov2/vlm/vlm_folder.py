@@ -17,10 +17,10 @@ from open_clip_ov2.errors import UserError
 from open_clip_ov2.files import TEMPORARY, read_json, write_json
 from open_clip_ov2.locks import LOCK
 from open_clip_ov2.recipe.run_difference import differences
+from open_clip_ov2.tracking.status import EARLIER
 from open_clip_ov2.vlm.vlm_options import VlmPlan
 
 RUN_FILE, COMPLETE, MODEL_CONFIG = "run.json", "complete.json", "config.json"
-EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
 
 
 def enter(plan: VlmPlan) -> None:

@@ -17,9 +17,9 @@ from open_clip_ov2.formats import flax_model_cfg, from_flax, read_flax, to_flax
 from open_clip_ov2.formats.flax import NOT_IN_FLAX, write_npz
 from open_clip_ov2.formats.model_files import new_folder
 from open_clip_ov2.formats.open_clip import CONFIG
-from open_clip_ov2.openclip.models.exports import encoder_of, write_model_folder
+from open_clip_ov2.openclip.models.exports import export_source
 from open_clip_ov2.openclip.models.factory import build_caption_model
-from open_clip_ov2.openclip.models.open_model import caption_model, open_model
+from open_clip_ov2.openclip.models.open_model import LoadedModel, caption_model, open_model
 from open_clip_ov2.openclip.models.preprocess import ov2_preprocess_cfg
 from open_clip_ov2.openclip.models.tokenizer import BOS_ID, EOS_ID, PAD_ID, WordPieceTokenizer
 from open_clip_ov2.openclip.models.weights import check_fit
@@ -46,16 +46,17 @@ def convert(source: str, target: Path, **options: Any) -> list[str]:
     if path.suffix == ".npz" or (path.is_dir() and not (path / CONFIG).is_file()):
         length = options.get("context_length", CONTEXT_LENGTH)
         vocabulary = options.pop("tokenizer", None)
-        model, preprocess_cfg = _from_flax(read_flax(path), **options), ov2_preprocess_cfg({})
-        tokenizer: Any = WordPieceTokenizer(vocabulary, length) if vocabulary else None
+        model = _from_flax(read_flax(path), **options)
+        tokenizer = WordPieceTokenizer(vocabulary, length) if vocabulary else None
+        run = LoadedModel(model, None, tokenizer, ov2_preprocess_cfg({}), path, path)
         if tokenizer is None:
             notes.append("no --tokenizer given: the folder has no vocabulary, so the model cannot write captions")
     else:
         _refuse(source, options, but="image_size")
         run = open_model(source, image_size=options.get("image_size"))
-        model, preprocess_cfg, tokenizer = caption_model(run), run.preprocess_cfg, run.tokenizer
+    model = caption_model(run)
     with new_folder(target) as folder:
-        write_model_folder(model, encoder_of(model, preprocess_cfg), tokenizer, folder, target.resolve().name)
+        export_source(run, target.resolve().name).write_whole(folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     return [f"{target}: {count:,} parameters, encoder and decoder, from {source}", *notes]
 

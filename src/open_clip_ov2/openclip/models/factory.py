@@ -15,7 +15,7 @@ from open_clip_ov2.core import CaptionModel, DecoderConfig, KeepRatio, TextConfi
 from open_clip_ov2.core.vit_fast import use_fast_parts
 from open_clip_ov2.errors import unknown_key
 from open_clip_ov2.evaluate.eval_model import Ability
-from open_clip_ov2.formats.encoder import mlp_ratio
+from open_clip_ov2.formats.encoder import PUBLISHED_SIZES, mlp_ratio
 from open_clip_ov2.openclip.models.related import ContrastiveCaptionModel, OneTransformerModel
 
 MODEL_CONFIGS = Path(__file__).parents[2] / "model_configs"
@@ -39,11 +39,6 @@ VISION_FIXED = {
     "norm_kwargs": {"eps": 1e-6},
 }
 _VISION_KEYS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout"}
-# docs/reference.md, encoder variants: (heads, MLP width) by width, for released configs that leave them out.
-PUBLISHED_SIZES = {
-    192: (3, 768), 384: (6, 1536), 768: (12, 3072), 1024: (16, 4096), 1152: (16, 4304), 1280: (16, 5120),
-    1408: (16, 6144),
-}  # fmt: skip
 
 
 def is_ov2_config(config: Mapping[str, Any] | None) -> bool:

@@ -139,20 +139,13 @@ def locate(source: str) -> Where:
     """Where the model of this source is. Raises UserError."""
     if source.startswith(HUB):
         return Where(source)
-    if (folder := shipped_folder(source)) is not None:
-        return Where(source, folder)
-    path = Path(source.removeprefix(own_config.LOCAL))
-    name, _, pretrained = source.partition(":")
-    if not path.exists() and name in open_clip.list_models():
-        if not pretrained:
-            raise UserError(f"{source}: a model without weights; name them, {name}:TAG or {name}:FILE")
-        return _named_file(name, pretrained)
+    path = shipped_folder(source) or Path(source.removeprefix(own_config.LOCAL))
+    if not path.exists():
+        return _named(source)
     if path.is_file():
         if (config := own_config.config_of(path)) is None:
             raise UserError(f"{path}: no {CONFIG} in it, beside it or one folder up, so its model is not known")
         return Where(own_config.LOCAL + str(config.folder), config.folder or path.parent, path, config=config)
-    if not path.exists():
-        raise UserError(f"{source}: no such file, folder or model{nearest(name, open_clip.list_models())}")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: not the folder of a run (no {CONFIG} in it)")
     if (checkpoint := own_config.newest_of_run(path)) is not None:
@@ -162,8 +155,13 @@ def locate(source: str) -> Where:
     return Where(own_config.LOCAL + str(path), path)
 
 
-def _named_file(name: str, pretrained: str) -> Where:
+def _named(source: str) -> Where:
     """NAME:FILE or NAME:TAG. A file that says what it is must be of that name, and brings its own configuration."""
+    name, _, pretrained = source.partition(":")
+    if name not in open_clip.list_models():
+        raise UserError(f"{source}: no such file, folder or model{nearest(name, open_clip.list_models())}")
+    if not pretrained:
+        raise UserError(f"{source}: a model without weights; name them, {name}:TAG or {name}:FILE")
     file = Path(pretrained)
     config = own_config.config_of(file) if file.is_file() else None
     if config is None:

@@ -26,6 +26,7 @@ from open_clip_ov2.openclip.command.run_plan import RunPlan
 from open_clip_ov2.openclip.run.loaders import make_source, samples_per_epoch
 from open_clip_ov2.recipe import dump_recipe
 from open_clip_ov2.recipe.run_difference import differences
+from open_clip_ov2.tracking.status import EARLIER
 from open_clip_ov2.train.checkpoint import (
     ASIDE,
     BEST_FILE,
@@ -38,7 +39,6 @@ from open_clip_ov2.train.checkpoint import (
 from open_clip_ov2.train.remote_sync import RemoteSync
 
 RUN_FILE = "run.json"  # what makes this run this run; a resumed one must agree
-EARLIER = ("submit", "status.json")  # the launcher's, there before the run itself
 NEEDED = ("epoch", "state_dict", "optimizer")  # of a checkpoint that a run resumes from
 
 

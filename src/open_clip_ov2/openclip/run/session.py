@@ -20,10 +20,11 @@ from open_clip_ov2.evaluate.gathering import gathered_counts
 from open_clip_ov2.locks import FolderLock
 from open_clip_ov2.openclip.command.data_flags import data_kind
 from open_clip_ov2.openclip.command.run_plan import RunPlan, hyperparameters
-from open_clip_ov2.openclip.run.run_folder import EARLIER, RUN_FILE, enter_run_folder
+from open_clip_ov2.openclip.run.run_folder import RUN_FILE, enter_run_folder
 from open_clip_ov2.tracking.log import FILE_ONLY, LOG, setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor
 from open_clip_ov2.tracking.sinks import TrackedRun, tracker_names
+from open_clip_ov2.tracking.status import EARLIER
 from open_clip_ov2.train.checkpoint import RESUME_KEY, CheckpointWriter, list_checkpoints, newest_readable
 from open_clip_ov2.train.parallel import Layout
 from open_clip_ov2.train.remote_sync import ON_SIGNAL_S, RemoteSync

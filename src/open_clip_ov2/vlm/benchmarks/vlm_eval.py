@@ -11,7 +11,7 @@ from pathlib import Path
 from open_clip_ov2.argv import add_flags, flag, switch_flag
 from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.answering import PLACE, answer_questions
+from open_clip_ov2.evaluate.answering import PLACE, answer_questions, answers_line
 from open_clip_ov2.evaluate.text.question_answering import RULES
 from open_clip_ov2.evaluate.text.questions import read_questions
 from open_clip_ov2.files import write_text
@@ -87,8 +87,7 @@ def _ask(model: Path, options: VlmEvalOptions, device: str) -> None:
     path = write_scores(model, name, scores_of_questions(options.questions.stem, found), about)
     lines = (json.dumps({"id": key, "answer": answer}) for key, answer in answerer.answers.items())
     write_text(model / FOLDER / f"{name}-answers.jsonl", "".join(f"{line}\n" for line in lines))
-    rules = ", ".join(f"{rule} {row['score']:.3f} ({row['questions']:,})" for rule, row in found["by_rule"].items())
-    print(f"{options.questions}: score {found['score']:.3f} of {found['questions']:,} questions: {rules}")
+    print(f"{options.questions}: {answers_line(found)}")
     for group, row in found["by_group"].items():
         print(f"  {group}: {row['score']:.3f} of {row['questions']:,}")
     if found["skipped"]:
