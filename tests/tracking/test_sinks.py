@@ -70,7 +70,7 @@ def test_a_tracker_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest
             step_s=1.0, skipped={},
         )  # fmt: skip
         monitor.evaluation(16, 0, {"loss": 1.5})
-        monitor.captions(16, torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["true"], ["generated"])
+        monitor.captions(16, torch.zeros(1, 4, 4, 3, dtype=torch.uint8).numpy(), ["true"], ["generated"])
         monitor.finish()
     assert Memory.calls == [
         ("open", tmp_path, 8),

@@ -119,7 +119,7 @@ def _captioned(
             height, width = pixels_CHW.shape[1:]
             grid = (height // budget.patch, width // budget.patch) if budget else None
             kept = model.kept(keys, grid).float().mean(dim=0).numpy()
-            picture = replace(picture, seen=Seen(_plain_pixels(model.preprocess, pixels_CHW), kept))
+            picture = replace(picture, seen=Seen(plain_pixels(model.preprocess, pixels_CHW), kept))
         yield picture, found[0]
 
 
@@ -132,7 +132,7 @@ def _ranked(model: EvalModel, pixels_CHW: Tensor, keys: Sequence[str], texts: li
     return tuple(sorted(map(Generated, texts, means), key=lambda one: -one.log_likelihood))
 
 
-def _plain_pixels(preprocess: Any, pixels_CHW: Tensor) -> np.ndarray:
+def plain_pixels(preprocess: Any, pixels_CHW: Tensor) -> np.ndarray:
     """uint8 `(H, W, 3)`: torchvision's Normalize undone, where the transform ends in one."""
     last = list(getattr(preprocess, "transforms", [None]))[-1]
     if hasattr(last, "mean") and hasattr(last, "std"):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -216,12 +217,11 @@ class RunMonitor:
         logger.info("validation after %s samples: %s", f"{samples_seen:,}", shown)
         self.last |= {f"val_{name}": value for name, value in metrics.items()}
 
-    def captions(self, samples_seen: int, images: Sequence[Tensor], true: list[str], generated: list[str]) -> None:
-        """A contact sheet of images, uint8 `(3, H, W)` each, with the generated and the true caption of each."""
+    def captions(self, samples_seen: int, images: Sequence[np.ndarray], true: list[str], generated: list[str]) -> None:
+        """A contact sheet of images, uint8 `(H, W, 3)` each, with the generated and the true caption of each."""
         if len(self._trackers) <= 1:  # results.jsonl shows no images
             return
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-        cells = [Captioned(*cell) for cell in zip(pictures, generated, true, strict=True)]
+        cells = [Captioned(*cell) for cell in zip(map(Image.fromarray, images), generated, true, strict=True)]
         sheet = contact_sheet(cells, columns=4)
         for tracker in self._trackers:
             tracker.image("val/captions", sheet, samples_seen)

@@ -165,13 +165,11 @@ def _named_timm(name: str, image_size: int | None) -> VisionTower:
 
 def _of_transformers(folder: Path) -> VisionTower:
     """The vision model in a folder of transformers' format, alone or as a part (CLIP, SigLIP)."""
-    transformers = library()
+    transformers, options = library(), {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
         config = getattr(config, "vision_config", config)
-        model = transformers.AutoModel.from_pretrained(
-            folder, config=config, dtype="float32", local_files_only=True, trust_remote_code=False
-        )
+        model = transformers.AutoModel.from_pretrained(folder, config=config, dtype="float32", **options)
         size, patch = _square(config.image_size), _square(config.patch_size)
         model.config.image_size, model.config.patch_size = size, patch  # which may have been lists of two
     except Exception as error:  # OSError, ValueError, safetensors' own, AttributeError of a model that is no ViT

@@ -28,6 +28,7 @@ from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.evaluation import headlines, run_tasks
 from open_clip_ov2.evaluate.options import EvalOptions, options_of
+from open_clip_ov2.evaluate.pictures import plain_pixels
 from open_clip_ov2.openclip.models.eval_models import abilities_of, as_eval_model, unwrap
 from open_clip_ov2.openclip.models.factory import config_named
 from open_clip_ov2.openclip.run import baselines
@@ -145,10 +146,8 @@ class Validation:
         images, keys = batch.images_BCHW[:count], batch.keys[:count]
         prompts = batch.prompts[:count] or None
         generated = self._evaluated(model, args).generate(images, keys, prompts, short_prompts=True)
-        mean, std = (torch.tensor(self.built.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         each = images.images() if isinstance(images, NativeImages) else images
-        floats = [(image.float().cpu() * std + mean).clamp(0, 1) for image in each]
-        pictures = [(image * 255).round().to(torch.uint8) for image in floats]
+        pictures = [plain_pixels(self.built.val_transform, image.float().cpu()) for image in each]
         self.session.monitor.captions(samples_seen, pictures, batch.captions[:count], generated)
 
 
