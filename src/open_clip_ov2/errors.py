@@ -37,6 +37,15 @@ def naming(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
+@contextlib.contextmanager
+def from_extra(extra: str, what: str) -> Iterator[None]:
+    """Imports of what an extra of this package brings. Raises UserError, which says that `what` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{what} needs {error.name}: pip install 'open_clip_ov2[{extra}]'") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

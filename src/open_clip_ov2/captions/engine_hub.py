@@ -15,7 +15,7 @@ from PIL import Image
 
 from open_clip_ov2.captions.engines import Request
 from open_clip_ov2.core.generate import RowSampler
-from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.errors import UserError, first_line, from_extra
 
 INSTRUCTION = "Describe the image in one paragraph."
 WITH_TEXT = f"{INSTRUCTION} Its alt-text, which may be wrong or incomplete, is: {{text}}"
@@ -66,10 +66,8 @@ class VllmEngine:
     batch_size, with_text, without = 1000, WITH_TEXT, INSTRUCTION
 
     def __init__(self, model: str, device: str | None, max_tokens: int | None, image_size: int | None) -> None:
-        try:
+        with from_extra("vllm", "--engine vllm"):
             import vllm
-        except ModuleNotFoundError as error:
-            raise UserError(f"--engine vllm needs {error.name}: pip install 'open_clip_ov2[vllm]'") from None
         self.model = model
         self._processor = open_processor(model)
         self.special = special_texts(self._processor)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from open_clip_ov2.argv import flag, switch_flag
 from open_clip_ov2.captions.repetition import is_refusal, repetition
 from open_clip_ov2.captions.write import Task, read_task
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, from_extra
 from open_clip_ov2.tables import comma_separated, one_of, real, text, whole
 
 LIKELIHOOD = "likelihood"
@@ -93,9 +93,7 @@ class FilterOptions:
             rules["refusal"] = is_refusal
         if self.language:
             kept = self.language
-            try:
+            with from_extra("captions", "--language"):
                 import py3langid
-            except ModuleNotFoundError as error:
-                raise UserError(f"--language needs {error.name}: pip install 'open_clip_ov2[captions]'") from None
             rules["language"] = lambda text: py3langid.classify(text)[0] not in kept
         return rules

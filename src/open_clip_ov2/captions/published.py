@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_clip_ov2.data import storage
 from open_clip_ov2.data.retries import RetryingStore
-from open_clip_ov2.errors import UserError, first_line, unknown_key
+from open_clip_ov2.errors import UserError, first_line, from_extra, unknown_key
 
 if TYPE_CHECKING:
     import duckdb
@@ -20,10 +20,8 @@ Rows = Iterator[tuple[Any, ...]]
 
 def connect(memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
     """A database in memory that uses at most so much of it. Raises UserError."""
-    try:
+    with from_extra("captions", "joining tables"):
         import duckdb
-    except ImportError:
-        raise UserError("joining tables needs duckdb: pip install 'open_clip_ov2[captions]'") from None
     with database_errors():
         found = duckdb.connect()
         found.execute(f"SET memory_limit = '{memory_gb * 1e9:.0f}B'")

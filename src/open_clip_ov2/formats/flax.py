@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_clip_ov2.errors import UserError, first_line
+from open_clip_ov2.errors import UserError, first_line, from_extra
 from open_clip_ov2.files import read_json
 from open_clip_ov2.formats.encoder import PUBLISHED_SIZES, mlp_ratio
 
@@ -199,10 +199,8 @@ def _read_orbax(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _read_array(root: Path, keys: tuple[str, ...], driver: str) -> np.ndarray:
-    try:
+    with from_extra("export", "an Orbax checkpoint"):
         import tensorstore
-    except ImportError:
-        raise UserError("an Orbax checkpoint needs tensorstore: pip install 'open_clip_ov2[export]'") from None
     if any(not key or "/" in key or "\\" in key or key in (".", "..") for key in keys):
         raise UserError(f"{root}: {keys!r} is not the name of a parameter")
     # Orbax stores all arrays in one database, or each in a folder.

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from open_clip_ov2.data.skips import Skipped, summary
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, from_extra
 from open_clip_ov2.evaluate.text.normalise import detokenized
 
 EMPTY_REFERENCES = "no reference with a word"
@@ -79,12 +79,10 @@ def caption_scores(
             f"no picture has a reference caption ({summary(skipped) or 'no picture at all'}): look at the data"
         )
     given = {index: [" ".join(caption_words(detokenized(hypotheses[index])))] for index in wanted}
-    try:
+    with from_extra("eval", "the task caption"):
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
-    except ModuleNotFoundError as error:
-        raise UserError(f"caption scores need {error.name}: pip install 'open_clip_ov2[eval]'") from None
     return {
         "cider": float(Cider().compute_score(wanted, given)[0]),
         "bleu4": float(Bleu(4).compute_score(wanted, given, verbose=0)[0][3]),

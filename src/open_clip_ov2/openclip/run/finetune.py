@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from open_clip_ov2.core.attention import scaled_dot_product
 from open_clip_ov2.core.vit_fast import project_by
-from open_clip_ov2.errors import UserError
+from open_clip_ov2.errors import UserError, from_extra
 from open_clip_ov2.train.checkpoint import weights_content
 from open_clip_ov2.train.ema import WeightAverage
 
@@ -78,10 +78,8 @@ def add_lora(model: Any, rank: int, alpha: float | None) -> None:
     blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", None)
     if blocks is None:
         raise UserError("--lora-rank: adapts OpenCLIP's own ViTs, and this model's image tower is another")
-    try:
+    with from_extra("finetune", "--lora-rank"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("--lora-rank needs peft: pip install 'open_clip_ov2[finetune]'") from None
     for block in blocks:
         block.attn = _LinearAttention(block.attn)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=ADAPTED)  # type: ignore[arg-type]
@@ -120,10 +118,8 @@ def use_float8(model: Any, how: str, device: torch.device) -> None:
     torchao, and for a device without such units."""
     if how == "on" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY):
         raise UserError("--fp8 on: needs an NVIDIA GPU from Ada or Hopper on; `--fp8 emulated` runs anywhere, slowly")
-    try:
+    with from_extra("fp8", "--fp8"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("--fp8 needs torchao: pip install 'open_clip_ov2[fp8]'") from None
     convert: Callable[[nn.Module], nn.Module] = partial(
         convert_to_float8_training, config=Float8LinearConfig(emulate=how == "emulated")
     )
