@@ -22,7 +22,7 @@ from open_clip_ov2.argv import to_argv, without
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.eval_job import EvalJob
-from open_clip_ov2.evaluate.eval_model import EvalModel
+from open_clip_ov2.evaluate.eval_model import EvalModel, lacking
 from open_clip_ov2.evaluate.evaluation import check_writable, run_tasks
 from open_clip_ov2.evaluate.options import CaptionOptions, EvalOptions, check_files, options_of, read_options
 from open_clip_ov2.evaluate.pictures import Picture, captions_of
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlannedRun", "bench_model", "caption", "check", "check_evaluation", "convert", "evaluate", "export",
-    "is_lost_peer", "is_ov2_model", "load", "open_evaluated", "open_model", "plan", "planned_run", "push",
+    "is_lost_peer", "is_ov2_model", "load", "open_captioner", "open_model", "plan", "planned_run", "push",
     "registered_facts", "shipped_model", "train", "train_help", "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]
@@ -157,9 +157,12 @@ def caption(
     return captions_of(opened, images, options, skips)
 
 
-def open_evaluated(model: str, device: str | None = None) -> EvalModel:
-    """A model in float32 behind the interface of evaluations (`evaluate.eval_model`). Raises UserError."""
-    return open_eval_model(model, default_device(device))
+def open_captioner(model: str, device: str | None, flag: str) -> EvalModel:
+    """A model that captions, in float32 behind the interface of evaluations. Raises UserError; `flag` has named it."""
+    opened = open_eval_model(model, default_device(device))
+    if problem := lacking(model, opened.abilities, ("caption",)):
+        raise UserError(f"{flag}: {problem}")
+    return opened
 
 
 def shipped_model() -> str:

@@ -10,7 +10,6 @@ from open_clip_ov2.captions.engines import Request
 from open_clip_ov2.data.captions import PROMPT_TEMPLATE
 from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.eval_model import lacking
 from open_clip_ov2.evaluate.text.normalise import detokenized
 
 
@@ -25,9 +24,7 @@ class Ov2Engine:
         if image_size is not None:
             raise UserError("--image-size is for models of the hub; ours see pictures at their own size")
         source = model or training.shipped_model()
-        self._model, self._max_tokens = training.open_evaluated(source, device), max_tokens
-        if problem := lacking(source, self._model.abilities, ("caption",)):
-            raise UserError(f"--model: {problem}")
+        self._model, self._max_tokens = training.open_captioner(source, device, "--model"), max_tokens
         # Of a run its newest checkpoint, which will not be the newest for ever.
         self.model = str(self._model.checkpoint) if Path(source).exists() else source
         self.special = _special_texts(self._model.tokenizer)

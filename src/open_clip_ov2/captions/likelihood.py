@@ -20,8 +20,7 @@ from open_clip_ov2.core.native import Images
 from open_clip_ov2.data.crop import as_batch
 from open_clip_ov2.data.samples import Decoder
 from open_clip_ov2.data.skips import SkipSample
-from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.eval_model import EvalModel, lacking
+from open_clip_ov2.evaluate.eval_model import EvalModel
 
 GROUP = 8  # ours: the decoder's work grows with it, and log p(caption) is an average over 7 pictures
 
@@ -30,9 +29,7 @@ class Gaps:
     """Collects captions with their samples and writes the score of each into its line."""
 
     def __init__(self, model: str, device: str | None) -> None:
-        self._model = training.open_evaluated(model, device)
-        if problem := lacking(model, self._model.abilities, ("caption",)):
-            raise UserError(f"--score: {problem}")
+        self._model = training.open_captioner(model, device, "--score")
         self._decoder = Decoder(self._model.preprocess, ())
         self._rows: list[tuple[dict[str, Any], Tensor, str]] = []
         self._scored: list[tuple[dict[str, Any], float]] = []
