@@ -302,7 +302,8 @@ def test_page_and_markdown_begin_with_the_answers(found: Found) -> None:
         "### Small & fair", "",
         "|  | images/s | samples | caption loss (nats) ↓ | probe <top-1> (%) ↑ |", "| --- | --- | --- | --- | --- |",
         "| ov2 | 200 (180–220) | 4 K | 2.10 ± 0.14 | **55.0 ± 7.1** |", "| CLIP | 150 | 4 K | – | 40.0 ± 0.0 |",
-        "| stock | 20 | – | – | – |", "", f"- {answer.sentence}", "",
+        "| stock | 20 | – | – | – |", "",
+        f"- {answer.question.text} **Yes**: +20.0 points ({answer.low:.1f} to {answer.high:.1f}).", "",
         *page.summary_md([found]).splitlines(),
     ]  # fmt: skip
     assert "an end of which was best: ov2." in markdown

@@ -50,16 +50,33 @@ class Answer:
         return self.mean_a - self.mean_b
 
     @property
-    def sentence(self) -> str:
-        verdict = {1: "Yes", -1: "No, the other way round", 0: "Cannot tell"}[self.better]
+    def _verdict(self) -> str:
+        return {1: "Yes", -1: "No, the other way round", 0: "Cannot tell"}[self.better]
+
+    @property
+    def _unit(self) -> str:
+        return "%" if self.metric.unit == "%" else f" {self.metric.unit}".rstrip()
+
+    @property
+    def _difference(self) -> tuple[str, str]:
+        """The difference with its unit, and its interval."""
         digits = self.metric.digits
-        a, b, low, high = (f"{value:.{digits}f}" for value in (self.mean_a, self.mean_b, self.low, self.high))
-        unit = "%" if self.metric.unit == "%" else f" {self.metric.unit}".rstrip()
+        unit = " points" if self._unit == "%" else self._unit
+        return f"{self.difference:+.{digits}f}{unit}", f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+
+    @property
+    def sentence(self) -> str:
+        a, b = (f"{value:.{self.metric.digits}f}" for value in (self.mean_a, self.mean_b))
+        difference, interval = self._difference
         return (
-            f"{self.question.text} {verdict}: {self.question.a} {a} against {self.question.b} {b}{unit} on "
-            f"{self.metric.label}, a difference of {self.difference:+.{digits}f}{' points' if unit == '%' else unit} "
-            f"({LEVEL:.0%} interval {low} to {high}; {self._counted})."
+            f"{self.question.text} {self._verdict}: {self.question.a} {a} against {self.question.b} {b}{self._unit} on "
+            f"{self.metric.label}, a difference of {difference} ({LEVEL:.0%} interval {interval}; {self._counted})."
         )
+
+    @property
+    def brief(self) -> str:
+        """Below a table of the values, in Markdown."""
+        return "{} **{}**: {} ({}).".format(self.question.text, self._verdict, *self._difference)
 
     @property
     def _counted(self) -> str:

@@ -137,8 +137,11 @@ def answers_md(found: Sequence[Found]) -> str:
 
 def summary_md(found: Sequence[Found]) -> str:
     """For other documents: of each comparison its title, its brief table and its answers."""
-    blocks = [(f"### {one.comparison.title}", with_bold(table(one, brief=True)), answers_md([one])) for one in found]
-    return "\n\n".join(part for block in blocks for part in block if part) + "\n"
+    blocks = []
+    for one in found:
+        answered = "\n".join(f"- {answer.brief}" for answer in one.answers)
+        blocks += [f"### {one.comparison.title}", with_bold(table(one, brief=True)), answered]
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def tables(found: Found) -> list[list[list[Cell]]]:
