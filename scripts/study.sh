@@ -21,5 +21,5 @@ COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage}.toml
   --jobs "${JOBS:-2}" --out "$DATA/results" ${SCALE:+--scale "$SCALE"} ${SEEDS:+--seeds "$SEEDS"})
 ov2 compare "${COMMAND[@]}"
 mkdir -p "$OUT"
-cp "$DATA/results/"{index.html,results.md,results.csv,results.json,answers.md} "$OUT/"
-[ "$OUT" != docs/results ] || python scripts/study_pages.py "$OUT/answers.md"
+cp "$DATA/results/"{index.html,results.md,results.csv,results.json} "$OUT/"
+[ "$OUT" != docs/results ] || python scripts/study_pages.py "$DATA/results/answers.md"

@@ -1,4 +1,4 @@
-"""Put the answers of a study into README.md and docs/study.md: `python scripts/study_pages.py docs/results/answers.md`.
+"""Put the answers of a study into README.md and docs/study.md: `python scripts/study_pages.py ANSWERS.md`.
 
 Both get them between the lines `<!-- answers -->` and `<!-- end of answers -->`: docs/study.md those of all
 comparisons, README.md those of the first one.
