@@ -58,7 +58,7 @@ def test_training_from_sidecars_is_training_from_json_fields(
         "3 of 4 tars have no sidecar": ["--captions", f"recap={sets}/val", *recap[2:], "--override"],
         "no caption is read from it": [*recap, "--captions", f"other={sets}/train"],
         "expected NAME=FOLDER": ["--captions", str(sets)],
-        "captions stand beside tars": [*recap, "--dataset-type", "csv"],
+        "--captions without tars: it has no effect": [*recap, "--dataset-type", "csv"],
     }
     for message, flags in problems.items():
         assert ov2(["train", *again, *more, *flags]) == 2, message

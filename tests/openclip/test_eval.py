@@ -379,7 +379,7 @@ def test_a_model_is_asked_what_it_can(baselines: Path, squares: Path, tmp_path: 
     assert ov2(["train", *flags, "--eval", asked]) == 2
     assert "has no caption decoder" in capsys.readouterr().err
     assert ov2(["train", *flags, "--eval-every-samples", "8"]) == 2
-    assert "--eval-every-samples: there are no tasks" in capsys.readouterr().err
+    assert "--eval-every-samples without --eval: it has no effect" in capsys.readouterr().err
 
 
 def test_eval_flags_are_checked_before_training(squares: Path, tmp_path: Path, capsys: Any) -> None:

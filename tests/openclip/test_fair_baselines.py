@@ -121,7 +121,10 @@ def test_a_text_tower_of_the_hub_keeps_its_tokenizer(vocabulary: Path) -> None:
     ("flags", "message"),
     [
         (["--color-jitter"], "--augmentation family gives it their transform"),
-        (["--augmentation", "family", "--color-jitter", "--aug-cfg", "use_timm=True"], "is not for"),
+        (
+            ["--augmentation", "family", "--color-jitter", "--aug-cfg", "use_timm=True"],
+            "--color-jitter with --aug-cfg use_timm=True: give timm",
+        ),
     ],
 )
 def test_slips(flags: list[str], message: str, squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
