@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and what follows for six
-# questions; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Two and a half hours on 2
+# The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and answers with their
+# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Two and a half hours on 2
 # CPU cores with other work beside it; it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it
 # out, and then neither README.md nor docs/study.md is touched.
 set -euo pipefail
