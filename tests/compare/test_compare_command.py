@@ -166,6 +166,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "one: evaluate: the flags '--data y.tar --tasks knn --keep-ratio 2': " in error
     assert "--keep-ratio: 2: expected" in error
+    file.write_text(f'{good}[[baseline]]\nname = "pixels"\nresults = "{tmp_path}/no.json"\n')
+    assert ov2(["compare", str(file), *data]) == 2
+    assert f"one: baseline pixels: {tmp_path}/no.json: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     file.write_text(good.replace("nano-8", "nano-9"))
     assert ov2(["compare", str(file), *data]) == 2
     error = capsys.readouterr().err

@@ -202,8 +202,12 @@ def _gather(
 
 
 def _baselines(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Raises UserError."""
-    return {one.name: results.read_evaluations({Path(one.results): ""}) for one in comparison.baselines}
+    """Numbers of each by dotted path. Raises UserError."""
+    found = {}
+    for one in comparison.baselines:
+        with naming(f"{comparison.name}: baseline {one.name}"):
+            found[one.name] = results.read_evaluations({Path(one.results): ""})
+    return found
 
 
 def _outcomes(variant: VariantResult, runs: Sequence[PlannedRun]) -> dict[str, Outcomes]:
