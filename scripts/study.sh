@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and answers with their
-# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Two and a half hours on 2
-# CPU cores with other work beside it; it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it
+# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Two hours on 2 quiet CPU
+# cores; it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it
 # out, and then neither README.md nor docs/study.md is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +13,7 @@ OUT="${OUT:-docs/results}"
   python scripts/rendered_data.py "$DATA/words" --size 96 --train 30000 --short 0 --held-out 150
 }
 python scripts/pixel_knn.py "$DATA"/icons/probe-{train,test}/00000.tar "$DATA/pixels.json"
+python scripts/mix_shards.py "$DATA/read" "$DATA"/words/train/*.tar --shard 4000 > /dev/null  # what read-probe trains on
 TRAIN="$(python scripts/mix_shards.py "$DATA/train" "$DATA"/icons/train/*.tar "$DATA"/words/train/*.tar)"
 
 COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage}.toml

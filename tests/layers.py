@@ -112,7 +112,7 @@ MAY_IMPORT: dict[str, Layer] = {
     ),
     "compare": Layer(
         f"{BASE} evaluate.text recipe tracking training compare.bench",
-        "jinja2 matplotlib numpy",
+        "torch jinja2 matplotlib numpy",
         "models on equal terms: runs, one page",
     ),
     "commands.captions": Layer(f"{BASE} data captions", "", "the `ov2 captions` commands"),

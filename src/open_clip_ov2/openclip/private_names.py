@@ -80,6 +80,7 @@ _ROWS = (
         "launch/executor.py",
         "the sbatch file that a dry run shows",
     ),
+    ("atexit", "_run_exitfuncs", "compare/subprocesses.py", "multiprocessing ends a process without them"),
 )
 PRIVATE_NAMES = tuple(
     PrivateName(owner, name, files, why) for owner, names, files, why in _ROWS for name in names.split()
