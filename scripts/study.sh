@@ -13,7 +13,7 @@ OUT="${OUT:-docs/results}"
   python scripts/rendered_data.py "$DATA/words" --size 96 --train 30000 --short 0 --held-out 150
 }
 python scripts/pixel_knn.py "$DATA"/icons/probe-{train,test}/00000.tar "$DATA/pixels.json"
-python scripts/mix_shards.py "$DATA/read" "$DATA"/words/train/*.tar --shard 4000 > /dev/null  # what read-probe trains on
+python scripts/mix_shards.py "$DATA/read" "$DATA"/words/train/*.tar --shard 3000 > /dev/null  # what read-probe trains on
 TRAIN="$(python scripts/mix_shards.py "$DATA/train" "$DATA"/icons/train/*.tar "$DATA"/words/train/*.tar)"
 
 COMMAND=(configs/compare/{equal-seconds,equal-samples,keep-ratio,two-stage}.toml

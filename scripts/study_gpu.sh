@@ -15,7 +15,7 @@ if [ "${1:-}" = data ]; then
   [ "$size" -lt 60 ] || { echo "study_gpu.sh: the data take $size MB; give fewer ICONS or WORDS" >&2; exit 1; }
   echo "$size MB in $DATA/"; exit 0
 fi
-python scripts/mix_shards.py "$DATA/read" "$DATA"/words/train/*.tar --shard 4000 > /dev/null  # what read-probe trains on
+python scripts/mix_shards.py "$DATA/read" "$DATA"/words/train/*.tar --shard 3000 > /dev/null  # what read-probe trains on
 TRAIN="$(python scripts/mix_shards.py "$DATA/train" "$DATA"/icons/train/*.tar "$DATA"/words/train/*.tar --shard 1000)"
 FLAGS=(${PRECISION:+--precision "$PRECISION"} ${WORKERS:+--workers "$WORKERS"})
 python -m open_clip_ov2 compare "${CONFIG:-configs/compare/gpu.toml}" --train-data "$TRAIN" \
