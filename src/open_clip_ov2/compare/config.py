@@ -108,10 +108,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Search:
-    """`samples`: of each run."""
+    """Learning rates that are tried."""
 
     lr: tuple[float, ...] = key(different(real(0, above=True)), example="[1e-3, 2e-3]")
-    samples: int = key(sample_count(1), example='"4k"')
 
 
 @dataclass(frozen=True)
@@ -228,9 +227,8 @@ class Comparison:
 
     def scaled(self, seeds: Sequence[int] | None, scale: float) -> Comparison:
         """With the command line's seeds and so many times the file's samples or seconds."""
-        search = self.search and replace(self.search, samples=max(1, round(scale * self.search.samples)))
         seconds, samples = scale * self.seconds, scale * self.samples
-        return replace(self, seeds=tuple(seeds or self.seeds), seconds=seconds, samples=samples, search=search)
+        return replace(self, seeds=tuple(seeds or self.seeds), seconds=seconds, samples=samples)
 
 
 def _with_base(path: Path) -> dict[str, Any]:

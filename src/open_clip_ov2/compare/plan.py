@@ -1,8 +1,8 @@
 """The runs of a comparison: variants x seeds, each with its samples by stage and its flags of `ov2 train`.
 
-Before them the learning rate of each variant that states no `lr` is searched by a short run for each rate of [search],
-with the first seed and a schedule of its own. The lowest loss wins: what the variant itself minimizes in training, over
-the last fifth of the run, since no other loss is common to captioners and contrastive models.
+Before them the learning rate of each variant that states no `lr` is searched: a whole run for each rate of [search],
+with the first seed. The lowest loss wins: what the variant itself minimizes in training, over the last fifth of the
+run, since no other loss is common to captioners and contrastive models. The winner is the first seed's run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from open_clip_ov2.argv import to_argv
 from open_clip_ov2.compare.config import Comparison, Variant
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
-LAST = 0.2  # of a search's run
+LAST = 0.2  # of a run
 ByStage = Mapping[str, Sequence[float]]  # numbers of each variant, by stage
 Losses = Mapping[str, Mapping[float, float]]  # by variant and learning rate
 
@@ -88,37 +88,36 @@ def samples_of(comparison: Comparison, variant: Variant, rates: ByStage, flops: 
     return comparison.samples
 
 
-def _run(
-    study: Study, comparison: Comparison, variant: Variant, seed: int, samples: float, more: Sequence[str] = ()
-) -> Run:
+def _run(study: Study, comparison: Comparison, variant: Variant, seed: int, samples: float) -> Run:
     """With so many samples, each stage's to a whole batch."""
     batch = global_batch(comparison, variant)
     counts = tuple(max(1, round(samples * stage.share / batch)) * batch for stage in variant.stages)
     stages = [(stage.resolution, count) for stage, count in zip(variant.stages, counts, strict=True)]
     argv = train_argv(study, comparison, variant, stages)
-    return Run(variant, seed, counts, (*argv, *more, "--seed", str(seed)))
+    return Run(variant, seed, counts, (*argv, "--val-data", study.val, "--seed", str(seed)))
 
 
 def runs(study: Study, comparison: Comparison, rates: ByStage, flops: ByStage) -> list[Run]:
     """All runs, seed by seed, so that a study that is cut short still has every variant; see `samples_of`."""
     samples = {variant.name: samples_of(comparison, variant, rates, flops) for variant in comparison.trained}
     return [
-        _run(study, comparison, variant, seed, samples[variant.name], ("--val-data", study.val))
+        _run(study, comparison, variant, seed, samples[variant.name])
         for seed in comparison.seeds
         for variant in comparison.trained
     ]
 
 
-def search_runs(study: Study, comparison: Comparison) -> list[tuple[str, float, Run]]:
-    """Every run of the search, with its variant's name and its learning rate."""
+def search_runs(study: Study, comparison: Comparison, rates: ByStage, flops: ByStage) -> list[tuple[str, float, Run]]:
+    """Every run of the search, with its variant's name and its learning rate; see `samples_of`."""
     search = comparison.search
     if search is None:
         return []
     out = []
     for variant in comparison.trained:
+        samples = samples_of(comparison, variant, rates, flops)
         for lr in () if "lr" in variant.flags else search.lr:
             tried = replace(variant, name=f"{variant.name}, lr {lr:g}", flags={**variant.flags, "lr": lr})
-            out.append((variant.name, lr, _run(study, comparison, tried, comparison.seeds[0], search.samples)))
+            out.append((variant.name, lr, _run(study, comparison, tried, comparison.seeds[0], samples)))
     return out
 
 

@@ -61,7 +61,7 @@ def carry_out(study: Study, log: Log) -> list[Found]:
     with FolderLock(study.folder):
         costs = [measure_costs(study, one, log) for one in study.comparisons]  # first: a batch may not fit
         speeds = [measure_speeds(study, one, log) for one in study.comparisons]
-        searched = [_search(study, one, log) for one in study.comparisons]
+        searched = [_search(study, *of_one, log) for of_one in zip(study.comparisons, speeds, flops, strict=True)]
         comparisons = [plan.with_rates(*of_one) for of_one in zip(study.comparisons, searched, strict=True)]
         planned = [_plan(study, *of_one) for of_one in zip(comparisons, speeds, flops, strict=True)]
         every = [run for of_one in planned for run in of_one]
@@ -92,9 +92,9 @@ def _check(study: Study, comparison: Comparison) -> ByStage:
     return flops
 
 
-def _search(study: Study, comparison: Comparison, log: Log) -> Losses:
-    """The losses of short runs at each learning rate. Raises UserError."""
-    tried = plan.search_runs(study, comparison)
+def _search(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage, log: Log) -> Losses:
+    """The loss of a run at each learning rate. Raises UserError."""
+    tried = plan.search_runs(study, comparison, _images_per_second(comparison, speeds), flops)
     planned = [PlannedRun(run, training.planned_run([*run.argv, "--logs", str(study.logs)]), {}) for _, _, run in tried]
     _train(study, planned, log)
     found: dict[str, dict[float, float]] = {}
@@ -106,10 +106,13 @@ def _search(study: Study, comparison: Comparison, log: Log) -> Losses:
     return found
 
 
+def _images_per_second(comparison: Comparison, speeds: Speeds) -> ByStage:
+    return {variant.name: speeds.medians(variant.name) for variant in comparison.variants}
+
+
 def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
-    rates = {variant.name: speeds.medians(variant.name) for variant in comparison.variants}
     out = []
-    for run in plan.runs(study, comparison, rates, flops):
+    for run in plan.runs(study, comparison, _images_per_second(comparison, speeds), flops):
         known = training.planned_run([*run.argv, "--logs", str(study.logs)])
         files = {
             study.folder / "evaluations" / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one
