@@ -6,7 +6,7 @@
 
 Both see the same samples in the same order with the same crops. Then a k-nearest-neighbor classifier and a linear probe
 are fitted to the frozen features of --train-data, and tested on --val-data. One seed of a small model proves little:
-`ov2 compare configs/compare/equal-seconds.toml` repeats this with several seeds, CoCa, equal time, and a page of plots.
+`ov2 compare configs/compare/own-data.toml` does this with three seeds, a search for learning rates, CoCa, and a page.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from open_clip_ov2.cli import COMMANDS, main
 from open_clip_ov2.openclip.command.flags import build_parser
 from open_clip_ov2.openclip.command.refusals import ALWAYS, NEEDS, OF_DATA, OTHERS, WITH_OV2
+from open_clip_ov2.recipe.stage import FLAGS
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "<!-- written by scripts/flag_pages.py -->"
@@ -162,15 +163,26 @@ def commands_page() -> str:
 
 
 def _notes() -> dict[str, str]:
-    """By OpenCLIP's names, for a table's cell."""
+    """By the parsers' names, for a table's cell."""
     notes: dict[str, str] = {}
-    of_all = (rule for rule in (*OTHERS, *OF_DATA, *NEEDS) if "{model}" not in rule.where)
-    for rule in (*ALWAYS, *WITH_OV2, *of_all):
-        where = rule.where.format(model="ov2 models")
+    for rule in (*ALWAYS, *WITH_OV2, *OTHERS, *OF_DATA, *NEEDS):
+        others = "other models" if rule.why.startswith("it is for ov2 models") else "some models"
+        where = rule.where.format(model="ov2 models" if rule in WITH_OV2 else others)
         for flag in rule.flags.split(", "):
-            name = flag.removeprefix("--").replace("-", "_")
-            notes[name] = f"{notes.get(name, '')}. **Refused{where}**: {rule.why}"
+            name, _, value = flag.removeprefix("--").replace("-", "_").partition(" ")
+            refused = f"`{value}` is refused{where}" if value else f"Refused{where}"
+            notes[name] = f"{notes.get(name, '')}. **{refused}**: {rule.why}"
     return notes | {name: f". **Here**: {what}{notes.get(name, '')}" for name, what in HERE.items()}
+
+
+def _stage_keys() -> str:
+    keys = [f"`{key}`" if key == flag else f"`{key}` (`--{flag}`)" for key, flag in FLAGS.items() if key != "name"]
+    return (
+        "A recipe file (`configs/*.toml`) has `model`, a table `[train]` of flags by their names without dashes, and a "
+        "`[[stage]]` for each stage; `--stage 112:samples=2M,lr=1e-3` is such a stage on the command line. The keys of "
+        "a stage are flags too; in brackets those that have another name there: "
+        f"{', '.join(keys)}; and `name`, for the log.\n"
+    )
 
 
 def train_page() -> str:
@@ -178,10 +190,10 @@ def train_page() -> str:
         NOTE,
         "# Flags of ov2 train\n",
         "```bash\nov2 train --model MODEL --train-data SHARDS ...\n```",
-        "The first tables list the flags of this project, the last one those of OpenCLIP, also those that are refused. "
-        "A recipe file (`configs/*.toml`) takes the same names without the leading dashes.\n",
+        "The first tables list the flags of this project, the last one those of OpenCLIP, with what is refused.\n",
+        _stage_keys(),
         "## Flags of this project\n",
-        *_tables(build_parser()),
+        *_tables(build_parser(), _notes()),
         "## Flags of OpenCLIP\n",
         *_tables(open_clip_parser(), _notes()),
     ]

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, Layer] = {
     "locks": Layer("errors files", "", "one process at a time in a folder, on several machines too"),
     "tables": Layer("errors", "tomli", "frozen dataclasses from TOML tables or KEY=VALUE text"),
     "argv": Layer("errors tables", "", "the one parser, reader and writer of a list of flags"),
-    "quiet": Layer("", "", "the one way to silence a library that reports what is meant"),
+    "quiet": Layer("", "", "the one way to silence a library that warns of what is done on purpose"),
     "core": Layer("", "torch", "the model and its loss on torch alone; `reference.py` is the whole method, read first"),
     "data.order": Layer(
         "errors", "torch numpy webdataset", "which sample comes when, and how a run finds its place again"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from open_clip_ov2 import training
+from open_clip_ov2.argv import value_of
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.compare.bench.settings import CaptionLengths, Job
 from open_clip_ov2.compare.config import Comparison, Measure, Variant, VariantStage
@@ -29,7 +30,7 @@ resolution = 24
 tokenizer = "{vocabulary}"
 augmentation = "family"
 batch-size = 8
-lr = 1e-3
+lr = 1e-4
 warmup = 1
 workers = 0
 precision = "fp32"
@@ -41,6 +42,8 @@ samples = 64
 caption-tokens = "3:8:5"
 largest-batch = true
 memory-limit-gb = 0.06
+[search]
+lr = [1e-6, 1e-3]
 [[arm]]
 name = "CLIP"
 model = "clip-of-ov2-vit-nano-8"
@@ -53,7 +56,8 @@ learning = "clip_val_loss"
 
 
 def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Oracle: the run's own results.jsonl; the same command again trains nothing and writes the same page."""
+    """Oracle: the run's own results.jsonl; the same command again trains nothing and writes the same page. Of the runs
+    that search the learning rate, the one with the lower loss is the seed's run."""
     file, out = tmp_path / "squares.toml", tmp_path / "out"
     file.write_text(FILE.format(vocabulary=vocabulary))
     line = ["compare", str(file), "--train-data", f"{squares}/train/{{00000..00003}}.tar", "--out", str(out)]
@@ -65,8 +69,14 @@ def test_compare(squares: Path, vocabulary: Path, tmp_path: Path, capfd: pytest.
     status, printed = ov2(line), capfd.readouterr()
     assert status == 0, printed.err
     assert "profiler" not in printed.err
-    (results,) = out.glob("runs/*/results.jsonl")
-    records = [json.loads(text) for text in results.read_text().splitlines()]
+    files = list(out.glob("runs/*/results.jsonl"))
+    runs = {file: [json.loads(row) for row in file.read_text().splitlines()] for file in files}
+    assert len(runs) == 2
+    last = {file: [row["loss"] for row in rows if row["kind"] == "train"][-1] for file, rows in runs.items()}
+    results = min(last, key=last.__getitem__)
+    records = runs[results]
+    assert value_of(json.loads((results.parent / "run.json").read_text())["command"], "--lr") == "0.001"
+    assert "training: 1 of 1 are done already" in printed.out
     losses = [row["clip_val_loss"] for row in records if row["kind"] == "val"]
     assert [row["samples_seen"] for row in records if row["kind"] == "val"] == [32, 64]
     (arm,) = json.loads((out / "results.json").read_text())[0]["arms"]

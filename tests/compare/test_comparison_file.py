@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from made_up import variant_result
 
 from open_clip_ov2.compare.config import Comparison, load_comparison
-from open_clip_ov2.compare.plan import Study, runs
+from open_clip_ov2.compare.plan import Study, runs, search_runs, with_rates
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.training import planned_run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 STUDY = Study((), "train.tar", "val.tar", "train.tar", ("--wd", "0.2"), Path("out"), Path("logs"))
@@ -53,6 +54,19 @@ def test_equal_samples(tmp_path: Path) -> None:
         "--model", "clip-of-ov2-vit-nano-8", "--train-data", "train.tar", "--color-jitter", "--wd", "0.2",
         "--lr", "0.0005", "--batch-size", "16", "--stage", "48:samples=10000", "--val-data", "val.tar", "--seed", "3",
     )  # fmt: skip
+
+
+def test_the_best_run_of_a_search_is_the_first_seeds(tmp_path: Path) -> None:
+    """Oracle: the name of a run, which is that of its configuration: `ov2 train` does not train it again."""
+    text = FILE.format(terms='samples = "10k"').replace("lr = 5e-4, ", "").replace("color-jitter = true\n", "")
+    comparison = load(tmp_path, text + "[search]\nlr = [1e-3, 3e-3]\n")
+    tried = search_runs(STUDY, comparison, {}, {})
+    assert [(name, lr) for name, lr, _ in tried] == [("one", 1e-3), ("one", 3e-3), ("two", 1e-3), ("two", 3e-3)]
+    chosen = with_rates(comparison, {"one": {1e-3: 2.0, 3e-3: 1.0}, "two": {1e-3: 1.0, 3e-3: 2.0}})
+    names = [planned_run(["--logs", str(tmp_path), *run.argv]).name for run in runs(STUDY, chosen, {}, {})]
+    of_search = [planned_run(["--logs", str(tmp_path), *run.argv]).name for _, _, run in tried]
+    assert names[:2] == [of_search[1], of_search[2]]
+    assert len(set(names + of_search)) == len(names) + 2
 
 
 @given(seconds=st.floats(20, 1e4), one=st.floats(10, 1e3), two=st.floats(10, 1e3), three=st.floats(10, 1e3))
@@ -137,6 +151,12 @@ def test_seconds_along_the_stages() -> None:
             "metric: knn.top1: better: 'more': expected",
         ),
         ('key = "knn.top1"', 'title = "k"', "key is missing"),
+        (
+            'key = "knn.top1"',
+            'key = "knn.top1"\n[[evaluate]]\ntasks = ["knn"]\nvariants = ["one"]\n'
+            '[[question]]\na = "one"\nb = "two"\nmetric = "knn.top1"\ntext = "?"',
+            "question: knn.top1 of 'two': its [[evaluate]] leaves this variant out",
+        ),
         ('[[metric]]\nkey = "knn.top1"', '[curve]\nover = "lr"', "curve: there is no [[metric]] to draw"),
         (
             "[[metric]]",
@@ -171,5 +191,5 @@ def test_the_studies_are_fair(path: Path) -> None:
         )
         assert variant.flags.get("decode", "exact") == "exact"  # all that CLIP and CoCa have
     assert comparison.flags["augmentation"] == "family"
-    assert "tokenizer" in comparison.flags
+    assert "tokenizer" in comparison.flags or path.stem == "own-data"  # OpenCLIP's for all three there
     assert len(comparison.seeds) == (1 if path.stem == "gpu" else 3)  # twelve minutes on a GPU are enough for one

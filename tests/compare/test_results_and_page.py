@@ -288,7 +288,7 @@ def test_page_and_markdown_begin_with_the_answers(found: Found) -> None:
     """Oracle: the sentence itself is the first paragraph, then the chart; the search's best rates are marked, and
     the variants named whose best is an end of those that were searched."""
     answer = asked(found, right((0.6, 0.6)), right((0.4, 0.4)))
-    searched = {"ov2": {1e-3: 2.0, 2e-3: 1.5}, "CLIP": {1e-3: 2.0, 2e-3: 1.5, 4e-3: 1.7}}
+    searched = {"ov2": {5e-4: 2.5, 1e-3: 2.0, 2e-3: 1.5}, "CLIP": {1e-3: 2.0, 2e-3: 1.5, 4e-3: 1.7}}
     full = replace(found, answers=(answer,), searched=searched)
     text = page.page("All", [full], "ov2 compare")
     first = re.search(r"<p[^>]*>(.*?)</p>", text, flags=re.DOTALL)
@@ -297,7 +297,7 @@ def test_page_and_markdown_begin_with_the_answers(found: Found) -> None:
     assert text.index('id="answers-0"') < text.index("<h2>Method") < text.index('id="small"')
     markdown = page.results_md("All", [full], "ov2 compare")
     assert markdown.splitlines()[2] == f"- {answer.sentence}"
-    assert "| ov2 | 2.000 | **1.500** | – |" in markdown
+    assert "| ov2 | 2.500 | 2.000 | **1.500** | – |" in markdown
     assert page.summary_md([full, found]).splitlines() == [
         "### Small & fair", "",
         "|  | images/s | samples | caption loss (nats) ↓ | probe <top-1> (%) ↑ |", "| --- | --- | --- | --- | --- |",

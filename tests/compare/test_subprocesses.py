@@ -50,7 +50,8 @@ def test_side_by_side(job: Job, tmp_path: Path) -> None:
 def test_as_a_new_process(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: `python -m`, with the same environment and folder."""
     code = (
-        "import atexit, os, sys\natexit.register(print, 'the end')\n"
+        "import atexit, multiprocessing, os, sys\natexit.register(print, 'the end')\n"
+        "print(multiprocessing.get_start_method())\n"
         "print(__name__, sys.argv[1:], os.getcwd(), os.environ['NEW'], repr(sys.stdin.read()), os.isatty(1))\n"
         "print('on stderr', file=sys.stderr)\nsys.exit(3)"
     )

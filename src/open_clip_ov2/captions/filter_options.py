@@ -77,7 +77,7 @@ class FilterOptions:
     shards: str | None = flag("IN", text, "the tars, if they have moved (default: as the set notes them)")
     device: str | None = flag("NAME", text, "for likelihood (default: cuda if there is a GPU, otherwise cpu)")
     task: Task | None = flag(
-        "T/N", read_task, "filter every Nth sidecar from the Tth on (default: as SLURM says; else all)"
+        "T/N", read_task, "filter every Nth sidecar from the Tth on (default: as SLURM or torchrun says; else all)"
     )
 
     def text_rules(self) -> dict[str, Callable[[str], bool]]:

@@ -133,6 +133,12 @@ class Evaluation:
     variants: tuple[str, ...] = key(each(text), default=())
     name: str = key(text, default="")
 
+    def lacks(self, metric: str, variant: str) -> bool:
+        """Whether a metric of this evaluation, by its key, is not known of a variant."""
+        begins = [self.name] if self.name else self.tasks
+        mine = any(metric.startswith(f"{name}.") for name in begins)
+        return mine and bool(self.variants) and variant not in self.variants
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -212,6 +218,12 @@ class Comparison:
             for name in asked:
                 if name not in known:
                     raise UserError(f"there is no {what} {name!r}{nearest(name, known)}")
+        for question in self.questions:
+            for name in (question.a, question.b):
+                if any(one.lacks(question.metric, name) for one in self.evaluations):
+                    raise UserError(
+                        f"question: {question.metric} of {name!r}: its [[evaluate]] leaves this variant out"
+                    )
         if bare := [one.name for one in self.variants if not one.stages and self.resolution is None]:
             raise UserError(f"variant {bare[0]}: it needs stages, or the file a resolution")
         if self.curve_over and not self.metrics:

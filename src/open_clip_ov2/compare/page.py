@@ -109,7 +109,8 @@ def notes(found: Found) -> list[str]:
     for one in found.variants:
         if one.unlike:
             out.append(f"{one.name} has, and {comparison.reference} in brackets: {'; '.join(one.unlike)}.")
-    if ends := [name for name, rates in found.searched.items() if best_rate(rates) in (min(rates), max(rates))]:
+    searched = {name: rates for name, rates in found.searched.items() if len(rates) > 2}
+    if ends := [name for name, rates in searched.items() if best_rate(rates) in (min(rates), max(rates))]:
         out.append(
             f"A better learning rate may lie beyond those searched, an end of which was best: {', '.join(ends)}."
         )

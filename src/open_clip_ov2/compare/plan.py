@@ -19,6 +19,7 @@ from open_clip_ov2.compare.config import Comparison, Variant
 
 OPENCLIP_BATCH = 64  # OpenCLIP's default of --batch-size
 LAST = 0.2  # of a run
+TO_THE_END = ("--max-bad-steps", "1000000000")  # a rate at which training diverges loses, and stops nothing
 ByStage = Mapping[str, Sequence[float]]  # numbers of each variant, by stage
 Losses = Mapping[str, Mapping[float, float]]  # by variant and learning rate
 
@@ -117,7 +118,8 @@ def search_runs(study: Study, comparison: Comparison, rates: ByStage, flops: ByS
         samples = samples_of(comparison, variant, rates, flops)
         for lr in () if "lr" in variant.flags else search.lr:
             tried = replace(variant, name=f"{variant.name}, lr {lr:g}", flags={**variant.flags, "lr": lr})
-            out.append((variant.name, lr, _run(study, comparison, tried, comparison.seeds[0], samples)))
+            run = _run(study, comparison, tried, comparison.seeds[0], samples)
+            out.append((variant.name, lr, replace(run, argv=(*run.argv, *TO_THE_END))))
     return out
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -43,10 +44,16 @@ class Command:
 
     def start(self, threads: int) -> BaseProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")  # a process that ends before it writes has no output, and not an earlier one's
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # which imports all that `open_clip_ov2` does
+        context.set_forkserver_preload([__name__])  # and with it the package, PyTorch and OpenCLIP
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the server has it: it alone learns how runs end
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
-        process = context.Process(target=_run, args=(self, threads, environment, os.getcwd()))
+        process = context.Process(target=_run, args=(self, threads, environment))
         process.start()
         return process
 
@@ -57,9 +64,13 @@ class Command:
         return UserError(f"{self.title}: {last} (exit status {status}; its output: {self.log})")
 
 
-def _run(command: Command, threads: int, environment: Mapping[str, str], folder: str) -> None:
+def _run(command: Command, threads: int, environment: Mapping[str, str]) -> None:
     """The command, in a process that was forked: what a new one would have of its parent, and no more."""
-    os.chdir(folder)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it was stopped while the server was importing
+        return
+    multiprocessing.set_start_method(None, force=True)  # Python's default, for data workers
     with command.log.open("wb") as log, open(os.devnull, "rb") as nothing:
         for ours, theirs in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(ours.fileno(), theirs)

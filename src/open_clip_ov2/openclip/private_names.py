@@ -80,7 +80,12 @@ _ROWS = (
         "launch/executor.py",
         "the sbatch file that a dry run shows",
     ),
-    ("atexit", "_run_exitfuncs", "compare/subprocesses.py", "multiprocessing ends a process without them"),
+    (
+        "atexit",
+        "_run_exitfuncs",
+        "compare/subprocesses.py",
+        "before Python 3.13 multiprocessing ends a process without them",
+    ),
 )
 PRIVATE_NAMES = tuple(
     PrivateName(owner, name, files, why) for owner, names, files, why in _ROWS for name in names.split()
