@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and answers with their
-# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. Two hours on 2 quiet CPU
-# cores; it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it
-# out, and then neither README.md nor docs/study.md is touched.
+# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. About two hours on 2 CPU cores
+# by calculation from its parts (dev/LOG.md); it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries
+# it out, and then neither README.md nor docs/study.md is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo
