@@ -121,3 +121,24 @@ def test_a_scheduler_ends_the_runs_too(job: Job) -> None:
     assert ended.value.code == 128 + signal.SIGTERM
     assert one.log.read_text().split() == ["up", "saved"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_to_the_whole_group_waits_for_the_runs(job: Job, tmp_path: Path) -> None:
+    """Oracle: the run's own handler, which needs five seconds. `timeout` and schedulers send TERM to all processes."""
+    slow = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print('saved'), sys.exit(75)))\n"
+        "print('up', flush=True)\n"
+        "[time.sleep(0.05) for _ in range(1200)]"
+    )
+    one = job("one", slow)
+    waiting = (
+        "from pathlib import Path; from open_clip_ov2.compare.subprocesses import Command, run_all\n"
+        f"list(run_all([Command('one', {one.module!r}, (), Path({str(one.log)!r}))], 1))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", waiting], cwd=tmp_path, start_new_session=True)
+    while parent.poll() is None and not (one.log.is_file() and "up" in one.log.read_text()):
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGTERM)
+    assert parent.wait(60) == 128 + signal.SIGTERM
+    assert one.log.read_text().split() == ["up", "saved"]
