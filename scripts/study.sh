@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The study of docs/results: seven ways to train one encoder, on real icons and rendered words, and answers with their
-# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. About two hours on 2 CPU cores
-# by calculation from its parts (dev/LOG.md); it continues where it was stopped. SCALE=0.001 SEEDS=0 OUT=/tmp/results tries
-# it out, and then neither README.md nor docs/study.md is touched.
+# intervals; three seeds. It writes docs/results, docs/study.md and the answers in README.md. On 2 CPU cores that train
+# ov2 at 160 images/s each, some 105 minutes by calculation; at 70, two and a half hours (dev/LOG.md). It continues where it
+# was stopped. SCALE=1.4 gives each run 1.4 times the time or samples; SCALE=0.001 SEEDS=0 OUT=/tmp/results tries it out, and
+# then neither README.md nor docs/study.md is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_venv.sh demo

@@ -7,6 +7,7 @@ comparisons, README.md those of the first one.
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,9 @@ def main(answers: Path, root: Path = ROOT) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
-    made = f"Made on {datetime.date.today().isoformat()} by `bash scripts/study.sh`, at commit `{commit or 'unknown'}`:"
+    scale = f"SCALE={os.environ['SCALE']} " if os.environ.get("SCALE") else ""
+    command = f"`{scale}bash scripts/study.sh`, at commit `{commit or 'unknown'}`"
+    made = f"Made on {datetime.date.today().isoformat()} by {command}:"
     text = answers.read_text(encoding="utf-8")
     for page, shown in ((root / "README.md", first_of(text)), (root / "docs" / "study.md", text)):
         page.write_text(with_answers(page.read_text(encoding="utf-8"), made, shown), encoding="utf-8")
