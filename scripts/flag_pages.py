@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from unittest.mock import patch
@@ -56,26 +56,18 @@ def _stop(parser: argparse.ArgumentParser, *_: object) -> None:
 
 def parser_of(*command: str) -> argparse.ArgumentParser:
     """The parser that `ov2 COMMAND` reads its flags with."""
+    return _caught(lambda: main([*command, "--help"]))
+
+
+def _caught(call: Callable[[], object]) -> argparse.ArgumentParser:
     with patch.object(argparse.ArgumentParser, "parse_known_args", _stop):
         try:
-            main([*command, "--help"])
+            call()
         except _Parser as found:
             parser = found.args[0]
             assert isinstance(parser, argparse.ArgumentParser)
             return parser
-    raise ValueError(f"ov2 {' '.join(command)} has no parser")
-
-
-def open_clip_parser() -> argparse.ArgumentParser:
-    """The parser that OpenCLIP's own `main` reads its flags with."""
-    with patch.object(argparse.ArgumentParser, "parse_known_args", _stop):
-        try:
-            open_clip_parse_args([])
-        except _Parser as found:
-            parser = found.args[0]
-            assert isinstance(parser, argparse.ArgumentParser)
-            return parser
-    raise ValueError("open_clip_train has no parser")
+    raise ValueError("the call has no parser")
 
 
 def _text(parser: argparse.ArgumentParser, action: argparse.Action, notes: Mapping[str, str]) -> str:
@@ -195,7 +187,7 @@ def train_page() -> str:
         "## Flags of this project\n",
         *_tables(build_parser(), _notes()),
         "## Flags of OpenCLIP\n",
-        *_tables(open_clip_parser(), _notes()),
+        *_tables(_caught(lambda: open_clip_parse_args([])), _notes()),
     ]
     return "\n".join(lines)
 

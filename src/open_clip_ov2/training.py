@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from open_clip_ov2.openclip.run.bench_model import BenchModel
 
 __all__ = [
-    "PlannedRun", "bench_model", "caption", "check", "check_evaluation", "convert", "evaluate", "export",
-    "is_lost_peer", "is_ov2_model", "load", "open_captioner", "open_model", "plan", "planned_run", "push",
+    "PlannedRun", "bench_model", "caption", "check", "check_evaluation", "convert", "default_device", "evaluate",
+    "export", "is_lost_peer", "is_ov2_model", "load", "open_captioner", "open_model", "plan", "planned_run", "push",
     "registered_facts", "shipped_model", "train", "train_help", "train_loaders",
 ]  # fmt: skip
 Flags = Sequence[str] | Mapping[str, Any]

@@ -13,6 +13,7 @@ import pytest
 from export_fixtures import make_language_model, make_run
 from PIL import Image
 from square_shards import write_square_shards
+from tokenizers.processors import TemplateProcessing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import captions_soak
@@ -207,3 +208,18 @@ def test_what_vllm_is_given_is_what_it_takes(folder: Path) -> None:
         assert min(prompt["multi_modal_data"]["image"].size) == 32
     arguments = EngineArgs(model="any", **engine_hub.LLM_OPTIONS)
     assert all(getattr(arguments, name) == value for name, value in engine_hub.LLM_OPTIONS.items())
+
+
+def test_a_conversation_has_one_token_of_its_beginning(folder: Path) -> None:
+    """By the template, or by the tokenizer, which would add a second one. Oracle: the ids that the model gets."""
+    processor = open_processor(str(folder / "llava"))
+    tokenizer = processor.tokenizer
+    processor.chat_template = "{{ bos_token }}{% for m in messages %}<image> red{% endfor %}"
+    request = Request("a", Image.new("RGB", (8, 8)), "red", row_sampling([read_sampler("greedy")], 0, "a"))
+    for adds_it in (False, True):
+        if adds_it:
+            piece = (tokenizer.bos_token, tokenizer.bos_token_id)
+            backend = tokenizer.backend_tokenizer
+            backend.post_processor = TemplateProcessing(single=f"{piece[0]} $A", special_tokens=[piece])
+        prompt = engine_hub.text_prompt(processor, request, None)["prompt"]
+        assert tokenizer(prompt).input_ids.count(tokenizer.bos_token_id) == 1

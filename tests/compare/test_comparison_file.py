@@ -193,3 +193,12 @@ def test_the_studies_are_fair(path: Path) -> None:
     assert comparison.flags["augmentation"] == "family"
     assert "tokenizer" in comparison.flags or path.stem == "own-data"  # OpenCLIP's for all three there
     assert len(comparison.seeds) == (1 if path.stem == "gpu" else 3)  # twelve minutes on a GPU are enough for one
+
+
+def test_a_file_that_leads_back_to_itself(tmp_path: Path) -> None:
+    """Oracle: the message; before, Python's recursion ended it."""
+    (tmp_path / "a.toml").write_text('base = "b.toml"')
+    (tmp_path / "b.toml").write_text('base = "a.toml"')
+    for name in ("a.toml", "b.toml"):
+        with pytest.raises(UserError, match=rf"{name}: its base leads back to it"):
+            load_comparison(tmp_path / name)

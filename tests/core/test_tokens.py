@@ -62,7 +62,7 @@ def test_training_and_evaluation_ratios() -> None:
     assert kept(ranged.eval()) == 75
 
 
-@pytest.mark.parametrize("bad", [0, -0.1, 1.5, float("nan"), "half", "0.5:0.2", "0.1:0.2:0.3", ""])
+@pytest.mark.parametrize("bad", [0, -0.1, 1.5, float("nan"), "half", "0.5:0.2", "0.1:0.2:0.3", "", None])
 def test_a_ratio_outside_is_an_error_that_says_so(bad: object) -> None:
     with pytest.raises(ValueError, match="keep_ratio"):
         KeepRatio.of(bad)  # type: ignore[arg-type]

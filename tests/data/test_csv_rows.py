@@ -20,12 +20,10 @@ from open_clip_ov2.data.skips import BAD_ROW
 from open_clip_ov2.data.sources import CsvSource, csv_lines, csv_rows
 from open_clip_ov2.errors import UserError
 
-ENDINGS = ("jpg", "png")
-
 
 def read(text: str, separator: str = "\t") -> list[tuple[int, tuple[str | None, ...], bool]]:
     lines = io.StringIO(text, newline="").readlines()
-    return [(row.line, row.fields, bool(row.problem)) for row in csv_rows(lines, separator, "filepath", ENDINGS)][1:]
+    return [(row.line, row.fields, bool(row.problem)) for row in csv_rows(lines, separator, "filepath")][1:]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import random
+import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from broken_shards import TXT, byte_tokens, good_tars, random_crop, settings, to
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from PIL import Image
 from stopped_runs import passes
 
 from open_clip_ov2.data.loader import Batch, EvalLoader, TrainLoader
@@ -151,3 +154,25 @@ def test_no_stall_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         for _ in loader:
             threading.Event().wait(0.15)
     assert not [record for record in caplog.records if record.name == "open_clip_ov2.data.receive"]
+
+
+def test_a_name_that_is_not_utf8_is_a_name_like_others(tmp_path: Path) -> None:
+    """A tar keeps the bytes that a name had where it was made. Oracle: the names, in one epoch."""
+    names = [b"caf\xe9", b"na\xefve", b"plain"]
+    files = {name.decode("utf-8", "surrogateescape"): named_picture(index) for index, name in enumerate(names)}
+    tar = tmp_path / "caf\udce9.tar"
+    with tarfile.open(tar, "w", encoding="utf-8", errors="surrogateescape") as out:
+        for stem, image in files.items():
+            for suffix, data in ((".png", image), (".txt", b"x")):
+                info = tarfile.TarInfo(stem + suffix)
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    source = WebDatasetSource((str(tar),))
+    assert sorted(keys(list(train(source, num_samples=3, batch_size=3)))) == sorted(files)
+    assert source.fingerprint()["shards"] == 1
+
+
+def named_picture(index: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (index, 0, 0)).save(out, "PNG")
+    return out.getvalue()

@@ -26,6 +26,7 @@ from open_clip_ov2.data.sidecars import (
     write_sidecar,
 )
 from open_clip_ov2.data.skips import SkipCounter, SkipSample
+from open_clip_ov2.data.storage import matching
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
 
@@ -151,3 +152,27 @@ def test_a_set_is_begun_once_and_written_the_same_each_time(tars: list[Path], tm
     with pytest.raises(UserError, match=r"holds other files \(00000.tar, 00001.tar\)"):
         make_set(tmp_path / "in", tars)
     assert json.loads((folder / "settings.json").read_text()) == {"made_by": "a test", "model": "a"}
+
+
+def test_the_name_of_a_set_in_any_case_is_the_set(tars: list[Path], tmp_path: Path) -> None:
+    """Oracle: the same key in lower case, which skips what was dropped."""
+    recap = make_set(tmp_path / "captions", tars[:1])
+    keys = [line["key"] for line in read_sidecar(sidecar_path(tmp_path / "captions", str(tars[0])))]
+    lines = [{"key": key, "dropped": "min-words", "caption": "red"} for key in keys]
+    write_sidecar(sidecar_path(tmp_path / "captions", str(tars[0])), lines)
+    for sample in WebDatasetSource((str(tars[0]),), captions=(recap,)).in_order():
+        for key in ("recap", "Recap"):
+            with pytest.raises(SkipSample, match="dropped: min-words"):
+                all_captions(sample, parse_caption_keys(key))
+
+
+def test_a_set_by_a_file_address(tars: list[Path], tmp_path: Path) -> None:
+    """Oracle: the same set by its path."""
+    make_set(tmp_path / "captions", tars)
+    urls = tuple(map(str, tars))
+    by_path, by_address = (
+        list(WebDatasetSource(urls, captions=(CaptionSet("recap", folder),)).in_order())
+        for folder in (f"{tmp_path}/captions", f"file://{tmp_path}/captions")
+    )
+    assert by_address == by_path
+    assert matching(f"file://{tmp_path}/in/*.tar") == sorted(urls)

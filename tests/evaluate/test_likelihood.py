@@ -298,3 +298,10 @@ def test_resolutions_come_in_order_and_once(some: Path) -> None:
     assert list(found) == ["24", "48"]
     assert sizes == [24, 48]
     assert found["24"].keys() == {"caption-loss"}
+
+
+def test_all_tasks_are_all_tasks(some: Path) -> None:
+    """Oracle: the same flag left out."""
+    plain = options_of(f"--data {some}", "test")
+    for tasks in ("all", "all,knn", "knn,all"):
+        assert options_of(f"--data {some} --tasks {tasks}", "test") == plain

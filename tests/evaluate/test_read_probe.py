@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_sets import features
+import webdataset as wds
+from probe_sets import PatchModel, encoded, features, to_integers
 
 from open_clip_ov2.core import reference
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.attentive import standardiser
-from open_clip_ov2.evaluate.eval_job import Readable
+from open_clip_ov2.evaluate.eval_job import EvalJob, Readable
+from open_clip_ov2.evaluate.options import EvalOptions
 from open_clip_ov2.evaluate.read_probe import (
     BOS,
     EOS,
@@ -169,3 +172,20 @@ def test_a_set_without_captions_is_an_error() -> None:
     train = written_in_tokens(8, 0)
     with pytest.raises(UserError, match="no test sample has a caption"):
         probe_layer(train, Readable(train.tokens, [], [], []), SHORT, 1, "cpu")
+
+
+def test_a_caption_goes_with_its_own_picture_where_keys_come_twice(tmp_path: Path) -> None:
+    """Two tars with the same keys, the first picture of all broken. Oracle: the captions in file order."""
+    tars = []
+    for number, pictures in enumerate(((b"broken", encoded(1)), (encoded(2), encoded(3)))):
+        tars.append(str(tmp_path / f"{number}.tar"))
+        with wds.TarWriter(tars[-1]) as writer:
+            for row, picture in enumerate(pictures):
+                writer.write({"__key__": f"{row:04d}", "png": picture, "txt": f"caption {number} {row}"})
+    data = "::".join(tars)
+    model = PatchModel()
+    model.preprocess, model.tokenizer = to_integers, None
+    job = EvalJob(model, EvalOptions(data=data))
+    found, skipped = job.readable(data, "tokens")
+    assert found.captions == ["caption 0 1", "caption 1 0", "caption 1 1"]
+    assert skipped["undecodable image"] == ["0000"]

@@ -154,3 +154,12 @@ def test_plot_of_rows_without_a_swept_number() -> None:
     draw(axes, [row("one", 2.0, model="a", lr=1.0), row("two", 4.0, model="b", lr=1.0)], "loss")
     assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == [2.0, 4.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+
+
+def test_a_range_among_swept_numbers_is_a_line() -> None:
+    """Oracle: the rows."""
+    axes = Figure().subplots()
+    rows = [row(str(ratio), value, **{"keep-ratio": ratio}) for ratio, value in ((0.25, 3.0), (0.5, 2.0))]
+    draw(axes, [*rows, row("range", 2.5, **{"keep-ratio": "0.25:1.0"})], "caption_loss")
+    lines = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert lines == {"keep-ratio 0.25:1.0": [[0, 2.5], [1, 2.5]], "caption_loss": [[0.25, 3.0], [0.5, 2.0]]}

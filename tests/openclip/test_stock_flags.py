@@ -164,6 +164,8 @@ def test_towers_are_locked_as_asked(models: dict[str, list[str]], tmp_path: Path
     last = len(open_clip.create_model(TINY_MODEL, load_weights=False).visual.transformer.resblocks) - 1
     assert of_ov2
     assert {name.split(".")[3] for name in of_ov2} == {str(last)}
+    both = begin(tmp_path / "both", *models["ov2"], *image, "--freeze", f"visual.transformer.resblocks.{last}.*").model
+    assert not trained(both, "visual.")
     model = begin(tmp_path / "clip", *models["clip"], *image, *text).model
     assert {name.rsplit(".", 1)[0] if "resblocks" not in name else "block" + name.split(".")[3]
             for name in trained(model, "visual.")} == {"block2", "visual.ln_post", "visual"}  # fmt: skip

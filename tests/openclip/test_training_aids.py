@@ -260,6 +260,7 @@ REFUSED = {
     "--tokens-per-step 9 --base-lr 1": "give --lr",
     "--freeze nothing.*": "--freeze nothing.*: matches no parameter",
     "--freeze *": "no parameter is left to train",
+    "--lock-image --freeze text*": "no parameter is left to train",
     "--wd-exclude nothing": "--wd-exclude nothing: matches no parameter",
     "--ema-decay 1": "expected a number >= 0 and < 1",
 }

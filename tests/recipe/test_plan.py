@@ -58,6 +58,7 @@ def test_hours_from_flops(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flags_override_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     usual = planned(capsys, L14)
+    assert planned(capsys, f"--recipe={L14}") == usual
     changed = planned(
         capsys, L14, "--keep-ratio", "0.25:0.75", "--batch-size", "100", "--mean-caption-tokens", "60",
         "--grad-checkpointing", "--precision", "fp32",

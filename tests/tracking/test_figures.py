@@ -15,6 +15,7 @@ from PIL import Image
 
 from open_clip_ov2.cli import main as ov2
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.tracking import figures
 from open_clip_ov2.tracking.figures import (
     COLORS,
     PANELS,
@@ -183,3 +184,24 @@ def test_user_errors(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_equal_names_are_told_apart_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the legend; before, the last of them was drawn alone."""
+    legends: list[list[str]] = []
+
+    def kept(axes: Any, *rest: Any) -> None:
+        names = rest[-1] if isinstance(rest[-1], dict) else rest[0]
+        legends.append(list(names))
+
+    monkeypatch.setattr(figures, "draw_curves", kept)
+    monkeypatch.setattr(figures, "draw_robustness", kept)
+    runs = []
+    for logs in ("a", "b"):
+        (tmp_path / logs).mkdir()
+        runs.append(write_run(tmp_path / logs / "run", RUN))
+        (runs[-1] / "eval.json").write_text(json.dumps(RESULT))
+    other = write_run(tmp_path / "other", RUN)
+    figures.plot_curves([*runs, other], tmp_path / "out.png")
+    figures.plot_robustness([run / "eval.json" for run in runs], tmp_path / "out.png")
+    assert legends == [[*map(str, runs), "other"], [str(run / "eval.json") for run in runs]]

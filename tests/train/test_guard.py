@@ -87,3 +87,20 @@ def test_an_overflow_of_fp16_is_the_scalers_own(loss: float, scale: float, bad: 
     step_unless(optimizer, scaler, torch.tensor(bad))
     assert torch.equal(weight, before)
     assert scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize(("scale", "bad"), [(2.0**16, False), (1.0, True)])
+def test_a_step_that_a_scaler_leaves_out_of_its_own_accord(scale: float, bad: bool) -> None:
+    """The hook is not called then. Oracle: the rule of `not_finite`; and a good step after it is good."""
+    weight, optimizer = optimizer_of(fused=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    guard = StockGuard(optimizer)
+    for gradient, expected in ((float("nan"), bad), (1.0, False)):
+        guard.expect(scaler)
+        scaler.scale(weight.sum() * 0).backward()
+        weight.grad = torch.full_like(weight, gradient)
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool(guard.bad) is expected
+        optimizer.zero_grad()
+    assert optimizer.state[weight]["step"] == 1

@@ -16,7 +16,7 @@ from open_clip_ov2.cli import main
 from open_clip_ov2.recipe.costs import Machine
 from open_clip_ov2.recipe.model_costs import PRECISION, Stack
 from open_clip_ov2.vlm.vlm_costs import LANGUAGE_MODELS, _flops, language_model_sizes, plan_costs
-from open_clip_ov2.vlm.vlm_plan import plan_of_recipe
+from open_clip_ov2.vlm.vlm_plan import commands, plan_of_recipe
 from open_clip_ov2.vlm.vlm_recipe import LANGUAGE_MODEL, TOWER, load_vlm_recipe
 
 
@@ -125,3 +125,12 @@ def test_a_plan_counts_the_data_that_is_given(parts: Path) -> None:
     grids = plan_of_recipe("open-llava-next", ["ov2-vit-l-14"])
     tokens = plan_costs(grids, Machine(8)).stages[1].tokens
     assert (tokens.encoder, tokens.kept) == (5 * 257, 256 + 32 * 33)
+
+
+def test_commands_are_for_as_many_gpus_as_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: nodes times GPUs of each."""
+    for gpus, nodes in ((4, 1), (12, 1), (16, 2)):
+        plan = plan_of_recipe("llava-1.5", ["ViT-L-14-336-quickgelu:openai"])
+        *here, submitted = commands(plan, gpus)
+        assert f"--nodes {nodes} --gpus-per-node {gpus // nodes} " in submitted
+        assert len(here) == (nodes == 1)

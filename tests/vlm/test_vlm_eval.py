@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def test_scores_are_kept_and_compared(
         (["eval", "{parts}", "--tasks", "pope"], "no config.json"),
         (["eval", "{model}", "--tasks", "popes", "--lmms", "{parts}"], "did you mean pope?"),
         (["eval", "{model}", "--tasks", "pope", "--lmms", "{parts}"], "no environment with lmms-eval; bash scripts/"),
+        (["eval", "{model}", "--tasks", "pope", "--lmms", sys.prefix], "no environment with lmms-eval; bash scripts/"),
+        (["eval", "{model}", "--questions", "q.jsonl", "--device", "gpu"], "gpu: not a device of torch; give cpu"),
         (["eval", "{model}", "--tasks", "pope", "--ocr-tokens"], "only TextVQA has OCR tokens"),
         (["compare", "{parts}"], "no scores; `ov2 vlm eval"),
         (["compare", "--recipe", "open-llava"], "did you mean open-llava-next?"),

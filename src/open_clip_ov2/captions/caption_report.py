@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import Environment, StrictUndefined
 
 from open_clip_ov2.argv import flag
@@ -27,7 +26,7 @@ from open_clip_ov2.captions.filter import usable
 from open_clip_ov2.captions.repetition import LIMIT, is_refusal, later_duplicates, repetition, signature, words
 from open_clip_ov2.captions.tars_of import tars_of, with_samples
 from open_clip_ov2.data.captions import CaptionKey, group_text, parse_caption_keys
-from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.samples import rgb_image
 from open_clip_ov2.data.sidecars import read_settings, read_sidecar, sidecars_in
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.errors import UserError
@@ -160,7 +159,7 @@ def _shown(line: Mapping[str, Any], sample: Mapping[str, Any], options: ReportOp
     """What the page has of a sample."""
     caption, picture = line.get("caption"), io.BytesIO()
     with contextlib.suppress(SkipSample):
-        image = Decoder(torch.as_tensor, ()).image(sample)
+        image = rgb_image(sample)
         image.thumbnail((SIDE_PX, SIDE_PX))
         image.save(picture, "JPEG", quality=80)
     return {

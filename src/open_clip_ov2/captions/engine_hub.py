@@ -16,6 +16,7 @@ from PIL import Image
 from open_clip_ov2.captions.engines import Request
 from open_clip_ov2.core.generate import RowSampler
 from open_clip_ov2.errors import UserError, first_line, from_extra
+from open_clip_ov2.training import default_device
 
 INSTRUCTION = "Describe the image in one paragraph."
 WITH_TEXT = f"{INSTRUCTION} Its alt-text, which may be wrong or incomplete, is: {{text}}"
@@ -31,7 +32,7 @@ class TransformersEngine:
 
     def __init__(self, model: str, device: str | None, max_tokens: int | None, image_size: int | None) -> None:
         self.model, self._image_size = model, image_size
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = default_device(device)
         self._max_tokens = max_tokens or MAX_TOKENS
         self._processor = open_processor(model)
         opened = _opened(model, "AutoModelForImageTextToText", torch_dtype="auto")
@@ -128,7 +129,9 @@ def _conversation(processor: Any, prompt: str) -> str:
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return text
+        bos = processor.tokenizer.bos_token
+        adds_it = processor.tokenizer("a").input_ids[:1] == [processor.tokenizer.bos_token_id]
+        return text.removeprefix(bos) if bos and adds_it else text
     return f"{getattr(processor, 'image_token', '')}\n{prompt}".strip()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from open_clip_ov2.data import storage
 from open_clip_ov2.data.retries import RetryingStore
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import duckdb
 
 IDS = ("sha256", "uid", "key", "url")  # what tables and tars may share, the surest first
-Rows = Iterator[tuple[Any, ...]]
 
 
 def connect(memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
@@ -116,4 +115,4 @@ class Tables:
     def digest(self) -> str:
         """Names the files, wherever they are."""
         names = sorted(file.rpartition("/")[2] for file in self.columns)
-        return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
+        return hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from open_clip_ov2.captions.engines import Engine, Prompts, Request, Sampler, row_sampling
 from open_clip_ov2.captions.journal import WORKING, Journal, in_work
 from open_clip_ov2.data.decode import bounded
-from open_clip_ov2.data.samples import Decoder
+from open_clip_ov2.data.samples import rgb_image
 from open_clip_ov2.data.sidecars import missing_sidecars, shard_names, sidecar_path
 from open_clip_ov2.data.skips import SkipSample
 from open_clip_ov2.data.tars import read_tar
@@ -145,7 +143,7 @@ class Writing:
     def _prepare(self, raw: dict[str, Any]) -> Prepared:
         key = raw["__key__"]
         try:
-            image = bounded(Decoder(torch.as_tensor, (), self.max_image_pixels).image(raw))
+            image = bounded(rgb_image(raw, self.max_image_pixels))
         except SkipSample as error:
             return key, error.cause
         prompt = self.prompts.of(raw, self.engine.special)

@@ -14,11 +14,12 @@ from pathlib import Path
 from open_clip_ov2 import training
 from open_clip_ov2.argv import Parser, add_flags, flag_type, flag_values
 from open_clip_ov2.commands.options import add_captions, add_device, paths_checked
+from open_clip_ov2.data.samples import SUFFIXES
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.data.skips import SkipCounter, describe
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.options import CaptionOptions
-from open_clip_ov2.evaluate.pictures import SUFFIXES, Picture, pictures
+from open_clip_ov2.evaluate.pictures import Picture, pictures
 from open_clip_ov2.tables import whole
 from open_clip_ov2.tracking.sheet import CELL_PX, Captioned, contact_sheet, dropped_gray
 

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Iterator
 
 from open_clip_ov2.argv import flag_type
-from open_clip_ov2.compare.bench.settings import default_device
 from open_clip_ov2.data.sidecars import caption_sets
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.training import default_device
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=default_device(), help="default: cuda if there is a GPU, otherwise cpu")
+    kind, default = flag_type(lambda name: str(default_device(name))), str(default_device())
+    parser.add_argument("--device", type=kind, default=default, help="default: cuda if there is a GPU, otherwise cpu")
 
 
 def add_captions(parser: argparse.ArgumentParser, what: str) -> None:

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
 def _with_recipe(flags: list[str]) -> list[str]:
     """With --recipe before RECIPE, which is first, or anywhere if its name tells."""
     for index, word in enumerate(flags):
-        if (index == 0 and not word.startswith("-")) or (word.endswith(".toml") and flags[index - 1] != "--recipe"):
+        named = word.endswith(".toml") and flags[index - 1] != "--recipe"
+        if not word.startswith("-") and (index == 0 or named):
             return [*flags[:index], "--recipe", *flags[index:]]
     return flags
 

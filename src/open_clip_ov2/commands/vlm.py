@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_clip_ov2 import vlm
-from open_clip_ov2.argv import Parser, flag_values
+from open_clip_ov2.argv import Parser, add_flags, flag_values
 from open_clip_ov2.commands.options import add_device, paths_checked
 from open_clip_ov2.errors import unknown_key
 from open_clip_ov2.files import write_text
@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     vlm_options.add_train_flags(train)
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("eval", help="ask one questions", description=vlm_eval.DESCRIPTION)
-    vlm_eval.add_eval_flags(evaluate)
+    what = "a run of ov2 vlm train, or an exported LLaVA"
+    evaluate.add_argument("model", metavar="MODEL", type=Path, help=what)
+    add_flags(evaluate, vlm_eval.VlmEvalOptions)
     add_device(evaluate)
     evaluate.set_defaults(run=_eval)
     compare = commands.add_parser("compare", help="the papers' table", description=COMPARE)

@@ -243,13 +243,16 @@ class Comparison:
         return replace(self, seeds=tuple(seeds or self.seeds), seconds=seconds, samples=samples)
 
 
-def _with_base(path: Path) -> dict[str, Any]:
-    """The file's tables, and its base's where it has none; of [flags] each key by itself. Raises UserError."""
+def _with_base(path: Path, read: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's tables, and its base's where it has none; of [flags] each key by itself. `read`: the files that lead
+    here. Raises UserError."""
+    if path.resolve() in read:
+        raise UserError(f"{path}: its base leads back to it; a file cannot be its own base")
     found = read_toml(path)
     base = found.pop("base", None)
     if base is None:
         return found
-    before = _with_base(path.parent / text(base))
+    before = _with_base(path.parent / text(base), (*read, path.resolve()))
     flags = {kebab(name): item for one in (before, found) for name, item in table(one.get("flags", {})).items()}
     return {**before, **found, "flags": flags}
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from open_clip_ov2 import training
 from open_clip_ov2.argv import value_of, without
-from open_clip_ov2.compare.bench.settings import Job, default_device, machine_facts
-from open_clip_ov2.compare.bench.turns import largest_batch, step_memory
+from open_clip_ov2.compare.bench.settings import Job, machine_facts
+from open_clip_ov2.compare.bench.turns import Log, largest_batch, step_memory
 from open_clip_ov2.compare.config import Comparison, Variant
 from open_clip_ov2.compare.plan import Study, global_batch, train_argv
 from open_clip_ov2.compare.subprocesses import Command, run_all, threads_each
@@ -30,7 +30,6 @@ LOGS_EACH = 8  # log steps of a measured run; everything before the second one i
 TASKS = ("--eval", "--eval-every-samples")  # there is nothing to validate on while speed is measured
 STOCK_VOCABULARY = "ov2-vit-nano-8"  # has OpenCLIP's own
 MIB = 2**20
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,10 @@ class Speeds:
     machine: str
     rates: Mapping[str, Sequence[Sequence[float]]]
 
-    def medians(self, variant: str) -> list[float]:
-        return [statistics.median(rates) for rates in self.rates[variant]]
+    @property
+    def medians(self) -> dict[str, list[float]]:
+        """Of each variant by stage."""
+        return {name: [statistics.median(rates) for rates in stages] for name, stages in self.rates.items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def measure_speeds(study: Study, comparison: Comparison, log: Log) -> Speeds:
                 rates[title].append(_images_per_second(title, argv, study.folder / "measured", threads))
             shown = ", ".join(f"{title} {values[-1]:.0f}" for title, values in rates.items())
             log(f"images/s, repetition {repetition + 1} of {measure.repetitions}: {shown}")
-        device = default_device()
+        device = str(training.default_device())
         each = f", {threads} thread{'s' if threads > 1 else ''} for each run" if device == "cpu" else ""
         return {"machine": machine_facts(device)["device"] + each, "rates": rates}
 
@@ -136,7 +137,7 @@ def job_of(study: Study, comparison: Comparison, variant: Variant) -> Job:
     ov2 model of the comparison, or from OpenCLIP's own. Raises UserError."""
     measure, last = comparison.measure, variant.stages[-1]
     argv = train_argv(study, comparison, variant, [(last.resolution, global_batch(comparison, variant))])
-    device = "cpu" if value_of(argv, "--device") == "cpu" else default_device()
+    device = "cpu" if value_of(argv, "--device") == "cpu" else str(training.default_device())
     if measure.largest_batch and device == "cpu" and measure.memory_limit_gb is None:
         raise UserError("[measure] largest-batch: on a CPU it needs memory-limit-gb, the memory that a batch may use")
     return Job(

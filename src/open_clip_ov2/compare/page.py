@@ -125,15 +125,12 @@ def notes(found: Found) -> list[str]:
 
 def results_md(title: str, found: Sequence[Found], command: str) -> str:
     terms = "\n".join(f"- {term}" for term in TERMS)
-    blocks = [f"# {title}", answers_md(found), terms, f"```bash\n{command}\n```"]
+    answered = "\n".join(f"- {answer.sentence}" for one in found for answer in one.answers)
+    blocks = [f"# {title}", answered, terms, f"```bash\n{command}\n```"]
     for one in found:
         blocks += [f"## {one.comparison.title}", one.comparison.about, budget(one)]
         blocks += [*map(with_bold, tables(one)), *notes(one)]
     return "\n\n".join(filter(None, blocks)) + "\n"
-
-
-def answers_md(found: Sequence[Found]) -> str:
-    return "\n".join(f"- {answer.sentence}" for one in found for answer in one.answers)
 
 
 def summary_md(found: Sequence[Found]) -> str:

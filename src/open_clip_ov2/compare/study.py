@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from open_clip_ov2 import training
 from open_clip_ov2.argv import to_argv, value_of
 from open_clip_ov2.compare import page, plan, results
 from open_clip_ov2.compare.answers import Outcomes, answers, stacked
+from open_clip_ov2.compare.bench.turns import Log
 from open_clip_ov2.compare.config import Comparison, Evaluation, Variant
 from open_clip_ov2.compare.measuring import Costs, Speeds, key_of, measure_costs, measure_speeds
 from open_clip_ov2.compare.plan import ByStage, Losses, Run, Study, global_batch, mean_over_stages, train_argv
@@ -28,7 +29,6 @@ from open_clip_ov2.tracking.status import FINISHED, read_status
 # Differences that a table shows, or that follow from what it shows.
 SHOWN = ("model", "force_image_size", "train_num_samples", "epochs", "seed", "warmup", "caption_keys_given")
 VALIDATION = ("--val-data", "--val-num-samples", "--val-every-samples", "--eval", "--eval-every-samples")
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _check(study: Study, comparison: Comparison) -> ByStage:
 
 def _search(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage, log: Log) -> Losses:
     """The loss of a run at each learning rate. Raises UserError."""
-    tried = plan.search_runs(study, comparison, _images_per_second(comparison, speeds), flops)
+    tried = plan.search_runs(study, comparison, speeds.medians, flops)
     planned = [PlannedRun(run, training.planned_run([*run.argv, "--logs", str(study.logs)]), {}) for _, _, run in tried]
     _train(study, planned, log)
     found: dict[str, dict[float, float]] = {}
@@ -106,13 +106,9 @@ def _search(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage
     return found
 
 
-def _images_per_second(comparison: Comparison, speeds: Speeds) -> ByStage:
-    return {variant.name: speeds.medians(variant.name) for variant in comparison.variants}
-
-
 def _plan(study: Study, comparison: Comparison, speeds: Speeds, flops: ByStage) -> list[PlannedRun]:
     out = []
-    for run in plan.runs(study, comparison, _images_per_second(comparison, speeds), flops):
+    for run in plan.runs(study, comparison, speeds.medians, flops):
         known = training.planned_run([*run.argv, "--logs", str(study.logs)])
         files = {
             study.folder / "evaluations" / f"{known.name}-{key_of(_eval_argv(study, one))}.json": one
@@ -189,7 +185,7 @@ def _gather(
             stage_samples=own[0].run.stage_samples if own else (),
             flops=mean_over_stages(variant, flops[name]),
             rates=rates[name],
-            stage_rates=tuple(speeds.medians(name)),
+            stage_rates=tuple(speeds.medians[name]),
             ratios=tuple(a / b for a, b in zip(rates[name], rates[comparison.reference], strict=True)),
             cost=costs[name],
             unlike=unlike(own[0].known.config, reference.known.config) if own and reference else (),

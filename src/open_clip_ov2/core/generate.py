@@ -16,6 +16,7 @@ from torch import Tensor
 
 from open_clip_ov2.core.decoder import TextDecoder
 from open_clip_ov2.core.rows import KeyValue
+from open_clip_ov2.core.tokens import gather_tokens
 
 GenerationType = Literal["greedy", "top_k", "top_p", "beam_search"]
 GENERATION_TYPES: tuple[str, ...] = get_args(GenerationType)
@@ -135,18 +136,18 @@ def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig
     alive_BW[:, 0] = 0.0  # all beams start equal: only the first of each example may branch at the first step
     for length in range(prompt, config.seq_len):
         scores, beams, tokens = _expand(stream, ids_BWT[:, :, :length], alive_BW, config)
-        grown = _rows_at(ids_BWT, beams)
+        grown = gather_tokens(ids_BWT, beams)
         grown[:, :, length] = tokens
         ended = tokens == config.eos_id
         divisor = float(length + 1 - prompt) ** config.length_penalty
         alive_BW, keep_BW = scores.masked_fill(ended, -torch.inf).topk(width, dim=1)
-        ids_BWT = _rows_at(grown, keep_BW)
+        ids_BWT = gather_tokens(grown, keep_BW)
         ends = [(finished_BW, finished_ids), ((scores / divisor).masked_fill(~ended, -torch.inf), grown)]
         last = length + 1 == config.seq_len
         if last:
             ends.append((alive_BW / divisor, ids_BWT))
         finished_BW, best_BW = torch.cat([end for end, _ in ends], dim=1).topk(width, dim=1)
-        finished_ids = _rows_at(torch.cat([ids for _, ids in ends], dim=1), best_BW)
+        finished_ids = gather_tokens(torch.cat([ids for _, ids in ends], dim=1), best_BW)
         if last or bool((finished_BW.min(dim=1).values >= alive_BW.max(dim=1).values / divisor).all()):
             break
         stream.select((rows_B1 * width + beams.gather(1, keep_BW)).flatten())
@@ -155,11 +156,6 @@ def _beam_search(stream: CaptionStream, ids_BT: Tensor, config: GenerationConfig
     is_eos = best_BT == config.eos_id
     lengths = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, config.seq_len)
     return best_BT[:, : int(lengths.max())]
-
-
-def _rows_at(ids_BnT: Tensor, index: Tensor) -> Tensor:
-    """`(B, n, T)`, `(B, m)` int64 -> `(B, m, T)`."""
-    return ids_BnT.gather(1, index[..., None].expand(-1, -1, ids_BnT.shape[-1]))
 
 
 def _expand(

@@ -43,10 +43,6 @@ class NativeImages:
         """Patches of each image."""
         return tuple(rows * columns for rows, columns in self.grids)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.patches_nCPP.dtype
-
     def __len__(self) -> int:
         return len(self.grids)
 

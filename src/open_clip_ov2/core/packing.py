@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from open_clip_ov2.core.loss import IGNORE_INDEX, caption_targets
-from open_clip_ov2.core.rows import Parts
+from open_clip_ov2.core.rows import Parts, on_device
 
 # Positions that a group has on average at least. Measured: `ov2 bench` with other values. Half precision on a GPU
 # has a kernel for rows of any length (core/rows.py), so every row is a group there.
@@ -41,11 +41,8 @@ class PackedCaptions:
 
     def to(self, device: torch.device) -> PackedCaptions:
         """Copied to the device. The host does not wait: it copies from pinned memory."""
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-                moved[name] = pinned.to(device, non_blocking=True)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: on_device(value, device) for name, value in tensors.items()}
         return replace(self, **moved)
 
 

@@ -7,7 +7,6 @@ encoder; OpenCLIP's `--force-patch-dropout` (FLIP) drops at the encoder's input 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ class KeepRatio:
     high: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and 0.0 < self.low <= self.high <= 1.0):
+        if not 0.0 < self.low <= self.high <= 1.0:
             raise ValueError(
                 f"keep_ratio must lie in (0, 1], as one number (0.35) or a range low:high (0.25:1.0), got {self}"
             )
@@ -40,7 +39,7 @@ class KeepRatio:
         parts = value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
         try:
             numbers = [float(part) for part in parts]
-        except ValueError:
+        except (TypeError, ValueError):
             numbers = []
         if len(numbers) not in (1, 2):
             raise ValueError(f"keep_ratio must be a number (0.35) or a range low:high (0.25:1.0), got {value!r}")
@@ -132,14 +131,13 @@ class TokenDrop(nn.Module):
         """Options of `forward` with which each sample's tokens follow from its seed `(B,)` int64 alone, and the ratio
         from `draw`, see `KeepRatio.at`. Samples may differ in their number of tokens."""
         ratio = self.keep_ratio.at(draw)
-        if not isinstance(num_tokens, int):
-            rows = zip(noise_of(seeds_B, max(num_tokens)), num_tokens, strict=True)
-            kept_idx = [row[:count].topk(num_kept(count, ratio), sorted=False).indices for row, count in rows]
-            return {"kept_idx": kept_idx} if ratio < 1 else {"keep_ratio": ratio}
-        kept = num_kept(num_tokens, ratio)
-        if kept == num_tokens:
+        if ratio >= 1:
             return {"keep_ratio": ratio}
-        return {"kept_idx": noise_of(seeds_B, num_tokens).topk(kept, dim=1, sorted=False).indices}
+        if isinstance(num_tokens, int):
+            kept = num_kept(num_tokens, ratio)
+            return {"kept_idx": noise_of(seeds_B, num_tokens).topk(kept, dim=1, sorted=False).indices}
+        rows = zip(noise_of(seeds_B, max(num_tokens)), num_tokens, strict=True)
+        return {"kept_idx": [row[:count].topk(num_kept(count, ratio), sorted=False).indices for row, count in rows]}
 
     def forward(
         self,

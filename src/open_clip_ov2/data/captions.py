@@ -160,7 +160,8 @@ def _read_all(sample: Mapping[str, Any], keys: Sequence[CaptionKey]) -> list[tup
 def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> list[str] | None:
     """Non-empty captions under a key, stripped; None if the sample has no such entry or path."""
     node = _find(sample, key, parsed)
-    line = parsed[key.entry] if isinstance(sample.get(key.entry), Line) else {}
+    entry = _entry(sample, key)
+    line = parsed[entry] if isinstance(sample.get(entry), Line) else {}
     if "dropped" in line:
         raise SkipSample(f"{DROPPED}: {line['dropped']}")
     if "error" in line:
@@ -182,6 +183,11 @@ def _read(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
 _ABSENT = object()
 
 
+def _entry(sample: Mapping[str, Any], key: CaptionKey) -> str:
+    """webdataset gives suffixes in lower case; csv columns are as they are written."""
+    return key.entry if key.entry in sample else key.entry.lower()
+
+
 def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) -> Any:
     """What stands under a key: its text, or the node of its JSON; _ABSENT if there is none. Raises SkipSample.
 
@@ -189,8 +195,7 @@ def _find(sample: Mapping[str, Any], key: CaptionKey, parsed: dict[str, Any]) ->
     An entry that ends in `json` is JSON with or without a path, so that no caption is ever braces and quotes. The name
     of a caption set stands for its `caption`.
     """
-    # webdataset gives suffixes in lower case; csv columns are as they are written.
-    entry = key.entry if key.entry in sample else key.entry.lower()
+    entry = _entry(sample, key)
     if entry not in sample:
         return _ABSENT
     value = sample[entry]

@@ -44,19 +44,13 @@ REDUCING_GAP = 3.0
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The image, for image processors of other libraries. Raises SkipSample, see `odd_shape`."""
-    if problem := odd_shape(*image.size):
-        raise SkipSample(ODD_SHAPE, problem)
+    """The image, for image processors of other libraries, which pad it to a square or resize its shorter side and would
+    make gigabytes of a line of a few pixels. Raises SkipSample for such a line."""
+    longer, shorter = max(image.size), min(image.size)
+    if longer > LONGEST_SIDE or longer > MOST_STRETCHED * shorter:
+        limits = f"more than {LONGEST_SIDE:,} px long, or {MOST_STRETCHED} times as long as wide"
+        raise SkipSample(ODD_SHAPE, f"{image.width} x {image.height} px: {limits}")
     return image
-
-
-def odd_shape(width: int, height: int) -> str:
-    """Why a picture of that size should not go to an image processor that pads it to a square or resizes its shorter
-    side, which would make gigabytes of a line of a few pixels; "" for all others."""
-    longer, shorter = max(width, height), min(width, height)
-    if longer <= LONGEST_SIDE and longer <= MOST_STRETCHED * shorter:
-        return ""
-    return f"{width} x {height} px: more than {LONGEST_SIDE:,} px long, or {MOST_STRETCHED} times as long as wide"
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

@@ -23,6 +23,7 @@ from open_clip_ov2.data.decode import MAX_IMAGE_PIXELS, EncodedImage, decode_ima
 from open_clip_ov2.data.skips import MISSING_IMAGE, TOO_MANY_PIXELS, TRANSFORM_FAILED, SkipSample, missing
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 IMAGE_ENTRY = "__image__"  # where a source that reads no tar puts an ImageFile or a PIL image
 
 
@@ -74,11 +75,6 @@ class Decoder:
             caption = with_prompt(raw, caption, self.prompt_keys, None)
         return self.pixels(raw), caption  # a transform that draws must neither vary nor disturb the model
 
-    def image(self, raw: Mapping[str, Any]) -> Image.Image:
-        """The image of a sample in RGB. Raises SkipSample."""
-        data = encoded_image(raw)
-        return data if isinstance(data, Image.Image) else decode_image(data, self.max_image_pixels)
-
     def pixels(self, raw: Mapping[str, Any], seed: int = 0) -> Tensor:
         """Image `(C, H, W)`; a transform that draws numbers draws them from `seed`. Raises SkipSample."""
         crop = self.transform
@@ -86,7 +82,7 @@ class Decoder:
             if isinstance(crop, RandomCrop) and isinstance(data := encoded_image(raw), bytes):
                 with torch_seeded(seed):
                     return crop.decoded(EncodedImage(data, self.max_image_pixels, fast=crop.fast))
-            image = self.image(raw)
+            image = rgb_image(raw, self.max_image_pixels)
             check_resized_size(self.transform, image, self.max_image_pixels)
             with seeded(seed):
                 return self.transform(image)
@@ -104,10 +100,8 @@ def check_resized_size(transform: Any, image: Image.Image, max_image_pixels: int
     """
     first = next(iter(getattr(transform, "transforms", ())), None)
     size = getattr(first, "size", None)
-    if isinstance(size, TokenBudget):
-        return
     stretches = type(first).__name__ == "Resize" and not isinstance(size, int)
-    if size is None or stretches or getattr(first, "longest", False):
+    if size is None or stretches or isinstance(size, TokenBudget) or getattr(first, "longest", False):
         return  # the size after such a resize does not depend on the image
     height, width = (size, size) if isinstance(size, int) else size
     scale = max(height / image.height, width / image.width)
@@ -127,9 +121,17 @@ def encoded_image(raw: Mapping[str, Any]) -> bytes | Image.Image:
     raise missing(MISSING_IMAGE, raw, IMAGE_SUFFIXES)
 
 
+def rgb_image(raw: Mapping[str, Any], max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """A sample's whole image. Raises SkipSample."""
+    data = encoded_image(raw)
+    return data if isinstance(data, Image.Image) else decode_image(data, max_image_pixels)
+
+
 def sample_seed(seed: int, epoch: int, pass_index: int, key: str) -> int:
     """Seed of one sample's crop and caption: the same for any number of workers and processes."""
-    return zlib.crc32(f"{seed}/{epoch}/{pass_index}/{key}".encode()) | (seed & 0xFFFFFFFF) << 32
+    # surrogatepass: a tar's names need not be UTF-8
+    data = f"{seed}/{epoch}/{pass_index}/{key}".encode("utf-8", "surrogatepass")
+    return zlib.crc32(data) | (seed & 0xFFFFFFFF) << 32
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ class WebDatasetSource(Source):
             )
 
     def fingerprint(self) -> dict[str, str | int]:
-        digest = hashlib.sha256("\0".join(self.urls).encode())
+        digest = hashlib.sha256("\0".join(self.urls).encode("utf-8", "surrogatepass"))
         digest.update(repr(self.weights).encode())
         return {"shards": len(self.urls), "resampled": int(self.resampled), "names": digest.hexdigest()}
 
@@ -110,12 +110,6 @@ class WebDatasetSource(Source):
     def train_samples(
         self, assignment: Assignment, skips: SkipCounter, cursor: Cursor | None = None
     ) -> Iterator[dict[str, Any]]:
-        def read(shard: int, on_broken: Callable[[str], None]) -> Generator[dict[str, Any], None, None]:
-            return read_tar(self.urls[shard], on_broken, self.captions)
-
-        def on_broken(shard: int, detail: str) -> None:
-            skips.add_broken(self.urls[shard], detail)
-
         order = list(range(len(self.urls)))
         if self.resampled:
             rng, count = assignment.rng("resampled", assignment.consumer), max(1, len(order) // assignment.consumers)
@@ -123,7 +117,15 @@ class WebDatasetSource(Source):
         else:
             assignment.rng("shards").shuffle(order)
             ranges = assigned_shards(order, assignment)
-        return iter(ShuffledPass(ranges, assignment, cursor or Cursor(), read, on_broken))
+        return iter(
+            ShuffledPass(
+                ranges,
+                assignment,
+                cursor or Cursor(),
+                lambda shard, on_broken: read_tar(self.urls[shard], on_broken, self.captions),
+                lambda shard, detail: skips.add_broken(self.urls[shard], detail),
+            )
+        )
 
     def in_order(self, skips: SkipCounter | None = None) -> Iterator[dict[str, Any]]:
         counter = skips or SkipCounter()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from open_clip_ov2.data.order.assignment import Assignment, Cursor, assigned_rows
-from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, ImageFile
+from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, SUFFIXES, ImageFile
 from open_clip_ov2.data.skips import BAD_ROW, SkipCounter, SkipSample
 from open_clip_ov2.errors import UserError, unknown_key
 
@@ -97,7 +97,7 @@ class CsvSource(Source):
             raise UserError(f"--csv-separator {separator!r}: expected one character (a tab: --csv-separator $'\\t')")
         self.path, self.name = path, str(path)
         self._columns = tuple(dict.fromkeys(caption_columns))
-        found = csv_rows(csv_lines(path), separator, image_column, IMAGE_SUFFIXES)
+        found = csv_rows(csv_lines(path), separator, image_column)
         header = next(found, CsvRow(1, (), "the file is empty"))
         if header.problem:
             raise UserError(f"{path}: line 1, the header: {header.problem} (--csv-separator {separator!r})")
@@ -158,11 +158,12 @@ def csv_lines(path: Path) -> list[str]:
         return file.readlines()
 
 
-def csv_rows(lines: Sequence[str], separator: str, image_column: str, endings: Sequence[str]) -> Iterator[CsvRow]:
-    """The header first, then every row: one bad row never takes others with it. `endings`: of image files.
+def csv_rows(lines: Sequence[str], separator: str, image_column: str) -> Iterator[CsvRow]:
+    """The header first, then every row: one bad row never takes others with it.
 
-    A quote that is never closed would swallow the rows below it into one caption, which `endings` in them show. Such a
-    row is reported by itself, and reading starts again at the next line; a caption in quotes may have line breaks.
+    A quote that is never closed would swallow the rows below it into one caption, which the endings of image files in
+    them show. Such a row is reported by itself, and reading starts again at the next line; a caption in quotes may have
+    line breaks.
     """
     start, columns, image = 0, 0, 0
     while start < len(lines):
@@ -174,7 +175,7 @@ def csv_rows(lines: Sequence[str], separator: str, image_column: str, endings: S
             problem = str(error)
         begin, start = start, start + reader.line_num
         part = lines[begin:start]
-        if not problem and _swallows(part, separator, image, columns, endings, at_end=start == len(lines)):
+        if not problem and _swallows(part, separator, image, columns, at_end=start == len(lines)):
             problem = "a quote is opened and not closed"
         if problem:
             yield CsvRow(begin + 1, (), problem)
@@ -188,9 +189,7 @@ def csv_rows(lines: Sequence[str], separator: str, image_column: str, endings: S
                 yield CsvRow(begin + 1, (*fields, *[None] * (columns - len(fields))))
 
 
-def _swallows(
-    part: Sequence[str], separator: str, image: int, columns: int, endings: Sequence[str], *, at_end: bool
-) -> bool:
+def _swallows(part: Sequence[str], separator: str, image: int, columns: int, *, at_end: bool) -> bool:
     """Whether the lines of one record are several rows that a lone quote has joined."""
     if len(part) == 1:
         odd = part[0].count('"') % 2 == 1
@@ -199,7 +198,7 @@ def _swallows(
         return True
     for line in part[1:]:
         cells = line.rstrip("\r\n").split(separator)
-        if len(cells) >= columns and cells[image].strip('"').lower().endswith(tuple(f".{e}" for e in endings)):
+        if len(cells) >= columns and cells[image].strip('"').lower().endswith(SUFFIXES):
             return True
     return False
 
@@ -251,7 +250,6 @@ class SyntheticSource(Source):
 
     num_samples: int
     image_size: tuple[int, int]
-    caption: str = "Dummy caption"
     name = "--dataset-type synthetic (--train-num-samples)"
     shuffled = False
 
@@ -263,4 +261,4 @@ class SyntheticSource(Source):
 
     def sample(self, index: int) -> dict[str, Any]:
         image = Image.new("RGB", self.image_size)
-        return {"__key__": f"synthetic {index}", "__url__": "synthetic", IMAGE_ENTRY: image, "txt": self.caption}
+        return {"__key__": f"synthetic {index}", "__url__": "synthetic", IMAGE_ENTRY: image, "txt": "Dummy caption"}

@@ -43,6 +43,11 @@ def scheme(address: str) -> str:
     return "pipe" if address.startswith("pipe:") else urlparse(rewrite_url(address)).scheme
 
 
+def local_path(address: str) -> str:
+    """A path as it is, or that of a `file:` address."""
+    return address.removeprefix("file:").removeprefix("//") if scheme(address) == "file" else address
+
+
 def open_address(address: str) -> IO[bytes]:
     """Open for reading from the beginning to the end."""
     stream: IO[bytes] = gopen(address)
@@ -66,7 +71,6 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
     """Raises UserError: a local file that is missing or a folder, a scheme that cannot be opened here."""
     missing: list[str] = []
     for address in addresses:
-        parsed = urlparse(rewrite_url(address))
         if (name := scheme(address)) not in ("", "file"):
             if name not in gopen_schemes:
                 raise UserError(
@@ -75,7 +79,7 @@ def check_readable(addresses: Sequence[str], what: str, hint: str) -> None:
             if is_store(address):
                 _check_installed(address)
             continue
-        path = parsed.path if parsed.scheme else address
+        path = local_path(address)
         if os.path.isdir(path):
             raise UserError(f"{address} is a folder; {hint.format(address)}")
         if not os.path.exists(path):
@@ -133,7 +137,7 @@ def names_in(folder: str) -> set[str]:
         _check_installed(folder)
     try:
         if not is_store(folder):
-            return set(os.listdir(folder))
+            return set(os.listdir(local_path(folder)))
         fs, path = fsspec.url_to_fs(folder)
         found = retried(folder, lambda: fs.ls(path, detail=False))
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
@@ -146,7 +150,7 @@ def names_in(folder: str) -> set[str]:
 def matching(pattern: str) -> list[str]:
     """Addresses of the files that a pattern with `*`, `**`, `?` and `[...]` matches, sorted. Raises UserError."""
     if not is_store(pattern):
-        return sorted(path for path in local_glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        return sorted(path for path in local_glob.glob(local_path(pattern), recursive=True) if os.path.isfile(path))
     _check_installed(pattern)
     fs, path = fsspec.url_to_fs(pattern)
     try:
@@ -165,7 +169,7 @@ def check_writable(address: str) -> None:
 
 def check_apart(address: str, logs: Path, name: str | None) -> None:
     """Raises UserError if a copy in a folder would be the run's folder LOGS/NAME, or in it."""
-    copies = Path(address.removeprefix("file://")).resolve()
+    copies = Path(local_path(address)).resolve()
     own = copies == logs.resolve() or (name and copies.is_relative_to(logs.resolve() / name))
     if own and scheme(address) in ("", "file"):
         raise UserError(f"{address}: this is where the run itself is; choose another folder")

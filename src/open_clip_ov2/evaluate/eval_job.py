@@ -104,8 +104,8 @@ class EvalJob:
         skipped: dict[str, list[str]] = {"sample without a caption": [], "features not finite": []}
         described = iter(self._loader(data, self.options.caption_keys, self.options.group_by).described())
         found = Readable(features, [], [], [])
-        for row, key in enumerate(features.keys):
-            sample = next(one for one in described if one.key == key)  # both are in file order
+        for row, (key, at) in enumerate(zip(features.keys, features.places, strict=True)):
+            sample = next(one for one in described if one.place == at)  # both are in file order
             if not sample.captions:
                 skipped["sample without a caption"].append(key)
             elif not features.values[row].isfinite().all():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from open_clip_ov2.evaluate.eval_job import EvalJob
 from open_clip_ov2.evaluate.gathering import place
 from open_clip_ov2.evaluate.tasks import TASKS, check_tasks
 from open_clip_ov2.evaluate.text.outcomes import OUTCOMES, outcomes_file, write_outcomes
-from open_clip_ov2.files import write_json
+from open_clip_ov2.files import read_json, write_json
 
 CONSTANTS = ("temperature", "regulariser", "num_samples")  # floats of a result that measure nothing
 
@@ -76,11 +75,10 @@ def check_writable(path: Path) -> None:
 
 def _write(path: Path, about: dict[str, str], results: Mapping[str, Any], outcomes: Mapping[str, Any]) -> None:
     """The results of other tasks on the same model and data stay in the file, not what came out for each picture."""
-    before: Any = {}
-    if path.is_file():
-        with contextlib.suppress(ValueError):
-            before = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(before, dict) or any(before.get(key) != value for key, value in about.items()):
+    before: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        before = read_json(path, dict)
+    if any(before.get(key) != value for key, value in about.items()):
         before = {}
     try:
         write_outcomes(outcomes_file(path), outcomes)

@@ -31,7 +31,7 @@ from open_clip_ov2.files import written_whole
 logger = logging.getLogger(__name__)
 
 Kind = Literal["pooled", "tokens", "penultimate"]
-VERSION = 3  # of the cache file
+VERSION = 4  # of the cache file
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 SHARED_ROWS = 1 << 10  # summed over processes at a time
 
@@ -40,12 +40,14 @@ SHARED_ROWS = 1 << 10  # summed over processes at a time
 class Features:
     """All usable samples in file order: `values` `(M, D)` for "pooled", `(M, N, D)` for "tokens" of the last and of the
     "penultimate" block; float32 on the CPU. A label is the text under the loader's `group_by`, "" where a sample has
-    none. `skips`: keys of samples that could not be used, by cause, over all processes."""
+    none. `skips`: keys of samples that could not be used, by cause, over all processes. `places`: of the samples in
+    file order, as in `Described`: keys may be in a set twice."""
 
     keys: tuple[str, ...]
     labels: tuple[str, ...]
     values: Tensor
     skips: dict[str, list[str]]
+    places: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,11 +87,13 @@ def extract(
         rows.update(zip(batch.indices, zip(batch.keys, batch.groups, strict=True), strict=True))
     rows = gathered(rows)
     keys, labels = zip(*rows.values(), strict=True)
-    features = Features(keys, labels, store.gathered(list(rows), model.device), gathered_keys(loader.skipped_keys))
+    places = tuple(rows)
+    values = store.gathered(places, model.device)
+    features = Features(keys, labels, values, gathered_keys(loader.skipped_keys), places)
     if cache and place()[0] == 0:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(cache) as out:
-            torch.save({**vars(features), "keys": list(keys), "labels": list(labels)}, out)
+            torch.save(vars(features), out)
     return features
 
 
@@ -97,7 +101,7 @@ def _read(file: Path) -> Features:
     """Memory-mapped: the file's pages need no memory of their own. Raises UserError."""
     try:
         known = torch.load(file, weights_only=True, mmap=True)
-        return Features(**{**known, "keys": tuple(known["keys"]), "labels": tuple(known["labels"])})
+        return Features(**known)
     except Exception as error:  # torch, zipfile and pickle each have their own
         raise UserError(f"{file}: features that cannot be read ({first_line(error)}); delete the file") from error
 

@@ -74,7 +74,8 @@ def _classes(value: Any) -> Classes:
 
 
 def _tasks(value: Any) -> tuple[str, ...]:
-    return () if value == ALL else comma_separated(text)(value)
+    names: tuple[str, ...] = comma_separated(text)(value)
+    return () if ALL in names else names
 
 
 SHARE = real(0, 1, above=True)

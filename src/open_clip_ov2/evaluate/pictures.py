@@ -20,10 +20,9 @@ from torch import Tensor
 
 from open_clip_ov2.data.captions import CaptionKey, all_captions, parse_caption_keys
 from open_clip_ov2.data.crop import as_batch, budget_of
-from open_clip_ov2.data.decode import decode_image
-from open_clip_ov2.data.samples import IMAGE_ENTRY, IMAGE_SUFFIXES, Decoder, ImageFile, encoded_image
+from open_clip_ov2.data.samples import IMAGE_ENTRY, SUFFIXES, Decoder, ImageFile, rgb_image
 from open_clip_ov2.data.shards import WebDatasetSource, expand_shards
-from open_clip_ov2.data.sidecars import CaptionSet
+from open_clip_ov2.data.sidecars import TAR, CaptionSet
 from open_clip_ov2.data.skips import SkipCounter, SkipSample
 from open_clip_ov2.data.sources import CsvSource, csv_lines, image_names
 from open_clip_ov2.errors import UserError, naming
@@ -31,8 +30,6 @@ from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.options import CaptionOptions
 
 BATCH_SIZE = 32
-SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TAR_MARK, MARK_AT = b"ustar", 257  # POSIX.1-2017, pax, "ustar Interchange Format": the field `magic`
 Raw = dict[str, Any]
 
@@ -165,8 +162,7 @@ def _decoded(samples: Iterable[Raw], keys: tuple[CaptionKey, ...], skips: SkipCo
         with contextlib.suppress(SkipSample):  # captions are shown beside the generated ones, and are not needed
             captions = all_captions(raw, keys)
         try:
-            data = encoded_image(raw)
-            image = decode_image(data) if isinstance(data, bytes) else data
+            image = rgb_image(raw)
         except SkipSample as error:
             key, url = raw["__key__"], raw["__url__"]
             skips.add(error.cause, error.detail, "" if key == url else key, url)
@@ -180,7 +176,7 @@ def _samples(
     """Raw samples of one path. Raises UserError."""
     path = "/dev/stdin" if path == "-" else path
     name = path.lower()
-    if path.startswith("pipe:") or "://" in path or name.endswith(TARS):
+    if path.startswith("pipe:") or "://" in path or TAR.search(path):
         return WebDatasetSource(expand_shards(path)[0], captions=captions).in_order(skips)
     if captions:
         raise UserError(f"--captions {captions[0]}: captions stand beside tars, and {path} is not one")

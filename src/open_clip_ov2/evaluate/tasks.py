@@ -164,10 +164,6 @@ def _questions(job: EvalJob) -> dict[str, Any]:
     )
 
 
-def _questions_line(found: Result, results: Mapping[str, Result]) -> str:
-    return answers_line(found)
-
-
 def _probe(probe: Callable[..., dict[str, Any]], kind: Kind) -> Task:
     def compute(job: EvalJob) -> dict[str, Any]:
         assert job.options.train_data is not None
@@ -248,7 +244,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "zero-shot": Task(_on(EvalJob.labelled, zero_shot_contrastive), _top1_line, needs=("contrast",), labels=True),
     "retrieval": Task(_on(EvalJob.captioned, contrastive_retrieval), _recall_line, needs=("contrast",)),
-    "questions": Task(_questions, _questions_line, needs=("caption",), flags=("questions",)),
+    "questions": Task(_questions, lambda found, _: answers_line(found), needs=("caption",), flags=("questions",)),
     "linear-probe": _probe(linear_probe, "pooled"),
     "knn": _probe(knn, "pooled"),
     "attentive-probe": _probe(attentive_probe, "tokens"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from open_clip_ov2.data.loader import Batch, EvalLoader
 from open_clip_ov2.errors import UserError
-from open_clip_ov2.evaluate.classes import NOT_FINITE, Classes, classify
+from open_clip_ov2.evaluate.classes import NOT_FINITE, Classes, classify, ranks
 from open_clip_ov2.evaluate.eval_model import EvalModel
 from open_clip_ov2.evaluate.gathering import gathered
 from open_clip_ov2.evaluate.options import EvalOptions
@@ -118,10 +118,7 @@ def scored(loader: EvalLoader, captions: Captions, scores: Callable[[Batch], Ten
 def places(values_MU: Tensor, own_MU: Tensor) -> Tensor:
     """The place from 0 of the first of its own texts, of each image `(M,)` int64; equal scores in the order of texts.
     Of each text with both transposed."""
-    best_M1 = values_MU.masked_fill(~own_MU, -torch.inf).amax(dim=1, keepdim=True)
-    first_M1 = ((values_MU == best_M1) & own_MU).int().argmax(dim=1, keepdim=True)
-    before_MU = torch.arange(values_MU.shape[1])[None] < first_M1
-    return ((values_MU > best_M1) | ((values_MU == best_M1) & before_MU)).sum(dim=1)
+    return ranks(values_MU, values_MU.masked_fill(~own_MU, -torch.inf).argmax(dim=1))
 
 
 def recall(what: str, values_MU: Tensor, own_MU: Tensor) -> dict[str, float | None]:

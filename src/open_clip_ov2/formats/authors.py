@@ -7,12 +7,10 @@ loader reads that; the decoder is safetensors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from open_clip_ov2.files import write_json, write_text
-from open_clip_ov2.formats.encoder import Encoder
 from open_clip_ov2.formats.model_files import write_tensors
 from open_clip_ov2.formats.open_clip import CONFIG, vision_cfg
 from open_clip_ov2.formats.target import CaptionDecoder, ExportSource, Target
@@ -27,7 +25,9 @@ _TEXT_CFG = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8
 def write(source: ExportSource, folder: Path) -> list[str]:
     """Write open_clip_config.json and open_clip_pytorch_model.bin, and the three files of a decoder if possible."""
     encoder, decoder = source.encoder, source.decoder
-    write_json(folder / CONFIG, config(encoder))
+    vision = {**vision_cfg(encoder), "output_tokens": True}
+    model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision, "text_cfg": _TEXT_CFG}
+    write_json(folder / CONFIG, {"model_cfg": model_cfg})
     torch.save({key: value.clone() for key, value in encoder.state.items()}, folder / "open_clip_pytorch_model.bin")
     if not isinstance(decoder, CaptionDecoder):
         return [f"wrote the encoder without a caption decoder: {decoder}"]
@@ -42,15 +42,6 @@ def write(source: ExportSource, folder: Path) -> list[str]:
     write_tensors(folder / DECODER_FILE, decoder.state)
     write_text(folder / VOCAB_FILE, decoder.vocabulary)
     return []
-
-
-def config(encoder: Encoder) -> dict[str, Any]:
-    model_cfg = {
-        "embed_dim": encoder.output_width,
-        "vision_cfg": {**vision_cfg(encoder), "output_tokens": True},
-        "text_cfg": _TEXT_CFG,
-    }
-    return {"model_cfg": model_cfg}
 
 
 TARGET = Target(

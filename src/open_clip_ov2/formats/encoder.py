@@ -66,13 +66,10 @@ class Encoder:
     state: Mapping[str, Tensor]
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
     def num_tokens(self) -> int:
         """Patch tokens, N."""
-        return self.grid[0] * self.grid[1]
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size)
 
     @property
     def output_width(self) -> int:

@@ -38,7 +38,9 @@ def write(source: ExportSource, folder: Path) -> None:
     """Write config.json, preprocessor_config.json and model.safetensors."""
     encoder = source.encoder
     write_json(folder / "config.json", {"architectures": ["ViTModel"], **config(encoder)})
-    write_json(folder / "preprocessor_config.json", image_processor(encoder))
+    # CLIP's processor resizes the short side and crops the center; its name does not refer to the model.
+    settings = image_settings(encoder.image_size, encoder.preprocessing)
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **settings})
     write_tensors(folder / "model.safetensors", state_dict(encoder))
 
 
@@ -61,15 +63,9 @@ def config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def image_processor(encoder: Encoder) -> dict[str, Any]:
-    """CLIP's processor resizes the short side and crops the center; its name does not refer to the model. Raises
-    UserError for images that are not square: there the sides' ratio says which side is resized, and the processor
-    does not know that."""
-    return {"image_processor_type": "CLIPImageProcessor", **image_settings(encoder.image_size, encoder.preprocessing)}
-
-
 def image_settings(sides: tuple[int, int], pre: Preprocessing) -> dict[str, Any]:
-    """Of an image processor for images of height and width `sides`. Raises UserError."""
+    """Of an image processor for images of height and width `sides`. Raises UserError for images that are not square:
+    there the sides' ratio says which side is resized, and the processor does not know that."""
     (height, width), squash = sides, pre.resize_mode == "squash"
     if height != width and not squash:
         raise UserError(

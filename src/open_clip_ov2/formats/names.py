@@ -36,11 +36,6 @@ def renamed(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     return out
 
 
-def reverse(names: Names) -> Names:
-    """Of a library that takes nothing apart."""
-    return {theirs: (ours,) for ours, (theirs,) in names.items()}
-
-
 def in_a_batch(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As the ViTs of timm and transformers have them: class token `(1, 1, D)` and positions `(1, 1 + N, D)`, and a bias
     of the patch embedding, zero if there is none."""

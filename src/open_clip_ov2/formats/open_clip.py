@@ -25,11 +25,12 @@ _TEXT_STUB = {"context_length": 77, "vocab_size": 49_408, "width": 8, "heads": 1
 
 def write(source: ExportSource, folder: Path) -> None:
     """Write open_clip_config.json and open_clip_model.safetensors."""
-    about = config(source.encoder)
-    shapes = source.clip_shapes(about["model_cfg"])
+    encoder = source.encoder
+    model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision_cfg(encoder), "text_cfg": _TEXT_STUB}
+    shapes = source.clip_shapes(model_cfg)
     stub = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.startswith("visual.")}
-    visual = {f"visual.{name}": value for name, value in source.encoder.state.items()}
-    write_json(folder / CONFIG, about)
+    visual = {f"visual.{name}": value for name, value in encoder.state.items()}
+    write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": asdict(encoder.preprocessing)})
     write_tensors(folder / WEIGHTS, {**visual, **stub})
 
 
@@ -52,11 +53,6 @@ def vision_cfg(encoder: Encoder) -> dict[str, Any]:
         "final_ln_after_pool": True,
         "norm_kwargs": {"eps": EPS},
     }
-
-
-def config(encoder: Encoder) -> dict[str, Any]:
-    model_cfg = {"embed_dim": encoder.output_width, "vision_cfg": vision_cfg(encoder), "text_cfg": _TEXT_STUB}
-    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(encoder.preprocessing)}
 
 
 TARGET = Target(

@@ -6,12 +6,12 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.launch.state import DIED, FAILED, RunState
 from open_clip_ov2.launch.sweep import short
-from open_clip_ov2.tracking.figures import figure, read_results
+from open_clip_ov2.tracking.figures import figure, read_results, series
 from open_clip_ov2.tracking.text_table import markdown
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def row_of(run: RunState, metric: str) -> Row:
     except UserError:  # it has not begun
         records = []
     # Of the validation data if it was validated. The value at which a run broke off does not count.
-    values = [] if run.state in (FAILED, DIED) else _values(records, "val", metric) or _values(records, "train", metric)
-    speeds = _values(records, "train", "images_per_second")
+    found = series(records, "val", metric)[1] or series(records, "train", metric)[1]
+    values = [] if run.state in (FAILED, DIED) else found
+    speeds = series(records, "train", "images_per_second")[1]
     better = min if "loss" in metric or metric == "perplexity" else max
     cells = {
         "state": run.state,
@@ -46,10 +47,6 @@ def row_of(run: RunState, metric: str) -> Row:
         "reason": run.reason,
     }
     return Row(run.spec.name, run.spec.varied, cells)
-
-
-def _values(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> list[float]:
-    return [row[metric] for row in records if row["kind"] == kind and row.get(metric) is not None]
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -94,9 +91,11 @@ def draw(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row, value in shown:
         others = ", ".join(f"{key} {short(value)}" for key, value in row.varied.items() if key != swept)
-        if swept in row.varied:
-            lines.setdefault(others or metric, []).append((float(row.varied[swept]), value))
-        else:  # a baseline, which has no such flag
+        number = row.varied.get(swept)
+        if _is_number(number):
+            lines.setdefault(others or metric, []).append((float(number), value))
+        else:  # a baseline, which has no such flag, or a range of keep ratios
+            others = f"{swept} {number}, {others}".removesuffix(", ") if number is not None else others
             axes.axhline(value, linestyle="--", linewidth=1, color=f"C{len(axes.lines)}", label=others)
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
@@ -104,12 +103,16 @@ def draw(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.legend(fontsize="small")
 
 
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _swept_number(rows: Sequence[Row]) -> str | None:
     """The swept flag with the most different numbers; None if no flag has two."""
     numbers: dict[str, set[float]] = {}
     for row in rows:
         for key, value in row.varied.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if _is_number(value):
                 numbers.setdefault(key, set()).add(float(value))
     best = max(numbers, key=lambda key: len(numbers[key]), default="")
     return best if len(numbers.get(best, ())) > 1 else None

@@ -19,6 +19,7 @@ from open_clip_ov2.launch.cluster import ClusterOptions
 from open_clip_ov2.launch.folder import RunSpec
 from open_clip_ov2.recipe.costs import Checked
 from open_clip_ov2.tracking.status import StatusFile
+from open_clip_ov2.vlm.vlm_options import parse as parse_vlm
 
 VLM, CAPTIONS = ("vlm", "train"), ("captions", "write")
 LOGS = Path("logs")  # where `ov2 jobs` looks
@@ -103,7 +104,7 @@ def run(argv: Sequence[str], run_dir: Path) -> None:
     if is_captions(argv):
         _write_captions(argv, run_dir)
     elif is_vlm(argv):
-        vlm.train_command(argv[2:])
+        vlm.train(parse_vlm(argv[2:]))
     else:
         training.train(argv)
 

@@ -11,7 +11,7 @@ stays rebound. docs/openclip.md shows both lists.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -99,27 +99,18 @@ STEP: dict[tuple[str, str], str] = {
     ),
 }
 
-_MISSING = object()
-
 
 def apply(patches: Sequence[Patch]) -> Callable[[], None]:
     """Rebind all names, or none if one is missing (ImportError). Returns the undo, which restores the same objects."""
-    done: list[tuple[Any, str, Any]] = []
-
-    def undo() -> None:
-        while done:
-            module, name, original = done.pop()
-            setattr(module, name, original)
-
-    for patch in patches:
-        module = import_module(patch.module)
-        original = getattr(module, patch.name, _MISSING)
-        if original is _MISSING:
-            undo()
-            raise missing_name(f"{patch.module}.{patch.name}")
-        setattr(module, patch.name, patch.replace(original))
-        done.append((module, patch.name, original))
-    return undo
+    with ExitStack() as done:
+        for patch in patches:
+            module = import_module(patch.module)
+            if not hasattr(module, patch.name):
+                raise missing_name(f"{patch.module}.{patch.name}")
+            original = getattr(module, patch.name)
+            done.callback(setattr, module, patch.name, original)
+            setattr(module, patch.name, patch.replace(original))
+        return done.pop_all().close
 
 
 @contextmanager
@@ -128,27 +119,21 @@ def run_patches(replacements: dict[tuple[str, str], Callable[[Any], Any]]) -> It
     if set(replacements) != set(RUN):
         raise ValueError(f"replacements and RUN differ: {sorted(set(replacements) ^ set(RUN))}")
     check_private_names("open_clip_train", "torch.utils.data")
-    undo = apply([Patch(*where, replace) for where, replace in replacements.items()])
-    try:
+    with ExitStack() as run:
+        run.callback(apply([Patch(*where, replace) for where, replace in replacements.items()]))
         yield
-    finally:
-        undo()
 
 
 def while_stepping(optimizer: Any, where: tuple[str, str], replace: Callable[[Any], Any]) -> None:
     """A name of STEP is rebound in each step of this optimizer."""
-    undo: list[Callable[[], None]] = []
-
-    def restore(*_: Any) -> None:
-        while undo:
-            undo.pop()()
+    undo = ExitStack()
 
     def rebind(*_: Any) -> None:
-        restore()  # after a step that failed, which has no post hook
-        undo.append(apply([Patch(*where, replace)]))
+        undo.close()  # after a step that failed, which has no post hook
+        undo.callback(apply([Patch(*where, replace)]))
 
     optimizer.register_step_pre_hook(rebind)
-    optimizer.register_step_post_hook(restore)
+    optimizer.register_step_post_hook(lambda *_: undo.close())
 
 
 _undo_registration: list[Callable[[], None]] = []

@@ -65,9 +65,10 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 def plot_curves(run_dirs: Sequence[Path], out: Path, metric: str = "caption_loss") -> None:
     """Image file: training (light, smoothed) and validation (dots) of each run over samples seen. Raises UserError."""
-    records = {run_dir.resolve().name: read_results(run_dir) for run_dir in run_dirs}
+    names = _told_apart(run_dirs, [run_dir.resolve().name for run_dir in run_dirs])
+    records = {name: read_results(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)}
     metric = _FORMER_NAMES.get(metric, metric)
-    if not any(_series(rows, kind, metric)[0] for rows in records.values() for kind in ("train", "val")):
+    if not any(series(rows, kind, metric)[0] for rows in records.values() for kind in ("train", "val")):
         raise UserError(f"--metric {metric}: no run has it in its results.jsonl")
     with figure(out) as (axes,):
         draw_curves(axes, records, metric)
@@ -78,10 +79,10 @@ def draw_curves(axes: Axes, records: Mapping[str, list[dict[str, Any]]], metric:
     from matplotlib.ticker import EngFormatter
 
     for index, (name, rows) in enumerate(records.items()):
-        seen, values = _series(rows, "train", metric)
+        seen, values = series(rows, "train", metric)
         if seen:
             axes.plot(seen, smoothed(values), color=f"C{index}", alpha=0.4, label=f"{name}, training (smoothed)")
-        seen, values = _series(rows, "val", metric)
+        seen, values = series(rows, "val", metric)
         if seen:
             axes.plot(seen, values, "o-", color=f"C{index}", markersize=4, label=f"{name}, validation")
         for before, after in pairwise(rows):
@@ -93,7 +94,13 @@ def draw_curves(axes: Axes, records: Mapping[str, list[dict[str, Any]]], metric:
     axes.legend()
 
 
-def _series(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> tuple[list[float], list[float]]:
+def _told_apart(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """The names; in place of a name that several have, the paths as they were given."""
+    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+
+
+def series(records: Sequence[Mapping[str, Any]], kind: str, metric: str) -> tuple[list[float], list[float]]:
+    """Samples seen and values, of the records that have the metric."""
     rows = [row for row in records if row["kind"] == kind and row.get(metric) is not None]
     return [row["samples_seen"] for row in rows], [row[metric] for row in rows]
 
@@ -138,13 +145,18 @@ PANELS = (
 def read_evaluation(path: Path) -> Mapping[str, Any]:
     """RUN/eval.json, or the file itself. Raises UserError."""
     file = path / EVAL_FILE if path.is_dir() else path
-    result: Mapping[str, Any] = read_json(file, dict, "a result of `ov2 eval`")
-    return result
+    return read_json(file, dict, "a result of `ov2 eval`")
+
+
+def _name(evaluation: Path) -> str:
+    path = evaluation.resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def plot_robustness(paths: Sequence[Path], out: Path) -> None:
     """Image file: a panel for each curve that any of the evaluations has. Raises UserError."""
-    results = {path.resolve().stem if path.is_file() else path.resolve().name: read_evaluation(path) for path in paths}
+    names = _told_apart(paths, [_name(path) for path in paths])
+    results = {name: read_evaluation(path) for name, path in zip(names, paths, strict=True)}
     panels = [panel for panel in PANELS if any(panel.points(result) for result in results.values())]
     if not panels:
         raise UserError(

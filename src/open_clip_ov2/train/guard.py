@@ -93,6 +93,11 @@ class StockGuard:
         self.bad = torch.tensor(False)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
+    def expect(self, scaler: Any) -> None:
+        """Before each step: what stands if `scaler`, a GradScaler or None, leaves out `optimizer.step`, and the hook
+        with it, because a gradient is not finite. As in `not_finite`, such a step is bad once the scale is at 1."""
+        self.bad = torch.tensor(scaler is not None and scaler.get_scale() <= 1)
+
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.bad = ~torch.isfinite(gradient_norm(parameters))

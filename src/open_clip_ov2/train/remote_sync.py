@@ -63,7 +63,7 @@ class RemoteSync:
         """Raises UserError if the copy is ahead of the run, which would overwrite its records."""
         with self._reading():
             there = max(_checkpoints(storage.names_below(self.address)), default=None)
-        saved = self._saved()
+        saved = list_checkpoints(self.folder / FOLDER)
         here = CheckpointName.of(saved[-1].name) if saved else None
         if there is not None and (here is None or here < there):
             raise UserError(
@@ -95,9 +95,6 @@ class RemoteSync:
             raise
         except Exception as error:  # whatever the store's library raises
             raise UserError(f"--remote-sync {self.address}: {problem} ({first_line(error)})") from error
-
-    def _saved(self) -> list[Path]:
-        return list_checkpoints(self.folder / FOLDER)
 
     def start(self, first: str) -> None:
         """Copy the file `first`, then all else in the background. Raises UserError if that file cannot be copied."""
@@ -160,7 +157,7 @@ class RemoteSync:
         for root, folders, files in os.walk(self.folder):
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY) and not name.endswith(".dcp")]
             found += [Path(root, name) for name in files if not name.startswith((TEMPORARY, LOCK))]
-        saved = [path for path in self._saved()[::-1] if path.is_file()]
+        saved = [path for path in list_checkpoints(self.folder / FOLDER)[::-1] if path.is_file()]
         return [path for path in found if path not in saved and not path.is_symlink()] + saved
 
     def _send(self, path: Path) -> None:

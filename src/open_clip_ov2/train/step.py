@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -58,7 +59,12 @@ class StepSettings:
         """The batches of each step."""
         if self.tokens_per_step is None:
             return windows(batches, self.accum_freq)
-        return token_windows(batches, self.tokens_per_step, target_count(self.compute))
+        return token_windows(batches, self.tokens_per_step, self.target_count)
+
+    @cached_property
+    def target_count(self) -> Callable[[Batch], int]:
+        """See `target_count`: once in a stage, because its process group stays."""
+        return target_count(self.compute)
 
 
 @dataclass

@@ -35,11 +35,6 @@ def train(plan: VlmPlan) -> None:
     load().train(plan)
 
 
-def train_command(argv: Sequence[str]) -> None:
-    """`train` from the flags of `ov2 vlm train`."""
-    train(parse(argv))
-
-
 def check(argv: Sequence[str], world_size: int = 1) -> Checked:
     """Check the flags of `ov2 vlm train` on so many processes without training. Raises UserError."""
     plan = parse(argv)

@@ -99,11 +99,7 @@ class RunWatch(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        about = {
-            "stage": self._stage.number,
-            "step": state.global_step,
-            "samples_seen": self._samples(state.global_step),
-        }
+        about = {"step": state.global_step, "samples_seen": self._samples(state.global_step)}
         write_json(folder / f"checkpoint-{state.global_step}" / COMPLETE, about)
         for path in set(folder.glob("checkpoint-*")) - set(complete_checkpoints(folder)[-1:]):
             shutil.rmtree(path, ignore_errors=True)

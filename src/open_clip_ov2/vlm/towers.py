@@ -20,7 +20,7 @@ from open_clip_ov2.files import read_json
 from open_clip_ov2.formats import hf
 from open_clip_ov2.formats.encoder import Encoder, Preprocessing
 from open_clip_ov2.formats.llava import VisionTower, library, vision_tower
-from open_clip_ov2.formats.names import BLOCK, Names, Unfit, in_a_batch, renamed, reverse
+from open_clip_ov2.formats.names import BLOCK, Names, Unfit, in_a_batch, renamed
 from open_clip_ov2.formats.timm import NAMES as TIMM_NAMES
 
 _ATTENTION = "encoder.layers.*.self_attn"
@@ -90,7 +90,8 @@ def of_timm(trunk: Any, preprocessing: Preprocessing) -> VisionTower:
         raise Unfit(f"{type(trunk).__name__} is not a plain ViT")
     if "norm_pre.weight" in theirs:
         raise Unfit("it has a norm before its blocks")
-    state, block = renamed(theirs, reverse(TIMM_NAMES)), trunk.blocks[0]
+    names = {timms: (ours,) for ours, (timms,) in TIMM_NAMES.items()}
+    state, block = renamed(theirs, names), trunk.blocks[0]
     state["positional_embedding"] = state["positional_embedding"].flatten(0, 1)  # which timm has in a batch of one
     config = {
         "num_hidden_layers": len(trunk.blocks),

@@ -6,6 +6,7 @@ image there is a conversation with its picture here; with any-resolution grids, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def encoder_sizes(name: str, image_size: int | None) -> tuple[Tower, int, int, i
 
 def samples_of(plan: VlmPlan, stage: VlmStage) -> int:
     """Rows of the stage's file or, if it was not given, of its published data. Raises UserError."""
-    samples = len(rows_of(plan, stage)) or stage.samples
+    samples = _counted(plan, stage)[0] or stage.samples
     if not samples:
         raise UserError(
             f"--{stage.data}-data is missing: recipe {plan.options.recipe} does not say how many rows it has"
@@ -101,10 +102,17 @@ def samples_of(plan: VlmPlan, stage: VlmStage) -> int:
     return samples
 
 
-def rows_of(plan: VlmPlan, stage: VlmStage) -> list[Any]:
-    """Of the stage's file; none if it was not given. Raises UserError."""
+def _counted(plan: VlmPlan, stage: VlmStage) -> tuple[int, int]:
+    """Rows and words of the stage's file; zeros if it was not given. Raises UserError."""
     file = getattr(plan.options, f"{stage.data}_data")
-    return read_rows(file) if file is not None and file.is_file() else []
+    return _counted_in(file, file.stat().st_mtime_ns) if file is not None and file.is_file() else (0, 0)
+
+
+@functools.cache
+def _counted_in(file: Path, _: int) -> tuple[int, int]:
+    rows = read_rows(file)
+    turns = (turn for row in rows if isinstance(row, dict) for turn in row.get("conversations") or ())
+    return len(rows), sum(len(str(turn.get("value")).split()) for turn in turns if isinstance(turn, dict))
 
 
 def plan_costs(plan: VlmPlan, machine: Machine, sharded: bool | None = None) -> Plan:
@@ -148,12 +156,8 @@ def plan_costs(plan: VlmPlan, machine: Machine, sharded: bool | None = None) -> 
 
 def _text_tokens(plan: VlmPlan, stage: VlmStage) -> int:
     """The mean of a conversation."""
-    rows = rows_of(plan, stage)
-    if not rows:
-        return TEXT_TOKENS[stage.data]
-    turns = (turn for row in rows if isinstance(row, dict) for turn in row.get("conversations") or ())
-    words = sum(len(str(turn.get("value")).split()) for turn in turns if isinstance(turn, dict))
-    return max(1, round(TOKENS_PER_WORD * words / len(rows)))
+    rows, words = _counted(plan, stage)
+    return max(1, round(TOKENS_PER_WORD * words / rows)) if rows else TEXT_TOKENS[stage.data]
 
 
 def _flops(stage: VlmStage, blocks: Mapping[str, Stack], projector: float, head: float) -> dict[str, Flops]:

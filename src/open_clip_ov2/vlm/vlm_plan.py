@@ -89,6 +89,6 @@ def commands(plan: VlmPlan, world_size: int) -> list[str]:
     train = f"{shlex.join(['vlm', 'train', *words])} {data}".strip()
     if world_size == 1:
         return [f"ov2 {train}"]
-    nodes, gpus = max(1, world_size // 8), min(world_size, 8)  # 8 GPUs a node, as most have
+    nodes, gpus = (world_size // 8, 8) if world_size % 8 == 0 else (1, world_size)  # 8 GPUs a node, as most have
     here = [f"torchrun --nproc-per-node {gpus} -m open_clip_ov2 -- {train}"] if nodes == 1 else []
     return [*here, f"ov2 submit --nodes {nodes} --gpus-per-node {gpus} -- {train}"]

@@ -78,11 +78,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def default_device() -> str:
-    """torch's name of the device that commands use by default."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 _numbers = comma_separated(whole(1))
 _count = whole(1)
 

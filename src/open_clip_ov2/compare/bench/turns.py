@@ -124,16 +124,13 @@ class OutOfMemory(Exception):
     """The variant did not fit into memory."""
 
 
-class Variant:
+class Variant(contextlib.AbstractContextManager["Variant"]):
     """A job's process. After an error it ends, and the next question starts a fresh one: what an allocator holds after
     it ran out of memory says nothing of a process that did not."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._start()
-
-    def __enter__(self) -> Variant:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -49,7 +49,6 @@ class Layout:
     turns: int
     part: int
     processes: int
-    workers: int
     accum_freq: int = 1
 
     @classmethod
@@ -58,7 +57,7 @@ class Layout:
         batches of `elastic`."""
         workers = max(1, workers)
         if elastic is None:
-            return cls(processes, workers, batch_size, processes, workers)
+            return cls(processes, workers, batch_size, processes)
         (width, turns), total = elastic, batch_size * accum_freq * processes
         name, own = f"--elastic {width}x{turns}", width // processes
         if width % processes:
@@ -76,7 +75,7 @@ class Layout:
                 f"{name}: --workers {workers} for each of {processes} processes with --accum-freq {accum_freq}; "
                 f"expected a number that divides {most}"
             )
-        return cls(width, turns, total // width, processes, workers, accum_freq)
+        return cls(width, turns, total // width, processes, accum_freq)
 
     @property
     def streams(self) -> int:

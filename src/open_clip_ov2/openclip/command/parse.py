@@ -108,7 +108,7 @@ def _stage(
         checks.check_model_name("--model", theirs.model)
         rest += derived_flags(flags, ours, theirs, world_size, gpu)
         if index:
-            rest += ["--seed", str(theirs.seed + index * SEED_STEP)]
+            rest += ["--seed", str((theirs.seed + index * SEED_STEP) % 2**32)]
         theirs = _parse_theirs(rest)
         train = options(TrainOptions, ours)
         parsed = StageFlags(flags, train, theirs, gpu)

@@ -24,6 +24,9 @@ from open_clip_ov2.recipe import Recipe
 # What `main` does not get, because it is done here: flags with a value, and switches.
 OURS = ("--report-to", "--resume", "--name", "--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol")
 SWITCHES = ("--save-most-recent", "--copy-codebase")
+# StageModel locks towers: OpenCLIP's `main` does so later, and would train again what --freeze has frozen of them.
+LOCKS = ("--lock-image", "--lock-image-freeze-bn-stats", "--lock-text", "--lock-text-freeze-layer-norm")
+LOCK_COUNTS = ("--lock-image-unlocked-groups", "--lock-text-unlocked-layers")
 
 # Of OpenCLIP's flags, what does not change the weights that come out (batch size and accumulation: global_batch).
 NOT_CONFIG = (
@@ -64,8 +67,8 @@ class StagePlan:
 
     def main_argv(self, by_block: bool) -> list[str]:
         """`argv` as OpenCLIP's `main` gets it; with `by_block`, StageModel compiles the model."""
-        switches = (*SWITCHES, "--torchcompile") if by_block else SWITCHES
-        return [word for word in without(self.argv, OURS) if word not in switches]
+        switches = (*SWITCHES, *LOCKS, *(("--torchcompile",) if by_block else ()))
+        return [word for word in without(self.argv, (*OURS, *LOCK_COUNTS)) if word not in switches]
 
     @property
     def image_size(self) -> int | list[int] | None:

@@ -145,7 +145,6 @@ class FeatureModel:
         return self.reopen(image_size)
 
 
-@dataclass(frozen=True)
 class ContrastModel(FeatureModel):
     """CLIP, and what CoCa has of it."""
 
@@ -196,7 +195,6 @@ class _Captions(ContrastModel):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Ov2Model(_Captions):
     """An ov2 model with its decoder; token dropping by key. What else it can do depends on its class."""
 
@@ -252,7 +250,6 @@ class Ov2Model(_Captions):
         return self.model.generate(images, prompt_BT, kept_idx=kept_idx, **options)
 
 
-@dataclass(frozen=True)
 class CocaModel(_Captions):
     """Stock CoCa through its own forward; images encoded once."""
 

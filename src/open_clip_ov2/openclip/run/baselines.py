@@ -95,6 +95,7 @@ def stock_epoch(
         start = time.perf_counter()
         for window in windows(loader, rest[-1].accum_freq):
             wait_s = time.perf_counter() - start
+            guard.expect(rest[0])
             yield from window  # OpenCLIP's step runs while the last one waits here
             report = StepReport(
                 losses=loss.report(),

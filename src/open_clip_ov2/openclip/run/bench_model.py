@@ -70,6 +70,8 @@ class BenchModel:
         self.model: Any = self._built.model
         self.is_ov2 = plan.is_ov2
         self.facts = facts_of(plan.model, self.model)
+        # Model FLOPs, forward and backward, of an image whose caption has so many target tokens on average.
+        self.image_flops = image_flops(self.facts)
 
     def _replacements(self) -> dict[tuple[str, str], Callable[[Any], Any]]:
         """Only what changes the model and its optimizer; everything else stays OpenCLIP's own."""
@@ -118,10 +120,6 @@ class BenchModel:
         if self.stage.options.tokenizer:
             text = text_cfg_for(self.stage.options.tokenizer, text["context_length"], self.stage.args.cache_dir)
         return int(text["vocab_size"]), int(text["bos_id"]), int(text["eos_id"]), int(text["pad_id"])
-
-    def image_flops(self, mean_targets: float) -> float:
-        """Model FLOPs, forward and backward, of an image whose caption has so many target tokens on average."""
-        return image_flops(self.facts)(mean_targets)
 
     def loaded(self, images: Tensor, texts: Tensor) -> Pair:
         """uint8 images `(B, 3, H, W)` as the loader gives them: unchanged for ov2, normalised float32 for others."""

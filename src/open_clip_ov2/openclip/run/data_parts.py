@@ -35,8 +35,7 @@ def train_loaders(argv: Sequence[str]) -> Callable[[int], TrainLoader]:
 
     def loader(workers: int) -> TrainLoader:
         args.workers = workers
-        made = make_data(args, (transforms[0], transforms[1]), tokenizer, stage.options, 0, STALL_WARNING_S)
-        train: TrainLoader = made["train"].dataloader
-        return train
+        pair = transforms[0], transforms[1]
+        return make_data(args, pair, tokenizer, stage.options, 0, STALL_WARNING_S)["train"].dataloader
 
     return loader

@@ -69,6 +69,18 @@ def _created(original: Callable[..., Any], flag: str, name: str, pretrained: str
         raise UserError(f"{flag} {name}: {first_line(error)}") from error
 
 
+def _lock(model: Any, args: argparse.Namespace) -> None:
+    """As OpenCLIP's `main` does."""
+    if args.lock_image:
+        model.lock_image_tower(
+            unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
+        )
+    if args.lock_text:
+        model.lock_text_tower(
+            unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
+        )
+
+
 class StageModel:
     """`model`, `parallel`, `extra`, `tokenizer` and `preprocess_cfg` are set once `main` has asked for them. Weights
     come from the session's checkpoint, or --pretrained, or are new."""
@@ -111,6 +123,7 @@ class StageModel:
                 add_lora(model, self.options.lora_rank, self.options.lora_alpha)
             if checkpoint is not None and not self.session.state_within:
                 self._load_previous_stage(model, checkpoint)
+            _lock(model, self.args)
             freeze(model, self.options.freeze)
             self._use_kernels(model, torch.device(kwargs["device"]))
             self.model, self.preprocess_cfg = model, dict(model.visual.preprocess_cfg)

@@ -31,7 +31,7 @@ from open_clip_ov2.openclip.run.stage_progress import StageProgress
 from open_clip_ov2.openclip.run.validation import SETS, Validation, imagenet_evaluations
 from open_clip_ov2.train.checkpoint import average_of, live_weights, snapshot
 from open_clip_ov2.train.ema import WeightAverage
-from open_clip_ov2.train.step import train_epoch
+from open_clip_ov2.train.step import StepSettings, train_epoch
 
 logger = logging.getLogger("open_clip_ov2")
 
@@ -49,6 +49,7 @@ class StageRun:
         self.built = StageModel(session, stage)
         self._progress: StageProgress | None = None  # from the first step on
         self._loader: Any = None
+        self._settings: StepSettings | None = None
 
     def run(self) -> None:
         """Raises UserError, RunFailed, Interrupted."""
@@ -142,8 +143,8 @@ class StageRun:
         scheduler = scheduler and optimizers.scaled_schedule(scheduler, optimizer)
         if self.is_ov2:
             before_step = (lambda: None) if args.skip_scheduler else (lambda: scheduler(progress.entries_done))
-            settings = self.built.step_settings(args)
-            train_epoch(model, loader, loss, optimizer, scaler, settings, before_step, progress.after_step)
+            self._settings = self._settings or self.built.step_settings(args)
+            train_epoch(model, loader, loss, optimizer, scaler, self._settings, before_step, progress.after_step)
         else:
             resumed = scheduler and (lambda step: scheduler(step + done))
             baselines.stock_epoch(

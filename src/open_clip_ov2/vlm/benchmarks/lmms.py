@@ -71,7 +71,7 @@ def find_environment(given: Path | None) -> Path:
 
 def _stock_tasks(environment: Path) -> Path:
     found = sorted(environment.glob("lib/python3*/site-packages/lmms_eval/tasks"))
-    return found[0] if found else environment / "lib"
+    return found[0] if found else environment / "lib" / "lmms_eval"
 
 
 def write_tasks(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_clip_ov2.argv import add_flags, flag, switch_flag
+from open_clip_ov2.argv import flag, switch_flag
 from open_clip_ov2.data.decode import bounded
 from open_clip_ov2.errors import UserError
 from open_clip_ov2.evaluate.answering import PLACE, answer_questions, answers_line
@@ -50,11 +49,6 @@ class VlmEvalOptions:
     lmms: Path | None = flag("FOLDER", Path, f"its environment (default: ${lmms.VARIABLE})", group=LMMS)
     limit: int | None = flag("N", whole(1), "only the first N questions of each task", group=LMMS)
     ocr_tokens: bool = switch_flag("let TextVQA's prompt name what an OCR system has read in the picture")
-
-
-def add_eval_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a run of ov2 vlm train, or an exported LLaVA")
-    add_flags(parser, VlmEvalOptions)
 
 
 def evaluate(model: Path, options: VlmEvalOptions, device: str) -> None:
