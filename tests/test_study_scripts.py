@@ -67,7 +67,7 @@ def test_mixed_shards_have_every_sample_once(sample_sets: ModuleType, tmp_path: 
     assert 0 < sum(one in put_in[:20] for one in mixed[:16]) < 16
 
 
-def test_pages_get_the_answers(scripts: None, tmp_path: Path) -> None:
+def test_pages_get_the_answers(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand. README has the first comparison's, docs/study.md all; what stands around them stays."""
     import study_pages
 
@@ -81,5 +81,8 @@ def test_pages_get_the_answers(scripts: None, tmp_path: Path) -> None:
     assert [readme[0], *readme[-3:]] == ["before", "- Yes.", study_pages.END, "after"]
     assert study[-9:] == ["### One", "", "- Yes.", "", "### Two", "", "- No.", study_pages.END, "after"]
     assert "`bash scripts/study.sh`" in readme[2]
+    monkeypatch.setenv("SCALE", "1.4")
+    study_pages.main(tmp_path / "answers.md", tmp_path)
+    assert "`SCALE=1.4 bash scripts/study.sh`" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="no <!-- answers -->"):
         study_pages.with_answers("nothing", "made", "text")

@@ -176,3 +176,5 @@ def test_a_set_by_a_file_address(tars: list[Path], tmp_path: Path) -> None:
     )
     assert by_address == by_path
     assert matching(f"file://{tmp_path}/in/*.tar") == sorted(urls)
+    (tmp_path / "in" / "sizes.json").write_text(json.dumps(dict.fromkeys((tar.name for tar in tars), 4)))
+    assert WebDatasetSource(tuple(f"file://{url}" for url in urls)).count() == 8

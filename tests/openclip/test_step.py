@@ -145,3 +145,13 @@ def test_a_step_never_waits_for_the_gpu(precision: str) -> None:
         optimizer_step(model, [batch], CaptionLoss(), optimizer, None, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_target_tokens_are_counted_by_one_group_in_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the calls of torch.distributed.new_group; groups stay until the run ends."""
+    made: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: made.append(options))
+    options = replace(settings(2, 1), tokens_per_step=20)
+    for _ in range(2):
+        assert len(list(options.windows([whole_batch()]))) == 1
+    assert made == [{"backend": "gloo"}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import resource
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from open_clip_ov2.errors import UserError
+from open_clip_ov2.tracking.log import setup_logging
 from open_clip_ov2.tracking.monitor import RunMonitor, StageInfo
 from open_clip_ov2.tracking.sinks import TRACKERS, JsonLines, TensorBoard, TrackedRun, Tracker, WandB, tracker_names
 from open_clip_ov2.tracking.status import read_status
@@ -243,3 +245,10 @@ def test_trackio_keeps_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'train/loss': 2.0" in done.stdout
     assert "'step': 8" in done.stdout
+
+
+def test_a_name_that_is_not_utf8_is_in_the_log(tmp_path: Path) -> None:
+    """Oracle: the line; before, logging printed a traceback in its place."""
+    with setup_logging(tmp_path / "out.log", 0, None):
+        logging.getLogger("open_clip_ov2").warning("skipped %s", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert (tmp_path / "out.log").read_text().rstrip().endswith(r"skipped caf\udce9")

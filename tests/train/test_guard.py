@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from open_clip_ov2.errors import RunFailed
+from open_clip_ov2.openclip.run.baselines import stock_epoch
 from open_clip_ov2.train.guard import StepGuard, StockGuard, gradient_norm, not_finite, step_unless
 
 
@@ -104,3 +107,28 @@ def test_a_step_that_a_scaler_leaves_out_of_its_own_accord(scale: float, bad: bo
         assert bool(guard.bad) is expected
         optimizer.zero_grad()
     assert optimizer.state[weight]["step"] == 1
+
+
+def test_openclips_epoch_reports_what_a_scaler_leaves_out() -> None:
+    """Oracle: the gradients. OpenCLIP's own loop takes fp16 on a GPU alone; the one here steps as it does."""
+    weight, optimizer = optimizer_of(fused=False)
+    scaler, gradients, reports = torch.amp.GradScaler("cpu", init_scale=1.0), iter((1.0, float("nan"), 1.0)), []
+
+    def stock(model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, scaler: Any, *_: Any, **__: Any) -> None:
+        for _batch in data["train"].dataloader:
+            optimizer.zero_grad()
+            scaler.scale(weight.sum() * 0).backward()
+            weight.grad = torch.full_like(weight, next(gradients))
+            scaler.step(optimizer)
+            scaler.update()
+
+    class Loader(list[Any]):
+        num_batches, num_samples = 3, 3
+
+    batch = SimpleNamespace(images_BCHW=weight, texts_BL=weight, keys=["a"], skipped={})
+    loss = SimpleNamespace(report=dict)
+    stock_epoch(
+        stock, torch.nn.Linear(1, 1), Loader([batch] * 3), loss, 0, optimizer, scaler, None, None,
+        SimpleNamespace(accum_freq=1), after_step=reports.append,
+    )  # fmt: skip
+    assert [bool(report.bad) for report in reports] == [False, True, False]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from open_clip_ov2.captions.engines import Request
 from open_clip_ov2.core.generate import RowSampler
-from open_clip_ov2.errors import UserError, first_line, from_extra
+from open_clip_ov2.errors import UserError, first_line, from_extra, naming
 from open_clip_ov2.training import default_device
 
 INSTRUCTION = "Describe the image in one paragraph."
@@ -32,7 +32,8 @@ class TransformersEngine:
 
     def __init__(self, model: str, device: str | None, max_tokens: int | None, image_size: int | None) -> None:
         self.model, self._image_size = model, image_size
-        self._device = default_device(device)
+        with naming("--device"):
+            self._device = default_device(device)
         self._max_tokens = max_tokens or MAX_TOKENS
         self._processor = open_processor(model)
         opened = _opened(model, "AutoModelForImageTextToText", torch_dtype="auto")

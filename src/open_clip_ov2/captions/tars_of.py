@@ -23,14 +23,14 @@ def note_shards(folder: Path, shards: str) -> None:
     parts = [part if ":" in part else os.path.abspath(part) for part in shards.split("::")]
     text = "::".join(parts)
     if text not in noted_shards(folder):
-        with open(folder / SHARDS, "a", encoding="utf-8") as file:
+        with open(folder / SHARDS, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{text}\n")
 
 
 def noted_shards(folder: Path) -> list[str]:
     """The tars of a set, as for --train-data."""
     path = folder / SHARDS
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
 
 
 def tars_of(folder: Path, given: str | None) -> dict[str, str]:

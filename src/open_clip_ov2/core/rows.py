@@ -190,7 +190,7 @@ def by_row(first: Sequence[int], second: Sequence[int], device: torch.device) ->
 
 
 def on_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
-    """A copy of what is on the host, which does not wait for it; integers become int64."""
+    """A copy of what is on the host, which does not wait for it; lists of integers become int64."""
     on_host = torch.as_tensor(values)
     return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
 

@@ -18,7 +18,7 @@ from open_clip_ov2.data.order.assignment import Assignment, Cursor, ShardRange, 
 from open_clip_ov2.data.sidecars import CaptionSet
 from open_clip_ov2.data.skips import SkipCounter
 from open_clip_ov2.data.sources import SHARES, Source
-from open_clip_ov2.data.storage import check_readable
+from open_clip_ov2.data.storage import check_readable, local_path
 from open_clip_ov2.data.tars import read_tar
 from open_clip_ov2.errors import UserError
 
@@ -87,8 +87,8 @@ class WebDatasetSource(Source):
     def count(self) -> int | None:
         """From sizes.json or __len__ in each folder of the shards; OpenCLIP looks in the first one's alone."""
         folders: dict[Path, list[str]] = {}
-        for url in self.urls:
-            folders.setdefault(Path(url).parent, []).append(Path(url).name)
+        for path in (Path(local_path(url)) for url in self.urls):
+            folders.setdefault(path.parent, []).append(path.name)
         counts = [_folder_count(folder, names) for folder, names in folders.items()]
         return None if None in counts else sum(filter(None, counts))
 

@@ -17,7 +17,7 @@ def default_device(device: str | None = None) -> torch.device:
     try:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise UserError(f"--device {device}: not a device of torch; give cpu, cuda or cuda:N") from error
+        raise UserError(f"{device}: not a device of torch; give cpu, cuda or cuda:N") from error
 
 
 @contextlib.contextmanager

@@ -47,7 +47,11 @@ def setup_logging(file: Path | None, rank: int, console: Console | None, debug: 
 
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        add(logging.FileHandler(file), "%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
+        add(
+            logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"),
+            "%(asctime)s | %(levelname)s | %(message)s",
+            "%Y-%m-%d,%H:%M:%S",
+        )
     if console is not None:
         add(_ConsoleHandler(console), "%(asctime)s %(message)s", "%H:%M:%S")
     if rank != 0:

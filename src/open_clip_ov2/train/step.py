@@ -63,8 +63,18 @@ class StepSettings:
 
     @cached_property
     def target_count(self) -> Callable[[Batch], int]:
-        """See `target_count`: once in a stage, because its process group stays."""
-        return target_count(self.compute)
+        """Counts the target tokens in a batch of each process together. Processes ask on their CPUs, so no step waits
+        for a device, and all of them accumulate alike. Made once, because its process group stays."""
+        compute = self.compute
+        group: Any = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
+
+        def count(batch: Batch) -> int:
+            targets = (caption_targets(batch.texts_BL, compute.eos_id) != IGNORE_INDEX).sum()
+            if group is not None:
+                torch.distributed.all_reduce(targets, group=group)
+            return int(targets)
+
+        return count
 
 
 @dataclass
@@ -106,20 +116,6 @@ def token_windows(batches: Iterable[Batch], tokens: int, num_targets: Callable[[
             window, total = [], 0
     if window:
         yield window
-
-
-def target_count(compute: Compute) -> Callable[[Batch], int]:
-    """A function that counts the target tokens in a batch of each process together. Processes ask on their CPUs, so no
-    step waits for a device, and all of them accumulate alike."""
-    group: Any = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
-
-    def count(batch: Batch) -> int:
-        targets = (caption_targets(batch.texts_BL, compute.eos_id) != IGNORE_INDEX).sum()
-        if group is not None:
-            torch.distributed.all_reduce(targets, group=group)
-        return int(targets)
-
-    return count
 
 
 def optimizer_step(

@@ -105,11 +105,12 @@ def samples_of(plan: VlmPlan, stage: VlmStage) -> int:
 def _counted(plan: VlmPlan, stage: VlmStage) -> tuple[int, int]:
     """Rows and words of the stage's file; zeros if it was not given. Raises UserError."""
     file = getattr(plan.options, f"{stage.data}_data")
-    return _counted_in(file, file.stat().st_mtime_ns) if file is not None and file.is_file() else (0, 0)
+    return _counted_in(file, changed_ns=file.stat().st_mtime_ns) if file is not None and file.is_file() else (0, 0)
 
 
 @functools.cache
-def _counted_in(file: Path, _: int) -> tuple[int, int]:
+def _counted_in(file: Path, changed_ns: int) -> tuple[int, int]:
+    """Parsed once; again if the file has changed."""
     rows = read_rows(file)
     turns = (turn for row in rows if isinstance(row, dict) for turn in row.get("conversations") or ())
     return len(rows), sum(len(str(turn.get("value")).split()) for turn in turns if isinstance(turn, dict))
